@@ -1,0 +1,1 @@
+"""What a MiniMind is: configuration, network, tokenizer, weights, decoding."""

@@ -1,0 +1,327 @@
+"""The MiniMind Transformer, top to bottom in reading order.
+
+A pre-norm decoder in the manner of Llama (https://arxiv.org/abs/2302.13971): RMSNorm, rotary positions, grouped-query
+attention, SwiGLU or a mixture of experts, tied embeddings. It is a Hugging Face model (`generate`, `from_pretrained`,
+peft, trl and accelerate work on it), and its parameter names are those of the published MiniMind-v1 weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .attention import attend, attend_packed, cu_seqlens_from_positions, document_ids
+from .LMConfig import LMConfig
+from .moe import FeedForward, Gate, MoEFeedForward, balance_loss
+from .rope import apply_rope, rope_tables
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (https://arxiv.org/abs/1910.07467), computed in float32, returned in x's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        xf = x.float()
+        xf = xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + self.eps)
+        return xf.to(x.dtype) * self.weight
+
+
+@dataclass
+class Layout:
+    """Who sees whom in this call: worked out once, used by every layer.
+
+    `cu_seqlens` for packed documents, else `mask` (None: plain causal). `rope` holds the cosine and sine tables,
+    `valid` (batch, time) is False for padding that no routed expert should spend work on (None: no padding).
+    """
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.dropout, self.flash = config.dropout, config.flash_attn
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo.writes_residual = True
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
+        """x (batch, time, dim) -> (batch, time, dim). New keys and values are appended to `cache` if there is one."""
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, heads, head_dim)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, kv_heads, head_dim)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        q, k = apply_rope(q, *layout.rope), apply_rope(k, *layout.rope)
+        dropout = self.dropout if self.training else 0.0
+        if layout.cu_seqlens is not None:
+            out = attend_packed(q, k, v, layout.cu_seqlens, dropout=dropout, flash=self.flash)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, time, head_dim)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer)
+            out = attend(q, k, v, layout.mask, dropout=dropout, flash=self.flash).transpose(1, 2)
+        return self.resid_dropout(self.wo(out.flatten(2)))
+
+
+class TransformerBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = (
+            MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim, config.dropout)
+        )
+
+    def forward(self, x: Tensor, layout: Layout, past_key_values=None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x (batch, time, dim) -> the same shape, and the gate's (probabilities, choices) if there is a gate."""
+        x = x + self.attention(self.attention_norm(x), layout, past_key_values)
+        hidden = self.ffn_norm(x)
+        if isinstance(self.feed_forward, MoEFeedForward):
+            out, routing = self.feed_forward(hidden, layout.valid)
+        else:
+            out, routing = self.feed_forward(hidden), None
+        return x + out, routing
+
+
+class Transformer(PreTrainedModel, GenerationMixin):
+    """A MiniMind language model, dense or mixture of experts."""
+
+    config_class = LMConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["TransformerBlock"]
+    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; what writes into the residual stream starts smaller by sqrt(2 * layers).
+
+        The 2 * layers additions then keep the variance of the stream at that of one (GPT-2, section 2.3).
+        """
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            if getattr(module, "writes_residual", False):
+                std /= (2 * self.config.n_layers) ** 0.5
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, (nn.Embedding, Gate)):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.output
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.output = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        loss_only: bool = False,
+        output_hidden_states: bool = False,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Next-token logits, and the loss if `labels` are given.
+
+        Args:
+            input_ids: (batch, time) token ids; or `inputs_embeds` (batch, time, dim).
+            attention_mask: (batch, past + time), 0 for padding; or a ready (batch, 1, time, past + time) mask.
+                In packed rows it only says which tokens are padding.
+            position_ids: (batch, time). Without a mask or cache, a position that does not follow its left neighbour
+                starts a new document, and documents do not see each other (the ecosystem's padding-free packing).
+            past_key_values: any object with `update(k, v, layer) -> (k, v)` and `get_seq_length()`.
+            labels: (batch, time), aligned with `input_ids`: the shift by one happens here; -100 is not a target.
+            use_cache: return the cache; by default whenever no labels are given (as `config.use_cache` says).
+            logits_to_keep: compute logits of the last n positions only (0: all), or of the given indices.
+            cu_seqlens: (documents + 1,) int32 boundaries of packed documents in flattened (batch * time) order, as
+                `model.attention.attend_packed` takes them; saves deriving them from `position_ids`.
+            num_items_in_batch: divide the summed loss by this many targets instead of those in `labels`
+                (gradient accumulation over batches of different sizes).
+            loss_only: return the loss without materialised logits.
+            output_hidden_states: also return the (batch, time, dim) input of every layer and the final normed output.
+
+        Returns:
+            `loss` includes the experts' balance loss while training; `aux_loss` is that part by itself.
+
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds; packed documents together with a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (batch, time, dim)
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not self.training
+        if use_cache and past_key_values is None and cu_seqlens is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        layout = self._layout(x, attention_mask, position_ids, past_key_values, cu_seqlens)
+        x = self.dropout(x)
+        hidden_states, routings = [], []
+        for layer in self.layers:
+            hidden_states.append(x)
+            x, routing = layer(x, layout, past_key_values=past_key_values)
+            routings.append(routing)
+        x = self.norm(x)
+
+        logits = loss = aux_loss = None
+        if not (loss_only and labels is not None):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.output(x[:, kept])
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
+            n_targets = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = self._cross_entropy_sum(x, targets) / n_targets
+            if self.config.use_moe and self.config.aux_loss_alpha:
+                aux_loss = self._balance_loss_sum(routings, layout, targets) / n_targets
+                loss = loss + aux_loss if self.training else loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+        )
+
+    def _layout(self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens) -> Layout:
+        """Positions, masks and document boundaries of this call."""
+        batch, time = x.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        if position_ids is None:
+            if cu_seqlens is not None:
+                starts = cu_seqlens[document_ids(cu_seqlens, batch, time)]
+                position_ids = torch.arange(batch * time, device=x.device).view(batch, time) - starts
+            else:
+                position_ids = (torch.arange(time, device=x.device) + past)[None]
+        elif cu_seqlens is None and attention_mask is None and past == 0 and time > 1:
+            restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+            if restarts.any():
+                cu_seqlens = cu_seqlens_from_positions(position_ids.expand(batch, time))
+        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        valid = None if padding is None else padding[:, -time:].bool()
+        if cu_seqlens is not None:
+            if cache is not None and past + (cache.get_seq_length() or 0):
+                raise ValueError("packed documents cannot continue a KV cache: give one or the other")
+            return Layout(rope, cu_seqlens=cu_seqlens, valid=valid)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return Layout(rope, mask=attention_mask)
+        if padding is None and (past == 0 or time == 1):
+            return Layout(rope)  # plain causal, or one query that sees every key
+        query = torch.arange(time, device=x.device)[:, None] + past
+        key = torch.arange(past + time, device=x.device)[None, :]
+        mask = (key <= query)[None, None]  # (1, 1, time, past + time)
+        if padding is not None:
+            # Padding sees itself: a row with nothing to look at would turn into NaN and spread through the values.
+            mask = mask & (padding[:, None, None, :].bool() | (key == query))
+        return Layout(rope, mask=mask, valid=valid)
+
+    def _cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross entropy over all targets; the logits exist inside this one operation only."""
+        weight = self.output.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.flatten(0, 1), weight).float()
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+
+    def _balance_loss_sum(self, routings: list, layout: Layout, targets: Tensor) -> Tensor:
+        """Balance loss of all layers, every document weighted by its number of targets.
+
+        So weighted it adds up over micro-batches and ranks just like the cross entropy: the gradient does not depend
+        on how documents are packed, accumulated or distributed.
+        """
+        batch, time = targets.shape
+        if layout.cu_seqlens is not None:
+            n_documents, document = len(layout.cu_seqlens) - 1, document_ids(layout.cu_seqlens, batch, time).flatten()
+        else:
+            n_documents = batch
+            document = torch.arange(batch, device=targets.device).repeat_interleave(time)
+        is_target = (targets.flatten() != -100).float()
+        weight = is_target.new_zeros(n_documents).index_add(0, document, is_target)
+        per_document = sum(balance_loss(*routing, document, n_documents) for routing in routings)
+        return self.config.aux_loss_alpha * (per_document * weight).sum()
+
+
+def parameter_counts(model: Transformer) -> dict[str, int]:
+    """Parameters of each part; tied ones counted once. `active` is what one token passes through."""
+    counts = dict.fromkeys(["embedding", "attention", "feed_forward", "experts", "gate", "norm"], 0)
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if parameter in seen:
+            continue
+        seen.add(parameter)
+        if "embeddings" in name or name == "output.weight":
+            part = "embedding"
+        elif ".experts." in name:
+            part = "experts"
+        elif ".gate." in name:
+            part = "gate"
+        elif "norm" in name:
+            part = "norm"
+        else:
+            part = "attention" if ".attention." in name else "feed_forward"
+        counts[part] += parameter.numel()
+    config = model.config
+    counts["total"] = sum(counts.values())
+    idle = 1 - config.num_experts_per_tok / config.n_routed_experts if config.use_moe else 0
+    counts["active"] = counts["total"] - round(counts["experts"] * idle)
+    return counts
+
+
+def describe_parameters(model: Transformer) -> str:
+    """The counts as one line, in millions."""
+    counts = parameter_counts(model)
+    parts = [f"{part} {n / 1e6:.2f}M" for part, n in counts.items() if part not in ("total", "active") and n]
+    active = f", {counts['active'] / 1e6:.2f}M active per token" if counts["active"] != counts["total"] else ""
+    return f"{counts['total'] / 1e6:.2f}M parameters{active} ({' + '.join(parts)})"

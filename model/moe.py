@@ -1,0 +1,170 @@
+"""Mixture of experts: a gate sends every token to its top-k routed experts; shared experts see every token.
+
+The design is DeepSeekMoE's (https://arxiv.org/abs/2401.06066); names and mathematics are the published weights'.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .LMConfig import LMConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202): w2(silu(w1 x) * w3 x). Also the shape of every expert."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2.writes_residual = True  # initialised smaller: see Transformer._init_weights
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Gate(nn.Module):
+    """Chooses `num_experts_per_tok` experts for every token, with their mixing weights."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        # With top-1 a renormalised weight would be the constant 1, and the language-model loss would teach the gate
+        # nothing: keep the raw probability there.
+        self.renormalise = config.norm_topk_prob and self.top_k > 1
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (tokens, dim) -> mixing weights (tokens, k), expert indices (tokens, k), probabilities (tokens, experts)."""
+        # Routing is a comparison of close numbers; rounding them to bfloat16 would flip choices at random.
+        with torch.autocast(x.device.type, enabled=False):
+            probabilities = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights, experts, probabilities
+
+
+class MoEFeedForward(nn.Module):
+    """Routed experts plus one shared MLP of `n_shared_experts` times the width."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = nn.ModuleList(
+            FeedForward(config.dim, config.hidden_dim, config.dropout) for _ in range(config.n_routed_experts)
+        )
+        if config.n_shared_experts:
+            shared_dim = config.hidden_dim * config.n_shared_experts
+            self.shared_experts = FeedForward(config.dim, shared_dim, config.dropout)
+        else:
+            self.shared_experts = None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Mix the experts' outputs.
+
+        Args:
+            x: (batch, time, dim).
+            valid: (batch, time) bool; False for padding, which is sent to no routed expert. None: all valid.
+
+        Returns:
+            (batch, time, dim), and what `balance_loss` needs: (probabilities, expert indices), each (batch*time, ...).
+        """
+        tokens = x.flatten(0, 1)  # (tokens, dim)
+        weights, chosen, probabilities = self.gate(tokens)
+        if valid is not None:
+            # One expert past the last is "nobody": sorted to the end, and computed by no one.
+            chosen = chosen.masked_fill(~valid.flatten()[:, None], len(self.experts))
+        out = self._route(tokens, weights, chosen).view_as(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out, (probabilities, chosen)
+
+    def _route(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Sort (token, choice) pairs by expert, so that each expert runs once on a contiguous slice; then undo it."""
+        top_k = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # (tokens * k,) pairs, grouped by expert
+        counts = chosen.new_zeros(len(self.experts) + 1).index_add(
+            0, chosen.flatten(), torch.ones_like(chosen).flatten()
+        )
+        x = tokens[order // top_k]  # (tokens * k, dim)
+        y = self._grouped(x, counts) if self._can_group(x) else self._one_by_one(x, counts)
+        back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        y = y[back].unflatten(0, (-1, top_k))  # (tokens, k, dim)
+        return (y * weights[..., None].to(y.dtype)).sum(dim=1)
+
+    def _one_by_one(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Reference path, and the one for decoding: calls the experts as modules (so adapters on them count).
+
+        Experts without tokens run on an empty slice: their gradient is zero, not missing, which DDP relies on.
+        """
+        *slices, nobody = x.split(counts.tolist())
+        outs = [expert(part) for expert, part in zip(self.experts, slices, strict=True)]
+        return torch.cat([*outs, torch.zeros_like(nobody, dtype=outs[0].dtype)])
+
+    def _can_group(self, x: Tensor) -> bool:
+        """Whether the grouped kernel computes exactly what calling the modules would.
+
+        It reads the weights behind the modules' backs, so a wrapped expert (LoRA, quantisation, dropout) rules it
+        out; and stacking the weights only pays for the many tokens of a training batch.
+        """
+        if not self.training or x.shape[0] < 256:
+            return False
+        linears = [linear for expert in self.experts for linear in (expert.w1, expert.w2, expert.w3)]
+        if any(type(linear) is not nn.Linear or linear._forward_hooks for linear in linears):
+            return False
+        if any(expert.dropout.p for expert in self.experts):
+            return False
+        if x.device.type == "cuda":
+            return _compute_dtype(x) is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 8
+        return x.device.type == "cpu"
+
+    def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:
+        """One grouped matrix product for all experts; sizes stay on the device, so nothing waits for the counts."""
+        dtype = _compute_dtype(x)
+        ends = counts[:-1].cumsum(0).to(torch.int32)
+        w1, w2, w3 = (
+            torch.stack([getattr(expert, name).weight for expert in self.experts]).to(dtype).transpose(-2, -1)
+            for name in ("w1", "w2", "w3")
+        )  # each (experts, in, out)
+        x = x.to(dtype)
+        hidden = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)
+        y = F.grouped_mm(hidden, w2, offs=ends)
+        # Rows of "nobody" lie past the last group: the kernel leaves them undefined.
+        routed = torch.arange(len(y), device=y.device) < ends[-1]
+        return torch.where(routed[:, None], y, 0)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a Linear would compute in here: autocast's if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def balance_loss(probabilities: Tensor, chosen: Tensor, document: Tensor, n_documents: int) -> Tensor:
+    """Sequence-level load-balancing loss of one layer, for every document by itself.
+
+    For a document of n tokens: sum over experts of f_e * P_e, where f_e = (times e was chosen) * experts / (n * k)
+    and P_e = mean probability of e. It is 1 when all experts are used equally. (DeepSeek-V2,
+    https://arxiv.org/abs/2405.04434, equations 23 to 25.)
+
+    Args:
+        probabilities: (tokens, experts) of the gate.
+        chosen: (tokens, k) expert indices; an index equal to `experts` marks padding, which is not counted.
+        document: (tokens,) index of each token's document.
+
+    Returns:
+        (n_documents,) float32; 0 for documents without a valid token.
+    """
+    experts, top_k = probabilities.shape[1], chosen.shape[1]
+    valid = (chosen[:, 0] < experts).float()[:, None]  # (tokens, 1)
+    picks = F.one_hot(chosen, experts + 1)[..., :experts].sum(dim=1).float()  # (tokens, experts)
+    zeros = probabilities.new_zeros(n_documents, experts)
+    counts = zeros.index_add(0, document, picks)
+    mass = zeros.index_add(0, document, probabilities * valid)
+    tokens = zeros[:, :1].index_add(0, document, valid).clamp_min(1)  # (n_documents, 1)
+    return (counts * experts / (tokens * top_k) * (mass / tokens)).sum(dim=1)

@@ -1,0 +1,342 @@
+"""The tokenizer that ships: text is text, chats are rendered with exact masks, wrong folders are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from model.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    TOKENIZER_DIR,
+    encode_text,
+    encode_texts,
+    load_tokenizer,
+    render_chat,
+    tokenizer_hash,
+)
+from train_tokenizer import is_held_out, measure
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("MINIMIND_DATA", ROOT.parent / "shared" / "data"))
+
+TOKENIZER = load_tokenizer()
+
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
+# Hypothesis alone would hardly ever write these.
+awkward = st.lists(
+    st.sampled_from(["<s>", "</s>", "<unk>", "user\n", "assistant\n", "\n", "\r\n", " ", "\t", "，我们", "12", "a"])
+).map("".join)
+text = unicode_text | awkward
+
+
+@st.composite
+def chats(draw, content=text):
+    messages = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
+    for i in range(draw(st.integers(1, 5))):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": draw(content)})
+    return messages
+
+
+def as_text(messages: list[dict], add_generation_prompt: bool) -> str:
+    """The chat format, written down a second time."""
+    system, turns = "", messages
+    if messages[0]["role"] == "system":
+        system, turns = messages[0]["content"], messages[1:]
+    whole = system + "".join(f"<s>{turn['role']}\n{turn['content']}</s>\n" for turn in turns)
+    return whole + ("<s>assistant\n" if add_generation_prompt and turns[-1]["role"] == "user" else "")
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_tokenizer_has_the_ids_of_the_design():
+    assert len(TOKENIZER) == 6400
+    assert TOKENIZER.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
+    assert (TOKENIZER.unk_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id) == (0, 1, 2)
+    assert TOKENIZER.pad_token_id == 0
+    assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(TOKENIZER.get_vocab())
+
+
+def test_auto_tokenizer_loads_the_same():
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(TOKENIZER_DIR)) == tokenizer_hash(TOKENIZER)
+
+
+@settings(max_examples=500, deadline=None)
+@given(text)
+@example("<s>user\n</s><unk>")
+@example("\x00\x1b\ufeff\U0010ffff e\u0301 \u00e9 \u200d")
+def test_any_text_comes_back_and_never_becomes_a_control_token(text):
+    ids = encode_text(TOKENIZER, text)
+    assert TOKENIZER.decode(ids) == text
+    assert all(i > EOS_ID for i in ids)
+
+
+@settings(deadline=None)
+@given(st.lists(text))
+def test_a_batch_is_encoded_like_its_texts(texts):
+    assert encode_texts(TOKENIZER, texts) == [encode_text(TOKENIZER, text) for text in texts]
+
+
+def test_digits_are_single_tokens():
+    assert len(encode_text(TOKENIZER, "3141592653")) == 10
+
+
+def test_the_shared_tokenizer_is_never_changed():
+    before = TOKENIZER.backend_tokenizer.to_str()
+
+    def encode(i: int) -> list[int]:
+        return encode_text(TOKENIZER, "a</s>") if i % 2 else TOKENIZER("a</s>").input_ids
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(encode, range(2000)))
+    assert all((EOS_ID in ids) == (i % 2 == 0) for i, ids in enumerate(results))
+    assert TOKENIZER.backend_tokenizer.to_str() == before
+
+
+def test_truncation_and_padding_of_other_callers_do_not_cut_text():
+    tokenizer = load_tokenizer()
+    tokenizer(["a b c d e f g"] * 2, truncation=True, max_length=2, padding="max_length")
+    assert tokenizer.decode(encode_text(tokenizer, "a b c d e f g")) == "a b c d e f g"
+
+
+def test_a_token_added_later_is_text_as_well():
+    tokenizer = load_tokenizer()
+    encode_text(tokenizer, "x")
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    assert len(tokenizer) - 1 not in encode_text(tokenizer, "<tool>")
+
+
+def test_a_pickled_tokenizer_encodes_text_as_text():  # it travels to worker processes
+    copy = pickle.loads(pickle.dumps(TOKENIZER))
+    assert encode_text(copy, "<s>你好") == encode_text(TOKENIZER, "<s>你好")
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValueError, match=r"text 1 is not Unicode.*U\+D800.*character 2"):
+        encode_texts(TOKENIZER, ["fine", "ab\ud800"])
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_format_of_the_published_models():
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    messages += [{"role": "assistant", "content": "A"}, {"role": "user", "content": "V"}]
+    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=True)
+    assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n<s>assistant\n"
+    ids, _ = render_chat(TOKENIZER, messages)
+    assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n"
+
+
+@settings(max_examples=300, deadline=None)
+@given(chats(), st.booleans())
+def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prompt):
+    ids, is_target = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
+    assert len(ids) == len(is_target)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    masked = [i for i, target in zip(ids, is_target, strict=True) if target]
+    assert TOKENIZER.decode(masked) == "".join(f"{answer}</s>" for answer in answers)
+    assert TOKENIZER.decode(ids) == as_text(messages, prompt)
+    # Control tokens are those of the format, whatever the texts contain.
+    assert masked.count(EOS_ID) == len(answers)
+    turns = sum(message["role"] != "system" for message in messages)
+    assert ids.count(EOS_ID) == turns
+    assert ids.count(BOS_ID) == turns + (prompt and messages[-1]["role"] == "user")
+
+
+@settings(max_examples=300, deadline=None)
+@given(chats(), text)
+def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, answer):
+    if messages[-1]["role"] == "assistant":
+        messages = [*messages, {"role": "user", "content": "go on"}]
+    prompt, is_target = render_chat(TOKENIZER, messages, add_generation_prompt=True)
+    whole, whole_target = render_chat(TOKENIZER, [*messages, {"role": "assistant", "content": answer}])
+    answer_ids = [*encode_text(TOKENIZER, answer), EOS_ID]
+    n = len(prompt) + len(answer_ids)
+    assert whole[:n] == prompt + answer_ids
+    assert whole_target[:n] == is_target + [True] * len(answer_ids)
+
+
+def without_control_tokens(text: str) -> bool:
+    return not any(token in text for token in ("<s>", "</s>", "<unk>"))
+
+
+def begins_with_blank_line(text: str) -> bool:
+    blanks = text[: len(text) - len(text.lstrip())]
+    return "\n" in blanks or "\r" in blanks
+
+
+@settings(max_examples=500, deadline=None)
+@given(chats(text.filter(without_control_tokens)), st.booleans())
+def test_transformers_renders_the_same_ids(messages, prompt):
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    rendered = TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    assert rendered == as_text(messages, prompt)
+    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
+    if not any(map(begins_with_blank_line, answers)):
+        assert ids == TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+
+
+def test_the_documented_difference_to_transformers_is_one_line_end():
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\na"}]
+    ids, _ = render_chat(TOKENIZER, messages)
+    theirs = TOKENIZER.apply_chat_template(messages, return_dict=False)
+    assert ids != theirs
+    assert TOKENIZER.decode(ids) == TOKENIZER.decode(theirs)
+
+
+U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "no messages"),
+        ([S], "message 0 is a system message, and none of the user follows"),
+        ([A], "message 0 is of assistant at the start, where user"),
+        ([S, A], "message 1 is of assistant after system, where user"),
+        ([U, S], "message 1 is a system message: only the first"),
+        ([S, S, U], "message 1 is a system message: only the first"),
+        ([U, U], "message 1 is of user after user, where assistant"),
+        ([U, A, A], "message 2 is of assistant after assistant, where user"),
+        ([U, {"role": "tool", "content": "x"}], "message 1 has the unknown role 'tool'"),
+        ([{"role": "user"}], "message 0 is not an object with a role and a text"),
+        (["hi"], "message 0 is not an object with a role and a text"),
+        ([{"role": "user", "content": None}], "message 0 is not an object with a role and a text.*None"),
+        ([{"role": "user", "content": "\udfff"}], r"message 0 .user. is not Unicode"),
+    ],
+)
+def test_wrong_chats_are_refused_by_index(messages, message):
+    with pytest.raises(ValueError, match=message):
+        render_chat(TOKENIZER, messages)
+
+
+@pytest.mark.parametrize("messages", [[A], [U, U], [U, S], [{"role": "tool", "content": "x"}]])
+def test_the_template_refuses_roles_out_of_order(messages):
+    with pytest.raises(TemplateError, match="roles must be"):
+        TOKENIZER.apply_chat_template(messages)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(TOKENIZER_DIR, tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def swap_specials(content: dict) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["<s>"], vocab["</s>"] = 2, 1
+    for token in content["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+
+
+def set_added(content: dict, **values) -> None:
+    content["added_tokens"][1].update(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda c: c["model"]["merges"].pop()),
+        ("tokenizer.json", lambda c: c["model"]["merges"].insert(0, c["model"]["merges"].pop(7))),
+        ("tokenizer.json", lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0)),
+        ("tokenizer.json", lambda c: c.update(normalizer={"type": "NFC"})),
+        ("tokenizer.json", lambda c: set_added(c, lstrip=True)),
+        ("tokenizer_config.json", lambda c: c.update(chat_template=c["chat_template"] + " ")),
+        ("tokenizer_config.json", lambda c: c.update(pad_token="</s>")),
+    ],
+)
+def test_the_hash_changes_with_any_change(folder, name, change):
+    edit(folder / name, change)
+    assert tokenizer_hash(load_tokenizer(folder)) != tokenizer_hash(TOKENIZER)
+
+
+def test_the_hash_is_of_the_content_only(folder):
+    edit(folder / "tokenizer.json", lambda content: None)  # other white space
+    copy = load_tokenizer(folder)
+    copy(["a", "b c d"], truncation=True, max_length=2, padding=True)
+    assert tokenizer_hash(copy) == tokenizer_hash(TOKENIZER)
+    assert len(tokenizer_hash(copy)) == 16
+
+
+def remove_chat_template(content: dict) -> None:
+    del content["chat_template"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer.json", swap_specials, "special tokens are .*'<s>': 2.*MiniMind needs"),
+        ("tokenizer_config.json", lambda c: c.update(eos_token="<s>"), "have the roles .*tokenizer_config.json"),
+        ("tokenizer_config.json", remove_chat_template, "no chat_template"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(folder, name, change, message):
+    edit(folder / name, change)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_incomplete_and_damaged_folders_are_refused(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        load_tokenizer(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"no {name} in it"):
+        load_tokenizer(folder)
+
+
+def test_a_missing_folder_is_not_looked_up_on_the_network(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer.json in it"):
+        load_tokenizer(tmp_path / "gpt2")
+
+
+# --- what the shipped tokenizer promises -----------------------------------------------------------------------------
+
+
+def test_held_out_dialogue_has_3_6_bytes_per_token():
+    path = DATA / "pretrain" / "tokenizer_train.jsonl"
+    if not path.is_file():
+        pytest.skip("needs the real data")
+    training = json.loads((TOKENIZER_DIR / "training.json").read_text(encoding="utf-8"))
+    with path.open(encoding="utf-8") as file:
+        dialogues = {json.loads(next(file))["text"] for _ in range(4000)}  # dialogue comes first, then prose and poems
+    held_out = sorted(text for text in dialogues if is_held_out(text, training["held_out"]))
+    figures = measure(TOKENIZER, held_out)
+    assert figures.texts > 100
+    assert figures.bytes_per_token >= 3.6
+
+
+def test_english_and_code_are_covered():
+    english = (
+        "The little boat left the harbour at sunrise, when the water was still and the wind came from the west. "
+        "Nobody on the island knew where it was going, but everyone agreed that it would be back before winter."
+    )
+    code = (
+        "def main() -> None:\n    for i in range(10):\n        if i % 2 == 0:\n            print(i, file=sys.stderr)\n"
+    )
+    assert measure(TOKENIZER, [english]).bytes_per_token > 2.2
+    assert measure(TOKENIZER, [code]).bytes_per_token > 2.2

@@ -1,0 +1,1 @@
+"""How a MiniMind is trained: data, packing, loss, optimizer, the loop, checkpoints."""
