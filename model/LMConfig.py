@@ -94,8 +94,8 @@ class LMConfig(PreTrainedConfig):
     def problems(self) -> list[str]:
         """Everything that is wrong with this configuration, each in words that name the flag."""
         found = []
-        positive = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len"]
-        for name in positive:
+        sizes = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len"]
+        for name in sizes:
             if getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)} must be at least 1")
         if found:  # the checks below would divide by zero

@@ -131,12 +131,13 @@ class MoEFeedForward(nn.Module):
             torch.stack([getattr(expert, name).weight for expert in self.experts]).to(dtype).transpose(-2, -1)
             for name in ("w1", "w2", "w3")
         )  # each (experts, in, out)
-        x = x.to(dtype)
+        # Rows of "nobody" lie past the last group. The kernel leaves its results for them undefined, forward and backward:
+        # both ends are masked, so that no garbage (it may be NaN) gets out either way.
+        routed = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
+        x = torch.where(routed, x, 0).to(dtype)
         hidden = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)
         y = F.grouped_mm(hidden, w2, offs=ends)
-        # Rows of "nobody" lie past the last group: the kernel leaves them undefined.
-        routed = torch.arange(len(y), device=y.device) < ends[-1]
-        return torch.where(routed[:, None], y, 0)
+        return torch.where(routed, y, 0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

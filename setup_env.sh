@@ -1,0 +1,21 @@
+# Sourced by quickstart.sh and run_tests.sh: makes .venv with the pinned packages of the requirements file $1 and turns it
+# on. Done once: it is only repeated when the file changes. PYTHON=... chooses the interpreter.
+set -euo pipefail
+requirements=$1
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "error: Python 3.10 or newer is needed, $("$python" --version) was found; set PYTHON=/path/to/python3" >&2
+    exit 1
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+# shellcheck disable=SC1091
+. .venv/bin/activate
+stamp=.venv/installed-$(basename "$requirements")
+wanted=$(cat requirements*.txt)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "== installing $requirements into .venv"
+    # torch first and alone: with it in place, no other package asks for another build of it.
+    pip install --quiet --disable-pip-version-check "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+    pip install --quiet --disable-pip-version-check -r "$requirements"
+    printf '%s' "$wanted" > "$stamp"
+fi

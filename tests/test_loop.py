@@ -1,0 +1,337 @@
+"""The loop: the same gradient however a step is cut up, exact resuming, and no silent failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.weights import load_checkpoint, save_checkpoint
+from trainer import loop
+from trainer.arguments import TrainOptions
+from trainer.corpus import TokenCorpus
+from trainer.datasets import PackedRows
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.loop import Run, Schedule, StopRequest, Trainer, fit
+from trainer.losses import next_token_loss
+
+VOCAB, ROW = 48, 32
+
+
+def config(**fields) -> LMConfig:
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, max_seq_len=ROW)
+    return LMConfig(**shape | fields)
+
+
+def corpus(n: int = 60, seed: int = 0) -> TokenCorpus:
+    """Documents that count upwards from a random start: easily learned, of ragged lengths."""
+    rng = np.random.default_rng(seed)
+    documents = [3 + (rng.integers(0, 45) + np.arange(rng.integers(2, 50))) % 45 for _ in range(n)]
+    offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+    lengths = np.diff(offsets)
+    return TokenCorpus(
+        tokens=np.concatenate(documents).astype(np.uint16),
+        targets=None,
+        offsets=offsets,
+        n_bytes=3 * lengths,
+        keys=rng.integers(0, 2**63, n).astype(np.uint64),
+        fingerprint=f"corpus{seed}",
+        info={},
+    )
+
+
+def rows(ids=range(60), seed: int = 0) -> PackedRows:
+    return PackedRows(corpus(seed=seed), np.arange(60)[list(ids)], ROW, seed=0)
+
+
+def options(out_dir, **fields) -> TrainOptions:
+    settings = dict(
+        out_dir=out_dir, batch_size=4, max_steps=12, learning_rate=1e-2, device="cpu", dtype="float32", val_interval=5,
+        log_interval=3, save_interval=4, num_workers=1,
+    )  # fmt: skip
+    return TrainOptions(**settings | fields)
+
+
+def run_for(model, opts, **identity) -> Run:
+    def save_weights(info):
+        save_checkpoint(opts.out_dir / "tiny.pth", model, dtype=torch.float32, info=info, overwrite=True)
+
+    return Run("pretrain", "tiny", model.config, {"tokenizer_hash": "t", **identity}, save_weights)
+
+
+def train(opts, *, train_rows=None, val=None, model_fields=(), loss_fn=next_token_loss, stop_after=None, **identity):
+    """Run `fit` on a fresh model; stop_after: ask it to stop as a signal would."""
+    torch.manual_seed(0)
+    model = Transformer(config(**dict(model_fields)))
+    calls = 0
+
+    def counting_loss(model, batch):
+        nonlocal calls
+        result = loss_fn(model, batch)
+        calls += model.training
+        if calls == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    run = run_for(model, opts, **identity)
+    metrics = fit(model, counting_loss, train_rows or rows(), val, opts, run, World())
+    return model, metrics
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_leaves_what_it_promises(tmp_path, capsys):
+    val = rows(range(50, 60))
+    model, metrics = train(options(tmp_path, max_steps=60), train_rows=rows(range(50)), val=val)
+    assert metrics["loss"] < 0.5 * math.log(VOCAB)
+    assert metrics["val_loss"] < 0.7 * math.log(VOCAB)
+    n_targets = sum(val.batch([i]).n_targets for i in range(len(val)))
+    expected = metrics["val_loss"] * n_targets / math.log(2) / val.n_bytes
+    assert metrics["bits_per_byte"] == pytest.approx(expected)
+
+    lines = [json.loads(line) for line in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, *range(3, 61, 3)]
+    assert all(line["tokens_per_second"] > 0 and line["memory_gb"] > 0 for line in lines)
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    saved = load_checkpoint(tmp_path / "tiny.pth")
+    assert same(weights(saved.model), weights(model))
+    assert saved.info["step"] == 60 and saved.info["tokens"] == lines[-1]["tokens"]
+    printed = capsys.readouterr().out
+    assert "step 60/60 100% | loss " in printed and " | bpb " in printed and " tok/s" in printed
+
+
+def gradient(opts, step_samples, model_fields=()) -> dict[str, torch.Tensor]:
+    """The gradient of one step, before clipping."""
+    torch.manual_seed(0)
+    model = Transformer(config(**dict(model_fields)))
+    trainer = Trainer(model, next_token_loss, rows(), None, opts, run_for(model, opts), World())
+    trainer.prepare()
+    model.train()
+    data, size = trainer.train, opts.batch_size
+    batches = [data.batch(step_samples[i : i + size]) for i in range(0, len(step_samples), size)]
+    captured = {}
+
+    def capture(*_args, **_kwargs):
+        captured.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    trainer.optimizers[0].register_step_pre_hook(capture)
+    trainer.step(0, batches)
+    return captured
+
+
+@pytest.mark.parametrize("fields", [(), (("use_moe", True),)], ids=["dense", "moe"])
+def test_accumulation_does_not_change_the_gradient(tmp_path, fields):
+    samples = list(range(8))
+    one = gradient(options(tmp_path / "a", batch_size=8, grad_clip=0), samples, fields)
+    many = gradient(options(tmp_path / "b", batch_size=1, accumulation_steps=8, grad_clip=0), samples, fields)
+    for name in one:
+        difference = (one[name] - many[name]).norm() / one[name].norm()
+        assert difference < 1e-5, (name, float(difference))
+
+
+def test_the_last_step_takes_what_is_left_with_its_own_count(tmp_path):
+    data = rows()
+    opts = options(tmp_path, max_steps=None, epochs=2, batch_size=5, accumulation_steps=2, val_fraction=0)
+    seen = []
+
+    class Spy:
+        fingerprint, packing = data.fingerprint, data.packing
+
+        def __len__(self):
+            return len(data)
+
+        def documents(self, indices):
+            return data.documents(indices)
+
+        def batch(self, indices):
+            seen.append(list(indices))
+            return data.batch(indices)
+
+    train(opts, train_rows=Spy())
+    flat = [sample for batch in seen for sample in batch]
+    assert sorted(flat) == sorted(list(range(len(data))) * 2)  # every sample once an epoch
+    assert all(len(batch) <= 5 for batch in seen)
+    n = len(data)
+    assert sorted(flat[:n]) == list(range(n))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_processes_share_an_epoch_without_gap_or_overlap(world_size):
+    schedule = Schedule(n_samples=53, per_step=7, total_samples=53, seed=1)
+    seen = []
+    for rank in range(world_size):
+        for step in range(schedule.total_steps):
+            seen += schedule.samples(step)[rank::world_size]
+    assert sorted(seen) == list(range(53))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"optimizer": "muon"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"accumulation_steps": 2, "num_workers": 0},
+    ],
+    ids=["adamw", "muon", "bf16", "fp16", "accumulated"],
+)
+@pytest.mark.parametrize("model_fields", [(("dropout", 0.1),), (("use_moe", True),)], ids=["dropout", "moe"])
+def test_stopped_and_resumed_is_bit_identical(tmp_path, fields, model_fields):
+    whole, _ = train(options(tmp_path / "a", **fields), model_fields=model_fields, val=rows(range(5)))
+    micro = fields.get("accumulation_steps", 1)
+    opts = options(tmp_path / "b", **fields)
+    with pytest.raises(SystemExit) as stop:
+        train(opts, model_fields=model_fields, val=rows(range(5)), stop_after=6 * micro)
+    assert stop.value.code == 128 + signal.SIGTERM
+    resumed, _ = train(dataclasses.replace(opts, resume="newest"), model_fields=model_fields, val=rows(range(5)))
+    assert same(weights(whole), weights(resumed))
+    assert same(weights(load_checkpoint(tmp_path / "b" / "tiny.pth").model), weights(whole))
+    steps = [json.loads(x)["step"] for x in (tmp_path / "b" / "tiny.metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_resuming_another_run_is_refused_with_the_reason(tmp_path):
+    opts = options(tmp_path)
+    with pytest.raises(SystemExit):
+        train(opts, stop_after=5)
+    again = dataclasses.replace(opts, resume="newest")
+    with pytest.raises(UserError, match="train_data: "):
+        train(again, train_rows=rows(seed=1))
+    with pytest.raises(UserError, match="config.n_layers: 2 -> 3"):
+        train(again, model_fields=[("n_layers", 3)])
+    with pytest.raises(UserError, match="tokenizer_hash: t -> u"):
+        train(again, tokenizer_hash="u")
+    with pytest.raises(UserError, match="samples_per_step: 4 -> 8"):
+        train(dataclasses.replace(again, batch_size=8))
+    with pytest.raises(UserError, match="seed: 1337 -> 1"):
+        train(dataclasses.replace(again, seed=1))
+    train(again)
+
+
+def test_resume_needs_something_to_resume_and_auto_says_which_it_did(tmp_path, capsys):
+    with pytest.raises(UserError, match="--resume auto"):
+        train(options(tmp_path, resume="newest"))
+    train(options(tmp_path, resume="auto"))
+    assert "starting from the beginning" in capsys.readouterr().out
+    train(options(tmp_path, resume="auto"))
+    assert "the run is finished" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_not_lost_by_starting_again(tmp_path):
+    opts = options(tmp_path)
+    with pytest.raises(SystemExit):
+        train(opts, stop_after=5)
+    with pytest.raises(UserError, match="stopped at step 5: continue it with --resume"):
+        train(opts)
+    train(dataclasses.replace(opts, overwrite=True))
+    train(opts)  # a finished one may simply be repeated
+
+
+def test_a_changed_schedule_is_said(tmp_path, capsys):
+    opts = options(tmp_path)
+    with pytest.raises(SystemExit):
+        train(opts, stop_after=5)
+    train(dataclasses.replace(opts, resume="newest", max_steps=14, learning_rate=1e-3))
+    printed = capsys.readouterr().out
+    assert "learning_rate: 0.01 -> 0.001" in printed and "total_steps: 12 -> 14" in printed
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_before_the_weights_change(tmp_path, where):
+    steps = 0
+
+    def poisoned(model, batch):
+        nonlocal steps
+        loss, n, extras = next_token_loss(model, batch)
+        steps += 1
+        if steps == 6:
+            if where == "loss":
+                loss = loss * math.nan
+                extras = {"loss": loss.detach()}
+            else:
+                loss.register_hook(lambda g: g * math.inf)
+        return loss, n, extras
+
+    opts = options(tmp_path, save_interval=100)
+    with pytest.raises(UserError, match=r"step 6: (loss is nan|grad_norm is (nan|inf))") as error:
+        train(opts, loss_fn=poisoned)
+    assert "weights changed" in str(error.value)
+    report = json.loads((tmp_path / "tiny.non_finite.json").read_text())
+    assert report["step"] == 6 and len(report["samples"]) == 4 and report["documents"]
+    resumed, _ = train(dataclasses.replace(opts, resume="newest"))
+    whole, _ = train(options(tmp_path / "other"))
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_miscounting_loss_is_caught(tmp_path):
+    def wrong(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        return loss, n + 1, extras
+
+    with pytest.raises(AssertionError, match="the loss summed over"):
+        train(options(tmp_path), loss_fn=wrong)
+
+
+def test_validation_is_tried_before_the_first_step(tmp_path):
+    class Broken:
+        fingerprint = "x"
+
+        def __len__(self):
+            return 3
+
+        def batch(self, indices):
+            raise UserError("broken validation data")
+
+    with pytest.raises(UserError, match="broken validation"):
+        train(options(tmp_path), val=Broken())
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_balance_loss_is_optimised_and_logged_apart(tmp_path):
+    fields = [("use_moe", True), ("aux_loss_alpha", 0.5)]
+    _, metrics = train(options(tmp_path), model_fields=fields)
+    assert metrics["balance_loss"] >= 0.5 * 2 * 0.99  # alpha * layers, when experts are used evenly
+    with_loss = gradient(options(tmp_path / "a"), [0, 1], fields)
+    without = gradient(options(tmp_path / "b"), [0, 1], [("use_moe", True), ("aux_loss_alpha", 0.0)])
+    gate = "layers.0.feed_forward.gate.weight"
+    assert not torch.allclose(with_loss[gate], without[gate])
+
+
+def test_data_workers_that_fail_end_the_run(tmp_path):
+    data = rows()
+
+    class Dying:
+        fingerprint = "x"
+
+        def __len__(self):
+            return len(data)
+
+        def batch(self, indices):
+            raise UserError("the cache was deleted")
+
+    with pytest.raises(UserError, match="the cache was deleted"):
+        train(options(tmp_path), train_rows=Dying())
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with loop.stop_signals() as stop:
+        assert isinstance(stop, StopRequest) and not stop.signal
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,79 @@
+"""Schedule and parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from trainer.optim import learning_rate, make_optimizers, parameter_groups
+
+TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
+
+
+def tiny(**fields) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(LMConfig(**TINY | fields))
+
+
+def test_schedule_warms_up_peaks_and_ends_at_a_tenth():
+    rates = [learning_rate(step, 100, 1.0, warmup_steps=10) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_schedule_of_a_single_step_is_the_peak():
+    assert learning_rate(0, 1, 0.5) == 0.5
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(use_moe, name):
+    model = tiny(use_moe=use_moe)
+    decay = {}
+    for optimizer in make_optimizers(model, name, weight_decay=0.1):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert id(parameter) not in decay
+                decay[id(parameter)] = (type(optimizer).__name__, group["weight_decay"])
+    named = dict(model.named_parameters())
+    assert set(decay) == {id(p) for p in named.values()}
+    for parameter_name, parameter in named.items():
+        kind, value = decay[id(parameter)]
+        decays = parameter.dim() == 2 and "embeddings" not in parameter_name
+        assert value == (0.1 if decays else 0.0), parameter_name
+        assert kind == ("Muon" if name == "muon" and decays and "gate" not in parameter_name else "AdamW")
+
+
+def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error():
+    model = tiny()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "wq" in name
+    groups = parameter_groups(model)
+    assert [name for group in groups.values() for name, _ in group] == [f"layers.{i}.attention.wq.weight" for i in (0, 1)]
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(model)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_learn(name):
+    model = tiny().train()
+    optimizers = make_optimizers(model, name, weight_decay=0.1)
+    ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(30):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]

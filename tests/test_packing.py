@@ -1,0 +1,62 @@
+"""Packing: every target exactly once, no row overfull, deterministic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.packing import pack, sample_order
+
+LENGTHS = st.lists(st.integers(2, 90), min_size=0, max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(2, 40), st.integers(0, 5))
+def test_every_target_stands_in_exactly_one_piece(lengths, row_length, seed):
+    packing = pack(np.arange(len(lengths)), np.array(lengths, np.int64), row_length, seed)
+    seen = [[] for _ in lengths]
+    for document, start, length in zip(packing.document, packing.start, packing.length, strict=True):
+        assert 2 <= length <= row_length
+        seen[document] += range(start + 1, start + length)  # the first token of a piece is read, not predicted
+    assert [sorted(tokens) for tokens in seen] == [list(range(1, n)) for n in lengths]
+    assert packing.bounds[0] == 0 and packing.bounds[-1] == len(packing.document)
+    for begin, end in zip(packing.bounds, packing.bounds[1:], strict=False):
+        assert 0 < packing.length[begin:end].sum() <= row_length
+
+
+def test_packing_is_a_pure_function_of_its_arguments():
+    lengths = np.random.default_rng(0).integers(2, 300, 1000)
+    one, two = (pack(np.arange(1000), lengths, 128, seed=3) for _ in range(2))
+    other = pack(np.arange(1000), lengths, 128, seed=4)
+    assert all(np.array_equal(getattr(one, f), getattr(two, f)) for f in ("document", "start", "length", "bounds"))
+    assert not np.array_equal(one.document, other.document)
+
+
+def test_rows_are_nearly_full_on_short_documents():
+    lengths = np.random.default_rng(0).integers(20, 260, 5000)
+    assert pack(np.arange(5000), lengths, 512, seed=0).fill > 0.99
+
+
+def test_windows_join_without_losing_a_row(monkeypatch):
+    monkeypatch.setattr("trainer.packing.WINDOW", 7)
+    lengths = np.random.default_rng(0).integers(2, 30, 50)
+    packing = pack(np.arange(50), lengths, 32, seed=0)
+    assert packing.length.sum() == lengths.sum()
+    assert sorted(packing.document) == list(range(50))
+    rows = [packing.length[a:b].sum() for a, b in zip(packing.bounds, packing.bounds[1:], strict=False)]
+    assert max(rows) <= 32 and min(rows) > 0
+
+
+@pytest.mark.parametrize(("lengths", "row_length"), [([5, 1], 8), ([5], 1)])
+def test_what_cannot_be_packed_is_refused(lengths, row_length):
+    with pytest.raises(ValueError, match="nothing to predict"):
+        pack(np.arange(len(lengths)), np.array(lengths), row_length, seed=0)
+
+
+def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():
+    first, second = sample_order(100, 1, 0), sample_order(100, 1, 1)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, sample_order(100, 1, 0))

@@ -1,0 +1,461 @@
+"""The training loop: one for all stages.
+
+A stage is data + loss + starting weights. `fit` does the rest: batches, precision, accumulation, clipping, schedule,
+validation, logging, saving, resuming, stopping. "Step" always means optimizer step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.files import atomic_write
+from model.LMConfig import LMConfig
+from trainer.arguments import TrainOptions, resolve_device, resolve_dtype
+from trainer.checkpoint import State, complete_states, delete_state, differences, load_state, save_state
+from trainer.datasets import Batch, Dataset
+from trainer.distributed import World, barrier, share_parameters, sum_gradients, sum_over_world
+from trainer.errors import UserError
+from trainer.losses import LossFunction
+from trainer.optim import learning_rate, make_optimizers
+from trainer.packing import sample_order
+from trainer.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained.
+
+    Attributes:
+        stage: "pretrain", "full_sft", ...
+        name: how its files in --out_dir are called, such as "pretrain_512".
+        config: of the model.
+        identity: what has to be the same for a stopped run to go on: data, tokenizer, starting weights.
+        save_weights: writes the result so far for use by later stages; given a description of how it was made.
+        active_parameters: that a token passes through (for MFU); 0: unknown.
+    """
+
+    stage: str
+    name: str
+    config: LMConfig
+    identity: dict
+    save_weights: Callable[[dict], None]
+    active_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which samples belong to which step: a pure function of the seed, whatever was prefetched or interrupted.
+
+    Sample g of the run is sample `sample_order(n_samples, seed, g // n_samples)[g % n_samples]` of the data set; step s
+    takes the samples from s * per_step on; the last step of the run may have fewer.
+    """
+
+    n_samples: int
+    per_step: int
+    total_samples: int
+    seed: int
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.total_samples / self.per_step)
+
+    def samples(self, step: int) -> list[int]:
+        """The data-set indices of one step, over all micro-batches and processes."""
+        first = step * self.per_step
+        return [self._sample(g) for g in range(first, min(first + self.per_step, self.total_samples))]
+
+    def _sample(self, g: int) -> int:
+        epoch, position = divmod(g, self.n_samples)
+        if epoch not in self._orders:
+            self._orders.pop(epoch - 2, None)
+            self._orders[epoch] = sample_order(self.n_samples, self.seed, epoch)
+        return int(self._orders[epoch][position])
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    train: Dataset,
+    val: Dataset | None,
+    options: TrainOptions,
+    run: Run,
+    world: World,
+) -> dict:
+    """Train `model` in place as `options` say; returns the last metrics.
+
+    Raises UserError if there is nothing to resume, what is resumed is another run, the loss becomes non-finite, or the
+    disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
+    """
+    trainer = Trainer(model, loss_fn, train, val, options, run, world)
+    trainer.prepare()
+    with stop_signals() as stop, trainer.tracker:
+        return trainer.run_steps(stop)
+
+
+class Trainer:
+    """The state of a run. Read `step` first: it is one optimizer step, from batch to new weights."""
+
+    def __init__(self, model, loss_fn, train, val, options, run, world) -> None:
+        self.model, self.loss_fn, self.options, self.run, self.world = model, loss_fn, options, run, world
+        self.train, self.val = train, val
+        self.device = resolve_device(options.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", world.local_rank)
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        per_step = options.batch_size * options.accumulation_steps * world.size
+        total = options.max_steps * per_step if options.max_steps else max(round(options.epochs * len(train)), 1)
+        self.schedule = Schedule(len(train), per_step, total, options.seed)
+        self.total_steps = self.schedule.total_steps
+        self.folder: Path = options.out_dir / f"{run.name}.resume"
+        self.steps_done = self.tokens_done = 0
+        self.metrics: dict = {}
+        self._saved_step = -1
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step on this process's share of the samples; returns sums over the whole step."""
+        options = self.options
+        torch.manual_seed(hash_seed(options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
+        lr = learning_rate(step, self.total_steps, options.learning_rate, self.warmup_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        # Count first: gradients are divided by the targets of the whole step, not of a micro-batch or a process.
+        counts = [sum(getattr(b, name) for b in batches) for name in ("n_targets", "n_tokens", "attention_pairs")]
+        n_targets, n_tokens, attention_pairs = sum_over_world(self.world, counts, self.device)
+        if not n_targets:
+            raise UserError(f"step {step + 1}: its samples have no target token; was the data changed while training?")
+
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            loss_sum, extras = self._forward(batch)
+            self.scaler.scale(loss_sum / n_targets).backward()
+            for name, value in extras.items():
+                sums[name] = sums.get(name, 0) + value
+        sum_gradients(self.world, self.parameters)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.grad_clip or math.inf)
+
+        names = sorted(sums)
+        summed = sum_over_world(self.world, [float(sums[name]) for name in names], self.device)
+        result = dict(zip(names, summed, strict=True)) | {"grad_norm": float(norm), "lr": lr}
+        if not self._finite(result):
+            self._stop_on_non_finite(step, result)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return result | {"n_targets": n_targets, "n_tokens": n_tokens, "attention_pairs": attention_pairs}
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = batch.to(self.device)
+        if self.options.compile and "cu_seqlens" in batch.inputs:
+            # The number of documents differs from batch to batch: one graph for all of them.
+            torch._dynamo.maybe_mark_dynamic(batch.inputs["cu_seqlens"], 0)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            loss_sum, n_targets, extras = self.loss_fn(self.model, batch)
+        if n_targets != batch.n_targets:
+            raise AssertionError(f"the loss summed over {n_targets} targets, the batch has {batch.n_targets}")
+        return loss_sum, extras
+
+    def _finite(self, result: dict[str, float]) -> bool:
+        """Whether this step may be applied. In float16 a gradient that overflows is normal: the scaler skips the step
+        and lowers its scale; it is an error only when no scale is left."""
+        if not all(math.isfinite(value) for name, value in result.items() if name != "grad_norm"):
+            return False
+        return math.isfinite(result["grad_norm"]) or (self.scaler.is_enabled() and self.scaler.get_scale() > 1)
+
+    def _stop_on_non_finite(self, step: int, result: dict[str, float]) -> None:
+        samples = self.schedule.samples(step)
+        report = self.options.out_dir / f"{self.run.name}.non_finite.json"
+        if self.world.is_main:
+            self.save(weights=False)  # of before this step
+            facts = {name: str(value) for name, value in result.items()}
+            content = {
+                "step": step + 1,
+                "metrics": facts,
+                "samples": samples,
+                "documents": self.train.documents(samples),
+            }
+            with atomic_write(report) as file:
+                json.dump(content, file, indent=2)
+        bad = ", ".join(f"{name} is {value}" for name, value in result.items() if not math.isfinite(value))
+        raise UserError(
+            f"step {step + 1}: {bad}; stopped before the weights changed. The state is saved in {self.folder}, the "
+            f"numbers of the samples and documents in {report}. Try a lower --learning_rate, more --warmup_iters or "
+            "--dtype float32, and look at those documents"
+        )
+
+    # ---- the run --------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Everything that can fail is tried here, before the first step: state, optimizer, validation."""
+        options = self.options
+        self.model.to(self.device)
+        share_parameters(self.world, self.model)
+        if options.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(self.model, options.optimizer, options.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.warmup_steps = min(options.warmup_iters, self.total_steps // 10)
+        if self.total_steps < options.warmup_iters * 10 and self.world.is_main:
+            print(
+                f"warm-up: {self.warmup_steps} steps, a tenth of this run, instead of --warmup_iters {options.warmup_iters}"
+            )
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+        self._resume_or_start()
+        if options.compile:
+            self.model.compile()
+        self.tracker = Tracker(self)
+        if self.val is not None and self.steps_done < self.total_steps:
+            self._validate(max_batches=2)  # a broken validation fails now, not after an hour
+
+    def run_steps(self, stop: StopRequest) -> dict:
+        """Step until the end, or until asked to stop."""
+        options = self.options
+        self.model.train()
+        first = self.steps_done
+        if first == self.total_steps and self.world.is_main:
+            self.run.save_weights(self.info())  # a run killed between its last state and its weights lacks them
+        for step, batches in self._prefetch(first):
+            result = self.step(step, batches)
+            self.steps_done = done = step + 1
+            self.tokens_done += int(result["n_tokens"])
+            self.tracker.add(result)
+            last = done == self.total_steps
+            if self.val is not None and (last or done % options.val_interval == 0):
+                with self.tracker.pause():
+                    self.tracker.validated(self._validate())
+            if last or done % options.log_interval == 0 or step == first:
+                self.metrics = self.tracker.log(done)
+            asked_to_stop = sum_over_world(self.world, [stop.signal], self.device)[0]
+            if last or done % options.save_interval == 0 or asked_to_stop:
+                with self.tracker.pause():
+                    self.save()
+            if asked_to_stop and not last:
+                self.tracker.close()
+                if self.world.is_main:
+                    print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
+                raise SystemExit(128 + int(stop.signal or signal.SIGTERM))
+        return self.metrics
+
+    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
+        """The batches of every step from `first` on, prepared while earlier steps compute."""
+
+        def prepare(step: int) -> list[Batch]:
+            mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
+            size = self.options.batch_size
+            return [self.train.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+        if self.options.num_workers == 0:
+            for step in range(first, self.total_steps):
+                yield step, prepare(step)
+            return
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(self.options.num_workers, thread_name_prefix="batches") as pool:
+            ahead = iter(range(first, self.total_steps))
+            for step in range(first, self.total_steps):
+                while len(waiting) <= self.options.num_workers and (n := next(ahead, None)) is not None:
+                    waiting.append(pool.submit(prepare, n))
+                yield step, waiting.popleft().result()
+
+    @torch.no_grad()
+    def _validate(self, max_batches: int | None = None) -> dict[str, float]:
+        """Means over the validation set (of all processes): "loss" and what else the loss function logs."""
+        was_training = self.model.training
+        self.model.eval()
+        sums: dict[str, float] = {}
+        n_targets = 0
+        mine = list(range(len(self.val)))[self.world.rank :: self.world.size]
+        size = self.options.batch_size
+        for i, begin in enumerate(range(0, len(mine), size)):
+            if max_batches is not None and i >= max_batches:
+                break
+            batch = self.val.batch(mine[begin : begin + size])
+            _, extras = self._forward(batch)
+            n_targets += batch.n_targets
+            for name, value in extras.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        self.model.train(was_training)
+        names = sorted(sums)
+        values = [sums[name] for name in names]
+        if self.world.size > 1:  # a process with no rows has no names: agree on them first
+            names, values = _agree_on_names(sums)
+        *values, total = sum_over_world(self.world, [*values, n_targets], self.device)
+        means = {name: value / total for name, value in zip(names, values, strict=True)}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise UserError(
+                f"validation after step {self.steps_done}: {means} is not finite; the training state is kept"
+            )
+        n_bytes = getattr(self.val, "n_bytes", 0)
+        if max_batches is None and n_bytes and "loss" in means:
+            means["bits_per_byte"] = means["loss"] * total / math.log(2) / n_bytes
+        return means
+
+    # ---- saving and resuming --------------------------------------------------------------------------------------
+
+    def identity(self) -> dict:
+        """What must not change between a stop and a resume."""
+        options, run = self.options, self.run
+        return {
+            "stage": run.stage,
+            "config": run.config.own_fields(),
+            "train_data": self.train.fingerprint,
+            "val_data": self.val.fingerprint if self.val is not None else None,
+            **run.identity,
+            "seed": options.seed,
+            "samples_per_step": self.schedule.per_step,
+            "optimizer": options.optimizer,
+        }
+
+    def settings(self) -> dict:
+        """What may change, but makes the result differ from that of a run in one go."""
+        names = ["learning_rate", "warmup_iters", "weight_decay", "grad_clip", "dtype"]
+        return {name: getattr(self.options, name) for name in names} | {
+            "total_steps": self.total_steps,
+            "world_size": self.world.size,
+        }
+
+    def save(self, weights: bool = True) -> None:
+        """Save the training state, and the weights for use."""
+        if self.world.is_main and self._saved_step != self.steps_done:
+            trainable = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            tensors = {
+                "model": trainable,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "tokens": self.tokens_done,
+                "metrics": self.metrics,
+            }
+            bad = [name for name, p in trainable.items() if not torch.isfinite(p).all()]
+            if bad:
+                raise UserError(
+                    f"step {self.steps_done}: {bad[0]} is not finite ({len(bad)} tensors); nothing was saved"
+                )
+            finished = self.steps_done == self.total_steps
+            run = {"identity": self.identity(), "settings": self.settings(), "finished": finished}
+            save_state(self.folder, self.steps_done, tensors, run, self.options.keep)
+            self._saved_step = self.steps_done
+            if weights:
+                self.run.save_weights(self.info())
+                self.tracker.plot()
+        barrier(self.world)
+
+    def info(self) -> dict:
+        """How the weights were made: goes into the JSON beside them."""
+        return {
+            "stage": self.run.stage,
+            "step": self.steps_done,
+            "total_steps": self.total_steps,
+            "tokens": self.tokens_done,
+            "metrics": self.metrics,
+            **self.run.identity,
+            "train_data": self.train.fingerprint,
+            "options": self.options.describe(),
+        }
+
+    def _resume_or_start(self) -> None:
+        options = self.options
+        found = complete_states(self.folder)
+        if options.resume is None or (options.resume == "auto" and not found):
+            if found and not options.overwrite and not _finished(found[-1]):
+                raise UserError(
+                    f"{self.folder} holds a run that was stopped at step {int(found[-1].name[5:])}: continue it with "
+                    "--resume, discard it with --overwrite, or choose another --out_dir"
+                )
+            if options.resume == "auto" and self.world.is_main:
+                print(f"nothing to resume in {self.folder}: starting from the beginning")
+            if self.world.is_main:
+                for old in found:
+                    delete_state(old)
+            return
+        path = self.folder if options.resume in ("newest", "auto") else Path(options.resume)
+        state = load_state(path)
+        changed = differences(self.identity(), state.run["identity"])
+        if changed:
+            raise UserError(f"cannot resume {state.path}, it is another run: {'; '.join(changed)}")
+        self._restore(state)
+        if self.world.is_main:
+            print(f"resuming after step {state.step} from {state.path}")
+            changed = differences(self.settings(), state.run["settings"])
+            if changed:
+                print(f"note: changed since then, so the result is not that of one run: {'; '.join(changed)}")
+            if state.step >= self.total_steps:
+                print(f"the run is finished: {state.step} of {self.total_steps} steps are done")
+
+    def _restore(self, state: State) -> None:
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        saved = state.tensors["model"]
+        if saved.keys() != parameters.keys():
+            odd = sorted(saved.keys() ^ parameters.keys())
+            raise UserError(f"cannot resume {state.path}: its parameters are others ({', '.join(odd[:3])} ...)")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        for optimizer, content in zip(self.optimizers, state.tensors["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        self.scaler.load_state_dict(state.tensors["scaler"])
+        self.steps_done, self.tokens_done = state.step, state.tensors["tokens"]
+        self.metrics = state.tensors["metrics"]
+        self._saved_step = state.step
+
+
+@dataclass
+class StopRequest:
+    """The signal that asked the run to stop; 0: none yet."""
+
+    signal: int = 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
+    request = StopRequest()
+
+    def ask(number: int, _frame) -> None:
+        if request.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = number
+        # os.write: print may be in the middle of a line of its own.
+        os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def hash_seed(seed: int, step: int, rank: int) -> int:
+    """One number from three, such that neighbouring steps and ranks have unrelated random streams."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _agree_on_names(sums: dict[str, float]) -> tuple[list[str], list[float]]:
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, sorted(sums))
+    names = sorted(set().union(*gathered))
+    return names, [sums.get(name, 0.0) for name in names]
+
+
+def _finished(path: Path) -> bool:
+    return bool(json.loads((path / "run.json").read_text(encoding="utf-8")).get("finished"))

@@ -1,0 +1,80 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+BETAS = (0.9, 0.95)
+OPTIMIZERS = ("adamw", "muon")
+
+
+def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floor: float = 0.1) -> float:
+    """Linear warm-up to `peak`, then a cosine down to `floor * peak` at the last step: a pure function of the step.
+
+    Args:
+        step: optimizer steps taken so far, from 0.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps - 1, 1)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters by how they are treated, as (name, parameter).
+
+    "matrices" are the weights of linear layers: they decay, and Muon may handle them. "embeddings" and "vectors" (norms)
+    do not decay: a rare token's row would fade between its appearances, and a norm's weight has no reason to be near 0.
+    The experts' gate is a matrix to weight decay but not to Muon: its rows are independent classifiers.
+    """
+    groups: dict[str, list] = {"matrices": [], "gates": [], "embeddings": [], "vectors": []}
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():  # yields a tied parameter once
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in embeddings:
+            groups["embeddings"].append((name, parameter))
+        elif parameter.dim() < 2:
+            groups["vectors"].append((name, parameter))
+        elif ".gate." in name:
+            groups["gates"].append((name, parameter))
+        else:
+            groups["matrices"].append((name, parameter))
+    covered = [id(parameter) for group in groups.values() for _, parameter in group]
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if len(covered) != len(set(covered)) or set(covered) != trainable:
+        raise AssertionError("the optimizer's groups do not cover every trainable parameter exactly once")
+    if not covered:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    return groups
+
+
+def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """The optimizer(s) that together update every trainable parameter; the loop sets their learning rate.
+
+    adamw: AdamW (https://arxiv.org/abs/1711.05101) for all.
+    muon: Muon (https://kellerjordan.github.io/posts/muon/) for the matrices, scaled so that its updates have the size of
+        AdamW's (https://arxiv.org/abs/2502.16982) and one learning rate serves both; AdamW for the rest.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+    groups = {key: [parameter for _, parameter in pairs] for key, pairs in parameter_groups(model).items()}
+    matrices = groups.pop("matrices")
+    optimizers: list[torch.optim.Optimizer] = []
+    rest = [
+        {"params": groups["gates"], "weight_decay": weight_decay},
+        {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0},
+    ]
+    if name == "adamw":
+        rest.insert(0, {"params": matrices, "weight_decay": weight_decay})
+    elif matrices:
+        muon = torch.optim.Muon(matrices, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    rest = [group for group in rest if group["params"]]
+    if rest:
+        fused = rest[0]["params"][0].device.type in ("cpu", "cuda", "mps")
+        optimizers.insert(0, torch.optim.AdamW(rest, betas=BETAS, eps=1e-8, fused=fused))
+    return optimizers
