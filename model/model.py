@@ -180,7 +180,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 starts a new document, and documents do not see each other (the ecosystem's padding-free packing).
             past_key_values: any object with `update(k, v, layer) -> (k, v)` and `get_seq_length()`.
             labels: (batch, time), aligned with `input_ids`: the shift by one happens here; -100 is not a target.
-            use_cache: return the cache; by default whenever no labels are given (as `config.use_cache` says).
+            use_cache: return the cache; by default whenever no labels are given (as `config.use_cache` says). Packed
+                documents have none.
             logits_to_keep: compute logits of the last n positions only (0: all), or of the given indices.
             cu_seqlens: (documents + 1,) int32 boundaries of packed documents in flattened (batch * time) order, as
                 `model.attention.attend_packed` takes them; saves deriving them from `position_ids`.
@@ -200,10 +201,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (batch, time, dim)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
-        if use_cache and past_key_values is None and cu_seqlens is None:
-            past_key_values = DynamicCache(config=self.config)
-
         layout = self._layout(x, attention_mask, position_ids, past_key_values, cu_seqlens)
+        if use_cache and past_key_values is None and layout.cu_seqlens is None:
+            past_key_values = DynamicCache(config=self.config)
         x = self.dropout(x)
         hidden_states, routings = [], []
         for layer in self.layers:
@@ -234,6 +234,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
     def _layout(self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens) -> Layout:
         """Positions, masks and document boundaries of this call."""
         batch, time = x.shape[:2]
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("packed documents cannot be kept in a KV cache: give cu_seqlens or past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             if cu_seqlens is not None:
@@ -241,7 +243,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 position_ids = torch.arange(batch * time, device=x.device).view(batch, time) - starts
             else:
                 position_ids = (torch.arange(time, device=x.device) + past)[None]
-        elif cu_seqlens is None and attention_mask is None and past == 0 and time > 1:
+        elif cu_seqlens is None and attention_mask is None and cache is None and time > 1:
             restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
             if restarts.any():
                 cu_seqlens = cu_seqlens_from_positions(position_ids.expand(batch, time))
@@ -250,8 +252,6 @@ class Transformer(PreTrainedModel, GenerationMixin):
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         valid = None if padding is None else padding[:, -time:].bool()
         if cu_seqlens is not None:
-            if cache is not None and past + (cache.get_seq_length() or 0):
-                raise ValueError("packed documents cannot continue a KV cache: give one or the other")
             return Layout(rope, cu_seqlens=cu_seqlens, valid=valid)
         if attention_mask is not None and attention_mask.dim() == 4:
             return Layout(rope, mask=attention_mask)

@@ -54,7 +54,9 @@ def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error():
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "wq" in name
     groups = parameter_groups(model)
-    assert [name for group in groups.values() for name, _ in group] == [f"layers.{i}.attention.wq.weight" for i in (0, 1)]
+    assert [name for group in groups.values() for name, _ in group] == [
+        f"layers.{i}.attention.wq.weight" for i in (0, 1)
+    ]
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(model)

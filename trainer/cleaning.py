@@ -1,4 +1,4 @@
-"""From raw dumps to the files the stages read: which rows are kept, how they are written, and the pipeline that does it.
+"""From raw dumps to the files the stages read: which rows are kept, how they are written, and the pipeline for it.
 
 A stage of cleaning is a function from one raw row to one `Row` of output; it raises `Filtered` for a sound row that
 the options do not want, and `Malformed` for a row that is not what it should be. `clean` runs it over files of any
@@ -7,7 +7,6 @@ size in several processes. The output has the order of the input, however many p
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
 import json
@@ -30,11 +29,19 @@ from typing import IO, Self
 from tqdm import tqdm
 
 from model.files import atomic_write
+from trainer.conversations import (
+    CHAT_COLUMNS,
+    PREFERENCE_COLUMNS,
+    Malformed,
+    check_order,
+    parse_preference,
+    read_messages,
+    text_of,
+)
 from trainer.disk_set import DiskSet, content_key
 from trainer.errors import UserError
 from trainer.readers import BadLine, Block, columns, iter_blocks, parse_block, total_bytes
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LISTED = 10  # so many bad lines are shown; the file of rejects has all of them
 BYTES_PER_WORKER = 4 << 20  # below this a process costs more to start than it saves
 
@@ -54,10 +61,6 @@ class Options:
 
 class Filtered(Exception):
     """A sound row that the options leave out. The text is a line of the summary, so it has no row's details in it."""
-
-
-class Malformed(Exception):
-    """A row that is not what it should be. The text says what is wrong, for the list of rejects."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Stage:
 
 def pretrain_row(data: dict, options: Options) -> Row:
     """{"text"} -> a line of a CSV with the column `text`."""
-    text = _string(data, "text", required=True)
+    text = text_of(data, "text", required=True)
     if len(text) < max(options.min_chars, 1):
         raise Filtered(f"shorter than {max(options.min_chars, 1)} characters")
     _check_length(text, "", options)
@@ -120,28 +123,10 @@ def sft_row(data: dict, options: Options) -> Row:
 
 
 def dpo_row(data: dict, options: Options) -> Row:
-    """A prompt with a chosen and a rejected answer -> one object of a JSON list.
-
-    The prompt is `conversations`, `messages`, `prompt` (a text or messages) or `instruction` + `input`; the answers are
-    texts, messages, or whole dialogues that repeat the prompt.
-    """
-    chosen_prompt, chosen = _answer(data, "chosen")
-    rejected_prompt, rejected = _answer(data, "rejected")
-    prompt = next((data[name] for name in ("conversations", "messages", "prompt") if data.get(name)), None)
-    if isinstance(prompt, str) and not prompt.lstrip().startswith("["):
-        messages = [("user", prompt.strip())]
-    elif prompt is not None:
-        messages = _messages(prompt)
-    elif _string(data, "instruction") or _string(data, "input"):
-        messages = [("user", _instruction(data))]
-    else:
-        messages = chosen_prompt
-    for given in (chosen_prompt, rejected_prompt):
-        if given and given != messages:
-            raise Malformed("the answers repeat another prompt than the row's")
-    _check_order(messages, last="user")
-    if chosen == rejected:
-        raise Malformed("chosen and rejected are the same")
+    """A prompt with a chosen and a rejected answer (`conversations.parse_preference`) -> one object of a JSON list."""
+    prompt, chosen, rejected = parse_preference(data)
+    messages = [(message["role"], message["content"].strip()) for message in prompt]
+    chosen, rejected = chosen.strip(), rejected.strip()
     for name, text in (("question", messages[-1][1]), ("answer", chosen), ("answer", rejected)):
         _check_length(text, name, options)
         _check_chinese(text, name, options)
@@ -160,12 +145,10 @@ STAGES = {
         "sft",
         sft_row,
         ("sft_data_single.csv", "sft_data.csv"),
-        (("q", "a"), ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",)),
+        CHAT_COLUMNS,
         "history,q,a\n",
     ),
-    "dpo": Stage(
-        "dpo", dpo_row, ("dpo/train_data.json",), (("chosen", "rejected"),), "[\n", separator=",\n", footer="\n]\n"
-    ),
+    "dpo": Stage("dpo", dpo_row, ("dpo/train_data.json",), PREFERENCE_COLUMNS, "[\n", separator=",\n", footer="\n]\n"),
 }
 
 
@@ -178,117 +161,13 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 def _turns(data: dict) -> list[tuple[str, str]]:
-    """The (question, answer) turns of an SFT row, in order."""
-    dialogue = data.get("messages") or data.get("conversations")
-    if dialogue:
-        messages = _messages(dialogue)
-        if messages[0][0] == "system":
-            raise Malformed("a system message, for which history,q,a has no place: train on this file itself")
-        _check_order(messages, last="assistant")
-        texts = [text for _, text in messages]
-        return list(zip(texts[::2], texts[1::2], strict=True))
-    if _string(data, "system"):
+    """The (question, answer) turns of an SFT row, in order, stripped."""
+    messages = read_messages(data)
+    if messages[:1] and messages[0]["role"] == "system":
         raise Malformed("a system message, for which history,q,a has no place: train on this file itself")
-    if "q" in data or "a" in data:
-        last = (_string(data, "q"), _string(data, "a"))
-    elif "output" in data:
-        last = (_instruction(data), _string(data, "output"))
-    else:
-        raise Malformed(f"no question and answer; the fields are {_names(data)}")
-    return [*_history(data.get("history")), last]
-
-
-def _history(value: object) -> list[tuple[str, str]]:
-    history = _parsed(value, "history") or []
-    if not isinstance(history, list):
-        raise Malformed("the history is not a list of [question, answer] pairs")
-    for turn in history:
-        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise Malformed("the history is not a list of [question, answer] pairs")
-        if not all(text.strip() for text in turn):
-            raise Malformed("an empty turn in the history")
-        _check_text("".join(turn), "history")
-    return [(question.strip(), answer.strip()) for question, answer in history]
-
-
-def _messages(value: object) -> list[tuple[str, str]]:
-    """[{"role","content"}] or [{"from","value"}] -> [(role, text)], the roles user, assistant and system."""
-    value = _parsed(value, "dialogue")
-    if not isinstance(value, list) or not value:
-        raise Malformed("the dialogue is not a list of messages")
-    return [_message(message) for message in value]
-
-
-def _message(message: object) -> tuple[str, str]:
-    if not isinstance(message, dict):
-        raise Malformed("a message is not an object with a role and a text")
-    role, content = ("role", "content") if "role" in message else ("from", "value")
-    if message.get(role) not in ROLES:
-        raise Malformed(f"unknown role {message.get(role)!r}; known are {', '.join(ROLES)}")
-    text = _string(message, content, required=True)
-    if not text:
-        raise Malformed(f"an empty {ROLES[message[role]]} message")
-    return ROLES[message[role]], text
-
-
-def _check_order(messages: list[tuple[str, str]], last: str) -> None:
-    """A dialogue is: perhaps a system message, then user and assistant in turn, and `last` speaks last."""
-    roles = [role for role, _ in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = ["user", "assistant"] * (len(turns) // 2 + 1)
-    if not turns or turns != expected[: len(turns)] or turns[-1] != last:
-        shown = " ".join(roles[:8]) + (" ..." if len(roles) > 8 else "")
-        raise Malformed(f"roles out of order: {shown}; expected user and assistant in turn, {last} last")
-
-
-def _answer(data: dict, name: str) -> tuple[list[tuple[str, str]], str]:
-    """The answer under `name`, and the prompt that it repeats, if it does."""
-    value = data.get(name)
-    if isinstance(value, list) and value:
-        *prompt, (role, text) = _messages(value)
-    elif isinstance(value, dict):
-        prompt, (role, text) = [], _message(value)
-    else:
-        prompt, role, text = [], "assistant", _string(data, name, required=True)
-    if role != "assistant":
-        raise Malformed(f"{name} is a {role} message, not an assistant's")
-    if not text:
-        raise Malformed(f"{name} is empty")
-    return prompt, text
-
-
-def _instruction(data: dict) -> str:
-    return "\n".join(part for part in (_string(data, "instruction"), _string(data, "input")) if part)
-
-
-def _string(data: dict, name: str, required: bool = False) -> str:
-    """The stripped text under `name`; "" for null, and for a missing field that is not required."""
-    if required and name not in data:
-        raise Malformed(f"no {name}; the fields are {_names(data)}")
-    value = data.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise Malformed(f"{name} is not a text but {type(value).__name__}")
-    _check_text(value, name)
-    return value.strip()
-
-
-def _check_text(text: str, name: str) -> None:
-    if "\0" in text:
-        raise Malformed(f"a NUL character in {name}")
-
-
-def _parsed(value: object, name: str) -> object:
-    """A list as it is, or written as JSON, or (in files of the original MiniMind) as a Python literal."""
-    if not isinstance(value, str) or not value.strip():
-        return value or None
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(value)
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise Malformed(f"{name} is neither JSON nor a Python list") from None
+    check_order(messages, last="assistant")
+    texts = [message["content"].strip() for message in messages]
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def _check_length(text: str, name: str, options: Options) -> None:
@@ -299,10 +178,6 @@ def _check_length(text: str, name: str, options: Options) -> None:
 def _check_chinese(text: str, name: str, options: Options) -> None:
     if options.min_chinese_ratio and chinese_ratio(text) < options.min_chinese_ratio:
         raise Filtered(f"{name} less than {options.min_chinese_ratio:.0%} Chinese".strip())
-
-
-def _names(data: dict) -> str:
-    return ", ".join(map(str, list(data)[:8])) or "none"
 
 
 def _csv_field(text: str) -> str:
@@ -533,7 +408,7 @@ class Progress:
         self.bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None)
         self.started = self.told = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exc) -> None:

@@ -12,6 +12,7 @@ from model.model import Transformer, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import check_can_write, checkpoint_name, save_checkpoint
 from trainer.arguments import DTYPES, TrainOptions
+from trainer.checkpoint import complete_states
 from trainer.datasets import PackedRows
 from trainer.errors import UserError
 from trainer.loop import Run
@@ -56,9 +57,12 @@ def weights_run(
     path = options.out_dir / checkpoint_name(stage, config)
     try:
         options.out_dir.mkdir(parents=True, exist_ok=True)
-        check_can_write(path, config, options.overwrite)
-    except FileExistsError as error:
-        raise UserError(f"--out_dir {options.out_dir} is a file; choose a folder") from error
+        if options.resume is None or not complete_states(options.out_dir / f"{path.stem}.resume"):
+            check_can_write(path, config, options.overwrite)  # what is resumed is compared with more than the shape
+    except OSError as error:
+        raise UserError(
+            f"--out_dir {options.out_dir} cannot be used ({error.strerror}); choose another folder"
+        ) from error
     except ValueError as error:
         raise UserError(str(error)) from error
 

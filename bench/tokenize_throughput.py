@@ -1,0 +1,90 @@
+"""How fast text becomes a corpus on the disk, beside what the tokenizers library can do at best.
+
+    python bench/tokenize_throughput.py --data_path dataset/pretrain_data.csv
+
+ours       build_pretrain_corpus: read and parse the file, encode, hash, write and sync the arrays
+library    one call of its encode_batch_fast on texts that are in memory already; the result is thrown away
+
+The two take turns, and the best round of each counts: other work on the machine disturbs single rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tokenizers import Tokenizer  # noqa: E402
+
+from model.tokenizer import TOKENIZER_DIR, load_tokenizer  # noqa: E402
+from trainer.corpus import build_pretrain_corpus  # noqa: E402
+from trainer.errors import run_script  # noqa: E402
+from trainer.readers import iter_records  # noqa: E402
+
+
+def take_texts(path: Path, n_bytes: int) -> list[str]:
+    """The first texts of `path`, `n_bytes` of UTF-8 in all."""
+    texts: list[str] = []
+    for record in iter_records(path, lambda bad: None):
+        if n_bytes <= 0:
+            break
+        text = record.data.get("text")
+        if isinstance(text, str) and text.strip():
+            texts.append(text)
+            n_bytes -= len(text.encode())
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_path", type=Path, default=ROOT / "dataset" / "pretrain_data.csv", help="file with the field text")
+    add("--mb", type=float, default=16, help="megabytes of text to use (default: 16)")
+    add("--rounds", type=int, default=3, help="rounds of each (default: 3)")
+    args = parser.parse_args()
+
+    texts = take_texts(args.data_path, int(args.mb * 1e6))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    tokenizer = load_tokenizer()
+    library = Tokenizer.from_file(str(TOKENIZER_DIR / "tokenizer.json"))
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)
+    rates: dict[str, list[float]] = {"ours": [], "library": []}  # MB/s, by the clock
+    costs: dict[str, list[float]] = {"ours": [], "library": []}  # CPU seconds per MB, of all threads
+
+    def measure(name: str, work: Callable[[], object]) -> None:
+        started, cpu = time.perf_counter(), time.process_time()
+        work()
+        costs[name].append((time.process_time() - cpu) / (n_bytes / 1e6))
+        rates[name].append(n_bytes / 1e6 / (time.perf_counter() - started))
+
+    def quiet(message: str) -> None:
+        pass
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "texts.csv"
+        with source.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts)])
+        for i in range(args.rounds):
+            cache = Path(folder) / str(i)
+            measure("ours", functools.partial(build_pretrain_corpus, [source], tokenizer, cache, log=quiet))
+            measure("library", functools.partial(library.encode_batch_fast, texts, add_special_tokens=False))
+    print(f"{len(texts):,} texts, {n_bytes / 1e6:.1f} MB, {os.cpu_count()} CPUs, {args.rounds} rounds")
+    print("| tokenising | best MB/s | ratio | CPU seconds per MB, least | ratio |")
+    print("|---|---|---|---|---|")
+    for name in rates:
+        rate, cost = max(rates[name]), min(costs[name])
+        ratios = rate / max(rates["library"]), cost / min(costs["library"])
+        print(f"| {name} | {rate:.2f} | {ratios[0]:.2f} | {cost:.3f} | {ratios[1]:.2f} |")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,475 @@
+"""Weights on the disk: writing `.pth` files, finding, checking and reading them.
+
+    save_checkpoint("out/pretrain_512.pth", model, info={"stage": "pretrain", "step": 1000})
+    checkpoint = load_checkpoint("out/pretrain_512.pth", dtype=torch.float32, tokenizer=tokenizer)
+    checkpoint.model, checkpoint.config, checkpoint.info, checkpoint.notes
+
+A `.pth` is a plain state dict under the published names. `<same name>.json` beside it holds the configuration and how
+the weights were made. The published files come without that JSON: their architecture is read from the shapes.
+
+**Which JSON belongs to which weights.** Each file is replaced atomically, but the two cannot be replaced at once. So
+the JSON carries a fingerprint of its `.pth`, and it is written in this order: the new weights under a temporary name;
+the JSON of the new weights, which still holds the old JSON as `previous`; the rename of the weights; the JSON without
+`previous`. A process killed anywhere leaves weights whose description is in the JSON. Weights that fit neither were
+put there by somebody else, and are refused rather than read with the wrong number of heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from .files import atomic_write
+from .LMConfig import PRESETS, LMConfig, architecture_differences, preset
+from .model import Transformer
+from .tokenizer import tokenizer_hash
+
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
+_TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt: old files carry them along
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"layers\.0\.feed_forward\.experts\.\d+\.w1\.weight")
+_DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile)
+
+
+@dataclass
+class Checkpoint:
+    """Weights read from `path`. `info` is the JSON beside them ({} if none), `notes` what a user should be told.
+
+    `fingerprint` is 16 hex digits that change with the content of the file.
+    """
+
+    model: Transformer
+    config: LMConfig
+    info: dict
+    path: Path
+    fingerprint: str
+    notes: list[str] = field(default_factory=list)
+
+
+# ---- names and places
+
+
+def checkpoint_name(stage: str, config: LMConfig) -> str:
+    """File name of a stage's weights: `pretrain_512.pth`, `full_sft_512_moe.pth`."""
+    return f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
+
+
+def find_checkpoint(out_dir: Path | str, stages: Sequence[str], config: LMConfig | None = None) -> Path | None:
+    """The file written last among those of `stages` in `out_dir`, of any size or of `config`'s; or None."""
+    out_dir = Path(out_dir)
+    if not out_dir.is_dir():
+        return None
+    if config is None:
+        name = re.compile(rf"(?:{'|'.join(map(re.escape, stages))})_\d+(?:_moe)?\.pth")
+        found = [path for path in out_dir.iterdir() if name.fullmatch(path.name) and path.is_file()]
+    else:
+        found = [path for stage in stages if (path := out_dir / checkpoint_name(stage, config)).is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+# ---- writing
+
+
+def save_checkpoint(
+    path: Path | str, model: Transformer, *, dtype: torch.dtype = torch.float32, info: dict, overwrite: bool = False
+) -> None:
+    """Write the weights of `model` and the JSON beside them; killed at any moment, the old or the new pair is there.
+
+    Args:
+        path: the `.pth` file; its folder is made.
+        model: a bare Transformer (compiled or not), on any device.
+        dtype: of the file: float32, bfloat16 or float16.
+        info: what the JSON should tell beside the configuration: stage, step, tokens, loss, tokenizer_hash, ...
+        overwrite: replace a checkpoint of another architecture.
+
+    Raises:
+        ValueError: non-finite weights (by name), weights that are not a MiniMind's, or see `check_can_write`.
+        OSError: a full disk, a folder without permission; the previous checkpoint is untouched.
+    """
+    path = Path(path)
+    config = model.config
+    state = _state_to_save(model, dtype, path)
+    check_can_write(path, config, overwrite)
+    previous = _previous_description(path)
+    ours = {"config": config.own_fields(), "dtype": _dtype_name(dtype)}
+    new = ours | {key: value for key, value in info.items() if key not in ("fingerprint", "previous")} | ours
+    json.dumps(new, allow_nan=False)  # what cannot be written fails here, before anything is
+    try:
+        with atomic_write(path, "w+b", encoding=None) as file:
+            torch.save(state, file)
+            file.flush()
+            new["fingerprint"] = _fingerprint(file)
+            _write_json(path.with_suffix(".json"), new | previous)
+        if previous:
+            _write_json(path.with_suffix(".json"), new)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer hides the reason (no space left) behind an error of its own.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError) and reason.errno is not None:
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
+        raise
+
+
+def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False) -> None:
+    """Raise ValueError if `path` holds weights of another architecture than `config`, and `overwrite` is not given.
+
+    For the start of a run, so that it does not find out at its first save.
+    """
+    path = Path(path)
+    if overwrite or not path.exists():
+        return
+    advice = "give another --out_dir, or --overwrite to replace it"
+    try:
+        existing = _read(path)[1]
+    except ValueError as error:
+        raise ValueError(f"{path} exists and is not a checkpoint that can be read ({error}); {advice}") from error
+    differences = architecture_differences(config, existing)
+    if differences:
+        raise ValueError(
+            f"{path} holds a model of another architecture (this one != that one: {', '.join(differences)}); {advice}"
+        )
+
+
+def _state_to_save(model: Transformer, dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
+    """The state dict in `dtype` on the CPU, the tied pair sharing its memory; refuses what could not be read again."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{path}: weights are saved as float32, bfloat16 or float16, not {_dtype_name(dtype)}")
+    state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in model.state_dict().items()}
+    _check_names_and_shapes(state, model.config, path)
+    # Non-finite before the cast: the training went wrong. After it: float16 ends at 65,504.
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} was not written: these weights are not finite: {_some(broken)}")
+    state = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{path} was not written: too large for {_dtype_name(dtype)}: {_some(broken)}; save as float32 or bfloat16"
+        )
+    if not torch.equal(state[EMBEDDING], state[OUTPUT]):
+        raise ValueError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
+    state[OUTPUT] = state[EMBEDDING]
+    return state
+
+
+def _previous_description(path: Path) -> dict:
+    """{"previous": what the JSON has to say until the weights in `path` are replaced}; {} if nothing is there."""
+    if not path.is_file():
+        return {}
+    try:
+        return {"previous": _description_of(path) | {"fingerprint": _fingerprint(path)}}
+    except ValueError:  # not readable before either: replacing it was asked for
+        return {}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+# ---- reading
+
+
+def load_checkpoint(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    overrides: dict | None = None,
+) -> Checkpoint:
+    """Read weights, published ones or ours, and check everything about them. The model is in evaluation mode.
+
+    Args:
+        path: the `.pth` file.
+        dtype: of the model; None: that of the file.
+        tokenizer: the one the model is to be used with; another than it was trained with is refused.
+        overrides: LMConfig fields to replace (dropout, max_seq_len, ...). Fields of the architecture come from the
+            file: a different value for one is refused.
+
+    Raises:
+        ValueError: with what is wrong and what to do: a missing or damaged file, a JSON of other weights, missing,
+            unexpected, misshapen or non-finite weights by name, another tokenizer or architecture.
+    """
+    path = Path(path)
+    state, config, info, notes = _read(path)
+    _check_intact(path, info)
+    if overrides:
+        config = _replace_fields(config, overrides, path)
+    _check_names_and_shapes(state, config, path)
+    _check_values(state, path)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, config, info, path)
+
+    dtype = dtype or state[EMBEDDING].dtype
+    # A copy, because the tensors read are a map of the file, which somebody may delete or overwrite in place.
+    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
+    with torch.device("meta"):  # no memory, and no random numbers that are thrown away
+        model = Transformer(config)
+    model.load_state_dict(state | {OUTPUT: state[EMBEDDING]}, strict=True, assign=True)
+    model.output.weight = model.tok_embeddings.weight
+    return Checkpoint(model.eval(), config, info, path, _fingerprint(path), notes)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
+    """State dict under its plain names, configuration, JSON and notes; the tensors are mapped from the file."""
+    notes = []
+    raw = _read_pth(path)
+    info = _description_of(path)
+    state, compiled, tables = {}, 0, 0
+    for name, tensor in raw.items():
+        plain = name.replace("_orig_mod.", "")
+        compiled += plain != name
+        if _TABLES.fullmatch(plain):
+            tables += 1
+        elif plain in state:
+            raise ValueError(f"{path} holds {plain} twice, with and without the prefix _orig_mod.")
+        else:
+            state[plain] = tensor
+    if compiled:
+        notes.append(f"{compiled} names carry the prefix _orig_mod. of torch.compile: removed")
+    if tables:
+        notes.append(f"{tables} tables (mask, pos_cis) in it: left out, they are computed")
+    if EMBEDDING not in state or state[EMBEDDING].dim() != 2:
+        raise ValueError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {_some(list(state))}")
+    if OUTPUT not in state:
+        state[OUTPUT] = state[EMBEDDING]
+        notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
+
+    if info:
+        config = _config_from_json(info, path.with_suffix(".json"))
+    else:
+        pos_cis = next((tensor for name, tensor in raw.items() if name.endswith("pos_cis")), None)
+        config = _config_from_shapes(state, pos_cis, path, notes)
+    return state, config, info, notes
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        files = sorted(file.name for file in path.parent.glob("*.pth"))
+        there = f"in {path.parent} there are: {', '.join(files)}" if files else f"no .pth file is in {path.parent}"
+        raise ValueError(f"no checkpoint {path}; {there}")
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder; name a .pth file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a state dict of tensors: it is another kind of file, or holds objects, which are never "
+            "loaded because they can run code"
+        ) from error
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path} is damaged or cut off ({_first_line(error)}); copy it again or save it anew"
+        ) from error
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path} is not a plain state dict: not a tensor: {_some(others)}")
+    return state
+
+
+def _description_of(path: Path) -> dict:
+    """The JSON that belongs to the weights now in `path`: {} if there is none.
+
+    Raises ValueError for a JSON that is damaged or of other weights.
+    """
+    file = path.with_suffix(".json")
+    if not path.is_file() or not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it to have the shapes of {path.name} read") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ValueError(f'{file} has no "config"; delete it to have the shapes of {path.name} read')
+    previous = content.pop("previous", None)
+    if "fingerprint" not in content:  # written by hand
+        return content
+    actual = _fingerprint(path)
+    for candidate in (content, previous):
+        if isinstance(candidate, dict) and candidate.get("fingerprint") == actual:
+            return candidate if "config" in candidate else {}  # the previous weights may have had no JSON
+    raise ValueError(
+        f"{file} describes other weights than those in {path.name}; put the right one there, or delete it to have the "
+        f'shapes read (or only its "fingerprint", if you are sure that the rest fits)'
+    )
+
+
+def _fingerprint(file: Path | IO[bytes]) -> str:
+    """16 hex digits of a torch file: from the checksums in its zip directory, so that the weights need not be read."""
+    if not zipfile.is_zipfile(file):  # torch before 1.6
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    with zipfile.ZipFile(file) as archive:
+        entries = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def _check_intact(path: Path, info: dict) -> None:
+    """Read the whole file against its checksums: torch.load does not, and a flipped bit is a wrong weight.
+
+    Only files written here: torch can be told to write none.
+    """
+    if "fingerprint" not in info:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again or save it anew") from error
+    if broken:
+        raise ValueError(f"{path} is damaged: wrong checksum of {broken}; copy it again or save it anew")
+
+
+# ---- architecture
+
+
+def _config_from_json(info: dict, file: Path) -> LMConfig:
+    fields, types = info["config"], LMConfig.__annotations__
+    unknown = sorted(set(fields) - set(types))
+    if unknown:
+        raise ValueError(f'{file}: unknown fields in "config": {_some(unknown)}; written by another version?')
+    fractions = [name for name, value in fields.items() if types[name] == "int" and type(value) is not int]
+    if fractions:
+        raise ValueError(f'{file}: "config" cannot be used: not a whole number: {_some(fractions)}')
+    try:
+        return LMConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{file}: "config" cannot be used: {error}') from error
+
+
+def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: Path, notes: list[str]) -> LMConfig:
+    """The configuration of a file without a JSON: what its shapes tell, and for the rest what was published."""
+    vocab_size, dim = state[EMBEDDING].shape
+    layers = {int(found[1]) for name in state if (found := _LAYER.match(name))}
+    n_experts = sum(bool(_EXPERT.fullmatch(name)) for name in state)
+    first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
+    missing = [name for name in ("layers.0.attention.wk.weight", first) if name not in state]
+    if missing:
+        raise ValueError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {_some(list(state))}")
+    hidden_dim, kv_dim = len(state[first]), len(state["layers.0.attention.wk.weight"])
+    fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0)
+    if n_experts:
+        shared = state.get("layers.0.feed_forward.shared_experts.w1.weight")
+        if shared is not None and len(shared) % hidden_dim:
+            raise ValueError(
+                f"{path}: the shared experts are {len(shared)} wide, not a multiple of the experts' {hidden_dim}"
+            )
+        n_shared = 0 if shared is None else len(shared) // hidden_dim
+        fields |= dict(n_routed_experts=n_experts, n_shared_experts=n_shared, num_experts_per_tok=min(2, n_experts))
+
+    n_heads, source = _heads(dim, len(layers), kv_dim, n_experts > 0, pos_cis)
+    head_dim = dim // n_heads if n_heads and dim % n_heads == 0 else 0
+    if not head_dim or kv_dim % head_dim:
+        raise ValueError(
+            f"{path}: the number of heads cannot be told from keys of width {kv_dim} in a model of width {dim}; "
+            f'write it to {path.with_suffix(".json").name}: {{"config": {{"n_heads": ..., ...}}}}'
+        )
+    try:
+        config = LMConfig(**fields, n_heads=n_heads, n_kv_heads=kv_dim // head_dim)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found = f"no JSON beside it, read from the shapes: dim {dim}, {len(layers)} layers, {vocab_size} tokens"
+    if n_experts:
+        found += f", {n_experts} routed experts, {config.n_shared_experts} shared (of width {hidden_dim})"
+    notes.append(found)
+    assumed = f"assumed: {n_heads} heads, {config.n_kv_heads} for keys ({source})"
+    notes.append(assumed + (f", {config.num_experts_per_tok} experts per token" if n_experts else ""))
+    return config
+
+
+def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor | None) -> tuple[int, str]:
+    """Number of query heads and how it was found; the matrices do not tell it, only an old position table does."""
+    if pos_cis is not None and pos_cis.dim() == 2 and pos_cis.shape[1] > 0:  # (positions, head_dim / 2)
+        return dim // (2 * pos_cis.shape[1]), "from the table pos_cis"
+    for name in PRESETS:
+        known = preset(name)
+        same = (known.dim, known.n_layers, known.use_moe) == (dim, n_layers, use_moe)
+        if same and known.n_kv_heads * known.head_dim == kv_dim:
+            return known.n_heads, f"as in {name}"
+    return 16, "as in the published models"
+
+
+def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
+    unknown = sorted(set(overrides) - set(LMConfig.__annotations__))
+    if unknown:
+        raise ValueError(f"unknown model fields: {', '.join(unknown)}")
+    wanted = LMConfig(**(config.own_fields() | overrides))
+    differences = architecture_differences(wanted, config)
+    if differences:
+        raise ValueError(
+            f"{path} is a model of another architecture (asked for != in the file: {', '.join(differences)}); "
+            "leave these flags out, or name another checkpoint"
+        )
+    return wanted
+
+
+# ---- checks
+
+
+def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path) -> None:
+    """Raise ValueError, naming the weights, unless exactly those of `config` are there in its shapes."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    problems = []
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    if missing:
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {_some(unexpected)}")
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if misshapen:
+        problems.append(f"other shapes: {_some(misshapen)}")
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit their architecture; {'; '.join(problems)}")
+
+
+def _check_values(state: dict[str, Tensor], path: Path) -> None:
+    strange = [f"{name} ({_dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
+    if strange:
+        raise ValueError(f"{path}: not floating-point weights: {_some(strange)}")
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: these weights are not finite (a run that diverged?): {_some(broken)}")
+    if not torch.equal(state[EMBEDDING], state[OUTPUT]):
+        raise ValueError(f"{path}: {OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LMConfig, info: dict, path: Path) -> None:
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"{path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: use the one it was trained with"
+        )
+    trained_with, given = info.get("tokenizer_hash"), tokenizer_hash(tokenizer)
+    if trained_with is not None and trained_with != given:
+        raise ValueError(f"{path} was trained with the tokenizer {trained_with}, this one is {given}: use the former")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

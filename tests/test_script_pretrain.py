@@ -1,0 +1,236 @@
+"""1-pretrain.py as a user runs it: in a process of its own, with good and bad input, killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.weights import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "1-pretrain.py"
+TINY = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --device cpu --dtype float32".split()
+QUICK = [*TINY, *"--batch_size 4 --max_steps 8 --log_interval 1 --val_fraction 0.1 --learning_rate 0.01".split()]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A pretraining CSV of 300 sentences."""
+    path = tmp_path_factory.mktemp("data") / "pretrain_data.csv"
+    rng = random.Random(0)
+    words = "the cat saw a dog near 河 and 山 then slept until morning came".split()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text"])
+        writer.writerows([" ".join(rng.choices(words, k=rng.randint(3, 30)))] for _ in range(300))
+    return path
+
+
+def command(*args) -> list[str]:
+    return [sys.executable, str(SCRIPT), *map(str, args)]
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def failed(result: subprocess.CompletedProcess) -> str:
+    """The message of a run that failed as it should: one line, no traceback."""
+    assert result.returncode not in (0, None), result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def parameters(out_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out_dir / "pretrain_32.pth", weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_from_text_to_weights(texts, tmp_path):
+    out = tmp_path / "out"
+    result = run(*QUICK, "--data_path", texts, "--out_dir", out, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "step 8/8 100% | loss " in result.stdout and " bpb " in result.stdout
+    lines = [json.loads(line) for line in (out / "pretrain_32.metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    checkpoint = load_checkpoint(out / "pretrain_32.pth")
+    assert checkpoint.config.dim == 32 and checkpoint.info["step"] == 8
+    assert checkpoint.info["tokenizer_hash"] and checkpoint.info["train_data"]
+    # The tokens are made once: the second run reads them.
+    again = run(*QUICK, "--data_path", texts, "--out_dir", out, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "kept in" not in again.stdout
+    assert same(parameters(out), torch.load(out / "pretrain_32.pth", weights_only=True))
+
+
+def test_mixture_of_experts_compiled_bf16_muon(texts, tmp_path):
+    flags = "--use_moe --dtype bfloat16 --optimizer muon --gradient_checkpointing --save_dtype bfloat16 --max_steps 3"
+    result = run(*QUICK, *flags.split(), "--data_path", texts, "--out_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "balance_loss" in result.stdout
+    state = torch.load(tmp_path / "pretrain_32_moe.pth", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    assert "layers.1.feed_forward.experts.3.w2.weight" in state
+
+
+def test_wandb_works_without_an_account(texts, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run(*QUICK, "--use_wandb", "--data_path", texts, "--out_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "logging offline" in result.stdout
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_killed_ten_times_and_resumed_gives_the_same_weights(texts, tmp_path):
+    """SIGKILL at random moments; saving after every step makes many of them hit a save."""
+    flags = [*QUICK, "--data_path", texts, "--max_steps", 150, "--save_interval", 1, "--dropout", 0.1]
+    whole = run(*flags, "--out_dir", tmp_path / "whole", "--save_interval", 1000)
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "out" / "cache")
+    rng = random.Random(0)
+    kills, position = 0, 0
+    while kills < 10:
+        process = subprocess.Popen(
+            command(*flags, "--out_dir", tmp_path / "out", "--resume", "auto"), stdout=subprocess.PIPE, text=True
+        )
+        target = position + rng.randint(2, 12)
+        for line in process.stdout:
+            if line.startswith("step "):
+                position = int(line.split("/")[0].split()[1])
+                if position >= target:
+                    break
+        try:
+            process.wait(timeout=rng.random() * 0.05)
+        except subprocess.TimeoutExpired:
+            pass
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed ten times"
+        kills += 1
+    last = run(*flags, "--out_dir", tmp_path / "out", "--resume")
+    assert last.returncode == 0, last.stderr
+    assert "resuming after step " in last.stdout
+    assert same(parameters(tmp_path / "out"), parameters(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_so(texts, tmp_path, number):
+    flags = [*QUICK, "--data_path", texts, "--max_steps", 100_000, "--save_interval", 100_000, "--out_dir", tmp_path]
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "continue with --resume" in out and "Traceback" not in err
+    assert load_checkpoint(tmp_path / "pretrain_32.pth").info["step"] >= 3
+
+
+def test_two_processes_train_what_one_trains(texts, tmp_path):
+    flags = [*QUICK, "--data_path", texts, "--cache_dir", tmp_path / "cache"]
+    one = run(*flags, "--out_dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    two = subprocess.run(
+        [*launcher, *map(str, flags), "--batch_size", "2", "--out_dir", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("step 8/8") == 1
+    for name, value in parameters(tmp_path / "one").items():
+        assert torch.allclose(value, parameters(tmp_path / "two")[name], atol=1e-4), name
+    metrics = [load_checkpoint(tmp_path / name / "pretrain_32.pth").info["metrics"] for name in ("one", "two")]
+    assert metrics[0]["val_loss"] == pytest.approx(metrics[1]["val_loss"], rel=1e-5)
+
+
+def test_other_data_or_another_model_is_not_resumed(texts, tmp_path):
+    flags = [*QUICK, "--data_path", texts, "--out_dir", tmp_path]
+    assert run(*flags).returncode == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(100)), encoding="utf-8")
+    assert "train_data" in failed(run(*flags, "--data_path", other, "--resume"))
+    assert "config.rope_theta" in failed(run(*flags, "--rope_theta", 5000, "--resume"))
+    # Another depth has the same name: it is not overwritten unasked.
+    before = (tmp_path / "pretrain_32.pth").read_bytes()
+    message = failed(run(*flags, "--n_layers", 3))
+    assert "n_layers" in message and "--overwrite" in message
+    assert (tmp_path / "pretrain_32.pth").read_bytes() == before
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_bad_data_ends_in_one_clear_line(texts, tmp_path):
+    def message(path) -> str:
+        return failed(run(*QUICK, "--data_path", path, "--out_dir", tmp_path / "out"))
+
+    assert "data_process.py pretrain" in message(tmp_path / "missing.csv")
+    assert "empty.csv" in message(write(tmp_path / "empty.csv", ""))
+    wrong = message(write(tmp_path / "wrong.csv", "content,id\nabc,1\n"))
+    assert "wrong.csv" in wrong and "text" in wrong and "content" in wrong
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_bad_lines_are_skipped_counted_and_listed(texts, tmp_path):
+    good = [json.dumps({"text": f"good sentence number {i} with some words"}).encode() for i in range(200)]
+    lines = [*good[:100], b'{"text": "cut off in the mid', b'{"text": "\xff\xfe not utf-8"}', *good[100:]]
+    path = write(tmp_path / "mixed.jsonl", b"\n".join(lines))
+    result = run(*QUICK, "--data_path", path, "--out_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "101" in result.stdout + result.stderr  # the line of the truncated row
+    assert "training on" in result.stdout
+
+
+def test_wrong_flags_are_named_all_at_once(tmp_path):
+    result = run("--epochs", 0, "--keep", 1, "--dim", 30, "--device", "cuda:99", "--out_dir", tmp_path / "out")
+    assert result.returncode == 2
+    for part in ("--epochs 0", "--keep 1", "--dim 30", "--device cuda:99"):
+        assert part in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(texts, tmp_path):
+    blocked = write(tmp_path / "file", "")
+    message = failed(run(*QUICK, "--data_path", texts, "--cache_dir", tmp_path / "cache", "--out_dir", blocked))
+    assert str(blocked) in message
+    message = failed(run(*QUICK, "--data_path", texts, "--cache_dir", tmp_path / "cache", "--out_dir", "/proc/nothing"))
+    assert "/proc/nothing" in message
+
+
+def test_a_full_disk_while_saving_loses_nothing(texts, tmp_path):
+    """A file-size limit makes writing fail in the middle of a save, as a full disk does."""
+    flags = [*QUICK, "--data_path", texts, "--out_dir", tmp_path]
+    assert run(*flags, "--save_interval", 4).returncode == 0
+    before = parameters(tmp_path)
+    states = sorted(p.name for p in (tmp_path / "pretrain_32.resume").iterdir())
+    limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+    limited += f"sys.argv = sys.argv[1:]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    flags = [*map(str, flags), "--resume", "--max_steps", "12"]
+    result = subprocess.run(
+        [sys.executable, "-c", limited, str(SCRIPT), *flags], capture_output=True, text=True, timeout=300
+    )
+    assert "step_00000012" in failed(result)
+    assert same(parameters(tmp_path), before)
+    assert sorted(p.name for p in (tmp_path / "pretrain_32.resume").iterdir()) == states
