@@ -38,7 +38,7 @@ def join_world(device_type: str) -> World:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     if not world.is_main:
-        sys.stdout = open(os.devnull, "w")  # one process speaks; errors of all are heard
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks; errors of all are heard
     return world
 
 
