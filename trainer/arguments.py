@@ -139,6 +139,16 @@ class TrainOptions:
         return plain
 
 
+@dataclass
+class TuneOptions(TrainOptions):
+    """Flags of the stages that start from a trained model."""
+
+    init_from: str | None = flag(
+        None, "weights to start from; none for random ones (default: the newest fitting checkpoint in OUT_DIR)",
+        metavar="FILE|none",
+    )  # fmt: skip
+
+
 Options = typing.TypeVar("Options", bound=TrainOptions)
 
 

@@ -111,15 +111,19 @@ class TokenCorpus:
         are added or the order changes. So the share is `val_fraction` on average only; but of two or more different
         documents at least one is in each part (unless val_fraction is 0).
         """
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1")
-        keys = np.asarray(self.keys)
-        is_val = keys < np.uint64(int(val_fraction * 2**64))
-        if val_fraction > 0 and not is_val.any():
-            is_val = keys == keys.min()
-        if is_val.all():
-            is_val = keys != keys.max()
-        return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+        return split_by_key(np.asarray(self.keys), val_fraction)
+
+
+def split_by_key(keys: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices for (training, validation) by content hash, keys (n,) uint64: see `TokenCorpus.split`."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1")
+    is_val = keys < np.uint64(int(val_fraction * 2**64))
+    if val_fraction > 0 and not is_val.any():
+        is_val = keys == keys.min()
+    if is_val.all():
+        is_val = keys != keys.max()
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
 def build_pretrain_corpus(

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.LMConfig import LMConfig
-from model.model import Transformer, parameter_counts
+from model.LMConfig import PRESETS, LMConfig
+from model.model import Transformer, describe_parameters, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import check_can_write, checkpoint_name, save_checkpoint
-from trainer.arguments import DTYPES, TrainOptions
+from model.weights import (
+    Checkpoint,
+    check_can_write,
+    checkpoint_name,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from trainer.arguments import DTYPES, TrainOptions, TuneOptions
 from trainer.checkpoint import complete_states
+from trainer.corpus import TokenCorpus
 from trainer.datasets import PackedRows
 from trainer.errors import UserError
 from trainer.loop import Run
@@ -25,13 +37,13 @@ def require_files(paths: list[Path], hint: str) -> None:
         raise UserError(f"no such file: {', '.join(missing)}; {hint}")
 
 
-def open_tokenizer(options: TrainOptions, config: LMConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of this run; its size must be the model's vocabulary."""
+def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of this run; with `config` its size must be the model's vocabulary."""
     try:
         tokenizer = load_tokenizer(options.tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if len(tokenizer) != config.vocab_size:
+    if config is not None and len(tokenizer) != config.vocab_size:
         raise UserError(
             f"the tokenizer in {options.tokenizer} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
             f"give --vocab_size {len(tokenizer)} or another --tokenizer"
@@ -45,12 +57,51 @@ def new_model(config: LMConfig, seed: int) -> Transformer:
     return Transformer(config)
 
 
+def starting_model(
+    options: TuneOptions, stages: list[str], tokenizer: PreTrainedTokenizerFast
+) -> tuple[Transformer, Checkpoint | None]:
+    """The model a stage starts from, and the checkpoint it came from (None: random weights).
+
+    --init_from, or the newest checkpoint of `stages` in --out_dir (of the size of --preset, if that is given). Weights
+    are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the file.
+    """
+    if options.init_from == "none":
+        print("WARNING: starting from random weights: the model has not learned any language")
+        config = options.config()
+        open_tokenizer(options, config)
+        return new_model(config, options.seed), None
+    if options.init_from is not None:
+        path = Path(options.init_from)
+    else:
+        path = find_checkpoint(options.out_dir, stages, options.config() if options.preset else None)
+        if path is None:
+            size = f" of the size of {options.preset}" if options.preset else ""
+            raise UserError(
+                f"no {' or '.join(stages)} checkpoint{size} in {options.out_dir}: run the stage before this one, name "
+                "weights with --init_from FILE, or start from random ones with --init_from none"
+            )
+    overrides = (dict(PRESETS[options.preset]) if options.preset else {}) | options.model
+    try:
+        checkpoint = load_checkpoint(path, dtype=torch.float32, tokenizer=tokenizer, overrides=overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
+    print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
+    for note in checkpoint.notes:
+        print(f"note: {note}")
+    return checkpoint.model, checkpoint
+
+
 def weights_run(
-    stage: str, options: TrainOptions, model: Transformer, tokenizer: PreTrainedTokenizerFast, origin: str | None = None
+    stage: str,
+    options: TrainOptions,
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    origin: Checkpoint | None = None,
 ) -> Run:
     """A run whose result is OUT_DIR/<stage>_<dim>[_moe].pth.
 
-    origin: fingerprint of the weights it started from; None: random ones.
+    origin: the checkpoint it started from; None: random weights.
     Raises UserError if a checkpoint of another architecture is in the way, or the folder cannot be written.
     """
     config = model.config
@@ -74,13 +125,31 @@ def weights_run(
         stage=stage,
         name=path.stem,
         config=config,
-        identity={"tokenizer_hash": tokenizer_hash(tokenizer), "origin": origin},
+        identity={
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "origin": origin.fingerprint if origin is not None else None,
+        },
         save_weights=save_weights,
         active_parameters=parameter_counts(model)["active"],
     )
 
 
-def train_and_val(corpus, options: TrainOptions, row_length: int) -> tuple[PackedRows, PackedRows | None]:
+def show_sample(corpus: TokenCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Print one document, what is learned of it in green (in a log without colours: between » and «)."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
+    tokens = corpus.document(0)
+    is_target = corpus.targets[: len(tokens)] if corpus.targets is not None else np.arange(len(tokens)) > 0
+    print(f"--- the first sample; learned is what stands {'in green' if colour else 'between » and «'}:")
+    for learned, group in itertools.groupby(
+        zip(tokens.tolist(), is_target.tolist(), strict=True), lambda pair: pair[1]
+    ):
+        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        print(f"{on}{text}{off}" if learned else text, end="")
+    print("\n---")
+
+
+def train_and_val(corpus: TokenCorpus, options: TrainOptions, row_length: int) -> tuple[PackedRows, PackedRows | None]:
     """Training and validation rows of a corpus; None where --val_fraction is 0."""
     n_tokens = max(int(corpus.offsets[-1]), 1)
     train_ids, val_ids = corpus.split(min(options.val_fraction, options.val_tokens / n_tokens))

@@ -1,0 +1,68 @@
+"""Stage 3, supervised fine-tuning: a model that continues text learns to answer, from examples of dialogues.
+
+    python 3-full_sft.py                                                       # from the newest out/pretrain_*.pth
+    python 3-full_sft.py --data_path my_chats.jsonl --init_from out/pretrain_768.pth --show_sample
+    python 3-full_sft.py --resume                                              # go on where a run was stopped
+
+In:  out/pretrain_{dim}[_moe].pth, and dataset/sft_data_single.csv or sft_data.csv (columns history,q,a; python
+     data_process.py sft makes them), or JSONL with `messages` or `conversations`
+Out: out/full_sft_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
+
+A dialogue is written as `<s>user\\n...</s>\\n<s>assistant\\n...</s>\\n`. The loss is that of pretraining, with one change:
+only the assistant's texts and the `</s>` that ends each of them are learned. The model should answer questions, not ask
+them, and it must learn to stop. Dialogues that are too long lose their oldest turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device
+from trainer.corpus import build_chat_corpus
+from trainer.distributed import join_world, leave_world
+from trainer.errors import run_script
+from trainer.loop import fit
+from trainer.losses import next_token_loss
+from trainer.stages import open_tokenizer, require_files, show_sample, starting_model, train_and_val, weights_run
+
+
+@dataclass
+class SftOptions(TuneOptions):
+    data_path: list[Path] = flag(
+        [ROOT / "dataset" / "sft_data_single.csv"],
+        "dialogues: CSV (history,q,a) or JSONL (messages or conversations) (default: dataset/sft_data_single.csv)",
+        nargs="+",
+    )  # fmt: skip
+    learning_rate: float = flag(5e-4, "peak learning rate")
+    batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
+    show_sample: bool = flag(False, "print one sample with what is learned of it marked")
+
+
+def main() -> None:
+    options = parse_options(SftOptions, __doc__)
+    world = join_world(resolve_device(options.device).type)
+
+    # What learns: a model that knows the language.
+    require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
+    tokenizer = open_tokenizer(options)
+    model, origin = starting_model(options, ["pretrain"], tokenizer)
+    run = weights_run("full_sft", options, model, tokenizer, origin)
+
+    # What it learns from: dialogues, with a mask over everything that the assistant does not say.
+    row_length = model.config.max_seq_len
+    corpus = build_chat_corpus(
+        options.data_path, tokenizer, options.cache_dir or options.out_dir / "cache", max_tokens=row_length
+    )
+    if options.show_sample:
+        show_sample(corpus, tokenizer)
+    train, val = train_and_val(corpus, options, row_length)
+
+    # Learning.
+    fit(model, next_token_loss, train, val, options, run, world)
+    leave_world(world)
+    print(f"done: {options.out_dir / run.name}.pth; now try: python 2-eval.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

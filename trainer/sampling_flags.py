@@ -1,0 +1,116 @@
+"""Flags of the scripts that let a model write, declared once: which weights, on what device, how tokens are chosen."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from model.generation import Event, Sampling
+from model.tokenizer import TOKENIZER_DIR, load_tokenizer
+from model.weights import Checkpoint, load_checkpoint
+from trainer.arguments import DTYPES, ROOT, resolve_device, resolve_dtype
+from trainer.errors import UserError
+
+# name: (type, help); the defaults are those of Sampling, unless a script has its own.
+_FLAGS = {
+    "max_new_tokens": (int, "length of an answer in tokens, at most"),
+    "temperature": (float, "0: always the likeliest token (greedy); 1: as the model says; above: more surprising"),
+    "top_k": (int, "choose among the K likeliest tokens; 0: no limit"),
+    "top_p": (float, "choose among the likeliest tokens that together have this probability; 1: no limit"),
+    "min_p": (float, "leave out tokens less likely than this share of the likeliest; 0: no limit"),
+    "repetition_penalty": (float, "above 1: tokens of the prompt and the answer become less likely"),
+    "presence_penalty": (float, "subtracted from the logit of every token that the answer has"),
+    "frequency_penalty": (float, "the same, times how often the answer has it"),
+    "seed": (int, "the same seed gives the same text (default: another one each time)"),
+}
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Add a flag for every field of `Sampling`; `defaults` replace some of its defaults."""
+    group = parser.add_argument_group("how tokens are chosen")
+    for name, (kind, help) in _FLAGS.items():
+        default = defaults.get(name, getattr(Sampling, name))
+        help += "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{name}", type=kind, default=default, help=help)
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text appears; repeatable"
+    )
+
+
+def sampling_from_args(args: argparse.Namespace) -> Sampling:
+    """The `Sampling` asked for. UserError naming every flag that is wrong."""
+    try:
+        return Sampling(**{name: getattr(args, name) for name in _FLAGS}, stop=tuple(args.stop))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def add_model_flags(parser: argparse.ArgumentParser, stages: str) -> None:
+    """Add the flags that say which model; `stages` says in words which checkpoint is the default."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--weights", type=Path, metavar="FILE", help=f"a .pth file (default: the newest {stages})")
+    group.add_argument(
+        "--out_dir", type=Path, default=ROOT / "out", help="folder to look for checkpoints in (default: out)"
+    )
+    group.add_argument(
+        "--tokenizer", type=Path, default=TOKENIZER_DIR, help="tokenizer folder (default: the one shipped in model/)"
+    )
+    group.add_argument(
+        "--max_seq_len", type=int, metavar="TOKENS",
+        help="prompt and answer together (default: what the model was trained at; it writes badly beyond)",
+    )  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES],
+        help="precision of the computation; auto: bfloat16 where the hardware has it (default: auto)",
+    )  # fmt: skip
+
+
+def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype mean here. UserError for a device that is not there."""
+    try:
+        device = resolve_device(args.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return device, resolve_dtype(args.dtype, device)
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder. UserError if there is none."""
+    try:
+        return load_tokenizer(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def open_checkpoint(path: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
+    """The model in a file, ready to write. UserError if it cannot be."""
+    device, dtype = device_and_dtype(args)
+    try:
+        return load_checkpoint(path, device=device, dtype=dtype, tokenizer=tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
+    """Tokens of prompt and answer together; says so if they are more than the model was trained at."""
+    trained = checkpoint.config.max_seq_len
+    if args.max_seq_len is None:
+        return trained
+    if args.max_seq_len < 2:
+        raise UserError(f"--max_seq_len {args.max_seq_len} leaves no room: give at least 2")
+    if args.max_seq_len > trained:
+        print(f"note: trained at {trained} tokens; what comes after them may be poor")
+    return args.max_seq_len
+
+
+def ending(event: Event, sampling: Sampling, made: int, context: int) -> str:
+    """Why an answer of `made` tokens was cut off, in words; "" if the model ended it."""
+    if event.finish != "length":
+        return ""
+    if made >= sampling.max_new_tokens:
+        return f" [cut off: --max_new_tokens {sampling.max_new_tokens}]"
+    return f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"
