@@ -91,12 +91,15 @@ class PackedRows:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Rows as tensors.
 
-        input_ids, labels, position_ids, attention_mask: (rows, row_length); labels are aligned with input_ids (the
+        input_ids, labels, position_ids, attention_mask: (rows, row_length or less); labels are aligned with input_ids (the
         model shifts them), -100 at the first token of each piece, on padding and on what is not to be learned.
         cu_seqlens: (documents + 1,). The padding at the end of a row is a document of its own, so that nobody sees it.
         """
         packing, corpus = self.packing, self.corpus
-        shape = (len(indices), packing.row_length)
+        # Full rows are the rule. Where little data leaves them half empty, the common empty end is not computed.
+        used = [packing.length[packing.bounds[r] : packing.bounds[r + 1]].sum() for r in indices]
+        width = min(-(-int(max(used)) // 64) * 64, packing.row_length)
+        shape = (len(indices), width)
         ids = np.zeros(shape, np.int64)
         labels = np.full(shape, -100, np.int64)
         positions = np.zeros(shape, np.int64)
@@ -116,11 +119,11 @@ class PackedRows:
                 labels[row, at + 1 : at + n] = learned
                 positions[row, here] = np.arange(n)
                 mask[row, here] = 1
-                boundaries.append(row * packing.row_length + at)
+                boundaries.append(row * width + at)
                 at += n
-            if at < packing.row_length:
-                positions[row, at:] = np.arange(packing.row_length - at)
-                boundaries.append(row * packing.row_length + at)
+            if at < width:
+                positions[row, at:] = np.arange(width - at)
+                boundaries.append(row * width + at)
         boundaries.append(shape[0] * shape[1])
         n_padding = int((mask == 0).sum())
         lengths = np.diff(boundaries)

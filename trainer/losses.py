@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.datasets import Batch
@@ -29,3 +31,62 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[s
     balance = out.aux_loss.detach()
     language = out.loss.detach() - balance if model.training else out.loss.detach()
     return out.loss, n_targets, {"loss": language, "balance_loss": balance}
+
+
+def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probability of every answer given its prompt, and its number of tokens; each (sequences,) float32.
+
+    inputs: a batch of `trainer.preferences.PreferencePairs`. Logits are computed only where an answer is predicted.
+    """
+    logits = model(
+        input_ids=inputs["input_ids"],
+        position_ids=inputs["position_ids"],
+        cu_seqlens=inputs["cu_seqlens"],
+        logits_to_keep=inputs["predicts"],
+        use_cache=False,
+    ).logits[0]  # (answer tokens, vocabulary)
+    per_token = -F.cross_entropy(logits.float(), inputs["targets"], reduction="none")
+    zeros = per_token.new_zeros(len(inputs["cu_seqlens"]) - 1)
+    return zeros.index_add(0, inputs["sequence"], per_token), zeros.index_add(
+        0, inputs["sequence"], torch.ones_like(per_token)
+    )
+
+
+def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -> LossFunction:
+    """Direct Preference Optimization (https://arxiv.org/abs/2305.18290), a sum over pairs.
+
+    With r = log p(answer | prompt) - log p_reference(answer | prompt) and m = r(chosen) - r(rejected):
+
+    sigmoid: -log sigmoid(beta m), equation 7. label_smoothing e assumes that a share e of the labels is swapped:
+        (1 - e) (-log sigmoid(beta m)) + e (-log sigmoid(-beta m)) (conservative DPO).
+    ipo: (m - 1 / (2 beta))^2 with log-probabilities averaged over an answer's tokens (https://arxiv.org/abs/2310.12036,
+        equation 17); it does not push a pair any further once it is told apart well enough.
+
+    Before the first step m is 0 and the sigmoid loss ln 2. Logged beside the loss, as means over pairs: `chosen_reward` and
+    `rejected_reward` (beta r), their `margin`, `accuracy` (share of positive margins), and `drift`, the mean of -r per
+    answer: how much less probable the answers of the data have become (an estimate of the KL divergence from the
+    reference if the answers were samples of it).
+    """
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        log_probs, n_tokens = answer_log_probs(model, batch.inputs)
+        ratios = log_probs.view(-1, 2) - batch.inputs["reference"]  # (pairs, 2): chosen, rejected
+        if kind == "ipo":
+            means = ratios / n_tokens.view(-1, 2)
+            loss = (means[:, 0] - means[:, 1] - 1 / (2 * beta)).square()
+        else:
+            scaled = beta * (ratios[:, 0] - ratios[:, 1])
+            loss = -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+        rewards = beta * ratios.detach()
+        margin = rewards[:, 0] - rewards[:, 1]
+        extras = {
+            "loss": loss.detach().sum(),
+            "margin": margin.sum(),
+            "accuracy": (margin > 0).float().sum(),
+            "chosen_reward": rewards[:, 0].sum(),
+            "rejected_reward": rewards[:, 1].sum(),
+            "drift": -ratios.detach().mean(dim=1).sum(),
+        }
+        return loss.sum(), len(ratios), extras
+
+    return loss_fn

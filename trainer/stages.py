@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from model.LMConfig import PRESETS, LMConfig
+from model.LMConfig import PRESETS, LMConfig, architecture_differences
+from model.lora import read_description, save_adapter
 from model.model import Transformer, describe_parameters, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import (
@@ -131,6 +133,44 @@ def weights_run(
         },
         save_weights=save_weights,
         active_parameters=parameter_counts(model)["active"],
+    )
+
+
+def adapter_run(
+    name: str, options: TrainOptions, adapted: PeftModel, tokenizer: PreTrainedTokenizerFast, base: Checkpoint
+) -> Run:
+    """A run whose result is the adapter folder OUT_DIR/lora_<name>_<dim>[_moe].
+
+    Raises UserError if an adapter of another architecture is in the way.
+    """
+    config = base.config
+    folder = options.out_dir / Path(checkpoint_name(f"lora_{name}", config)).stem
+    try:
+        if folder.exists() and not options.overwrite:
+            differences = architecture_differences(LMConfig(**read_description(folder)["config"]), config)
+            if differences:
+                raise UserError(
+                    f"{folder} is an adapter of another model ({'; '.join(differences)}): replace it with --overwrite, or "
+                    "choose another --lora_name"
+                )
+    except ValueError as error:
+        raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
+
+    return Run(
+        stage="lora",
+        name=folder.name,
+        config=config,
+        identity={
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "origin": base.fingerprint,
+            "adapter": {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in adapted.peft_config["default"].to_dict().items()
+                if key in ("r", "lora_alpha", "lora_dropout", "target_modules")
+            },
+        },
+        save_weights=lambda info: save_adapter(folder, adapted, base, info),
+        active_parameters=parameter_counts(adapted.get_base_model())["active"],
     )
 
 

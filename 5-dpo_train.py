@@ -1,0 +1,91 @@
+"""Stage 5, DPO: from pairs of a better and a worse answer, the model learns which of them to prefer.
+
+    python 5-dpo_train.py                                                      # from the newest out/full_sft_*.pth
+    python 5-dpo_train.py --data_path pairs.jsonl --beta 0.1 --loss ipo
+    python 5-dpo_train.py --resume
+
+In:  out/full_sft_{dim}[_moe].pth, and dataset/dpo/train_data.json (python data_process.py dpo makes it) or JSONL:
+     {"prompt", "chosen", "rejected"} or {"conversations", "chosen", "rejected"}, with one or more turns before the answers
+Out: out/rl_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
+
+The model is compared with itself before this stage (the reference): the loss falls as the better answer gains
+probability over the worse one, measured against what the reference gave them. --beta says how dearly moving away from
+the reference is paid for. The loss starts at ln 2 = 0.693, the accuracy (share of pairs told apart) at 0.
+
+For a mixture of experts the balance loss is not part of this stage: pairs are few, and the gate hardly moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device, resolve_dtype
+from trainer.distributed import join_world, leave_world
+from trainer.errors import run_script
+from trainer.loop import fit
+from trainer.losses import dpo_loss
+from trainer.preferences import read_pairs, train_and_val_pairs
+from trainer.stages import open_tokenizer, require_files, starting_model, weights_run
+
+
+@dataclass
+class DpoOptions(TuneOptions):
+    data_path: list[Path] = flag(
+        [ROOT / "dataset" / "dpo" / "train_data.json"],
+        "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",
+    )  # fmt: skip
+    beta: float = flag(0.1, "strength of the pull back to the reference model")
+    loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
+    label_smoothing: float = flag(0.0, "share of the pairs assumed to be the wrong way round (sigmoid only)")
+    max_dropped: float = flag(0.1, "share of the pairs that may be left out because they do not fit into max_seq_len")
+    learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
+    batch_size: int = flag(8, "pairs that go through the model at once, per process")
+    val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")
+    weight_decay: float = flag(0.0, "decay of matrices")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not self.beta > 0:
+            found.append(f"--beta {self.beta} must be more than 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            found.append(f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5")
+        if not 0 <= self.max_dropped <= 1:
+            found.append(f"--max_dropped {self.max_dropped} must be between 0 and 1")
+        if self.label_smoothing and self.loss == "ipo":
+            found.append("--label_smoothing has no meaning for --loss ipo")
+        return found
+
+
+def main() -> None:
+    options = parse_options(DpoOptions, __doc__)
+    device = resolve_device(options.device)
+    world = join_world(device.type)
+
+    # What learns: a model that answers.
+    require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
+    tokenizer = open_tokenizer(options)
+    model, origin = starting_model(options, ["full_sft"], tokenizer)
+    run = weights_run("rl", options, model, tokenizer, origin)
+
+    # What it learns from: pairs, and what the model thought of them before.
+    pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
+    train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction)
+    for part in (train, val) if val else (train,):
+        part.add_reference(
+            model,
+            device,
+            resolve_dtype(options.dtype, device),
+            options.batch_size,
+            options.cache_dir or options.out_dir / "cache",
+            origin.fingerprint if origin else f"random weights of seed {options.seed}",
+        )
+
+    # Learning.
+    fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, world)
+    leave_world(world)
+    print(f"done: {options.out_dir / run.name}.pth; now try: python 2-eval.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

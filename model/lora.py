@@ -1,0 +1,171 @@
+"""LoRA adapters (https://arxiv.org/abs/2106.09685) by way of peft: adding, saving, loading and merging them.
+
+An adapter is a peft folder, which peft's own loader accepts, plus `minimind.json`, which says what it belongs to: the
+fingerprint of the weights it was trained on. Put on other weights of the same shape an adapter would load without a
+complaint and answer nonsense; here that is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerFast
+
+from .files import fsync_dir
+from .model import Transformer
+from .weights import Checkpoint, load_checkpoint
+
+# Every linear map of attention and feed-forward; experts are linear maps too. The gate is not: it stays as it was.
+ALL_PROJECTIONS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+DESCRIPTION = "minimind.json"
+
+
+def add_adapter(
+    model: Transformer, *, rank: int, alpha: float, dropout: float, targets: Sequence[str] = ALL_PROJECTIONS
+) -> PeftModel:
+    """Freeze `model` and put a trainable pair of low-rank matrices beside each of its `targets`.
+
+    A weight W becomes W + alpha / rank * B A, with A (rank, in) random and B (out, rank) zero: at first nothing changes.
+    Raises ValueError for a target that matches no part of the model.
+    """
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = sorted(set(targets) - names)
+    if unknown:
+        raise ValueError(f"no linear layer is called {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
+        return get_peft_model(model, config)
+
+
+def trainable_share(model: PeftModel) -> str:
+    """How much of the model is trained, in words."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"{trainable / 1e6:.3f}M of {total / 1e6:.2f}M parameters are trained ({trainable / total:.2%})"
+
+
+def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict) -> None:
+    """Write the adapter folder, whole or not at all. Raises ValueError for weights that are not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} is not finite; {folder} is left as it was")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        # peft would ask a hub for the base's vocabulary size to see whether embeddings were resized: ours never are.
+        model.save_pretrained(tmp, save_embedding_layers=False)
+        _set_base_name(tmp / "adapter_config.json", base.path)
+        description = {
+            "base": base.path.name,
+            "base_fingerprint": base.fingerprint,
+            "config": base.config.own_fields(),
+            **info,
+        }
+        (tmp / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+        for path in tmp.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        fsync_dir(tmp)
+        tmp.chmod(0o755)
+        _recover(folder)
+        old = _replaced(folder)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(tmp, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    fsync_dir(folder.parent)
+
+
+def load_adapter(
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    base: Path | str | None = None,
+) -> Checkpoint:
+    """The base of an adapter with the adapter merged into its weights, as a checkpoint like any other.
+
+    base: the weights it was trained on; None: the file of the recorded name beside the folder.
+    Raises ValueError if the folder is no adapter of ours, the base is missing, or it is another one.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    base_path = Path(base) if base is not None else folder.parent / description["base"]
+    if not base_path.is_file():
+        raise ValueError(f"{folder}: its base {base_path} does not exist; put {description['base']} there")
+    checkpoint = load_checkpoint(base_path, device, torch.float32, tokenizer)
+    if checkpoint.fingerprint != description["base_fingerprint"]:
+        raise ValueError(
+            f"{folder} was trained on other weights ({description['base']}, {description['base_fingerprint']}) than "
+            f"{base_path} holds now ({checkpoint.fingerprint}): train the adapter again, or find its base"
+        )
+    checkpoint.model = merge(put_on(checkpoint.model, folder)).to(dtype or torch.float32).eval()
+    checkpoint.info = description
+    checkpoint.path = folder
+    checkpoint.notes.append(f"adapter {folder.name} merged into {base_path.name}")
+    return checkpoint
+
+
+def put_on(model: Transformer, folder: Path) -> PeftModel:
+    """`model` with the adapter of `folder` on it. Raises ValueError if one does not fit the other."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # missing and unexpected keys are only warned about
+            return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, UserWarning, ValueError) as error:
+        raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def merge(model: PeftModel) -> Transformer:
+    """The plain Transformer with the adapter added to its weights."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def read_description(folder: Path) -> dict:
+    """`minimind.json` of an adapter folder. Raises ValueError if it is not one."""
+    _recover(folder)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is not an adapter of this toolkit: {DESCRIPTION} cannot be read ({error})"
+        ) from None
+    missing = {"base", "base_fingerprint"} - set(description)
+    if missing:
+        raise ValueError(f"{folder / DESCRIPTION} has no {' and no '.join(sorted(missing))}")
+    return description
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the old adapter is while the new one takes its name: two folders cannot be exchanged in one go."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _recover(folder: Path) -> None:
+    """Undo a replacement that was killed half-way."""
+    if _replaced(folder).exists():
+        if folder.exists():
+            shutil.rmtree(_replaced(folder))
+        else:
+            os.replace(_replaced(folder), folder)
+
+
+def _set_base_name(path: Path, base: Path) -> None:
+    """peft writes the model's name or path; ours has neither, so say which file it was."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base.name
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
