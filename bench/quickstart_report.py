@@ -1,0 +1,198 @@
+"""The report at the end of quickstart.sh: what every stage achieved, measured on questions that were not trained on.
+
+    python bench/quickstart_report.py --out_dir out/quickstart          # writes report.md and shows it
+
+Reads the checkpoints and metrics in --out_dir and the held-out files in --data_dir. Every figure is computed here and now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from model.files import atomic_write
+from model.generation import Sampling, generate_text
+from model.lora import load_adapter
+from model.model import Transformer, describe_parameters
+from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
+from model.weights import Checkpoint, find_checkpoint, load_checkpoint
+from trainer.arguments import ROOT
+from trainer.conversations import iter_conversations
+from trainer.errors import UserError, run_script
+from trainer.losses import answer_log_probs
+from trainer.preferences import PreferencePairs, read_pairs
+from trainer.tracking import read_metrics
+
+OPENINGS = ["The capital of France is", "中国的首都是", "Once upon a time", "从前"]
+QUESTIONS = [
+    ["What is the capital of Japan?"],
+    ["水是什么颜色的？", "三加四等于几？"],
+    ["Hello, my name is Anna.", "What is my name?"],
+    ["你是谁？"],
+]
+GREEDY = Sampling(max_new_tokens=48)
+
+
+def ask(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[str]:
+    """Greedy answers to chats that end with a question."""
+    prompts = [render_chat(tokenizer, chat, add_generation_prompt=True)[0] for chat in chats]
+    return generate_text(model, tokenizer, prompts, GREEDY, max_rows=64)
+
+
+def dialogues(path: Path) -> list[list[dict]]:
+    return [conversation.messages for conversation in iter_conversations(path, None)]
+
+
+def exact_match(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> float:
+    """Share of the chats whose last answer the model gives word for word."""
+    answers = ask(model, tokenizer, [chat[:-1] for chat in chats])
+    return sum(a.strip() == chat[-1]["content"] for a, chat in zip(answers, chats, strict=True)) / len(chats)
+
+
+@torch.no_grad()
+def preferred(model: Transformer, tokenizer: PreTrainedTokenizerFast, path: Path) -> float:
+    """Share of the pairs whose chosen answer the model finds more probable than the rejected one."""
+    pairs = PreferencePairs(read_pairs([path], tokenizer, model.config.max_seq_len, max_dropped=0), "report")
+    right = 0
+    for begin in range(0, len(pairs), 32):
+        batch = pairs.batch(range(begin, min(begin + 32, len(pairs))))
+        chosen, rejected = answer_log_probs(model, batch.inputs)[0].view(-1, 2).unbind(1)
+        right += int((chosen > rejected).sum())
+    return right / len(pairs)
+
+
+def transcript(model: Transformer, tokenizer: PreTrainedTokenizerFast) -> str:
+    lines = []
+    for questions in QUESTIONS:
+        chat: list[dict] = []
+        for question in questions:
+            chat.append({"role": "user", "content": question})
+            answer = ask(model, tokenizer, [chat])[0]
+            chat.append({"role": "assistant", "content": answer})
+            lines += [f"> **you**: {question}  ", f"> **MiniMind**: {answer}  "]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def load(path: Path | None, tokenizer: PreTrainedTokenizerFast, what: str) -> Checkpoint:
+    if path is None or not path.exists():
+        raise UserError(f"{what} is missing: run bash quickstart.sh, which makes it")
+    try:
+        if path.is_dir():
+            return load_adapter(path, dtype=torch.float32, tokenizer=tokenizer)
+        return load_checkpoint(path, dtype=torch.float32, tokenizer=tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def losses_table(out_dir: Path, names: list[str]) -> str:
+    rows = [
+        "| stage | steps | tokens | loss, first | last | validation | bits per byte |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        lines = read_metrics(out_dir / f"{name}.metrics.jsonl")
+        if not lines:
+            raise UserError(
+                f"{out_dir / name}.metrics.jsonl is missing or empty: run bash quickstart.sh, which makes it"
+            )
+        last_val = next((line for line in reversed(lines) if "val_loss" in line), {})
+        val = f"{last_val['val_loss']:.3f}" if last_val else "–"
+        bits = f"{last_val['bits_per_byte']:.3f}" if "bits_per_byte" in last_val else "–"
+        first, last = lines[0], lines[-1]
+        rows.append(
+            f"| {name} | {last['step']} | {last['tokens']:,} | {first['loss']:.3f} | {last['loss']:.3f} | {val} | {bits} |"
+        )
+    return "\n".join(rows)
+
+
+def compression_table(folders: dict[str, Path]) -> str:
+    rows = ["| tokenizer | held-out text | bytes per token |", "|---|---|---|"]
+    for name, folder in folders.items():
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        for source, figures in training["held_out_compression"].items():
+            rows.append(f"| {name} | {source} | {figures['bytes_per_token']:.2f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "dataset" / "sample")
+    args = parser.parse_args()
+    out, data = args.out_dir, args.data_dir
+    started = time.perf_counter()
+    tokenizer = load_tokenizer()
+    base = load(find_checkpoint(out, ["pretrain"]), tokenizer, "the pretrained model")
+    sft = load(find_checkpoint(out, ["full_sft"]), tokenizer, "the fine-tuned model")
+    rl = load(find_checkpoint(out, ["rl"]), tokenizer, "the model after DPO")
+    size = base.path.stem.removeprefix("pretrain_")
+    adapter_path = out / f"lora_identity_{size}"
+    adapter = load(adapter_path, tokenizer, "the identity adapter")
+
+    questions = dialogues(data / "sft_heldout.jsonl")
+    recall = dialogues(data / "recall_heldout.jsonl")
+    identity = dialogues(data / "lora_identity_heldout.jsonl")
+    pairs = data / "dpo_heldout.json"
+    before = ask(sft.model, tokenizer, [chat[:-1] for chat in identity])
+    after = ask(adapter.model, tokenizer, [chat[:-1] for chat in identity])
+    changed = sum(a != b for a, b in zip(before, after, strict=True)) / len(identity)
+    persona = sum(a.strip() == chat[-1]["content"] for a, chat in zip(after, identity, strict=True)) / len(identity)
+    quiz_path = out / "ceval" / "summary.json"
+    quiz = json.loads(quiz_path.read_text(encoding="utf-8"))["overall"] if quiz_path.exists() else None
+
+    figures = [
+        (f"SFT: exact match on {len(questions)} questions in words not trained on", exact_match(sft.model, tokenizer, questions)),
+        (f"SFT: exact match on {len(recall)} dialogues that ask for something told before", exact_match(sft.model, tokenizer, recall)),
+        (f"LoRA: answers changed, of {len(identity)} questions who it is", changed),
+        ("LoRA: of these in the words of the new persona", persona),
+        ("DPO: better answer more probable, held-out pairs, before", preferred(sft.model, tokenizer, pairs)),
+        ("DPO: the same, after", preferred(rl.model, tokenizer, pairs)),
+        ("DPO: exact match on the held-out questions, after", exact_match(rl.model, tokenizer, questions)),
+    ]  # fmt: skip
+    if quiz is not None:
+        figures.insert(2, (f"SFT: quiz of {quiz['questions']} questions, four options each", quiz["accuracy"]))
+    prompts = [[BOS_ID, *encode_text(tokenizer, text)] for text in OPENINGS]
+    continuations = generate_text(base.model, tokenizer, prompts, Sampling(max_new_tokens=30))
+    names = [f"pretrain_{size}", f"full_sft_{size}", adapter_path.name, f"rl_{size}"]
+    tokenizers = {"shipped": TOKENIZER_DIR}
+    if (out / "tokenizer" / "training.json").exists():
+        tokenizers["trained in this run"] = out / "tokenizer"
+
+    sections = [
+        "# What this run did",
+        f"The model: {describe_parameters(base.model)}, trained on dataset/sample on this machine.",
+        "## What it learned",
+        "\n".join(["| measured | result |", "|---|---|", *(f"| {name} | {value:.1%} |" for name, value in figures)]),
+        "## Losses",
+        losses_table(out, names),
+        "\n".join(f"![{name}]({name}.png)" for name in names),
+        "## The base model continues",
+        "\n".join(f"- {text} **{more}**" for text, more in zip(OPENINGS, continuations, strict=True)),
+        "## A conversation after DPO",
+        transcript(rl.model, tokenizer),
+        "## Who it is, before and after LoRA",
+        "\n".join(["| asked | before | after |", "|---|---|---|"] + [
+            f"| {chat[-2]['content']} | {b} | {a} |" for chat, b, a in list(zip(identity, before, after, strict=True))[::8]
+        ]),
+        "## Tokenizers",
+        compression_table(tokenizers),
+        f"(report made in {time.perf_counter() - started:.0f} s)",
+    ]  # fmt: skip
+    text = "\n\n".join(sections) + "\n"
+    with atomic_write(out / "report.md") as file:
+        file.write(text)
+    print(text)
+    print(f"written to {out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# From nothing to a small model that answers, in minutes, on a CPU: bash quickstart.sh
+# Sets up .venv, then runs every stage on dataset/sample with the toy preset. Results and report.md are in out/quickstart.
+# Running it again repeats the run and replaces them.
+cd "$(dirname "$0")"
+. ./setup_env.sh requirements.txt
+out=out/quickstart
+stage() { printf '\n=== %s: %s\n' "$1" "$2"; }
+common="--out_dir $out --preset toy --max_seq_len 256 --device cpu --overwrite"
+SECONDS=0
+
+stage tokenizer "which pieces of text the model reads and writes"
+python train_tokenizer.py --data_path dataset/sample/*corpus.jsonl --vocab_size 2000 --out_dir $out/tokenizer --overwrite
+
+stage data "from raw dumps to training files"
+python data_process.py all --data_dir dataset/sample --out_dir $out/data
+
+stage pretrain "language, from plain text"
+python 1-pretrain.py $common --data_path $out/data/pretrain_data.csv
+
+stage eval_pretrain "the base model continues texts"
+python 0-eval_pretrain.py --out_dir $out --device cpu --max_new_tokens 30 --prompt "The capital of France is" --prompt "中国的首都是"
+
+stage full_sft "answering, from dialogues"
+python 3-full_sft.py $common --data_path $out/data/sft_data.csv
+
+stage lora "a new identity, in a small adapter"
+python 4-lora_sft.py $common --lora_name identity --data_path dataset/sample/lora_identity.jsonl
+
+stage dpo "preferring the better of two answers"
+python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json
+
+stage report "what was learned"
+python bench/quickstart_report.py --out_dir $out
+echo "the whole pipeline took $((SECONDS / 60)) min $((SECONDS % 60)) s; talk to the model: python 2-eval.py --out_dir $out"
