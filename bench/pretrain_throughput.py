@@ -31,6 +31,7 @@ from trainer.datasets import Batch, PackedRows
 from trainer.errors import run_script
 from trainer.losses import next_token_loss
 from trainer.optim import make_optimizers
+from trainer.packing import sample_order
 from trainer.tracking import peak_flops, training_flops
 
 
@@ -39,6 +40,9 @@ class PaddedRows:
 
     def __init__(self, corpus: TokenCorpus, row_length: int) -> None:
         self.corpus, self.row_length = corpus, row_length
+
+    def __len__(self) -> int:
+        return len(self.corpus)
 
     def batch(self, indices) -> Batch:
         ids = np.zeros((len(indices), self.row_length), np.int64)
@@ -75,13 +79,14 @@ class Scheme:
             self.model.compile()
         self.optimizers = make_optimizers(self.model, "adamw", 0.1)
         self.batch_size = rows_per_step or args.batch_size
+        self.order = sample_order(len(rows), seed=0, epoch=0).tolist()
         self.next = 0
         self.rates: list[float] = []
         self.flops: list[float] = []
 
     def step(self) -> tuple[int, int]:
-        size = len(self.rows.packing) if isinstance(self.rows, PackedRows) else len(self.rows.corpus)
-        batch = self.rows.batch([(self.next + i) % size for i in range(self.batch_size)])
+        # In random order, as in training: neighbours in the file, or in the packing, are of like length.
+        batch = self.rows.batch([self.order[(self.next + i) % len(self.order)] for i in range(self.batch_size)])
         self.next += self.batch_size
         batch = batch.to(self.device)
         if self.compiled:
