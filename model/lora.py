@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from .files import fsync_dir
@@ -37,9 +38,11 @@ def add_adapter(
     Raises ValueError for a target that matches no part of the model.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    names.discard("output")  # it is the embedding: an adapter merged into it would change that too
     unknown = sorted(set(targets) - names)
-    if unknown:
-        raise ValueError(f"no linear layer is called {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+    if unknown or not targets:
+        what = f"no linear layer that can have an adapter is called {', '.join(unknown)}" if unknown else "none named"
+        raise ValueError(f"{what}; there are {', '.join(sorted(names))}")
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
     )
@@ -122,12 +125,17 @@ def load_adapter(
 
 def put_on(model: Transformer, folder: Path) -> PeftModel:
     """`model` with the adapter of `folder` on it. Raises ValueError if one does not fit the other."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # peft would look on a hub for one that is called like the folder
+            raise ValueError(f"{folder} is not a whole adapter: there is no {name} in it")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
             warnings.simplefilter("error", UserWarning)  # missing and unexpected keys are only warned about
             return PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, UserWarning, ValueError) as error:
-        raise ValueError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, UserWarning, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder} does not fit this model, or is damaged: {reason}") from error
 
 
 def merge(model: PeftModel) -> Transformer:
@@ -144,7 +152,7 @@ def read_description(folder: Path) -> dict:
         raise ValueError(
             f"{folder} is not an adapter of this toolkit: {DESCRIPTION} cannot be read ({error})"
         ) from None
-    missing = {"base", "base_fingerprint"} - set(description)
+    missing = {"base", "base_fingerprint", "config"} - set(description)
     if missing:
         raise ValueError(f"{folder / DESCRIPTION} has no {' and no '.join(sorted(missing))}")
     return description

@@ -268,12 +268,21 @@ class Transformer(PreTrainedModel, GenerationMixin):
     def _cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross entropy over all targets; the logits exist inside this one operation only."""
         weight = self.output.weight
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+            # In fine-tuning most tokens are no targets: leave out their rows of the largest matrix product. (On a GPU the
+            # count would have to come back from the device, which costs more than it saves.)
+            # Rounded up, because the CPU library prepares and keeps a kernel for every shape it meets.
+            ignored = targets == -100
+            n_kept = min(-(-(len(ignored) - int(ignored.sum())) // 256) * 256, len(ignored))
+            first = ignored.to(torch.uint8).argsort(stable=True)[:n_kept]
+            hidden, targets = hidden[first], targets[first]
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.flatten(0, 1), weight).float()
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+            logits = F.linear(hidden, weight).float()
+            return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
     def _balance_loss_sum(self, routings: list, layout: Layout, targets: Tensor) -> Tensor:
         """Balance loss of all layers, every document weighted by its number of targets.

@@ -269,7 +269,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
             f"{path} is not a state dict of tensors: it is another kind of file, or holds objects, which are never "
             "loaded because they can run code"
         ) from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
         raise ValueError(
             f"{path} is damaged or cut off ({_first_line(error)}); copy it again or save it anew"
         ) from error

@@ -149,10 +149,9 @@ class PreferencePairs:
         """
         key = hashlib.sha256(json.dumps([self.fingerprint, origin, str(dtype)]).encode()).hexdigest()[:16]
         path = cache_dir / f"reference-{key}.npy"
-        if path.exists():
-            self.reference = np.load(path, allow_pickle=False)
-            if self.reference.shape == (len(self), 2) and np.isfinite(self.reference).all():
-                return
+        self.reference = _read_reference(path, len(self))
+        if self.reference is not None:
+            return
         was_training = model.training
         model.to(device).eval()
         sums = []
@@ -162,11 +161,22 @@ class PreferencePairs:
                 log_probs, _ = answer_log_probs(model, batch.inputs)
             sums.append(log_probs.view(-1, 2).cpu().numpy())
         model.train(was_training)
-        self.reference = np.concatenate(sums).astype(np.float32)
-        if not np.isfinite(self.reference).all():
+        reference = np.concatenate(sums).astype(np.float32)
+        if not np.isfinite(reference).all():
             raise UserError("the starting model gives log-probabilities that are not finite: its weights are broken")
         with atomic_write(path, "wb") as file:
-            np.save(file, self.reference)
+            np.save(file, reference)
+        self.reference = reference
+
+
+def _read_reference(path: Path, n_pairs: int) -> np.ndarray | None:
+    """(pairs, 2) float32 from the cache; None if it is not there or damaged."""
+    try:
+        reference = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    sound = reference.shape == (n_pairs, 2) and reference.dtype == np.float32 and np.isfinite(reference).all()
+    return reference if sound else None
 
 
 def train_and_val_pairs(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.generation import Event, Sampling
+from model.model import describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, load_checkpoint
 from trainer.arguments import DTYPES, ROOT, resolve_device, resolve_dtype
@@ -90,9 +92,25 @@ def open_checkpoint(path: Path, args: argparse.Namespace, tokenizer: PreTrainedT
     """The model in a file, ready to write. UserError if it cannot be."""
     device, dtype = device_and_dtype(args)
     try:
-        return load_checkpoint(path, device=device, dtype=dtype, tokenizer=tokenizer)
+        checkpoint = load_checkpoint(path, device=device, dtype=dtype, tokenizer=tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
+    print(describe_checkpoint(checkpoint))
+    return checkpoint
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
+    """Which weights these are and how they were made, in a few lines."""
+    config, info = checkpoint.config, checkpoint.info
+    weight = checkpoint.model.get_input_embeddings().weight
+    origin = [str(info["stage"])] if "stage" in info else []
+    origin += [f"{name} {info[name]}" for name in ("step", "loss") if name in info]
+    lines = [f"{checkpoint.path}" + (f" ({', '.join(origin)})" if origin else "")]
+    lines += [f"  note: {note}" for note in checkpoint.notes]
+    lines.append(f"  {describe_parameters(checkpoint.model)}")
+    dtype = str(weight.dtype).removeprefix("torch.")
+    lines.append(f"  trained at {config.max_seq_len} tokens; {dtype} on {weight.device}\n")
+    return "\n".join(lines)
 
 
 def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
@@ -114,3 +132,32 @@ def ending(event: Event, sampling: Sampling, made: int, context: int) -> str:
     if made >= sampling.max_new_tokens:
         return f" [cut off: --max_new_tokens {sampling.max_new_tokens}]"
     return f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"
+
+
+def use_utf8() -> None:
+    """Read and write UTF-8 whatever the terminal's settings: the default elsewhere cannot print Chinese."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+
+
+def read_line(prompt: str) -> str | None:
+    """A line from the user, with line editing where there is any; None at the end of the input or Ctrl-C."""
+    try:
+        import readline  # noqa: F401  gives input() its arrow keys; not there on Windows
+    except ImportError:
+        pass
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as pictures (U+2400...): a model must not steer the terminal."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(128, 160), 65533)

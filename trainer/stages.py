@@ -137,11 +137,17 @@ def weights_run(
 
 
 def adapter_run(
-    name: str, options: TrainOptions, adapted: PeftModel, tokenizer: PreTrainedTokenizerFast, base: Checkpoint
+    name: str,
+    options: TrainOptions,
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    base: Checkpoint,
+    merge: bool = False,
 ) -> Run:
     """A run whose result is the adapter folder OUT_DIR/lora_<name>_<dim>[_moe].
 
-    Raises UserError if an adapter of another architecture is in the way.
+    merge: a .pth of that name is to be written as well.
+    Raises UserError if an adapter or weights of another architecture are in the way.
     """
     config = base.config
     folder = options.out_dir / Path(checkpoint_name(f"lora_{name}", config)).stem
@@ -155,6 +161,11 @@ def adapter_run(
                 )
     except ValueError as error:
         raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
+    try:
+        if merge:
+            check_can_write(options.out_dir / f"{folder.name}.pth", config, options.overwrite)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
     return Run(
         stage="lora",

@@ -1,0 +1,213 @@
+"""Chat with a model, or have it answer a list of questions.
+
+    python 2-eval.py                                            # the newest of out/rl_*, full_sft_*, lora_*
+    python 2-eval.py --auto --temperature 0                     # built-in questions, Chinese and English
+    python 2-eval.py --weights out/full_sft_512.pth --system "Answer in one sentence." --history_turns 3
+    python 2-eval.py --lora out/lora_identity_512
+
+In:  a checkpoint (--weights), or an adapter folder that knows its base (--lora)
+Out: the conversation on the terminal; /save FILE keeps it in the format that 3-full_sft.py trains on
+
+The model sees `<s>user\\n…</s>\\n<s>assistant\\n` and writes the answer up to its own `</s>`. It remembers what stands in
+its prompt, and nothing else: --history_turns says how many earlier questions and answers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from model.generation import Sampling, fit_chat, generate
+from model.weights import Checkpoint, find_checkpoint
+from trainer.errors import UserError, run_script
+from trainer.sampling_flags import (
+    add_model_flags,
+    add_sampling_flags,
+    context_length,
+    describe_checkpoint,
+    device_and_dtype,
+    ending,
+    open_checkpoint,
+    open_tokenizer,
+    read_line,
+    sampling_from_args,
+    use_utf8,
+    visible,
+)
+
+QUESTIONS = [
+    "你好，请介绍一下你自己。",
+    "中国的首都是哪座城市？",
+    "水的化学式是什么？",
+    "请写一句关于春天的话。",
+    "12 加 7 等于多少？",
+    "Who are you?",
+    "What is the capital of France?",
+    "Which day comes after Monday?",
+    "Tell me a short story about a cat.",
+]
+HELP = """\
+  /clear       forget the conversation
+  /save FILE   append it to FILE, as one line of {"messages": [...]}
+  /help        this list
+  /exit        end (also: Ctrl-D); Ctrl-C stops an answer"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--auto", action="store_true", help="answer a built-in list of questions, each by itself")
+    parser.add_argument("--history_turns", type=int, default=5, metavar="N", help="earlier turns it sees (default: 5)")
+    parser.add_argument("--system", metavar="TEXT", help="a system message, in front of everything")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FOLDER",
+        help="a LoRA adapter, on the base it was trained on (beside it, or named by --weights)",
+    )
+    add_model_flags(parser, stages="of rl_*.pth, full_sft_*.pth and lora_* in OUT_DIR")
+    add_sampling_flags(parser, temperature=0.7, top_p=0.9)
+    args = parser.parse_args()
+    if args.history_turns < 0:
+        raise UserError(f"--history_turns {args.history_turns} must not be negative")
+    return args
+
+
+def open_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
+    """The checkpoint or adapter asked for, else the newest."""
+    path = args.lora or args.weights
+    if path is None:
+        found = [weights for weights in [find_checkpoint(args.out_dir, ["rl", "full_sft"])] if weights]
+        found += [config.parent for config in args.out_dir.glob("lora_*/adapter_config.json")]
+        if not found:
+            raise UserError(
+                f"nothing to chat with in {args.out_dir} (no rl_*.pth, full_sft_*.pth, lora_*): "
+                "run 3-full_sft.py, or name a file with --weights"
+            )
+        path = max(found, key=written_at)
+    if path != args.lora and not (path / "adapter_config.json").is_file():
+        return open_checkpoint(path, args, tokenizer)
+
+    from model.lora import load_adapter  # peft takes seconds to import
+
+    device, dtype = device_and_dtype(args)
+    try:
+        checkpoint = load_adapter(path, device, dtype, tokenizer, base=args.weights if args.lora else None)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(describe_checkpoint(checkpoint))
+    return checkpoint
+
+
+def written_at(path: Path) -> int:
+    file = path / "adapter_config.json" if path.is_dir() else path
+    return file.stat().st_mtime_ns
+
+
+class Chat:
+    """A conversation and the model that answers in it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: PreTrainedTokenizerFast,
+        sampling: Sampling,
+        context: int,
+        history_turns: int,
+        system: str | None,
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.context = checkpoint.model, tokenizer, sampling, context
+        self.history_turns = history_turns
+        self.system = [{"role": "system", "content": system}] if system else []
+        self.turns: list[dict] = []  # user and assistant in turn
+
+    def answer(self, question: str) -> None:
+        """Print the answer as it comes; both become part of the conversation.
+
+        Raises ValueError, and nothing changes, if the question is too long or not Unicode.
+        """
+        history = self.turns[-2 * self.history_turns :] if self.history_turns else []
+        messages = [*self.system, *history, {"role": "user", "content": question}]
+        room = self.context - min(self.sampling.max_new_tokens, self.context // 2)
+        ids, forgotten = fit_chat(self.tokenizer, messages, room)
+        if forgotten:
+            print(f"[context of {self.context} tokens: {forgotten} of {len(history) // 2} earlier turns left out]")
+        started, made, text, end = time.perf_counter(), 0, "", ""
+        try:
+            for event in generate(self.model, [ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context):
+                made, text = made + 1, text + event.text
+                print(visible(event.text), end="", flush=True)
+                end = ending(event, self.sampling, made, self.context)
+        except KeyboardInterrupt:
+            end = " [stopped]"
+        print(f"{end}\n[{made} tokens, {made / (time.perf_counter() - started):.1f} tokens/s]\n", flush=True)
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+
+    def save(self, path: Path) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": [*self.system, *self.turns]}, ensure_ascii=False) + "\n")
+
+
+def interact(chat: Chat) -> None:
+    """Read questions and commands until /exit or the end of the input."""
+    print(f"ask something, or:\n{HELP}\n")
+    while (line := read_line("> ")) is not None:
+        command, _, argument = line.strip().partition(" ")
+        if command in ("/exit", "/quit"):
+            return
+        if command == "/clear":
+            chat.turns.clear()
+            print("forgotten")
+        elif command == "/save":
+            save(chat, argument.strip())
+        elif command.startswith("/") and command[1:].isalpha() and not argument:
+            print(HELP if command == "/help" else f"no such command: {command}\n{HELP}")
+        elif command:
+            try:
+                chat.answer(line)
+            except ValueError as error:
+                print(f"not answered: {error}", file=sys.stderr, flush=True)
+
+
+def save(chat: Chat, name: str) -> None:
+    if not name or not chat.turns:
+        print("nothing to save yet" if name else "name a file: /save FILE")
+        return
+    try:
+        chat.save(Path(name).expanduser())
+    except OSError as error:
+        print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
+    else:
+        print(f"appended {len(chat.turns) // 2} turns to {name}")
+
+
+def main() -> None:
+    use_utf8()
+    args = parse_args()
+    sampling = sampling_from_args(args)
+    tokenizer = open_tokenizer(args.tokenizer)
+    checkpoint = open_model(args, tokenizer)
+    context = context_length(checkpoint, args)
+    if checkpoint.info.get("stage") == "pretrain":
+        print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
+    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system)
+    if not args.auto:
+        interact(chat)
+        return
+    for question in QUESTIONS:
+        print(f"> {question}")
+        chat.turns.clear()
+        try:
+            chat.answer(question)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    run_script(main)

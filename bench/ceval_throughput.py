@@ -1,0 +1,119 @@
+"""How many C-Eval questions a second are scored in batches, beside one question at a time in float32.
+
+    python bench/ceval_throughput.py --data_dir dataset/ceval/ceval-exam --weights out/full_sft_512.pth
+
+one at a time   float32, one forward pass for each sequence, logits only where they are needed
+batched         float32, `model.scoring.score`
+quick           what eval_ceval.py does: half precision first, float32 for close calls
+
+For letters without examples, with examples, and for the full text of the options. Without --weights: random ones, with
+margins smaller than those of any trained model. The modes take turns and the best round of each counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.LMConfig import preset  # noqa: E402
+from model.model import Transformer  # noqa: E402
+from model.scoring import Item, score, score_quickly  # noqa: E402
+from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E402
+from model.weights import load_checkpoint  # noqa: E402
+from trainer import ceval  # noqa: E402
+from trainer.errors import run_script  # noqa: E402
+
+
+def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> list[Item]:
+    """`n` questions, evenly spaced in the validation set; examples are left out where they do not fit in 512 tokens."""
+    questions = ceval.read_questions(data_dir, "val", answers=True)
+    # Whole subjects, as in a real run: examples are shared by the questions of a subject.
+    step = max(1, round(len(questions) / n)) if not shots else 1
+    questions = questions[::step][:n]
+    examples = ceval.read_questions(data_dir, "dev", answers=True) if shots else []
+    items = []
+    for q in questions:
+        own = [example for example in examples if example.subject == q.subject][:shots]
+        texts = ceval.answers_of(q, style)
+        while True:
+            ids, _ = render_chat(tokenizer, ceval.chat_prompt(q, own, style), add_generation_prompt=True)
+            if len(ids) <= 480 or not own:
+                break
+            own = own[1:]
+        lengths = [float(len(text.encode())) for text in texts] if style == "text" else None
+        items.append(Item(ids, [encode_text(tokenizer, text) for text in texts], lengths))
+    return items
+
+
+@torch.inference_mode()
+def one_at_a_time(model: Transformer, items: list[Item]) -> list[torch.Tensor]:
+    results = []
+    for item in items:
+        if all(len(option) == 1 for option in item.options):  # one pass tells all
+            logits = model(torch.tensor([item.prompt]), logits_to_keep=1, use_cache=False).logits[0, -1]
+            values = F.log_softmax(logits.float(), -1)[[option[0] for option in item.options]]
+        else:
+            values = torch.zeros(len(item.options))
+            for i, option in enumerate(item.options):
+                ids = torch.tensor([item.prompt + option[:-1]])
+                logits = model(ids, logits_to_keep=len(option), use_cache=False).logits[0]
+                values[i] = F.log_softmax(logits.float(), -1)[range(len(option)), option].sum()
+        results.append(values / torch.tensor(item.lengths or [1.0]))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_dir", type=Path, default=ROOT / "dataset" / "ceval" / "ceval-exam", help="folder with val and dev")
+    add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")
+    add("--questions", type=int, default=200, help="how many (default: 200)")
+    add("--rounds", type=int, default=2, help="rounds of each (default: 2)")
+    args = parser.parse_args()
+
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    if args.weights:
+        model = load_checkpoint(args.weights, dtype=torch.float32).model
+    else:
+        model = Transformer(preset("minimind-v1-small")).eval()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    print(f"{torch.get_num_threads()} threads, {args.questions} questions, best of {args.rounds} rounds")
+    print("| | | questions/s | ratio | ratio by CPU time | answers that differ |")
+    print("|---|---|---|---|---|---|")
+    for title, shots, style in (("letter", 0, "letter"), ("letter, 3 shots", 3, "letter"), ("text", 0, "text")):
+        items = make_items(args.data_dir, tokenizer, args.questions, shots, style)
+        modes = {
+            "one at a time": lambda items=items: (one_at_a_time(model, items), 0),
+            "batched": lambda items=items: (score(model, items), 0),
+            "quick": lambda items=items: score_quickly(model, half, items),
+        }
+        walls: dict[str, list[float]] = {mode: [] for mode in modes}
+        cpus: dict[str, list[float]] = {mode: [] for mode in modes}
+        answers, checked = {}, {}
+        for _ in range(args.rounds):
+            for mode, work in modes.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                scores, checked[mode] = work()
+                walls[mode].append(time.perf_counter() - wall)
+                cpus[mode].append(time.process_time() - cpu)
+                answers[mode] = [int(one.argmax()) for one in scores]
+        first = "one at a time"
+        for mode in modes:
+            differ = sum(a != b for a, b in zip(answers[mode], answers[first], strict=True))
+            name = f"{mode} ({checked[mode]} in float32)" if checked[mode] else mode
+            ratios = f"{min(walls[first]) / min(walls[mode]):.2f} | {min(cpus[first]) / min(cpus[mode]):.2f}"
+            print(f"| {title} | {name} | {len(items) / min(walls[mode]):.1f} | {ratios} | {differ} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,194 @@
+"""2-eval.py as a user runs it: questions through stdin, the built-in list, commands, errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.generation import Sampling, fit_chat, generate_text
+from model.LMConfig import preset
+from model.lora import add_adapter, save_adapter
+from model.model import Transformer
+from model.tokenizer import load_tokenizer
+from model.weights import load_checkpoint, save_checkpoint
+
+SCRIPT = Path(__file__).resolve().parents[1] / "2-eval.py"
+TOKENIZER = load_tokenizer()
+CPU = ["--device", "cpu", "--dtype", "float32"]
+GREEDY = [*CPU, "--temperature", "0", "--max_new_tokens", "12"]
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, **kwargs)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Like `run`, without the seconds that a process of its own takes to start."""
+
+    def inside(*args, input: str = "") -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
+
+    return inside
+
+
+def message(result: subprocess.CompletedProcess) -> str:
+    """The one line on stderr of a script that failed as it should."""
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """A folder with tiny models of three stages; rl is the newest but for pretrain."""
+    folder = tmp_path_factory.mktemp("out")
+    for i, stage in enumerate(("full_sft", "rl", "pretrain")):
+        torch.manual_seed(i)
+        config = preset("toy", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96, initializer_range=0.2)
+        save_checkpoint(folder / f"{stage}_64.pth", Transformer(config), info={"stage": stage})
+        os.utime(folder / f"{stage}_64.pth", (1e9 + i, 1e9 + i))
+    return folder
+
+
+def conversation(path: Path, questions: list[str], history_turns: int, system: str | None = None) -> list[dict]:
+    """What the script should have said, all greedy."""
+    model = load_checkpoint(path, dtype=torch.float32).model
+    first = [{"role": "system", "content": system}] if system else []
+    turns = []
+    for question in questions:
+        turns.append({"role": "user", "content": question})
+        seen = turns[max(0, len(turns) - 1 - 2 * history_turns) :]
+        ids, _ = fit_chat(TOKENIZER, first + seen, 96 - 12)
+        (answer,) = generate_text(model, TOKENIZER, [ids], Sampling(max_new_tokens=12))
+        turns.append({"role": "assistant", "content": answer})
+    return first + turns
+
+
+def test_conversation(out, tmp_path):
+    saved = tmp_path / "kept.jsonl"
+    questions = ["你好", "why?", "/help me?"]
+    flags = ["--out_dir", out, *GREEDY, "--history_turns", 1, "--system", "简短。"]
+    result = run(
+        *flags, input="\n".join(["before", "/clear", *questions, f"/save {saved}", "/exit", "after"]), cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{out / 'rl_64.pth'} (rl)\n")
+    assert "forgotten" in result.stdout and "appended 3 turns" in result.stdout
+    assert result.stdout.count(" tokens/s]") == 4
+    (line,) = saved.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["messages"] == conversation(out / "rl_64.pth", questions, 1, "简短。")
+
+
+def test_history(out, tmp_path, call):
+    said = []
+    for history_turns in (0, 5):
+        saved = tmp_path / f"{history_turns}.jsonl"
+        lines = ["a", "b", "c", f"/save {saved}"]
+        result = call("--out_dir", out, *GREEDY, "--history_turns", history_turns, input="\n".join(lines))
+        assert result.returncode == 0, result.stderr
+        said.append(json.loads(saved.read_text(encoding="utf-8"))["messages"])
+        assert said[-1] == conversation(out / "rl_64.pth", ["a", "b", "c"], history_turns)
+    assert said[0][:2] == said[1][:2] and said[0] != said[1]
+
+
+def test_commands(out, tmp_path, call):
+    lines = ["/nonsense", "/save", f"/save {tmp_path / 'kept'}", "/help", "  ", "hi", "/save /none/x", "/quit", "after"]
+    result = call("--out_dir", out, *GREEDY, input="\n".join(lines))
+    assert result.returncode == 0
+    assert "no such command: /nonsense" in result.stdout
+    assert result.stdout.count("/clear ") == 3  # at the start, after /nonsense, and when asked for
+    assert "name a file" in result.stdout and "nothing to save yet" in result.stdout
+    assert result.stdout.count(" tokens/s]") == 1
+    assert result.stderr == "not saved: /none/x: No such file or directory\n"
+
+
+def test_long_conversations_are_cut_at_turns(out, call):
+    lines = ["first one here", "x " * 20, "word " * 10, "word " * 300]
+    result = call("--out_dir", out, *GREEDY, input="\n".join(lines))
+    assert result.returncode == 0, result.stderr  # the end of the input ends the chat
+    assert "[context of 96 tokens: 1 of 2 earlier turns left out]" in result.stdout
+    assert result.stderr.startswith("not answered: the last question has ")
+    assert "tokens, and 84 is the limit: shorten it" in result.stderr
+
+
+def test_built_in_questions(out, call):
+    result = call("--weights", out / "pretrain_64.pth", "--auto", *CPU, "--max_new_tokens", 3, "--seed", 1)
+    assert result.returncode == 0, result.stderr
+    assert "note: this is a base model" in result.stdout
+    assert "> What is the capital of France?" in result.stdout and "> 你好" in result.stdout
+    assert result.stdout.count(" tokens/s]") == 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_ctrl_c_stops_the_answer_not_the_chat(out, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--out_dir", out, *CPU, "--max_new_tokens", 10**5, "--max_seq_len", 10**5]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([str(part) for part in command], **pipes)
+    process.stdin.write("你好\n".encode())
+    process.stdin.flush()
+    read = b""
+    while b"\n> " not in read:
+        read += process.stdout.read1()
+    assert len(process.stdout.read(50)) == 50  # it is writing
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(f"/save {tmp_path / 'kept'}\n/exit\n".encode(), timeout=60)
+    assert process.returncode == 0, errors
+    assert b"[stopped]" in output and b"appended 1 turns" in output
+
+
+def test_adapter(out, tmp_path, call):
+    """The newest in OUT_DIR may be an adapter; it answers otherwise than its base."""
+    weights = tmp_path / "full_sft_64.pth"
+    for suffix in (".pth", ".json"):
+        shutil.copy2((out / "full_sft_64").with_suffix(suffix), tmp_path)
+    base = load_checkpoint(weights)
+    adapted = add_adapter(base.model, rank=2, alpha=4.0, dropout=0.0)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapter = tmp_path / "lora_identity_64"
+    save_adapter(adapter, adapted, base, {"stage": "lora"})
+
+    def answer(*flags) -> str:
+        result = call(*GREEDY, *flags, input="hi\n")
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split("> ", 1)[1].split("\n[")[0]
+
+    plain, changed = answer("--weights", weights), answer("--out_dir", tmp_path)
+    assert changed != plain
+    assert answer("--lora", adapter) == changed == answer("--weights", adapter)
+    moved = shutil.move(weights, tmp_path / "moved.pth")
+    shutil.move(weights.with_suffix(".json"), tmp_path / "moved.json")
+    assert answer("--lora", adapter, "--weights", moved) == changed
+    assert "does not exist" in message(call("--lora", adapter))
+    assert "was trained on other weights" in message(call("--lora", adapter, "--weights", out / "rl_64.pth"))
+
+
+def test_wrong_input_is_one_clear_line(out, tmp_path, call):
+    assert "no checkpoint" in message(run("--weights", out / "none.pth"))
+
+    def fails(*args) -> str:
+        return message(call(*args))
+
+    assert f"nothing to chat with in {tmp_path}" in fails("--out_dir", tmp_path)
+    assert "is not an adapter" in fails("--lora", tmp_path / "none")
+    assert "--min_p 3.0 must be" in fails("--out_dir", out, "--min_p", 3)
+    assert "--history_turns -1 must not" in fails("--out_dir", out, "--history_turns", -1)
+    assert "tokens, and 84 is the limit" in fails("--out_dir", out, *GREEDY, "--auto", "--system", "long " * 200)

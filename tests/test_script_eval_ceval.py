@@ -1,0 +1,259 @@
+"""eval_ceval.py as users run it, and the arithmetic behind its tables."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.LMConfig import preset
+from model.model import Transformer
+from model.tokenizer import encode_text, load_tokenizer, render_chat
+from model.weights import save_checkpoint
+from trainer.ceval import (
+    CATEGORIES,
+    HARD,
+    Accuracy,
+    Answered,
+    Question,
+    chat_prompt,
+    plain_prompt,
+    read_questions,
+    summarise,
+)
+from trainer.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = "id,question,A,B,C,D,answer\n"
+Q = Question("law", "0", "1+1=?", ("2", "3", "4", "5"), "A")
+EXAMPLE = Question("law", "0", "天为何色？", ("红", "蓝", "绿", "黄"), "B")
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "eval_ceval.py"), "--device", "cpu", *map(str, args)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8")
+
+
+def fails(*args) -> str:
+    result = run(*args)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.startswith("error: "), result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A tiny model with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("out") / "full_sft_64.pth"
+    model = Transformer(preset("toy", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96))
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.5)
+    save_checkpoint(path, model, info={"stage": "full_sft"})
+    return path
+
+
+@pytest.fixture
+def quiz(tmp_path) -> Path:
+    """Two subjects with validation questions, examples and test questions."""
+    folder = tmp_path / "quiz"
+    for part in ("val", "dev", "test"):
+        (folder / part).mkdir(parents=True)
+        for subject in ("law", "college_physics"):
+            rows = [f"{i},{subject} 第{i}题？,甲{i},乙,丙丙,丁,{'ABCD'[i % 4]}" for i in range(6)]
+            if part == "test":
+                rows = [row[:-2] for row in rows]
+            head = HEADER.replace(",answer", "") if part == "test" else HEADER
+            (folder / part / f"{subject}_{part}.csv").write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def answered(subject: str, right: int, wrong: int) -> list[Answered]:
+    question = Question(subject, "0", "?", ("1", "2", "3", "4"), "B")
+    return [Answered(question, (-3, -1, -3, -3))] * right + [Answered(question, (-1, -3, -3, -3))] * wrong
+
+
+# ---- arithmetic and text
+
+
+def test_categories_are_the_official_ones():
+    names = [name for subjects in CATEGORIES.values() for name in subjects]
+    assert len(names) == len(set(names)) == 52 and len(HARD) == 8 and set(names) > HARD
+    assert [len(subjects) for subjects in CATEGORIES.values()] == [20, 10, 11, 11]
+
+
+def test_accuracy_and_standard_error():
+    one = Accuracy(questions=100, correct=40)
+    assert one.accuracy == 0.4 and one.standard_error == pytest.approx(math.sqrt(0.4 * 0.6 / 100))
+    assert one.above_chance and not Accuracy(100, 33).above_chance  # guessing: 25% +- 4.3%
+
+
+def test_summary():
+    found = summarise(answered("law", 3, 1) + answered("college_physics", 1, 1) + answered("fruit", 0, 2))
+    assert found["overall"]["accuracy"] == 0.5 and found["overall"]["questions"] == 8
+    assert found["subject_mean"] == pytest.approx((0.75 + 0.5 + 0) / 3)
+    categories = {name: (one["correct"], one["questions"]) for name, one in found["categories"].items()}
+    assert categories == {"STEM": (1, 2), "Humanities": (3, 4), "Hard": (1, 2), "Own quiz": (0, 2)}
+    assert found["subjects"]["law"]["name"] == "法学"
+
+
+def test_probabilities_are_of_the_four_options():
+    shares = Answered(Q, (math.log(0.2), math.log(0.1), math.log(0.06), math.log(0.04))).probabilities
+    assert shares == pytest.approx([0.5, 0.25, 0.15, 0.1])
+
+
+def test_prompts():
+    asked = "1+1=?\nA. 2\nB. 3\nC. 4\nD. 5\n答案："
+    assert chat_prompt(Q, [], "letter") == [{"role": "user", "content": asked}]
+    assert chat_prompt(Q, [EXAMPLE], "letter")[1:] == [
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": asked},
+    ]
+    shot = "天为何色？\nA. 红\nB. 蓝\nC. 绿\nD. 黄\n答案：B\n\n"
+    assert plain_prompt(Q, [EXAMPLE], "letter") == shot + asked
+    assert plain_prompt(Q, [EXAMPLE], "text") == "天为何色？\n答案：蓝\n\n1+1=?\n答案："
+    assert [m["content"] for m in chat_prompt(Q, [EXAMPLE], "text")] == ["天为何色？", "蓝", "1+1=?"]
+
+
+def test_format_of_the_sample_quiz():
+    """The training data of dataset/sample ask as the evaluation does."""
+    rows = (ROOT / "dataset" / "sample" / "sft_data_zh.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = next(json.loads(row)["instruction"] for row in rows if "\\nD. " in row)
+    question, *options, end = asked.split("\n")
+    made = Question("x", "0", question, tuple(option[3:] for option in options), "A")
+    assert end == "答案：" and chat_prompt(made, [], "letter")[0]["content"] == asked
+
+
+# ---- reading
+
+
+def test_reading(quiz):
+    found = read_questions(quiz, "val", answers=True)
+    assert [q.subject for q in found] == ["college_physics"] * 6 + ["law"] * 6
+    assert found[7] == Question("law", "1", "law 第1题？", ("甲1", "乙", "丙丙", "丁"), "B")
+    assert {q.subject for q in read_questions(quiz, "val", answers=True, subjects=["law"])} == {"law"}
+    assert read_questions(quiz, "test", answers=False)[0].answer == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("shopping.csv", "milk,eggs\n1,2\n", "files that are not of C-Eval: shopping.csv"),
+        (
+            "art_val.csv",
+            "milk,eggs\n1,2\n",
+            "art_val.csv: no column id, question, A, B, C, D, answer; it has milk, eggs",
+        ),
+        ("art_val.csv", "id,question,A,B,C,D\n0,?,1,2,3,4\n", "art_val.csv: no column answer"),
+        (
+            "art_val.csv",
+            HEADER + "0,?,1,2,3,4,A\n1,?,1,2,3,4,E\n",
+            "art_val.csv, line 3: the answer is 'E', not one of",
+        ),
+        ("art_val.csv", HEADER + "0,?,1,2,3,4,AB\n", "line 2: the answer is 'AB'"),
+        ("art_val.csv", HEADER + "0,?,1,2,3,A\n", "art_val.csv, line 2: 6 fields where the header has 7"),
+        ("art_val.csv", HEADER + "0,,1,2,3,4,A\n", "line 2: nothing in column question"),
+        ("art_val.csv", HEADER + "0,?,1,2,3,4,A\n0,?,1,2,3,4,A\n", "line 3: the id 0 stands in line 2 already"),
+        ("art_val.csv", HEADER, "art_val.csv: no questions in it|no rows in it"),
+        ("art_val.csv", "题目".encode("gbk"), "art_val.csv, line 1: "),
+    ],
+)
+def test_bad_files_are_named(quiz, name, content, reason):
+    data = content if isinstance(content, bytes) else content.encode()
+    (quiz / "val" / name).write_bytes(data)
+    with pytest.raises(UserError, match=reason):
+        read_questions(quiz, "val", answers=True)
+
+
+def test_missing_folder_says_where_to_get_the_data(tmp_path):
+    with pytest.raises(UserError, match="huggingface.co/datasets/ceval/ceval-exam"):
+        read_questions(tmp_path, "val", answers=True)
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="no file .*_val.csv.*huggingface.co"):
+        read_questions(tmp_path, "val", answers=True)
+
+
+# ---- the script
+
+
+def results(out: Path, subject: str) -> list[dict]:
+    with open(out / f"{subject}_result.csv", encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_answers_are_those_of_the_model(weights, quiz, tmp_path):
+    out = tmp_path / "out"
+    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out)
+    assert ran.returncode == 0, ran.stderr
+    assert "guessing: 25.0%" in ran.stdout and "law 法学" in ran.stdout and "warning" not in ran.stdout
+    assert sorted(p.name for p in out.iterdir()) == [
+        "ceval.png", "college_physics_result.csv", "law_result.csv", "summary.json",
+    ]  # fmt: skip
+    assert (out / "ceval.png").read_bytes().startswith(b"\x89PNG")
+
+    tokenizer = load_tokenizer()
+    model = Transformer(preset("toy", dim=64, n_layers=2, n_heads=4, n_kv_heads=2)).eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    letters = [encode_text(tokenizer, letter)[0] for letter in "ABCD"]
+    correct = 0
+    for q in read_questions(quiz, "val", answers=True):
+        ids, _ = render_chat(tokenizer, chat_prompt(q, [], "letter"), add_generation_prompt=True)
+        with torch.inference_mode():
+            shares = model(torch.tensor([ids])).logits[0, -1, letters].softmax(-1)
+        row = results(out, q.subject)[int(q.id)]
+        assert row["prediction"] == "ABCD"[int(shares.argmax())] and row["answer"] == q.answer
+        assert [float(row[f"p_{c}"]) for c in "ABCD"] == pytest.approx(shares.tolist(), abs=0.02)
+        correct += row["prediction"] == row["answer"]
+        assert row["correct"] == str(int(row["prediction"] == row["answer"]))
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["overall"]["correct"], summary["overall"]["questions"]) == (correct, 12)
+
+
+def test_examples_and_cutting(weights, quiz, tmp_path):
+    """Examples that do not fit are left out and counted, then the question is cut from the left and counted."""
+    with open(quiz / "val" / "law_val.csv", "a", encoding="utf-8") as file:
+        file.write(f"6,{'很长的题目' * 60},甲,乙,丙,丁,A\n")
+    out = tmp_path / "out"
+    flags = ["--plain", "--score", "text", "--shots", "5", "--subjects", "law", "--dtype", "float32"]
+    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out, *flags)
+    assert ran.returncode == 0, ran.stderr
+    assert "warning: 1 of 7 questions are longer than 96 tokens: cut from the left" in ran.stdout
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["questions_cut"] == 1 and summary["examples_left_out"] >= 5
+    assert (summary["shots"], summary["score"], summary["format"], summary["dtype"]) == (5, "text", "plain", "float32")
+
+
+def test_submission(weights, quiz, tmp_path):
+    out = tmp_path / "out"
+    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--test")
+    assert ran.returncode == 0, ran.stderr
+    assert [p.name for p in out.iterdir()] == ["submission.json"]
+    submission = json.loads((out / "submission.json").read_text(encoding="utf-8"))
+    assert list(submission) == ["college_physics", "law"] and list(submission["law"]) == list("012345")
+    assert set(submission["law"].values()) <= set("ABCD")
+
+
+def test_bad_input_leaves_nothing_behind(weights, quiz, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "broken.pth"
+    broken.write_bytes(weights.read_bytes()[:5000])
+    assert "broken.pth " in fails("--weights", broken, "--data_dir", quiz, "--out_dir", out)
+    assert "no config.json" in fails("--hf", tmp_path, "--data_dir", quiz, "--out_dir", out)
+    assert not out.exists()
+
+
+def test_other_model_of_transformers(quiz, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, out = tmp_path / "llama", tmp_path / "out"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=6400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    ran = run("--hf", folder, "--data_dir", quiz, "--out_dir", out, "--subjects", "law")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
