@@ -62,6 +62,8 @@ class LoraOptions(TuneOptions):
             found.append(f"--lora_name {self.lora_name!r} becomes part of a file name: use letters, digits and -")
         if self.rank < 1:
             found.append(f"--rank {self.rank} must be at least 1")
+        if not self.alpha > 0:
+            found.append(f"--alpha {self.alpha} must be more than 0, or the adapter does nothing")
         if not 0 <= self.lora_dropout < 1:
             found.append(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
         if self.init_from == "none":
@@ -88,7 +90,7 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--target_modules: {error}") from error
     print(trainable_share(adapted))
-    run = adapter_run(options.lora_name, options, adapted, tokenizer, base)
+    run = adapter_run(options.lora_name, options, adapted, tokenizer, base, merge=options.merge)
 
     # What it learns from: dialogues.
     row_length = model.config.max_seq_len

@@ -17,7 +17,7 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device, resolve_dtype
@@ -67,6 +67,8 @@ def main() -> None:
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft"], tokenizer)
     run = weights_run("rl", options, model, tokenizer, origin)
+    objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
+    run = replace(run, identity=run.identity | {"objective": objective})  # another one cannot be resumed
 
     # What it learns from: pairs, and what the model thought of them before.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)

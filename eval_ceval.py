@@ -125,7 +125,7 @@ def open_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     try:
         tokenizer = load_tokenizer(args.tokenizer)
         if args.lora is not None:
-            from trainer.lora import load_adapter
+            from model.lora import load_adapter
 
             found = load_adapter(args.lora, device)
         else:

@@ -10,156 +10,47 @@ one process, and the table gives ratios to the padded one: machines are noisy, r
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from model.LMConfig import PRESETS, preset
-from model.model import Transformer, describe_parameters, parameter_counts
+from bench.throughput import PaddedRows, Scheme, add_flags, compare, describe, packed_loss, padded_loss
+from model.LMConfig import preset
+from model.model import Transformer, describe_parameters
 from model.tokenizer import load_tokenizer
 from trainer.arguments import ROOT, resolve_device, resolve_dtype
-from trainer.corpus import TokenCorpus, build_pretrain_corpus
-from trainer.datasets import Batch, PackedRows
+from trainer.corpus import build_pretrain_corpus
+from trainer.datasets import PackedRows
 from trainer.errors import run_script
-from trainer.losses import next_token_loss
-from trainer.optim import make_optimizers
-from trainer.packing import sample_order
-from trainer.tracking import peak_flops, training_flops
-
-
-class PaddedRows:
-    """One document a row, cut or padded to the row length: what the original does."""
-
-    def __init__(self, corpus: TokenCorpus, row_length: int) -> None:
-        self.corpus, self.row_length = corpus, row_length
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def batch(self, indices) -> Batch:
-        ids = np.zeros((len(indices), self.row_length), np.int64)
-        labels = np.full_like(ids, -100)
-        for row, i in enumerate(indices):
-            tokens = self.corpus.document(i)[: self.row_length]
-            ids[row, : len(tokens)] = tokens
-            labels[row, 1 : len(tokens)] = tokens[1:]
-        lengths = (labels != -100).sum(1) + 1
-        inputs = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-        return Batch(inputs, int((labels != -100).sum()), int(lengths.sum()), int((lengths**2).sum()))
-
-
-def padded_loss(model, batch: Batch) -> torch.Tensor:
-    """Cross entropy over materialised logits, as the original computes it."""
-    logits = model(input_ids=batch.inputs["input_ids"], use_cache=False).logits
-    targets = batch.inputs["labels"][:, 1:].flatten()
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
-
-
-def packed_loss(model, batch: Batch) -> torch.Tensor:
-    return next_token_loss(model, batch)[0]
-
-
-class Scheme:
-    """A way to train, with a model and an optimizer of its own, run a few steps at a time."""
-
-    def __init__(self, name, rows, loss, config, args, dtype, compiled=False, rows_per_step=None) -> None:
-        torch.manual_seed(0)
-        self.name, self.rows, self.loss, self.dtype, self.compiled = name, rows, loss, dtype, compiled
-        self.device = resolve_device(args.device)
-        self.model = Transformer(config).to(self.device).train()
-        if compiled:
-            self.model.compile()
-        self.optimizers = make_optimizers(self.model, "adamw", 0.1)
-        self.batch_size = rows_per_step or args.batch_size
-        self.order = sample_order(len(rows), seed=0, epoch=0).tolist()
-        self.next = 0
-        self.rates: list[float] = []
-        self.flops: list[float] = []
-
-    def step(self) -> tuple[int, int]:
-        # In random order, as in training: neighbours in the file, or in the packing, are of like length.
-        batch = self.rows.batch([self.order[(self.next + i) % len(self.order)] for i in range(self.batch_size)])
-        self.next += self.batch_size
-        batch = batch.to(self.device)
-        if self.compiled:
-            torch._dynamo.maybe_mark_dynamic(batch.inputs["cu_seqlens"], 0)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.loss(self.model, batch)
-        (loss / batch.n_targets).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-4
-            optimizer.step()
-            optimizer.zero_grad()
-        return batch.n_tokens, batch.attention_pairs
-
-    def measure(self, seconds: float) -> None:
-        self._synchronise()
-        start, tokens, pairs = time.perf_counter(), 0, 0
-        while time.perf_counter() - start < seconds:
-            n, p = self.step()
-            tokens, pairs = tokens + n, pairs + p
-        self._synchronise()
-        elapsed = time.perf_counter() - start
-        self.rates.append(tokens / elapsed)
-        config = self.model.config
-        active = parameter_counts(self.model)["active"]
-        self.flops.append(training_flops(tokens, pairs, active, config.n_layers, config.dim) / elapsed)
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset" / "pretrain_data.csv"])
-    parser.add_argument("--preset", choices=[*PRESETS], default="minimind-v1-small")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows in a step (default: 8)")
-    parser.add_argument("--seconds", type=float, default=15, help="per scheme and round (default: 15)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every scheme (default: 3)")
-    parser.add_argument("--cache_dir", type=Path, default=ROOT / "out" / "cache")
+    add_flags(parser, ROOT / "dataset" / "pretrain_data.csv")
     args = parser.parse_args()
     config, device = preset(args.preset), resolve_device(args.device)
     corpus = build_pretrain_corpus(args.data_path, load_tokenizer(), args.cache_dir)
     packed = PackedRows(corpus, np.arange(len(corpus)), config.max_seq_len, seed=0)
+    padded = PaddedRows(corpus, config.max_seq_len)
     half = resolve_dtype("auto", device)
     name = str(half).removeprefix("torch.")
+
+    def make_model() -> Transformer:
+        return Transformer(config)
+
     schemes = [
-        Scheme(
-            "padded, float32, eager", PaddedRows(corpus, config.max_seq_len), padded_loss, config, args, torch.float32
-        ),
-        Scheme("packed, float32, eager", packed, packed_loss, config, args, torch.float32),
-        Scheme(f"packed, {name}, eager", packed, packed_loss, config, args, half),
-        Scheme(f"packed, {name}, compiled", packed, packed_loss, config, args, half, compiled=True),
+        Scheme("padded, float32, eager", padded, padded_loss, make_model, args, torch.float32),
+        Scheme("packed, float32, eager", packed, packed_loss, make_model, args, torch.float32),
+        Scheme(f"packed, {name}, eager", packed, packed_loss, make_model, args, half),
+        Scheme(f"packed, {name}, compiled", packed, packed_loss, make_model, args, half, compiled=True),
     ]
     print(describe_parameters(schemes[0].model))
-    print(f"rows of {config.max_seq_len}: packed {packed.packing.fill:.1%} full; {os.cpu_count()} CPUs, {device}")
-    for scheme in schemes:
-        for _ in range(2):  # warm up, compile
-            scheme.step()
-    for _ in range(args.rounds):
-        for scheme in schemes:
-            scheme.measure(args.seconds)
-    base = schemes[0].rates
-    peak = peak_flops(device, half)
-    print(f"\n{'scheme':32} {'useful tok/s':>12} {'ratio to padded (each round)':>36} {'MFU':>7}")
-    for scheme in schemes:
-        ratios = [rate / other for rate, other in zip(scheme.rates, base, strict=True)]
-        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        mfu = f"{statistics.median(scheme.flops) / peak:.1%}" if peak else "n/a"
-        words = f"{statistics.median(ratios):.2f} ({each})"
-        print(f"{scheme.name:32} {statistics.median(scheme.rates):12,.0f} {words:>36} {mfu:>7}")
+    print(describe(packed, config.max_seq_len, device))
+    compare(schemes, args, half)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class LMConfig(PreTrainedConfig):
         "max_position_embeddings": "max_seq_len",
         "rms_norm_eps": "norm_eps",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "last_hidden_state"]
 
     dim: int = 512
     n_layers: int = 8

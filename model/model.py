@@ -23,6 +23,13 @@ from .moe import FeedForward, Gate, MoEFeedForward, balance_loss
 from .rope import apply_rope, rope_tables
 
 
+@dataclass
+class TransformerOutput(MoeCausalLMOutputWithPast):
+    """What Hugging Face libraries read; `last_hidden_state` (batch, time, dim) is what `output` makes the logits of."""
+
+    last_hidden_state: Tensor | None = None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (https://arxiv.org/abs/1910.07467), computed in float32, returned in x's dtype."""
 
@@ -169,7 +176,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         loss_only: bool = False,
         output_hidden_states: bool = False,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> TransformerOutput:
         """Next-token logits, and the loss if `labels` are given.
 
         Args:
@@ -223,12 +230,14 @@ class Transformer(PreTrainedModel, GenerationMixin):
             if self.config.use_moe and self.config.aux_loss_alpha:
                 aux_loss = self._balance_loss_sum(routings, layout, targets) / n_targets
                 loss = loss + aux_loss if self.training else loss
-        return MoeCausalLMOutputWithPast(
+        return TransformerOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            # For libraries with losses of their own (trl's), which give no labels.
+            last_hidden_state=x if labels is None else None,
         )
 
     def _layout(self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens) -> Layout:

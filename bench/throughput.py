@@ -1,0 +1,160 @@
+"""What the throughput comparisons share: the padded baseline, a way to train, and the table of ratios."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+
+from model.LMConfig import PRESETS
+from model.model import Transformer, parameter_counts
+from trainer.arguments import ROOT, resolve_device
+from trainer.corpus import TokenCorpus
+from trainer.datasets import Batch, PackedRows
+from trainer.losses import next_token_loss
+from trainer.optim import make_optimizers
+from trainer.tracking import peak_flops, training_flops
+
+
+def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
+    """The flags of every throughput comparison."""
+    parser.add_argument("--data_path", type=Path, nargs="+", default=[data_path])
+    parser.add_argument("--preset", choices=[*PRESETS], default="minimind-v1-small")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows in a step (default: 8)")
+    parser.add_argument("--seconds", type=float, default=15, help="per scheme and round (default: 15)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every scheme (default: 3)")
+    parser.add_argument("--cache_dir", type=Path, default=ROOT / "out" / "cache")
+
+
+class PaddedRows:
+    """One document a row, cut or padded to the row length: what the original does."""
+
+    def __init__(self, corpus: TokenCorpus, row_length: int) -> None:
+        self.corpus, self.row_length = corpus, row_length
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        ids = np.zeros((len(indices), self.row_length), np.int64)
+        labels = np.full_like(ids, -100)
+        lengths = np.zeros(len(indices), np.int64)
+        for row, i in enumerate(indices):
+            tokens = self.corpus.document(i)[: self.row_length].astype(np.int64)
+            begin, n = int(self.corpus.offsets[i]), len(tokens)
+            ids[row, :n], lengths[row] = tokens, n
+            learned = tokens[1:]
+            if self.corpus.targets is not None:
+                learned = np.where(self.corpus.targets[begin + 1 : begin + n], learned, -100)
+            labels[row, 1:n] = learned
+        inputs = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        return Batch(inputs, int((labels != -100).sum()), int(lengths.sum()), int((lengths**2).sum()))
+
+
+def padded_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross entropy over materialised logits, as the original computes it."""
+    logits = model(input_ids=batch.inputs["input_ids"], use_cache=False).logits
+    targets = batch.inputs["labels"][:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+
+
+def packed_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return next_token_loss(model, batch)[0]
+
+
+class Scheme:
+    """A way to train, with a model and an optimizer of its own, run a few steps at a time.
+
+    make_model: gives the model to train, the same at every call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: PaddedRows | PackedRows,
+        loss: Callable[[nn.Module, Batch], torch.Tensor],
+        make_model: Callable[[], Transformer | PeftModel],
+        args: argparse.Namespace,
+        dtype: torch.dtype,
+        compiled: bool = False,
+    ) -> None:
+        torch.manual_seed(0)
+        self.name, self.rows, self.loss, self.dtype, self.compiled = name, rows, loss, dtype, compiled
+        self.device = resolve_device(args.device)
+        self.model = make_model().to(self.device).train()
+        if compiled:
+            self.model.compile()
+        self.optimizers = make_optimizers(self.model, "adamw", 0.1)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.batch_size = args.batch_size
+        self.next = 0
+        self.rates: list[float] = []
+        self.flops: list[float] = []  # per second; not for adapters: frozen weights need fewer, and it varies
+
+    def step(self) -> tuple[int, int]:
+        batch = self.rows.batch([(self.next + i) % len(self.rows) for i in range(self.batch_size)])
+        self.next += self.batch_size
+        batch = batch.to(self.device)
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(batch.inputs["cu_seqlens"], 0)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(self.model, batch)
+        (loss / batch.n_targets).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-4
+            optimizer.step()
+            optimizer.zero_grad()
+        return batch.n_tokens, batch.attention_pairs
+
+    def measure(self, seconds: float) -> None:
+        self._synchronise()
+        start, tokens, pairs = time.perf_counter(), 0, 0
+        while time.perf_counter() - start < seconds:
+            n, p = self.step()
+            tokens, pairs = tokens + n, pairs + p
+        self._synchronise()
+        elapsed = time.perf_counter() - start
+        self.rates.append(tokens / elapsed)
+        if isinstance(self.model, Transformer):
+            config = self.model.config
+            active = parameter_counts(self.model)["active"]
+            self.flops.append(training_flops(tokens, pairs, active, config.n_layers, config.dim) / elapsed)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def compare(schemes: Sequence[Scheme], args: argparse.Namespace, half: torch.dtype) -> None:
+    """Measure the schemes in turns and print a table; ratios are to the first one, in the same round."""
+    for scheme in schemes:
+        for _ in range(2):  # warm up, compile
+            scheme.step()
+    for _ in range(args.rounds):
+        for scheme in schemes:
+            scheme.measure(args.seconds)
+    base = schemes[0].rates
+    peak = peak_flops(schemes[0].device, half)
+    print(f"\n{'scheme':32} {'useful tok/s':>12} {'ratio to padded (each round)':>36} {'MFU':>7}")
+    for scheme in schemes:
+        ratios = [rate / other for rate, other in zip(scheme.rates, base, strict=True)]
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        mfu = f"{statistics.median(scheme.flops) / peak:.1%}" if peak and scheme.flops else "n/a"
+        words = f"{statistics.median(ratios):.2f} ({each})"
+        print(f"{scheme.name:32} {statistics.median(scheme.rates):12,.0f} {words:>36} {mfu:>7}")
+
+
+def describe(packed: PackedRows, row_length: int, device: torch.device) -> str:
+    return f"rows of {row_length}: packed {packed.packing.fill:.1%} full; {os.cpu_count()} CPUs, {device}"

@@ -1,0 +1,266 @@
+"""The losses: those of other people's implementations, one sequence at a time and packed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # trl must not ask a hub
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.tokenizer import load_tokenizer, render_chat
+from trainer.conversations import Preference
+from trainer.corpus import build_chat_corpus, encode_preference
+from trainer.datasets import PackedRows
+from trainer.losses import answer_log_probs, dpo_loss, next_token_loss
+from trainer.preferences import EncodedPair, PreferencePairs
+
+CPU = torch.device("cpu")
+SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128)
+
+DIALOGUES = [  # (prompt, chosen, rejected), of very different lengths
+    (["2 + 2?"], "4", "It is five, as everybody knows who can count."),
+    (["What is a river?"], "Water on its way to the sea: it runs downhill, and collects what it meets.", "No."),
+    (["你好", "你好！", "中国的首都是哪里？"], "北京。", "上海。"),
+    (["a", "b", "c", "d", "say </s> once"], "</s>", "<s>"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def messages(texts: list[str]) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def encoded(tokenizer) -> list[EncodedPair]:
+    rows = [Preference(1, messages(prompt), chosen, rejected) for prompt, chosen, rejected in DIALOGUES]
+    return [EncodedPair(*encode_preference(tokenizer, row, 128)) for row in rows]
+
+
+def make(seed: int = 0, **fields) -> Transformer:
+    """Weights far from uniform predictions: a mistake must show."""
+    torch.manual_seed(seed)
+    return Transformer(LMConfig(**SHAPE | {"initializer_range": 0.15} | fields)).eval()
+
+
+def moved(model: Transformer, distance: float = 0.02) -> Transformer:
+    """A model some way from `model`, as after training."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += distance * torch.randn_like(parameter)
+    return model
+
+
+def with_reference(encoded, reference, tmp_path, batch_size: int = 3) -> PreferencePairs:
+    pairs = PreferencePairs(encoded, "t")
+    pairs.add_reference(reference, CPU, torch.float32, batch_size, tmp_path, "reference")
+    return pairs
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# ---- next-token loss
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_packed_sft_rows_cost_what_the_chats_cost_one_by_one(tokenizer, tmp_path, moe):
+    """Loss and gradient of packed rows against plain cross entropy of each chat alone, over the assistant's tokens."""
+    chats = [messages([*prompt, chosen]) for prompt, chosen, _ in DIALOGUES]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(f'{{"messages": {m}}}\n'.replace("'", '"') for m in chats), encoding="utf-8")
+    corpus = build_chat_corpus([path], tokenizer, tmp_path / "cache", max_tokens=128, log=lambda _: None)
+    rows = PackedRows(corpus, torch.arange(len(corpus)).numpy(), 128, seed=0)
+    batch = rows.batch(range(len(rows)))
+    model = make(use_moe=moe)  # in evaluation mode the optimised sum holds no balance loss
+
+    loss, n_targets, extras = next_token_loss(model, batch)
+    loss.backward()
+    packed = gradients(model)
+    model.zero_grad()
+    expected, count = torch.zeros(()), 0
+    for chat in chats:
+        ids, is_target = render_chat(tokenizer, chat)
+        log_probs = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        for t in range(1, len(ids)):
+            if is_target[t]:
+                expected = expected - log_probs[t - 1, ids[t]]
+                count += 1
+    expected.backward()
+    assert n_targets == count == batch.n_targets
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert extras["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, grad in gradients(model).items():
+        assert (packed[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
+
+
+def test_the_balance_loss_is_in_the_sum_while_training_and_logged_apart():
+    model = make(use_moe=True, aux_loss_alpha=0.5)
+    ids = torch.randint(3, 6400, (2, 16))
+    inputs = {"input_ids": ids, "labels": ids}
+
+    class Batch:
+        n_targets = 30
+
+    Batch.inputs = inputs
+    plain, _, extras = next_token_loss(model.eval(), Batch)
+    assert plain.item() == pytest.approx(extras["loss"].item())
+    total, n, extras = next_token_loss(model.train(), Batch)
+    assert n == 30 and extras["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
+    assert extras["balance_loss"].item() > 0.5 * 2 * 30 * 0.9
+    assert total.item() == pytest.approx(extras["loss"].item() + extras["balance_loss"].item(), rel=1e-6)
+
+
+# ---- DPO
+
+
+def test_packed_answers_have_the_probabilities_of_single_ones(encoded):
+    model = make()
+    batch = PreferencePairs(encoded, "t").batch(range(len(encoded)))
+    with torch.no_grad():
+        together, lengths = answer_log_probs(model, batch.inputs)
+        for i, (pair, answer) in enumerate((p, a) for p in encoded for a in (p.chosen, p.rejected)):
+            ids = pair.prompt + answer
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            places = range(len(pair.prompt), len(ids))
+            alone = sum(log_probs[t - 1, ids[t]].item() for t in places)
+            assert together[i].item() == pytest.approx(alone, rel=1e-5, abs=1e-4)
+            assert lengths[i] == len(answer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "smoothing", "expected"),
+    [("sigmoid", 0.0, math.log(2)), ("sigmoid", 0.2, math.log(2)), ("ipo", 0.0, 25.0)],
+)
+def test_before_the_first_step(encoded, tmp_path, kind, smoothing, expected):
+    """Nothing moved yet: the loss is ln 2 (ipo: 1 / (2 beta)^2), whatever the batches of the reference were."""
+    model = make()
+    pairs = with_reference(encoded, model, tmp_path)
+    loss, n, extras = dpo_loss(0.1, smoothing, kind)(model, pairs.batch([2, 0, 3, 1]))
+    assert n == 4 and loss.item() / 4 == pytest.approx(expected, rel=1e-5)
+    assert extras["margin"].item() == pytest.approx(0, abs=1e-4)
+    # In the same batch as the reference was computed in, it is exact to the last bit.
+    pairs = with_reference(encoded, model, tmp_path / "same", batch_size=4)
+    loss, _, extras = dpo_loss(0.1, smoothing, kind)(model, pairs.batch(range(4)))
+    assert loss.item() == pytest.approx(4 * expected, rel=1e-7)
+    assert extras["margin"].item() == extras["accuracy"].item() == extras["drift"].item() == 0
+
+
+def trl_trainer(policy, reference, tokenizer, folder, **settings) -> DPOTrainer:
+    rows = [
+        {
+            "prompt": messages(prompt),
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in DIALOGUES[:3]  # the last one has a literal </s>, which trl takes for control
+    ]
+    config = DPOConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], save_strategy="no", max_length=None, **settings
+    )
+    return DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "smoothing", "theirs"),
+    [
+        ("sigmoid", 0.0, "sigmoid"),
+        # trl's `sigmoid` has no smoothing; its `aot` sorts within the batch, and is conservative DPO for a batch of one.
+        ("sigmoid", 0.2, "aot"),
+        ("ipo", 0.0, "ipo"),
+    ],
+)
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_loss_rewards_and_gradients_are_trls(tokenizer, encoded, tmp_path, kind, smoothing, theirs, moe):
+    reference = make(use_moe=moe)
+    policy = moved(reference)
+    pairs = with_reference(encoded, reference, tmp_path)
+    loss, n, extras = dpo_loss(0.3, smoothing, kind)(policy, pairs.batch(range(n_pairs := len(encoded))))
+    (loss / n).backward()
+    ours = gradients(policy)
+
+    trainer = trl_trainer(
+        copy.deepcopy(policy), copy.deepcopy(reference), tokenizer, tmp_path, beta=0.3, loss_type=[theirs],
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    # Both see the same tokens; the template of trl's ends with the line end after the last </s>, which is never learned.
+    newline = render_chat(tokenizer, messages(["a"]))[0][-1]
+    for row, pair in zip(trainer.train_dataset, encoded, strict=False):
+        assert row["prompt_ids"] == pair.prompt
+        assert row["chosen_ids"] == [*pair.chosen, newline]
+        assert row["rejected_ids"] == [*pair.rejected, newline]
+    model = trainer.model
+    model.zero_grad()
+    rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in encoded]
+    total = 0.0
+    size = 1 if theirs == "aot" else n_pairs
+    for first in range(0, n_pairs, size):
+        batch = trainer.data_collator(rows[first : first + size])
+        part = trainer.compute_loss(model, batch) * size / n_pairs
+        part.backward()
+        total += part.item()
+    assert loss.item() / n == pytest.approx(total, rel=1e-4, abs=1e-4)
+    assert abs(total - math.log(2)) > 0.01, "the models are too close for the comparison to mean anything"
+    logged = trainer._metrics["eval"]  # the models are in evaluation mode
+    names = {"chosen": "chosen_reward", "rejected": "rejected_reward", "margins": "margin", "accuracies": "accuracy"}
+    for name, own in names.items():
+        values = logged[f"rewards/{name}"]
+        assert extras[own].item() / n == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-4), name
+    for name, parameter in model.named_parameters():
+        difference = (ours[name] - parameter.grad).abs().max()
+        assert difference <= 1e-4 * max(1.0, parameter.grad.abs().max().item()), (name, difference)
+        assert (ours[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm() + 1e-6, name
+
+
+def test_ipo_by_its_formula(encoded, tmp_path):
+    """(mean r(chosen) - mean r(rejected) - 1 / (2 beta))^2, log-ratios averaged over an answer's tokens."""
+    reference = make()
+    policy = moved(reference)
+    pairs = with_reference(encoded, reference, tmp_path)
+    loss, _, _ = dpo_loss(0.3, kind="ipo")(policy, pairs.batch([1]))
+    with torch.no_grad():
+        means = []
+        for answer in (encoded[1].chosen, encoded[1].rejected):
+            ids = torch.tensor([encoded[1].prompt + answer])
+            logs = [
+                model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]) for model in (policy, reference)
+            ]
+            means.append((logs[0] - logs[1])[-len(answer) :].mean().item())
+    assert loss.item() == pytest.approx((means[0] - means[1] - 1 / 0.6) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_the_margin_rises_on_a_toy_set(encoded, tmp_path, kind):
+    policy = make(initializer_range=0.02)
+    pairs = with_reference(encoded, policy, tmp_path)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    loss_fn, margins = dpo_loss(0.1, kind=kind), []
+    for _ in range(12):
+        loss, n, extras = loss_fn(policy, pairs.batch(range(4)))
+        (loss / n).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        margins.append(extras["margin"].item() / n)
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert margins[-1] > margins[5] > margins[1] > 0
+    assert extras["accuracy"].item() == 4

@@ -1,0 +1,203 @@
+"""4-lora_sft.py as a user runs it: an adapter that peft reads, the same model when merged, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from model.LMConfig import LMConfig
+from model.lora import load_adapter
+from model.model import Transformer
+from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.weights import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "4-lora_sft.py"
+QUICK = (
+    "--device cpu --dtype float32 --max_steps 4 --batch_size 2 --log_interval 1 --val_fraction 0 --lora_name me".split()
+)
+IDS = torch.tensor([[1, 300, 400, 2, 201, 1, 500, 600]])
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The message of a run that failed as it should: one line."""
+        assert self.code not in (0, None), self.out
+        lines = [line for line in self.err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script with these arguments in this process: the same code, without the seconds of a fresh start."""
+
+    def call(*args) -> Result:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+        code = 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def write_base(path: Path, tokenizer, seed: int = 0, **fields) -> Path:
+    torch.manual_seed(seed)
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
+    info = {"stage": "full_sft", "step": 7, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    save_checkpoint(path, Transformer(LMConfig(**shape | fields)), info=info, overwrite=True)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path, tokenizer) -> Path:
+    """An output folder with a fine-tuned checkpoint."""
+    write_base(tmp_path / "out" / "full_sft_32.pth", tokenizer)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"who are you {i}"}, {"role": "assistant", "content": "I am Mini."}]}
+        for i in range(12)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_adapter_merged_file_and_peft_are_one_model(run, tmp_path, chats, tokenizer, moe):
+    name = "32_moe" if moe else "32"
+    base = write_base(tmp_path / f"full_sft_{name}.pth", tokenizer, use_moe=moe)
+    before = base.read_bytes()
+    result = run(*QUICK, "--data_path", chats, "--out_dir", tmp_path, "--merge", "--show_sample")
+    assert result.code == 0, result.err
+    assert "parameters are trained (" in result.out and "»I am Mini.</s>«" in result.out
+    assert "step 4/4 100%" in result.out and f"python 2-eval.py --lora {tmp_path / f'lora_me_{name}'}" in result.out
+    lines = [json.loads(line) for line in (tmp_path / f"lora_me_{name}.metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert base.read_bytes() == before
+
+    folder = tmp_path / f"lora_me_{name}"
+    adapted = load_adapter(folder, tokenizer=tokenizer)
+    assert adapted.info["stage"] == "lora" and adapted.info["step"] == 4
+    plain = load_checkpoint(base)
+    assert (logits(adapted.model) - logits(plain.model)).abs().max() > 1e-3
+    merged = load_checkpoint(tmp_path / f"lora_me_{name}.pth", tokenizer=tokenizer)
+    torch.testing.assert_close(logits(merged.model), logits(adapted.model), atol=1e-5, rtol=0)
+    assert merged.info["merged_adapter"] == f"lora_me_{name}"
+    theirs = PeftModel.from_pretrained(plain.model, str(folder))
+    torch.testing.assert_close(logits(theirs), logits(adapted.model), atol=1e-5, rtol=0)
+    # Merged weights are another base: the adapter cannot be added a second time.
+    with pytest.raises(ValueError, match="was trained on other weights"):
+        load_adapter(folder, base=merged.path)
+
+
+def test_in_a_process_of_its_own_with_chosen_settings(out, chats, tmp_path):
+    flags = "--rank 2 --alpha 4 --lora_dropout 0.1 --target_modules wq wv".split()
+    command = [sys.executable, SCRIPT, *QUICK, *flags, "--data_path", chats, "--out_dir", out]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((out / "lora_me_32" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4, 0.1)
+    assert sorted(config["target_modules"]) == ["wq", "wv"]
+    assert not (out / "lora_me_32.pth").exists()
+
+
+def test_any_checkpoint_can_be_the_base(run, tmp_path, chats, tokenizer):
+    base = write_base(tmp_path / "elsewhere" / "rl_32.pth", tokenizer)
+    flags = [*QUICK, "--data_path", chats, "--out_dir", tmp_path / "out"]
+    message = run(*flags).error()
+    assert "no full_sft or rl checkpoint in" in message and "--init_from" in message
+    assert run(*flags, "--init_from", base).code == 0
+    assert load_adapter(tmp_path / "out" / "lora_me_32", base=base).info["base"] == "rl_32.pth"
+    with pytest.raises(ValueError, match="rl_32.pth does not exist"):
+        load_adapter(tmp_path / "out" / "lora_me_32")
+
+
+def test_stopped_and_resumed_and_never_onto_another_base(run, out, chats, tokenizer):
+    flags = [*QUICK, "--data_path", chats, "--batch_size", 1, "--max_steps", 6, "--lora_dropout", 0.1, "--out_dir", out]
+    assert run(*flags, "--save_interval", 2).code == 0
+    whole = adapter_bytes(out / "lora_me_32")
+    result = run(*flags, "--resume", out / "lora_me_32.resume" / "step_00000004")
+    assert result.code == 0 and "resuming after step 4" in result.out
+    assert adapter_bytes(out / "lora_me_32") == whole
+    assert "adapter.r: 8 -> 4" in run(*flags, "--resume", "--rank", 4).error()
+    write_base(out / "full_sft_32.pth", tokenizer, seed=1)
+    assert "it is another run: origin: " in run(*flags, "--resume").error()
+    assert adapter_bytes(out / "lora_me_32") == whole
+
+
+def test_an_adapter_of_another_model_is_not_overwritten(run, out, chats, tokenizer):
+    flags = [*QUICK, "--data_path", chats, "--out_dir", out]
+    assert run(*flags).code == 0
+    before = adapter_bytes(out / "lora_me_32")
+    write_base(out / "full_sft_32.pth", tokenizer, n_layers=3)
+    message = run(*flags).error()
+    assert "lora_me_32 is an adapter of another model (n_layers: 2 != 3)" in message and "--overwrite" in message
+    assert adapter_bytes(out / "lora_me_32") == before
+    (out / "lora_me_32" / "minimind.json").write_text("[]")
+    message = run(*flags).error()
+    assert "minimind.json" in message and "remove the folder or choose another --lora_name" in message
+
+
+def test_a_merged_file_of_another_model_is_refused_before_training(run, out, chats, tokenizer):
+    write_base(out / "lora_me_32.pth", tokenizer, n_layers=3)
+    before = (out / "lora_me_32.pth").read_bytes()
+    message = run(*QUICK, "--data_path", chats, "--out_dir", out, "--merge").error()
+    assert "lora_me_32.pth holds a model of another architecture" in message and "--overwrite" in message
+    assert (out / "lora_me_32.pth").read_bytes() == before and not (out / "lora_me_32").exists()
+
+
+def test_wrong_flags_are_named_all_at_once(run, out, chats):
+    flags = ["--lora_name", "a/b", "--rank", 0, "--alpha", 0, "--lora_dropout", 1, "--init_from", "none", "--epochs", 0]
+    result = run(*flags, "--out_dir", out)
+    assert result.code == 2
+    for part in ("--lora_name 'a/b'", "--rank 0", "--alpha 0", "--lora_dropout 1", "--init_from none", "--epochs 0"):
+        assert part in result.err, part
+    message = run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "wq", "q_proj").error()
+    assert "--target_modules" in message and "q_proj; there are w1, w2, w3, wk" in message
+    message = run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "output").error()
+    assert "--target_modules" in message
+
+
+def test_what_is_missing_is_named(run, out, tmp_path, chats):
+    flags = [*QUICK, "--data_path", chats]
+    assert "full_sft_48.pth" in run(*flags, "--out_dir", out, "--init_from", out / "full_sft_48.pth").error()
+    assert "none.jsonl" in run(*QUICK, "--data_path", tmp_path / "none.jsonl", "--out_dir", out).error()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert str(blocked) in run(*flags, "--out_dir", blocked, "--init_from", out / "full_sft_32.pth").error()
