@@ -16,19 +16,29 @@ stage data "from raw dumps to training files"
 python data_process.py all --data_dir dataset/sample --out_dir $out/data
 
 stage pretrain "language, from plain text"
-python 1-pretrain.py $common --data_path $out/data/pretrain_data.csv
+python 1-pretrain.py $common --data_path $out/data/pretrain_data.csv \
+    --optimizer muon --learning_rate 4e-3 --batch_size 16 --epochs 3.5
 
 stage eval_pretrain "the base model continues texts"
 python 0-eval_pretrain.py --out_dir $out --device cpu --max_new_tokens 30 --prompt "The capital of France is" --prompt "中国的首都是"
 
 stage full_sft "answering, from dialogues"
-python 3-full_sft.py $common --data_path $out/data/sft_data.csv
+python 3-full_sft.py $common --data_path $out/data/sft_data.csv \
+    --optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2
 
 stage lora "a new identity, in a small adapter"
-python 4-lora_sft.py $common --lora_name identity --data_path dataset/sample/lora_identity.jsonl
+python 4-lora_sft.py $common --lora_name identity --data_path dataset/sample/lora_identity.jsonl \
+    --rank 16 --alpha 32 --learning_rate 2e-3 --batch_size 2 --epochs 15 --log_interval 50
 
 stage dpo "preferring the better of two answers"
-python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json
+python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json \
+    --learning_rate 1e-4 --beta 0.5 --batch_size 16
+
+stage quiz "choosing among four answers, as C-Eval asks"
+python eval_ceval.py --weights $out/full_sft_192.pth --data_dir dataset/sample/ceval --out_dir $out/ceval --score text --device cpu
+
+stage chat "a look at the result"
+python 2-eval.py --auto --weights $out/rl_192.pth --device cpu --max_new_tokens 40
 
 stage report "what was learned"
 python bench/quickstart_report.py --out_dir $out

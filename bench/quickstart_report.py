@@ -159,7 +159,8 @@ def main() -> None:
         ("DPO: exact match on the held-out questions, after", exact_match(rl.model, tokenizer, questions)),
     ]  # fmt: skip
     if quiz is not None:
-        figures.insert(2, (f"SFT: quiz of {quiz['questions']} questions, four options each", quiz["accuracy"]))
+        title = f"SFT: quiz of {quiz['questions']} questions, the likeliest of four answers (guessing: 25%)"
+        figures.insert(2, (title, quiz["accuracy"]))
     prompts = [[BOS_ID, *encode_text(tokenizer, text)] for text in OPENINGS]
     continuations = generate_text(base.model, tokenizer, prompts, Sampling(max_new_tokens=30))
     names = [f"pretrain_{size}", f"full_sft_{size}", adapter_path.name, f"rl_{size}"]
