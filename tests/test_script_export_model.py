@@ -1,0 +1,196 @@
+"""export_model.py as a user runs it: in a process of its own, with good and bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import export_model
+from model.LMConfig import LMConfig
+from model.lora import add_adapter, save_adapter
+from model.model import Transformer
+from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.weights import load_checkpoint, save_checkpoint
+from trainer.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "export_model.py"
+TINY = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, max_seq_len=128, initializer_range=0.15)
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def succeeded(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def failed(result: subprocess.CompletedProcess) -> str:
+    """The message of a run that failed as it should: one line, no traceback."""
+    assert result.returncode not in (0, None), result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
+    return line
+
+
+def make(path: Path, seed: int = 0, **fields) -> Path:
+    torch.manual_seed(seed)
+    info = {"stage": "full_sft", "step": 7, "tokenizer_hash": tokenizer_hash(load_tokenizer())}
+    save_checkpoint(path, Transformer(LMConfig(**TINY, **fields)), info=info)
+    return path
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The script in this process: for what need not start a new one, which takes seconds."""
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+
+    def call(*args) -> None:
+        monkeypatch.setattr("sys.argv", ["export_model.py", *map(str, args)])
+        export_model.main()
+
+    return call
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """A folder with a dense checkpoint and a mixture of experts."""
+    out = tmp_path_factory.mktemp("out")
+    make(out / "pretrain_64_moe.pth", use_moe=True)
+    make(out / "full_sft_64.pth")
+    return out
+
+
+def test_to_llama_and_back_bit_for_bit(out, tmp_path, main):
+    text = tmp_path / "text.txt"
+    text.write_text("你好，世界。\n\nA paragraph of text.\n", encoding="utf-8")
+    message = succeeded(run("--out_dir", out, "--text", text))
+    assert "largest difference of logits over" in message and "(allowed: 0.0001)" in message
+    folder = out / "full_sft_64-llama"  # the newest checkpoint but no stage was named
+    assert names(folder) >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
+    assert "out/" not in (folder / "README.md").read_text(encoding="utf-8")
+
+    main("--format", "pth", "--weights", folder, "--output", tmp_path / "back.pth")
+    before, after = load_checkpoint(out / "full_sft_64.pth"), load_checkpoint(tmp_path / "back.pth")
+    assert after.fingerprint == before.fingerprint  # of the contents of the files
+    assert after.info == before.info and after.config.own_fields() == before.config.own_fields()
+
+    assert "exists; replace it with --overwrite" in failed(run("--out_dir", out))
+    with pytest.raises(UserError, match="back.pth exists; replace it with --overwrite"):
+        main("--format", "pth", "--weights", folder, "--output", tmp_path / "back.pth")
+    main("--out_dir", out, "--overwrite")
+
+
+def test_minimind_with_an_adapter_merged(out, tmp_path, main, capsys):
+    base = load_checkpoint(out / "full_sft_64.pth")
+    model = add_adapter(base.model, rank=4, alpha=8.0, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapter = out / "lora_x_64"
+    save_adapter(adapter, model, base, {"stage": "lora"})
+    main("--out_dir", out, "--lora", adapter, "--format", "minimind")
+    message = capsys.readouterr().out
+    assert "merged into full_sft_64.pth" in message and "(allowed: 0)" in message
+    assert names(out / "lora_x_64-minimind") >= {"LMConfig.py", "model.py", "attention.py", "moe.py", "rope.py"}
+    assert "| stage | lora |" in (out / "lora_x_64-minimind" / "README.md").read_text(encoding="utf-8")
+
+    other = make(tmp_path / "other.pth", seed=1)
+    with pytest.raises(UserError, match="was trained on other weights"):
+        main("--out_dir", tmp_path, "--lora", adapter, "--weights", other)
+    assert names(tmp_path) == {"other.pth", "other.json"}
+
+
+def test_gguf_of_a_mixture_of_experts(out, main, capsys):
+    main("--weights", out / "pretrain_64_moe.pth", "--out_dir", out, "--format", "gguf", "--dtype", "q8_0")
+    message = capsys.readouterr().out
+    assert "nats on average" in message
+    assert names(out / "pretrain_64_moe-gguf") == {
+        "pretrain_64_moe.q8_0.gguf", "Modelfile", "README.md", "minimind.json",
+    }  # fmt: skip
+
+
+def test_failures_leave_nothing(out, tmp_path, main):
+    broken, good = tmp_path / "broken.pth", out / "full_sft_64.pth"
+    broken.write_bytes(good.read_bytes()[:100_000])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    before = names(tmp_path)
+    for message, args in {
+        "is damaged or cut off": ["--weights", broken],
+        "no checkpoint .*missing.pth": ["--weights", tmp_path / "missing.pth"],
+        "no checkpoint in .*empty": ["--out_dir", empty],
+        "does not compute what its source does": ["--weights", good, "--tolerance", "1e-12"],
+        "is not an adapter": ["--lora", empty],
+        "--text .* cannot be read": ["--weights", good, "--text", tmp_path / "missing.txt"],
+        "--ceval .* cannot be read": ["--weights", good, "--ceval", broken],
+        "no tokenizer.json": ["--weights", good, "--tokenizer", empty],
+        "is a folder; name a .pth": ["--weights", empty],
+        "no config.json": ["--weights", empty, "--format", "pth"],
+    }.items():
+        with pytest.raises(UserError, match=message):
+            main("--out_dir", tmp_path, *args)
+        assert names(tmp_path) == before and not names(empty)
+
+
+def test_combinations_that_make_no_sense(main, capsys):
+    for args, messages in {
+        "--dtype q8_0 --push_to_hub me --tolerance -1": [
+            "q8_0 needs --format gguf",
+            "give user/name",
+            "not be negative",
+        ],
+        "--format pth --lora x": ["--lora is not for --format pth", "needs --weights FOLDER"],
+        "--format gguf --dtype bf16": ["--dtype bfloat16 is not for --format gguf: use float32, float16, q8_0"],
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(*args.split())
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and all(message in error for message in messages)
+
+
+def test_push(out, tmp_path, main, monkeypatch):
+    """What is uploaded is the folder; where that fails, the message says that the folder is there."""
+    uploads = []
+
+    class Hub:
+        def create_repo(self, repo, **settings):
+            uploads.append((repo, settings))
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploads.append((repo_id, names(folder_path)))
+            if repo_id == "me/full":
+                raise OSError("quota exceeded\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    common = ["--weights", out / "full_sft_64.pth", "--output"]
+    main(*common, tmp_path / "a", "--push_to_hub", "me/mine", "--private")
+    assert uploads[0] == ("me/mine", {"exist_ok": True, "private": True})
+    assert uploads[1] == ("me/mine", names(tmp_path / "a"))
+    assert 'from_pretrained("me/mine")' in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="is written, but was not uploaded to me/full: quota exceeded; log in"):
+        main(*common, tmp_path / "b", "--push_to_hub", "me/full")
+    assert names(tmp_path / "b") == names(tmp_path / "a") >= {"model.safetensors", "README.md"}
+
+
+def test_no_hub_is_no_traceback(out, tmp_path, main, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="was not uploaded to me/mine: .*refused"):
+        main("--weights", out / "full_sft_64.pth", "--output", tmp_path / "a", "--push_to_hub", "me/mine")
