@@ -149,9 +149,10 @@ def main() -> None:
     quiz_path = out / "ceval" / "summary.json"
     quiz = json.loads(quiz_path.read_text(encoding="utf-8"))["overall"] if quiz_path.exists() else None
 
+    answered, recalled = (exact_match(sft.model, tokenizer, chats) for chats in (questions, recall))
     figures = [
-        (f"SFT: exact match on {len(questions)} questions in words not trained on", exact_match(sft.model, tokenizer, questions)),
-        (f"SFT: exact match on {len(recall)} dialogues that ask for something told before", exact_match(sft.model, tokenizer, recall)),
+        (f"SFT: exact match on {len(questions)} questions in words not trained on", answered),
+        (f"SFT: exact match on {len(recall)} dialogues that ask for something told before", recalled),
         (f"LoRA: answers changed, of {len(identity)} questions who it is", changed),
         ("LoRA: of these in the words of the new persona", persona),
         ("DPO: better answer more probable, held-out pairs, before", preferred(sft.model, tokenizer, pairs)),

@@ -22,6 +22,7 @@ from trainer.corpus import TokenCorpus
 from trainer.datasets import Batch, PackedRows
 from trainer.losses import next_token_loss
 from trainer.optim import make_optimizers
+from trainer.packing import sample_order
 from trainer.tracking import peak_flops, training_flops
 
 
@@ -97,12 +98,14 @@ class Scheme:
         self.optimizers = make_optimizers(self.model, "adamw", 0.1)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.batch_size = args.batch_size
+        self.order = sample_order(len(rows), seed=0, epoch=0).tolist()
         self.next = 0
         self.rates: list[float] = []
         self.flops: list[float] = []  # per second; not for adapters: frozen weights need fewer, and it varies
 
     def step(self) -> tuple[int, int]:
-        batch = self.rows.batch([(self.next + i) % len(self.rows) for i in range(self.batch_size)])
+        # In random order, as in training: neighbours in the file, or in the packing, are of like length.
+        batch = self.rows.batch([self.order[(self.next + i) % len(self.order)] for i in range(self.batch_size)])
         self.next += self.batch_size
         batch = batch.to(self.device)
         if self.compiled:
