@@ -278,6 +278,22 @@ def test_non_finite_stops_before_the_weights_change(tmp_path, where):
     assert same(weights(resumed), weights(whole))
 
 
+def test_float16_overflow_skips_the_step_lowers_the_scale_and_says_so(tmp_path):
+    def steep(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        return loss * 1e36, n, extras  # times the scale of 65536 it overflows even in float32
+
+    opts = options(tmp_path, dtype="float16", max_steps=3, log_interval=3, val_interval=3)
+    torch.manual_seed(0)
+    before = weights(Transformer(config()))
+    model, metrics = train(opts, loss_fn=steep)
+    assert metrics["skipped_steps"] >= 1 and math.isfinite(metrics["grad_norm"])
+    lines = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()]
+    assert lines
+    if metrics["skipped_steps"] == 3:
+        assert same(weights(model), before)
+
+
 def test_a_miscounting_loss_is_caught(tmp_path):
     def wrong(model, batch):
         loss, n, extras = next_token_loss(model, batch)

@@ -399,3 +399,11 @@ def test_resuming_with_other_targets_or_another_base_is_refused(tmp_path):
     write_base(tmp_path / "base.pth", seed=1)
     with pytest.raises(UserError, match="origin: [0-9a-f]{16} -> [0-9a-f]{16}"):
         run_loop(tmp_path / "a", False, resume="newest")
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
+    """The re-entrant kind would give the adapter no gradient: the base's activations need none."""
+    plain, _ = run_loop(tmp_path / "a", False)
+    checkpointed, _ = run_loop(tmp_path / "b", False, gradient_checkpointing=True)
+    for name, value in parameters(plain).items():
+        assert torch.allclose(value, parameters(checkpointed)[name], atol=1e-5), name

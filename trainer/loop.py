@@ -157,6 +157,8 @@ class Trainer:
         result = dict(zip(names, summed, strict=True)) | {"grad_norm": float(norm), "lr": lr}
         if not self._finite(result):
             self._stop_on_non_finite(step, result)
+        skipped = not math.isfinite(result["grad_norm"])  # by the scaler; there is no norm to average
+        result |= {"skipped_steps": float(skipped)} | ({"grad_norm": 0.0} if skipped else {})
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -211,7 +213,8 @@ class Trainer:
         self.model.to(self.device)
         share_parameters(self.world, self.model)
         if options.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            # The re-entrant kind gives a frozen model with adapters no gradient at all.
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(self.model, options.optimizer, options.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -366,6 +369,7 @@ class Trainer:
             "step": self.steps_done,
             "total_steps": self.total_steps,
             "tokens": self.tokens_done,
+            "loss": self.metrics.get("loss"),
             "metrics": self.metrics,
             **self.run.identity,
             "train_data": self.train.fingerprint,

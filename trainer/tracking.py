@@ -127,7 +127,11 @@ class Tracker:
         steps, n_targets = sums.pop("steps"), sums.pop("n_targets")
         tokens, pairs = sums.pop("n_tokens"), sums.pop("attention_pairs")
         # The learning rate and the gradient's norm belong to steps, everything else to targets.
-        line: dict = {"step": step, "lr": sums.pop("lr") / steps, "grad_norm": sums.pop("grad_norm") / steps}
+        skipped = sums.pop("skipped_steps")
+        line: dict = {"step": step, "lr": sums.pop("lr") / steps}
+        line["grad_norm"] = sums.pop("grad_norm") / max(steps - skipped, 1)
+        if skipped:
+            line["skipped_steps"] = int(skipped)
         line |= {name: value / n_targets for name, value in sums.items()}
         if self._fresh_validation:
             line |= {name if name == "bits_per_byte" else f"val_{name}": v for name, v in self._validation.items()}
