@@ -40,6 +40,9 @@ python eval_ceval.py --weights $out/full_sft_192.pth --data_dir dataset/sample/c
 stage chat "a look at the result"
 python 2-eval.py --auto --weights $out/rl_192.pth --device cpu --max_new_tokens 40
 
+stage export "a folder that plain transformers loads"
+python export_model.py --weights $out/rl_192.pth --output $out/minimind-toy --overwrite
+
 stage report "what was learned"
 python bench/quickstart_report.py --out_dir $out
 echo "the whole pipeline took $((SECONDS / 60)) min $((SECONDS % 60)) s; talk to the model: python 2-eval.py --out_dir $out"
