@@ -61,7 +61,8 @@ def main() -> None:
     # Learning.
     fit(model, next_token_loss, train, val, options, run, world)
     leave_world(world)
-    print(f"done: {options.out_dir / run.name}.pth; now try: python 2-eval.py")
+    path = options.out_dir / f"{run.name}.pth"
+    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
 
     # What it learns from: pairs, and what the model thought of them before.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
-    train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction)
+    train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
     for part in (train, val) if val else (train,):
         part.add_reference(
             model,
@@ -86,7 +86,8 @@ def main() -> None:
     # Learning.
     fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, world)
     leave_world(world)
-    print(f"done: {options.out_dir / run.name}.pth; now try: python 2-eval.py")
+    path = options.out_dir / f"{run.name}.pth"
+    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
 
 
 if __name__ == "__main__":

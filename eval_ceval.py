@@ -127,7 +127,7 @@ def open_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         if args.lora is not None:
             from model.lora import load_adapter
 
-            found = load_adapter(args.lora, device)
+            found = load_adapter(args.lora, device, tokenizer=tokenizer)
         else:
             path = args.weights or find_checkpoint(ROOT / "out", ["rl", "full_sft"])
             if path is None:

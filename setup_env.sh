@@ -7,7 +7,10 @@ python=${PYTHON:-python3}
     echo "error: Python 3.10 or newer is needed, $("$python" --version) was found; set PYTHON=/path/to/python3" >&2
     exit 1
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv || {
+    echo "error: no virtual environment could be made in .venv; on Debian and Ubuntu: apt install python3-venv" >&2
+    exit 1
+}
 # shellcheck disable=SC1091
 . .venv/bin/activate
 stamp=.venv/installed-$(basename "$requirements")
@@ -15,7 +18,7 @@ wanted=$(cat requirements*.txt)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing $requirements into .venv"
     # torch first and alone: with it in place, no other package asks for another build of it.
-    pip install --quiet --disable-pip-version-check "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
-    pip install --quiet --disable-pip-version-check -r "$requirements"
+    python -m pip install --quiet --disable-pip-version-check "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+    python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     printf '%s' "$wanted" > "$stamp"
 fi

@@ -178,7 +178,7 @@ def main() -> None:
         losses_table(out, names),
         "\n".join(f"![{name}]({name}.png)" for name in names),
         "## The base model continues",
-        "\n".join(f"- {text} **{more}**" for text, more in zip(OPENINGS, continuations, strict=True)),
+        "\n".join(f"- **{text}** {' '.join(more.split())}" for text, more in zip(OPENINGS, continuations, strict=True)),
         "## A conversation after DPO",
         transcript(rl.model, tokenizer),
         "## Who it is, before and after LoRA",

@@ -109,6 +109,11 @@ class LMConfig(PreTrainedConfig):
             )
         if self.n_heads % self.n_kv_heads:
             found.append(f"--n_heads {self.n_heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name} {getattr(self, name)} must be more than 0")
+        if not self.initializer_range >= 0:
+            found.append(f"--initializer_range {self.initializer_range} must not be negative")
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"--dropout {self.dropout} must be at least 0 and below 1")
         if self.use_moe:
@@ -121,7 +126,7 @@ class LMConfig(PreTrainedConfig):
                 )
             if self.n_shared_experts < 0:
                 found.append(f"--n_shared_experts {self.n_shared_experts} must not be negative")
-            if self.aux_loss_alpha < 0:
+            if not self.aux_loss_alpha >= 0:
                 found.append(f"--aux_loss_alpha {self.aux_loss_alpha} must not be negative")
         return found
 

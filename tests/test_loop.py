@@ -288,7 +288,9 @@ def test_float16_overflow_skips_the_step_lowers_the_scale_and_says_so(tmp_path):
     before = weights(Transformer(config()))
     model, metrics = train(opts, loss_fn=steep)
     assert metrics["skipped_steps"] >= 1 and math.isfinite(metrics["grad_norm"])
-    lines = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()
+    ]
     assert lines
     if metrics["skipped_steps"] == 3:
         assert same(weights(model), before)
@@ -351,3 +353,22 @@ def test_a_second_ctrl_c_stops_at_once():
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_resuming_from_an_older_state_discards_the_later_ones(tmp_path):
+    """Otherwise the later ones would count as the newest, and the new run's states as too old to keep."""
+    opts = options(tmp_path, keep=5)
+    train(opts)  # 12 steps, states 4, 8 and 12
+    folder = tmp_path / "tiny.resume"
+    train(dataclasses.replace(opts, resume=str(folder / "step_00000004"), max_steps=7, save_interval=1))
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{n:08d}" for n in (4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("content", ["{}", "{broken"])
+def test_a_damaged_description_of_a_run_is_not_a_finished_run(tmp_path, content):
+    train(options(tmp_path))
+    (tmp_path / "tiny.resume" / "step_00000012" / "run.json").write_text(content)
+    with pytest.raises(UserError, match="continue it with --resume"):
+        train(options(tmp_path))
+    with pytest.raises(UserError, match="step_00000012 cannot be read"):
+        train(options(tmp_path, resume="newest"))

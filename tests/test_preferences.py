@@ -170,10 +170,10 @@ def test_fingerprints_tell_pairs_and_tokenizers_apart():
 
 def test_duplicates_stay_on_one_side_of_the_split(tokenizer):
     pairs = some_pairs(60)
-    train, val = train_and_val_pairs([*pairs, *pairs], tokenizer, 0.2)
+    train, val = train_and_val_pairs([*pairs, *pairs], tokenizer, 0.2, 10**6)
     keys = [{pair.key() for pair in data.pairs} for data in (train, val)]
     assert not keys[0] & keys[1] and len(train) + len(val) == 120 and 4 < len(val) < 60
-    train, val = train_and_val_pairs(pairs, tokenizer, 0.0)
+    train, val = train_and_val_pairs(pairs, tokenizer, 0.0, 10**6)
     assert val is None and len(train) == 60
 
 

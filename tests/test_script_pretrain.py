@@ -162,6 +162,16 @@ def test_two_processes_train_what_one_trains(texts, tmp_path):
     assert metrics[0]["val_loss"] == pytest.approx(metrics[1]["val_loss"], rel=1e-5)
 
 
+def test_processes_without_a_sample_in_the_last_step_do_not_hang(tmp_path):
+    data = tmp_path / "three.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(3)), encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    flags = [*TINY, "--batch_size", 1, "--val_fraction", 0, "--data_path", data, "--out_dir", tmp_path / "out"]
+    result = subprocess.run([*launcher, *map(str, flags)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "out" / "pretrain_32.pth").info["step"] == 2
+
+
 def test_other_data_or_another_model_is_not_resumed(texts, tmp_path):
     flags = [*QUICK, "--data_path", texts, "--out_dir", tmp_path]
     assert run(*flags).returncode == 0
@@ -203,9 +213,10 @@ def test_bad_lines_are_skipped_counted_and_listed(texts, tmp_path):
 
 
 def test_wrong_flags_are_named_all_at_once(tmp_path):
-    result = run("--epochs", 0, "--keep", 1, "--dim", 30, "--device", "cuda:99", "--out_dir", tmp_path / "out")
+    flags = "--epochs 0 --keep 1 --dim 30 --device cuda:99 --grad_clip inf --seed -1 --max_seq_len 1 --rope_theta 0"
+    result = run(*flags.split(), "--out_dir", tmp_path / "out")
     assert result.returncode == 2
-    for part in ("--epochs 0", "--keep 1", "--dim 30", "--device cuda:99"):
+    for part in flags.replace(" --", "|--").split("|"):
         assert part in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 

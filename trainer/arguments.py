@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -102,6 +103,14 @@ class TrainOptions:
         for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} {getattr(self, name)} must not be negative")
+        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__} | self.model
+        for name, value in numbers.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"--{name} {value} is not a number to compute with")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"--seed {self.seed} must be at least 0 and below 2**63")
+        if self.model.get("max_seq_len", 2) < 2:
+            found.append(f"--max_seq_len {self.model['max_seq_len']}: a row of one token has nothing to predict")
         if self.max_steps is not None and self.max_steps < 1:
             found.append(f"--max_steps {self.max_steps} must be at least 1")
         if not self.epochs > 0:

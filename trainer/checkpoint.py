@@ -65,8 +65,8 @@ def save_state(folder: Path, step: int, tensors: dict, run: dict, keep: int) -> 
         # torch.save reports a disk that ran full as a RuntimeError of its zip writer.
         if isinstance(error, (OSError, RuntimeError)) and _disk_is_full(folder, error):
             raise UserError(
-                f"no space left on the disk for {target}: free some space and continue with --resume; "
-                f"{_newest_words(folder)}"
+                f"no space left on the disk for {target}: free some space and run again"
+                f"{' with --resume' if complete_states(folder) else ''}; {_newest_words(folder)}"
             ) from error
         raise
     fsync_dir(folder)
@@ -99,12 +99,13 @@ def load_state(path: Path) -> State:
     try:
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        step = int(run["step"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"--resume: {path} cannot be read ({reason}); delete it to continue from the state before"
         ) from error
-    return State(path, int(run["step"]), tensors, run)
+    return State(path, step, tensors, run)
 
 
 def complete_states(folder: Path) -> list[Path]:

@@ -16,6 +16,9 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     A bug still ends in its traceback: hiding it would help nobody.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print Chinese must not end a run
     try:
         code = main()
     except UserError as error:

@@ -152,8 +152,8 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.grad_clip or math.inf)
 
-        names = sorted(sums)
-        summed = sum_over_world(self.world, [float(sums[name]) for name in names], self.device)
+        names, values = _agree_on_names(self.world, {name: float(value) for name, value in sums.items()})
+        summed = sum_over_world(self.world, values, self.device)
         result = dict(zip(names, summed, strict=True)) | {"grad_norm": float(norm), "lr": lr}
         if not self._finite(result):
             self._stop_on_non_finite(step, result)
@@ -219,10 +219,6 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, options.optimizer, options.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.warmup_steps = min(options.warmup_iters, self.total_steps // 10)
-        if self.total_steps < options.warmup_iters * 10 and self.world.is_main:
-            print(
-                f"warm-up: {self.warmup_steps} steps, a tenth of this run, instead of --warmup_iters {options.warmup_iters}"
-            )
         options.out_dir.mkdir(parents=True, exist_ok=True)
         self._resume_or_start()
         if options.compile:
@@ -298,10 +294,7 @@ class Trainer:
             for name, value in extras.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         self.model.train(was_training)
-        names = sorted(sums)
-        values = [sums[name] for name in names]
-        if self.world.size > 1:  # a process with no rows has no names: agree on them first
-            names, values = _agree_on_names(sums)
+        names, values = _agree_on_names(self.world, sums)
         *values, total = sum_over_world(self.world, [*values, n_targets], self.device)
         means = {name: value / total for name, value in zip(names, values, strict=True)}
         if not all(math.isfinite(value) for value in means.values()):
@@ -399,6 +392,10 @@ class Trainer:
         self._restore(state)
         if self.world.is_main:
             print(f"resuming after step {state.step} from {state.path}")
+            later = [old for old in found if int(old.name[5:]) > state.step]
+            for old in later if state.path.parent.resolve() == self.folder.resolve() else []:
+                print(f"discarding {old.name}, which is later: this run goes another way from here")
+                delete_state(old)
             changed = differences(self.settings(), state.run["settings"])
             if changed:
                 print(f"note: changed since then, so the result is not that of one run: {'; '.join(changed)}")
@@ -454,12 +451,18 @@ def hash_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _agree_on_names(sums: dict[str, float]) -> tuple[list[str], list[float]]:
-    gathered: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, sorted(sums))
-    names = sorted(set().union(*gathered))
+def _agree_on_names(world: World, sums: dict[str, float]) -> tuple[list[str], list[float]]:
+    """The names that any process has, sorted, and this one's values: a process without samples has no names."""
+    names = sorted(sums)
+    if world.size > 1:
+        gathered: list = [None] * world.size
+        torch.distributed.all_gather_object(gathered, names)
+        names = sorted(set().union(*gathered))
     return names, [sums.get(name, 0.0) for name in names]
 
 
 def _finished(path: Path) -> bool:
-    return bool(json.loads((path / "run.json").read_text(encoding="utf-8")).get("finished"))
+    try:
+        return bool(json.loads((path / "run.json").read_text(encoding="utf-8")).get("finished"))
+    except (OSError, ValueError):  # damaged: not known to be finished, so not to be replaced unasked
+        return False

@@ -180,9 +180,11 @@ def _read_reference(path: Path, n_pairs: int) -> np.ndarray | None:
 
 
 def train_and_val_pairs(
-    pairs: list[EncodedPair], tokenizer: PreTrainedTokenizerFast, val_fraction: float
+    pairs: list[EncodedPair], tokenizer: PreTrainedTokenizerFast, val_fraction: float, val_tokens: int
 ) -> tuple[PreferencePairs, PreferencePairs | None]:
-    """Split by content, so that duplicates stay on one side."""
+    """Split by content, so that duplicates stay on one side; about `val_tokens` tokens at most are held out."""
+    n_tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    val_fraction = min(val_fraction, val_tokens / max(n_tokens, 1))
     keys = np.array([pair.key() for pair in pairs], np.uint64)
     train_ids, val_ids = split_by_key(keys, val_fraction)
     name = tokenizer_hash(tokenizer)

@@ -152,6 +152,7 @@ def adapter_run(
     config = base.config
     folder = options.out_dir / Path(checkpoint_name(f"lora_{name}", config)).stem
     try:
+        options.out_dir.mkdir(parents=True, exist_ok=True)
         if folder.exists() and not options.overwrite:
             differences = architecture_differences(LMConfig(**read_description(folder)["config"]), config)
             if differences:
@@ -159,6 +160,10 @@ def adapter_run(
                     f"{folder} is an adapter of another model ({'; '.join(differences)}): replace it with --overwrite, or "
                     "choose another --lora_name"
                 )
+    except OSError as error:
+        raise UserError(
+            f"--out_dir {options.out_dir} cannot be used ({error.strerror}); choose another folder"
+        ) from error
     except ValueError as error:
         raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
     try:
