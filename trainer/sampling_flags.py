@@ -105,7 +105,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     weight = checkpoint.model.get_input_embeddings().weight
     origin = [str(info["stage"])] if "stage" in info else []
     origin += [f"step {info['step']}"] if "step" in info else []
-    origin += [f"loss {info['loss']:.4f}"] if isinstance(info.get("loss"), float) else []
+    origin += [f"loss {info['loss']:.4g}"] if isinstance(info.get("loss"), float) else []
     lines = [f"{checkpoint.path}" + (f" ({', '.join(origin)})" if origin else "")]
     lines += [f"  note: {note}" for note in checkpoint.notes]
     lines.append(f"  {describe_parameters(checkpoint.model)}")
