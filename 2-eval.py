@@ -22,6 +22,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from model.decode_native import NativeModel
+from model.decode_step import TorchModel
 from model.generation import Sampling, fit_chat, generate
 from model.weights import Checkpoint, find_checkpoint
 from trainer.errors import UserError, run_script
@@ -32,6 +34,7 @@ from trainer.sampling_flags import (
     describe_checkpoint,
     device_and_dtype,
     ending,
+    fast_from_args,
     open_checkpoint,
     open_tokenizer,
     read_line,
@@ -121,9 +124,10 @@ class Chat:
         context: int,
         history_turns: int,
         system: str | None,
+        fast: NativeModel | TorchModel | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.context = checkpoint.model, tokenizer, sampling, context
-        self.history_turns = history_turns
+        self.history_turns, self.fast = history_turns, fast
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict] = []  # user and assistant in turn
 
@@ -140,7 +144,9 @@ class Chat:
             print(f"[context of {self.context} tokens: {forgotten} of {len(history) // 2} earlier turns left out]")
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
-            for event in generate(self.model, [ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context):
+            for event in generate(
+                self.model, [ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context, fast=self.fast
+            ):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
                 end = ending(event, self.sampling, made, self.context)
@@ -196,7 +202,8 @@ def main() -> None:
     context = context_length(checkpoint, args)
     if checkpoint.info.get("stage") == "pretrain":
         print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
-    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system)
+    fast = fast_from_args(args, checkpoint.model)
+    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system, fast)
     if not args.auto:
         interact(chat)
         return

@@ -22,9 +22,6 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -400,15 +397,6 @@ private:
 };
 
 }  // namespace
-
-// Ask the system to map fresh memory in pages of 2 MB: with the usual 4 KB, looking up pages costs more than reading them.
-extern "C" void use_large_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-    const uintptr_t page = 1 << 12, from = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish: the answer does not matter
-#endif
-}
 
 extern "C" size_t scratch_floats(const Model* m, int rows, int threads) {
     Scratch s(*m, rows);

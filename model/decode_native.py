@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import platform
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .decode_step import DecodeLayer, DecodeWeights, Matrix, SwiGLU
+from .decode_weights import DecodeLayer, DecodeWeights, Matrix, SwiGLU, zeros
 
 SOURCE = Path(__file__).with_name("decode_kernel.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
@@ -79,9 +78,9 @@ def load_kernel() -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
-        native = subprocess.run(  # what -march=native means on this CPU: a home folder may be shared by several machines
-            [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
-        ).stdout
+        # What -march=native means on this CPU: a home folder may be shared by several machines.
+        macros = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+        native = subprocess.run(macros, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise KernelUnavailable(f"no C++ compiler ({compiler}): {error}") from error
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + version.encode() + native).hexdigest()[:16]
@@ -92,7 +91,8 @@ def load_kernel() -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / "decode.so"
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True, text=True)
+                command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+                subprocess.run(command, capture_output=True, check=True, text=True)
                 os.replace(made, library)  # whole or not at all, whoever else compiles it at this moment
         except OSError as error:
             raise KernelUnavailable(f"cannot write to {folder}: {error}") from error
@@ -104,21 +104,12 @@ def load_kernel() -> ctypes.CDLL:
         raise KernelUnavailable(f"cannot load {library}: {error}") from error
     kernel.scratch_floats.restype = ctypes.c_size_t
     kernel.scratch_floats.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
-    kernel.use_large_pages.restype = None
-    kernel.use_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     kernel.decode_step.restype = None
     kernel.decode_step.argtypes = [
         ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
     ]  # fmt: skip
     return kernel
-
-
-def large_pages(kernel: ctypes.CDLL, size: int) -> Tensor:
-    """Uninitialised memory of so many bytes, in large pages where the system has them."""
-    memory = torch.empty(size, dtype=torch.uint8)
-    kernel.use_large_pages(memory.data_ptr(), size)
-    return memory
 
 
 def in_blocks(weight: Tensor) -> Tensor:
@@ -159,6 +150,9 @@ class NativeModel:
             n_routed=config.n_routed_experts if config.use_moe else 0, top_k=config.num_experts_per_tok,
             renormalise=weights.renormalise, eps=config.norm_eps,
         )  # fmt: skip
+
+    def describe(self) -> str:
+        return f"C++, {self.threads or torch.get_num_threads()} threads"
 
     def bind(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
         """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
@@ -202,7 +196,7 @@ class NativeModel:
         """Copy a tensor to where it stays; its address."""
         size = -(-tensor.nbytes // 64) * 64
         if self._used + size > len(self._memory):
-            self._memory, self._used = large_pages(self.kernel, max(size, CHUNK)), 0
+            self._memory, self._used = zeros((max(size, CHUNK),), torch.uint8), 0
             self._alive.append(self._memory)
         place = self._memory[self._used : self._used + tensor.nbytes]
         place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
@@ -211,7 +205,9 @@ class NativeModel:
 
 
 class NativeStep:
-    """See `decode_step.TorchStep`; this one also reads prompts."""
+    """A step on a cache, like `decode_step.TorchStep`; this one also reads prompts."""
+
+    reads_prompts = True
 
     def __init__(self, native: NativeModel, keys: list[Tensor], values: list[Tensor]) -> None:
         slots, _, max_len, _ = keys[0].shape
@@ -222,31 +218,28 @@ class NativeStep:
         model.cos, model.sin, model.max_len, model.layers = cos.data_ptr(), sin.data_ptr(), max_len, layers
         scratch = torch.empty(native.kernel.scratch_floats(ctypes.byref(model), MAX_ROWS, self.threads))
         model.scratch = scratch.data_ptr()
-        self._model, self._run, self.vocab_size = ctypes.pointer(model), native.kernel.decode_step, native.config.vocab_size
-        self._width = model.output.blocks * LANES
-        self._all = torch.arange(max(slots, MAX_ROWS))
+        self._model, self._run = ctypes.pointer(model), native.kernel.decode_step
+        self._width, self._vocab_size = model.output.blocks * LANES, native.config.vocab_size
+        self._all = torch.arange(max(slots, max_len))
         self._alive = (native, keys, values, layers, model, cos, sin, scratch)  # what the struct points to
 
-    def __call__(self, tokens: Tensor, positions: Tensor, visible: int) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """The newest tokens of the slots 0, 1, ... (rows,) at their positions -> logits (rows, vocab) in float32."""
-        n = len(tokens)
-        parts = [
-            self._rows(tokens[i : i + MAX_ROWS], positions[i : i + MAX_ROWS], self._all[i:], self._all[: min(n - i, MAX_ROWS)])
-            for i in range(0, n, MAX_ROWS)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(tokens) <= MAX_ROWS:
+            return self._rows(tokens, positions, self._all, self._all[: len(tokens)])
+        parts = zip(*(part.split(MAX_ROWS) for part in (tokens, positions, self._all[: len(tokens)])), strict=True)
+        return torch.cat([self._rows(*part, self._all[: len(part[0])]) for part in parts])
 
     def read(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         """Prompts for the slots from `first` on -> logits (prompts, vocab) of what comes after each."""
-        tokens = [token for prompt in prompts for token in prompt]
-        positions = [place for prompt in prompts for place in range(len(prompt))]
-        slots = [first + i for i, prompt in enumerate(prompts) for _ in prompt]
-        ends = list(itertools.accumulate(len(prompt) for prompt in prompts))
-        parts = []
-        for i in range(0, len(tokens), MAX_ROWS):
-            part = slice(i, i + MAX_ROWS)
-            here = [end - 1 - i for end in ends if i < end <= i + MAX_ROWS]
-            parts.append(self._rows(*map(torch.tensor, (tokens[part], positions[part], slots[part])), torch.tensor(here, dtype=torch.int64)))
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        positions = torch.cat([self._all[: len(prompt)] for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        slots = torch.arange(first, first + len(prompts)).repeat_interleave(lengths)
+        ends, parts = lengths.cumsum(0) - 1, []
+        for i, part in enumerate(zip(*(row.split(MAX_ROWS) for row in (tokens, positions, slots)), strict=True)):
+            here = ends - i * MAX_ROWS
+            parts.append(self._rows(*part, here[(here >= 0) & (here < MAX_ROWS)]))
         return torch.cat(parts)
 
     def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
@@ -255,4 +248,4 @@ class NativeStep:
             self._model, len(tokens), tokens.data_ptr(), positions.data_ptr(), slots.data_ptr(),
             len(ends), ends.data_ptr(), logits.data_ptr(), self.threads,
         )  # fmt: skip
-        return logits[:, : self.vocab_size]
+        return logits[:, : self._vocab_size]

@@ -1,127 +1,159 @@
-"""One decoding step as a pure function of tokens, positions and cache, over weights laid out for it.
+"""One step of decoding as a pure function of tokens, positions and cache, and the fast ways to run it.
 
-`Transformer.forward` serves training, prompts and other libraries; a step of decoding is one token per sequence, the
-same operations thousands of times. Here the weights are fused (q, k and v; w1 and w3), optionally rounded to int8, and
-the positions' rotation angles are looked up. `TorchModel` runs the step in PyTorch, compiled if asked for (on a GPU with
-CUDA graphs); `decode_native.NativeModel` runs the same step in C++ on a CPU. `fast_model` chooses.
+`fast_model` chooses one: on a CPU with a C++ compiler the kernel of `model.decode_native`; elsewhere, if asked for, the
+function below through torch.compile (on a GPU with CUDA graphs). What it returns goes into `Decoder(..., fast=...)`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decode_native import KernelUnavailable, NativeModel
+from .decode_weights import QUANTIZATIONS, DecodeLayer, DecodeWeights
 from .LMConfig import LMConfig
 from .model import Transformer
-from .moe import FeedForward, MoEFeedForward
-from .rope import apply_rope, rope_tables
+from .rope import apply_rope
 
-QUANTIZATIONS = ("none", "int8")
-
-# ---- weights
+COMPILE = ("auto", "on", "off")
+VISIBLE = 64  # attention looks at a multiple of so many places: one CUDA graph for each
 
 
-@dataclass
-class Matrix:
-    """A weight (outputs, inputs); int8 ones are to be multiplied by `scale` (outputs,)."""
+def fast_model(model: Transformer, compile: str = "auto", quantize: str = "none") -> NativeModel | TorchModel | None:
+    """The fastest way to decode with a model, or None: then `Decoder` calls the model itself.
 
-    weight: Tensor
-    scale: Tensor | None = None
+    Args:
+        model: what comes out has a copy of its weights, and does not follow later changes.
+        compile: "auto": where it takes seconds at most, which is on a CPU with a C++ compiler; "on": also by
+            torch.compile, which takes a minute or so; "off": neither.
+        quantize: "int8" rounds the weights (half the memory of bfloat16; on a CPU that much faster), "none" does not.
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., inputs) -> (..., outputs)."""
-        if self.scale is None:
-            return F.linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-
-    def split(self, size: int) -> tuple[Matrix, Matrix]:
-        """The first `size` outputs, and the others."""
-        scales = (None, None) if self.scale is None else (self.scale[:size], self.scale[size:])
-        return Matrix(self.weight[:size], scales[0]), Matrix(self.weight[size:], scales[1])
-
-
-def quantize_int8(weight: Tensor) -> Matrix:
-    """Round each output's weights to 255 steps between minus and plus its largest one (symmetric, per channel)."""
-    weight = weight.float()
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-    return Matrix((weight / scale[:, None]).round().to(torch.int8), scale)
-
-
-@dataclass
-class SwiGLU:
-    """w2(silu(w1 x) * w3 x), w1 and w3 as one matrix."""
-
-    w13: Matrix
-    w2: Matrix
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
-
-
-@dataclass
-class DecodeLayer:
-    """The weights of a block. A dense one has only `shared`: the feed-forward that every token passes."""
-
-    attention_norm: Tensor
-    qkv: Matrix
-    wo: Matrix
-    ffn_norm: Tensor
-    shared: SwiGLU | None
-    gate: Tensor | None = None  # (experts, dim) float32
-    routed: list[SwiGLU] | None = None
-
-
-class DecodeWeights:
-    """A model's weights laid out for decoding: a copy, which does not follow later changes of the model.
-
-    int8 is for the matrices; norms, gates and the embedding (of which a step reads one row per sequence) stay.
+    Raises ValueError: unknown words, or a model whose weights cannot be laid out (one with an adapter).
     """
-
-    def __init__(self, model: Transformer, quantize: str = "none") -> None:
-        if quantize not in QUANTIZATIONS:
-            raise ValueError(f"unknown quantization {quantize!r}; known: {', '.join(QUANTIZATIONS)}")
-        self.config, self.quantize = model.config, quantize
-        self.embedding = model.tok_embeddings.weight.detach()
-        self.dtype = self.embedding.dtype
-        self.norm = model.norm.weight.detach()
-        self.output = self._matrix(model.output.weight)
-        self.renormalise = False
-        self.layers = [self._layer(block) for block in model.layers]
-
-    def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the positions 0 to `length` - 1, (length, head_dim / 2) each."""
-        positions = torch.arange(length, device=self.embedding.device)[None]
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        return cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous()
-
-    def _matrix(self, *weights: Tensor) -> Matrix:
-        """The weights one above the other."""
-        weight = torch.cat([weight.detach() for weight in weights])
-        return quantize_int8(weight) if self.quantize == "int8" else Matrix(weight)
-
-    def _layer(self, block) -> DecodeLayer:
-        attention, feed_forward = block.attention, block.feed_forward
-        gate = routed = None
-        shared = feed_forward
-        if isinstance(feed_forward, MoEFeedForward):
-            shared = feed_forward.shared_experts
-            gate = feed_forward.gate.weight.detach().float()
-            routed = [self._swiglu(expert) for expert in feed_forward.experts]
-            self.renormalise = feed_forward.gate.renormalise
-        return DecodeLayer(
-            attention_norm=block.attention_norm.weight.detach(),
-            qkv=self._matrix(attention.wq.weight, attention.wk.weight, attention.wv.weight),
-            wo=self._matrix(attention.wo.weight),
-            ffn_norm=block.ffn_norm.weight.detach(),
-            shared=None if shared is None else self._swiglu(shared),
-            gate=gate,
-            routed=routed,
+    if compile not in COMPILE:
+        raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"unknown quantization {quantize!r}; known: {', '.join(QUANTIZATIONS)}")
+    if compile == "off" and quantize == "none":
+        return None
+    if type(model) is not Transformer:
+        if compile == "auto" and quantize == "none":
+            return None
+        raise ValueError(
+            "fast decoding is for a plain model, and this one has an adapter: merge it into the weights first"
         )
+    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
+    if compile == "auto" and quantize == "none" and not on_cpu:
+        return None
+    weights = DecodeWeights(model, quantize)
+    if compile != "off" and on_cpu:
+        try:
+            return NativeModel(weights)
+        except KernelUnavailable:
+            if compile == "auto" and quantize == "none":
+                return None
+    return TorchModel(weights, compiled=compile == "on")
 
-    def _swiglu(self, mlp: FeedForward) -> SwiGLU:
-        return SwiGLU(self._matrix(mlp.w1.weight, mlp.w3.weight), self._matrix(mlp.w2.weight))
+
+class TorchModel:
+    """The step in PyTorch."""
+
+    def __init__(self, weights: DecodeWeights, compiled: bool) -> None:
+        self.weights, self.config, self.compiled = weights, weights.config, compiled
+        self.function = decode_step
+        if compiled:
+            cuda = weights.embedding.device.type == "cuda"
+            self.function = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
+            for tensor in weights.tensors():
+                torch._dynamo.mark_static_address(tensor)  # or a CUDA graph would copy it each time
+
+    def describe(self) -> str:
+        return "PyTorch, compiled" if self.compiled else "PyTorch"
+
+    def bind(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
+        """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
+        return TorchStep(self, keys, values)
+
+
+class TorchStep:
+    """A step on a cache: the newest tokens of its first slots, at their positions -> logits of the next ones."""
+
+    reads_prompts = False
+
+    def __init__(self, model: TorchModel, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.model, self.keys, self.values = model, keys, values
+        self.max_len = keys[0].shape[2]
+        self.rope = model.weights.rope(self.max_len)
+        self.places = torch.arange(self.max_len, device=keys[0].device)
+        if model.compiled:
+            for tensor in (*keys, *values, *self.rope):
+                torch._dynamo.mark_static_address(tensor)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """tokens, positions (rows,), of which the largest is `longest` -> logits (rows, vocab)."""
+        places = self.places[: min((longest // VISIBLE + 1) * VISIBLE, self.max_len)]
+        if self.model.compiled:
+            torch._dynamo.maybe_mark_dynamic(places, 0)
+            if len(tokens) > 1:
+                for tensor in (tokens, positions):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return self.model.function(self.model.weights, self.rope, tokens, positions, places, self.keys, self.values)
+
+
+def decode_step(
+    weights: DecodeWeights,
+    rope: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    positions: Tensor,
+    places: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Tensor:
+    """One token of each row through the model.
+
+    Args:
+        rope: cosine and sine of every place in the cache, (max_len, head_dim / 2) each.
+        tokens, positions: (rows,), the newest token of each row and where it stands. Its key and value go there.
+        places: 0, 1, ...: the part of the cache that is looked at, at least up to the largest position.
+        keys, values: of each layer (slots, kv_heads, max_len, head_dim); row i has slot i.
+
+    Returns:
+        (rows, vocab) logits.
+    """
+    config, rows = weights.config, len(tokens)
+    cos, sin = (table[positions][:, None, None] for table in rope)  # (rows, 1, 1, head_dim / 2)
+    mask = (places <= positions[:, None])[:, None, None]  # (rows, 1, 1, places)
+    slot = torch.arange(rows, device=tokens.device)[:, None]
+    head = torch.arange(config.n_kv_heads, device=tokens.device)[None]
+    x = weights.embedding[tokens]  # (rows, dim)
+    for layer, k_cells, v_cells in zip(weights.layers, keys, values, strict=True):
+        qkv = layer.qkv(rms_norm(x, layer.attention_norm, config)).view(rows, 1, -1, config.head_dim)
+        q, k, v = qkv.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k_cells.index_put_((slot, head, positions[:, None]), k[:, 0])
+        v_cells.index_put_((slot, head, positions[:, None]), v[:, 0])
+        seen = (cells[:rows, :, : len(places)] for cells in (k_cells, v_cells))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), *seen, attn_mask=mask, enable_gqa=True)
+        x = x + layer.wo(out.flatten(1))
+        x = x + feed_forward(rms_norm(x, layer.ffn_norm, config), layer, config, weights.renormalise)
+    return weights.output(rms_norm(x, weights.norm, config))
+
+
+def rms_norm(x: Tensor, weight: Tensor, config: LMConfig) -> Tensor:
+    """As `model.model.RMSNorm`."""
+    xf = x.float()
+    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + config.norm_eps)).to(x.dtype) * weight
+
+
+def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: bool) -> Tensor:
+    """x (rows, dim) -> (rows, dim). All experts see all rows: which of them count is not known when a graph is recorded."""
+    out = 0 if layer.shared is None else layer.shared(x)
+    if layer.gate is None:
+        return out
+    probabilities = F.linear(x.float(), layer.gate).softmax(-1)
+    mixing, chosen = probabilities.topk(config.num_experts_per_tok, dim=-1)
+    if renormalise:
+        mixing = mixing / (mixing.sum(-1, keepdim=True) + 1e-20)
+    mixing = torch.zeros_like(probabilities).scatter(1, chosen, mixing).to(x.dtype)  # (rows, experts)
+    return out + sum(expert(x) * mixing[:, i : i + 1] for i, expert in enumerate(layer.routed))
