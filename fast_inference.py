@@ -20,6 +20,7 @@ from pathlib import Path
 
 import streamlit as st
 import torch
+from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedTokenizerFast
 
 from model.export import read_folder
@@ -66,6 +67,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(message)
+
+    def print_help(self, file=None) -> None:
+        if not st.runtime.exists():
+            return super().print_help(file)
+        st.code(self.format_help(), language=None)
+        return st.stop()
 
 
 def parse_args() -> argparse.Namespace:
@@ -265,6 +272,11 @@ def choose_settings(args: argparse.Namespace, texts: Texts, context: int, chats:
 def show_nothing_there(args: argparse.Namespace, texts: Texts) -> None:
     st.warning(literal(texts("no_models", folder=args.out_dir)), icon=":material/inbox:")
     st.markdown(texts("no_models_next"))
+    st.code(
+        f"# {texts('no_models_sample')}\nbash quickstart.sh\nstreamlit run fast_inference.py -- --out_dir out/quickstart\n\n"
+        f"# {texts('no_models_own')}\npython 1-pretrain.py\npython 3-full_sft.py",
+        language="bash",
+    )
 
 
 def show_examples(writer: Writer, texts: Texts) -> str | None:
@@ -284,7 +296,7 @@ def show_question(exchange: Exchange) -> None:
             st.html(text_html(visible(exchange.question)))
 
 
-def show_answer(exchange: Exchange, texts: Texts) -> tuple | None:
+def show_answer(exchange: Exchange, texts: Texts) -> tuple[DeltaGenerator, DeltaGenerator] | None:
     """The answer as it is now, or why there is none; the places of its text and facts."""
     answer = exchange.answer
     if answer is None:
@@ -298,7 +310,7 @@ def show_answer(exchange: Exchange, texts: Texts) -> tuple | None:
     return places
 
 
-def draw(exchange: Exchange, places: tuple, texts: Texts) -> None:
+def draw(exchange: Exchange, places: tuple[DeltaGenerator, DeltaGenerator], texts: Texts) -> None:
     """The answer as it is now."""
     text, facts = places
     answer, running = exchange.answer, exchange.answer.finish is None
@@ -308,7 +320,7 @@ def draw(exchange: Exchange, places: tuple, texts: Texts) -> None:
     facts.html(facts_html(answer_facts(answer, exchange.writer, texts) if answer.tokens else texts("thinking")))
 
 
-def write(exchange: Exchange, places: tuple, texts: Texts) -> None:
+def write(exchange: Exchange, places: tuple[DeltaGenerator, DeltaGenerator], texts: Texts) -> None:
     """Go on with an answer and draw it as it grows. Each drawing lets Streamlit end this run, at a click on Stop, say."""
     answer: Answer = exchange.answer
     drawn = time.monotonic()
@@ -356,14 +368,13 @@ def main() -> None:
         with st.sidebar:
             sampling, history_turns, system = choose_settings(args, texts, writer.context, not writer.continues)
         settings = dict(sampling=sampling, history_turns=history_turns, system=system)
-    running = conversation.running is not None
-    if running:
-        with st.bottom, st.container(horizontal_alignment="center"):
-            if st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
-                conversation.stop()
-                st.rerun()
+    # Always in the same place, so that a question half typed outlives the button's coming and going.
+    with st.bottom, st.container(horizontal_alignment="center"):
+        if conversation.running is not None and st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
+            conversation.stop()
+            st.rerun()
     hint = texts("continue" if entry.continues else "ask")
-    question = st.chat_input(hint, key="question", disabled=running or writer is None)
+    question = st.chat_input(hint, key="question", disabled=writer is None)
     if writer is not None and not conversation.exchanges and not question:
         question = show_examples(writer, texts)
     if question:
@@ -376,22 +387,24 @@ def main() -> None:
         with st.chat_message("assistant", avatar=":material/neurology:"):
             places = show_answer(exchange, texts)
             if last and conversation.running is not None:
+                st.empty()  # where the buttons were: what a run does not replace stays until its end
                 write(exchange, places, texts)
                 st.rerun()
             with st.container(horizontal=True, gap="small", key=f"actions_{i}"):
                 if exchange.answer is not None and exchange.answer.text:
                     beginning = exchange.question if exchange.continues else ""
                     copy_button(visible(beginning + exchange.answer.text), f"copy_{i}", texts)
-                if last and writer is not None and small_button("again", ":material/refresh:", texts):
+                again, clear = st.empty(), st.empty()
+                if last and writer is not None and small_button(again, "again", ":material/refresh:", texts):
                     conversation.again(writer, **settings)
                     st.rerun()
-                if last and small_button("clear", ":material/delete:", texts):
+                if last and small_button(clear, "clear", ":material/delete:", texts):
                     conversation.clear()
                     st.rerun()
 
 
-def small_button(key: str, icon: str, texts: Texts) -> bool:
-    return st.button(texts(key), key=key, icon=icon, type="tertiary")
+def small_button(place: DeltaGenerator, key: str, icon: str, texts: Texts) -> bool:
+    return place.button(texts(key), key=key, icon=icon, type="tertiary")
 
 
 def start_server() -> None:

@@ -18,9 +18,9 @@ TEXTS: dict[str, dict[str, str]] = {
         "cannot_load": "{name} cannot be loaded: {reason}",
         "wrong_flags": "The page was started with flags that do not fit: {reason}",
         "no_models": "There is no model in {folder} yet.",
-        "no_models_next": "Train one: `bash quickstart.sh` takes minutes on a CPU, then start the page with "
-        "`streamlit run fast_inference.py -- --out_dir out/quickstart`. With your own data: `python 1-pretrain.py`, then "
-        "`python 3-full_sft.py`. This page finds the result by itself.",
+        "no_models_next": "Train one; this page finds the result by itself.",
+        "no_models_sample": "on the sample data, minutes on a CPU",
+        "no_models_own": "on data of your own",
         "stage_pretrain": "base model",
         "stage_full_sft": "chat (SFT)",
         "stage_rl": "chat (DPO)",
@@ -90,9 +90,9 @@ TEXTS: dict[str, dict[str, str]] = {
         "cannot_load": "无法加载 {name}：{reason}",
         "wrong_flags": "启动页面时的参数有误：{reason}",
         "no_models": "{folder} 里还没有模型。",
-        "no_models_next": "先训练一个：`bash quickstart.sh` 在 CPU 上只要几分钟，然后用 "
-        "`streamlit run fast_inference.py -- --out_dir out/quickstart` 打开页面。用自己的数据：先 `python 1-pretrain.py`，"
-        "再 `python 3-full_sft.py`。训练完成后，本页会自动找到结果。",
+        "no_models_next": "先训练一个，本页会自动找到结果。",
+        "no_models_sample": "用示例数据，在 CPU 上只要几分钟",
+        "no_models_own": "用自己的数据",
         "stage_pretrain": "基座模型",
         "stage_full_sft": "对话（SFT）",
         "stage_rl": "对话（DPO）",
@@ -161,9 +161,9 @@ TEXTS: dict[str, dict[str, str]] = {
         "cannot_load": "{name} を読み込めません：{reason}",
         "wrong_flags": "起動時のフラグに誤りがあります：{reason}",
         "no_models": "{folder} にはまだモデルがありません。",
-        "no_models_next": "まず学習させてください。`bash quickstart.sh` なら CPU で数分です。終わったら "
-        "`streamlit run fast_inference.py -- --out_dir out/quickstart` でこのページを開きます。自分のデータを使う場合は "
-        "`python 1-pretrain.py`、次に `python 3-full_sft.py` です。結果はこのページに自動で現れます。",
+        "no_models_next": "まず学習させてください。結果はこのページに自動で現れます。",
+        "no_models_sample": "サンプルデータで、CPU でも数分",
+        "no_models_own": "自分のデータで",
         "stage_pretrain": "ベースモデル",
         "stage_full_sft": "チャット（SFT）",
         "stage_rl": "チャット（DPO）",

@@ -190,7 +190,7 @@ def test_no_models_yet_and_then_one(tmp_path, open_page):
     page = open_page("--out_dir", tmp_path / "none", *GREEDY)
     (warning,) = page.warning
     assert f"no model in {tmp_path / 'none'}" in warning.value.replace("\\", "")
-    assert any("bash quickstart.sh" in element.value for element in page.markdown)
+    assert "bash quickstart.sh" in page.code[0].value
     save(tmp_path / "none" / "full_sft_64.pth", "full_sft", 3)
     page.run()
     assert not page.warning and page.selectbox(key="model").value == str(tmp_path / "none" / "full_sft_64.pth")
@@ -272,6 +272,7 @@ def test_wrong_flags_are_one_line_in_the_page(out, open_page):
     assert "unrecognized arguments: --nonsense" in error(open_page("--nonsense"))
     assert "is no .pth file, adapter or exported folder" in error(open_page("--weights", out / "none.pth"))
     assert "--device cuda:99" in error(open_page("--out_dir", out, "--device", "cuda:99"))
+    assert "--history_turns N" in open_page("--help").code[0].value
 
 
 def test_started_like_any_other_script(monkeypatch, capsys):
@@ -424,7 +425,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     first = browser.waits_for_more("")
     longer = browser.waits_for_more(first)
     assert longer.startswith(first[:20])
-    assert not browser.find("[data-testid=stChatInput] textarea")[0].is_enabled()
+    assert not browser.find(".st-key-again")
     browser.click(".st-key-stop button", zh["stop"])
     browser.idle()
     browser.sees(".mm-facts", zh["stopped"])
@@ -442,7 +443,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.click(".st-key-language button", "日本語")
     browser.sees(".st-key-stop button", ja["stop"])
     grown = browser.waits_for_more(begun)
-    assert grown.startswith(begun[:20])
+    assert grown.startswith(begun[:20]) and not browser.find(".st-key-again")
     browser.click(".st-key-stop button", ja["stop"])
     browser.idle()
     browser.sees(".mm-facts", ja["stopped"])
@@ -474,9 +475,15 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.ask("Once upon a time")
     until(lambda: browser.answer().startswith("Once upon a time"), "the text that goes on")
     browser.waits_for_more("Once upon a time")
+
+    # A question that comes while it is still writing stops that, and is answered.
+    browser.ask("Twice upon a time")
+    until(lambda: browser.answer().startswith("Twice upon a time"), "the text that goes on")
+    browser.waits_for_more("Twice upon a time")
+    browser.sees(".mm-facts", en["stopped"])
     browser.click(".st-key-stop button")
     browser.idle()
-    assert len(browser.find("[data-testid=stChatMessage]")) == 3
+    assert len(browser.find("[data-testid=stChatMessage]")) == 4
 
     # Another tab is another conversation.
     own = browser.driver.current_window_handle
