@@ -302,7 +302,7 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def until(ask: Callable[[], object], what: str, seconds: float = 60) -> object:
+def until(ask: Callable[[], object], what: str, seconds: float = 120) -> object:
     """The first true answer; looks again and again, for so long at most."""
     from selenium.common.exceptions import WebDriverException
 
