@@ -22,8 +22,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from model.generation import Sampling, fit_chat, generate
+from model.generation import Sampling, generate
 from model.weights import Checkpoint, find_checkpoint
+from serving.conversation import chat_prompt
 from trainer.errors import UserError, run_script
 from trainer.sampling_flags import (
     add_model_flags,
@@ -132,15 +133,17 @@ class Chat:
 
         Raises ValueError, and nothing changes, if the question is too long or not Unicode.
         """
-        history = self.turns[-2 * self.history_turns :] if self.history_turns else []
-        messages = [*self.system, *history, {"role": "user", "content": question}]
-        room = self.context - min(self.sampling.max_new_tokens, self.context // 2)
-        ids, forgotten = fit_chat(self.tokenizer, messages, room)
-        if forgotten:
-            print(f"[context of {self.context} tokens: {forgotten} of {len(history) // 2} earlier turns left out]")
+        prompt = chat_prompt(
+            self.tokenizer, self.turns, question,
+            context=self.context, max_new_tokens=self.sampling.max_new_tokens,
+            history_turns=self.history_turns, system=self.system[0]["content"] if self.system else None,
+        )  # fmt: skip
+        if left_out := prompt.turns_left_out:
+            turns = left_out + prompt.turns_seen
+            print(f"[context of {self.context} tokens: {left_out} of {turns} earlier turns left out]")
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
-            for event in generate(self.model, [ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context):
+            for event in generate(self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
                 end = ending(event, self.sampling, made, self.context)

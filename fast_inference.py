@@ -23,11 +23,10 @@ import torch
 from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedTokenizerFast
 
-from model.export import read_folder
 from model.generation import Sampling
 from model.model import parameter_counts
 from model.weights import Checkpoint
-from serving.catalog import ADAPTER, EXPORT, Entry, default_model, list_models, read_entry
+from serving.catalog import EXPORT, Entry, default_model, list_models, read_entry
 from serving.conversation import Answer, Conversation, Exchange, Writer
 from serving.web_page import (
     COPY_CSS,
@@ -49,10 +48,7 @@ from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
     context_length,
-    describe_checkpoint,
-    device_and_dtype,
-    open_checkpoint,
-    open_tokenizer,
+    open_model,
     sampling_from_args,
     visible,
 )
@@ -80,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--history_turns", type=int, default=5, metavar="N", help="earlier turns it sees, to begin with (default: 5)"
     )
-    parser.add_argument("--system", default="", metavar="TEXT", help="a system message, to begin with")
+    parser.add_argument("--system", metavar="TEXT", help="a system message, to begin with")
     parser.add_argument(
         "--language",
         choices=["auto", *LANGUAGES],
@@ -122,30 +118,12 @@ class Loaded:
 
 
 @st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
-def load(_entry: Entry, _args: argparse.Namespace, path: Path, stamp: tuple, flags: str) -> Loaded:
+def load(_args: argparse.Namespace, path: Path, stamp: tuple, flags: str) -> Loaded:
     """Read a model, once for all sessions; again if one of its files changed. `path`, `stamp` and `flags` are the key.
 
-    Raises UserError, ValueError or OSError with what is wrong with it.
+    Raises UserError or OSError with what is wrong with it.
     """
-    if _entry.kind == EXPORT:  # with its own tokenizer beside it
-        tokenizer = open_tokenizer(path)
-        checkpoint = read_folder(path)
-        if checkpoint.config.vocab_size != len(tokenizer):
-            raise UserError(
-                f"{path}: the model has {checkpoint.config.vocab_size} tokens, its tokenizer {len(tokenizer)}"
-            )
-        device, dtype = device_and_dtype(_args)
-        checkpoint.model.to(device, dtype)
-        print(describe_checkpoint(checkpoint))
-    elif _entry.kind == ADAPTER:
-        from model.lora import load_adapter  # peft takes seconds to import
-
-        tokenizer = open_tokenizer(_args.tokenizer)
-        checkpoint = load_adapter(path, *device_and_dtype(_args), tokenizer)
-        print(describe_checkpoint(checkpoint))
-    else:
-        tokenizer = open_tokenizer(_args.tokenizer)
-        checkpoint = open_checkpoint(path, _args, tokenizer)
+    checkpoint, tokenizer = open_model(path, _args)
     return Loaded(checkpoint, tokenizer, context_length(checkpoint, _args))
 
 
@@ -198,12 +176,12 @@ def watch(args: argparse.Namespace, shown: list[Entry]) -> None:
         st.rerun()
 
 
-def open_model(entry: Entry, args: argparse.Namespace, texts: Texts) -> Loaded | None:
+def loaded_model(entry: Entry, args: argparse.Namespace, texts: Texts) -> Loaded | None:
     """The model; None, and the reason is on the page, if it cannot be loaded."""
     try:
         with st.spinner(literal(texts("loading", name=entry.path.name))):
-            return load(entry, args, entry.path, entry.stamp, str(vars(args)))
-    except (UserError, ValueError, OSError, torch.OutOfMemoryError) as error:
+            return load(args, entry.path, entry.stamp, str(vars(args)))
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         reason = visible(str(error)).strip().partition("\n")[0]
         st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
         return None
@@ -265,6 +243,7 @@ def choose_settings(args: argparse.Namespace, texts: Texts, context: int, chats:
     if chats:
         with st.expander(texts("conversation"), expanded=True):
             history_turns = slide("history_turns", 0, 20, 1)
+            st.session_state.setdefault("system", args.system or "")
             system = ask(st.text_area, "system", placeholder=texts("system_empty"), height=80)
     return dataclasses.replace(sampling_from_args(args), **chosen), history_turns, system
 
@@ -356,7 +335,7 @@ def main() -> None:
     if entry is None:
         show_nothing_there(args, texts)
         return
-    loaded = open_model(entry, args, texts)
+    loaded = loaded_model(entry, args, texts)
     with facts:
         show_facts(entry, loaded, texts)
     writer = question = None

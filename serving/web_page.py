@@ -36,6 +36,7 @@ STYLE = """<style>
 [data-testid="stBottomBlockContainer"] { padding-top: .5rem; padding-bottom: 1.5rem; max-width: 52rem; }
 [data-testid="stSidebarUserContent"] { padding-top: 0; }
 [data-testid="stSidebarUserContent"] [data-testid="stVerticalBlock"] { gap: .7rem; }
+[data-testid="stChatMessageContent"] [data-testid="stVerticalBlock"] { gap: .35rem; }
 [class*="st-key-actions_"] button { min-height: 1.9rem; padding: 0 .3rem; font-size: .875rem; opacity: .8; }
 @media (max-width: 640px) { [data-testid="stBottomBlockContainer"] { padding: .5rem .75rem .75rem; } }
 </style>"""
