@@ -59,9 +59,13 @@ class ServedModel:
         """What a token is spelled with; special ones by their names."""
         return token_bytes(self.tokenizer.backend_tokenizer.id_to_token(token))
 
+    @functools.cached_property
+    def special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
     def text_of(self, token: int) -> bytes:
         """What a token adds to a text: special ones nothing."""
-        return b"" if token in self.tokenizer.all_special_ids else self.token_bytes(token)
+        return b"" if token in self.special else self.token_bytes(token)
 
     def token_name(self, token: int) -> str:
         """A token as text, as `bytes:\\xe4\\xbd` if it is not whole characters: different for different tokens."""
@@ -234,6 +238,8 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     name = _dotted(place)
     if not place:
         return "the body must be a JSON object", None
+    if error["type"] == "too_short":
+        return f"{name} is empty", name
     if error["type"] == "missing":
         return f"{name} is missing", name
     if error["type"] == "string_unicode":
@@ -422,7 +428,7 @@ class Api:
             given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
         if "seed" in given:
             given["seed"] = (given["seed"] + index) % 2**64
-        if top is not None:
+        if top is not None and hasattr(self.defaults, "logprobs"):
             given["logprobs"] = top
         return dataclasses.replace(self.defaults, max_new_tokens=room, **given)
 
@@ -579,7 +585,7 @@ class Answer:
             choice.text += event.text
             choice.finish = event.finish
             if self.top_logprobs is not None:
-                choice.tokens.append(Token(event.token, event.logprob, event.top_logprobs))
+                choice.tokens.append(Token(event.token, getattr(event, "logprob", None), getattr(event, "top_logprobs", None) or ()))
         return dict.fromkeys(index for index, _ in events)
 
     def _chunks(self, choices: list[str]) -> bytes:
