@@ -94,6 +94,8 @@ class KVCache:
 
 # ---- from logits to a token
 
+MAX_LOGPROBS = 20  # alternatives that can be reported for each token: OpenAI's limit
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -113,6 +115,10 @@ class Sampling:
         seed: of the random choices; the same seed gives the same choices whatever else is decoded at that time. None:
             a new one each time.
         stop: end before any of these texts appears.
+        logprobs: report the log-probability of each new token and of so many of the likeliest tokens, at most
+            `MAX_LOGPROBS`; 0: of the new token only; None: report nothing. These are the model's own (log-softmax of
+            its logits), before temperature, limits and penalties, as OpenAI-style servers report them: the same
+            whatever the other fields say.
     """
 
     max_new_tokens: int = 256
@@ -125,6 +131,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -157,6 +164,8 @@ class Sampling:
             found.append(f"--seed {self.seed} must not be negative")
         if not all(isinstance(text, str) and text for text in self.stop):
             found.append("--stop must not be empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            found.append(f"--logprobs {self.logprobs} must be between 0 and {MAX_LOGPROBS}")
         return found
 
     @property
@@ -250,6 +259,28 @@ def sample_next(
     return ids.gather(-1, choice).squeeze(1)
 
 
+def log_probabilities(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model itself makes of tokens and of the likeliest ones; a pure function.
+
+    Args:
+        logits: (rows, vocab), as they come from the model.
+        tokens: (rows,) ids.
+        k: how many of the likeliest.
+
+    Returns:
+        natural logarithms of the probabilities of `tokens` (rows,) and of the likeliest (rows, k), from the likeliest
+        down, and the ids of those (rows, k). Equally likely tokens come in the order of their ids, whatever k is, so
+        that a greedy choice is the first.
+    """
+    logits = logits.float().log_softmax(-1)
+    chosen = logits.gather(-1, tokens[:, None]).squeeze(1)
+    if k == 0:
+        none = tokens.new_zeros(len(tokens), 0)
+        return chosen, none.float(), none
+    values, ids = logits.sort(descending=True, stable=True)
+    return chosen, values[:, :k], ids[:, :k]
+
+
 # ---- from tokens to text
 
 
@@ -336,12 +367,15 @@ class Event:
     `key` says of which (in `generate`: the index of its prompt). `text` is the text that became certain with it, if
     there is a tokenizer. `finish` is None until its last token: "stop" if the model ended it (with the end token, which
     is in `token` then, or a stop string), "length" if it was cut off at max_new_tokens or the context length.
+    `logprob` and `top_logprobs`, pairs (token, logprob) from the likeliest down, are there if `Sampling.logprobs` asks.
     """
 
     key: int
     token: int
     text: str = ""
     finish: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -462,7 +496,7 @@ class Decoder:
         self._tokens = torch.cat([self._tokens, new])
         self._positions = torch.cat([self._positions, last + 1])
         self._groups = None
-        return self._events(new, first)
+        return self._events(new, first, self._log_probabilities(logits, new, first))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -490,7 +524,7 @@ class Decoder:
             self._groups = self._group(range(len(self.rows)))
         self._tokens = self._sample(logits, self._groups, 0)
         self._positions = self._positions + 1
-        return self._events(self._tokens, 0)
+        return self._events(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
 
     def cancel(self, key: int) -> None:
         """Let a sequence go; nothing happens if it is not there (any more)."""
@@ -530,7 +564,27 @@ class Decoder:
             tokens[index - first] = chosen
         return tokens
 
-    def _events(self, tokens: Tensor, first: int) -> list[Event]:
+    def _log_probabilities(self, logits: Tensor, tokens: Tensor, first: int) -> dict[int, tuple[float, tuple]]:
+        """`logprob` and `top_logprobs` of those rows from `first` on that ask for them; nothing is computed if none does.
+
+        Args:
+            logits: (rows, vocab), the model's own.
+            tokens: (rows,) what was chosen.
+        """
+        asking = [i for i in range(first, len(self.rows)) if self.rows[i].sampling.logprobs is not None]
+        if not asking:
+            return {}
+        if len(asking) < len(tokens):
+            index = torch.tensor(asking, device=self.device) - first
+            logits, tokens = logits[index], tokens[index]
+        limits = [self.rows[i].sampling.logprobs for i in asking]
+        chosen, values, ids = (part.tolist() for part in log_probabilities(logits, tokens, max(limits)))
+        return {
+            i: (chosen[n], tuple(zip(ids[n][:limit], values[n][:limit], strict=True)))
+            for n, (i, limit) in enumerate(zip(asking, limits, strict=True))
+        }
+
+    def _events(self, tokens: Tensor, first: int, logprobs: dict[int, tuple[float, tuple]]) -> list[Event]:
         """What the new tokens of the rows from `first` on mean; rows that ended with them leave."""
         events, ended = [], []
         for i, token in enumerate(tokens.tolist(), start=first):
@@ -546,7 +600,7 @@ class Decoder:
                 ended.append(i)
                 if row.stream is not None:
                     text += row.stream.finish(complete=finish == "stop")
-            events.append(Event(row.key, token, text, finish))
+            events.append(Event(row.key, token, text, finish, *logprobs.get(i, ())))
         self._drop(ended)
         return events
 

@@ -21,6 +21,7 @@ from model.generation import (
     generate,
     generate_ids,
     generate_text,
+    log_probabilities,
     sample_next,
 )
 from model.LMConfig import LMConfig
@@ -265,13 +266,77 @@ def test_wrong_knobs_are_all_named():
     with pytest.raises(ValueError) as error:
         Sampling(
             max_new_tokens=0, temperature=math.nan, top_k=-1, top_p=0, min_p=1.1, repetition_penalty=0,
-            presence_penalty=math.inf, frequency_penalty=math.nan, seed=-1, stop=("",),
+            presence_penalty=math.inf, frequency_penalty=math.nan, seed=-1, stop=("",), logprobs=21,
         )  # fmt: skip
     for field in dataclasses.fields(Sampling):
         assert f"--{field.name} " in str(error.value), field.name
     assert Sampling(stop="ab").stop == ("ab",)
+    with pytest.raises(ValueError, match="--logprobs -1 must be between 0 and 20"):
+        Sampling(logprobs=-1)
     with pytest.raises(ValueError, match="different kinds"):
         Knobs([Sampling(), Sampling(temperature=1.0)])
+
+
+# ---- log-probabilities
+
+
+@kinds
+def test_logprobs_are_the_models_own(kind):
+    """In a batch of rows that ask and rows that do not, and join late: against a forward pass without a cache."""
+    model, prompts = make(kind), make_prompts(9, 4, 6, 12, 3)
+    base = Sampling(max_new_tokens=12)
+    samplings = [
+        dataclasses.replace(base, logprobs=3),
+        base,
+        dataclasses.replace(base, logprobs=0, max_new_tokens=5),
+        # What is reported is before all of these.
+        dataclasses.replace(
+            base, logprobs=20, temperature=1.7, top_k=9, top_p=0.9, min_p=0.01, seed=1, presence_penalty=1.0
+        ),
+        dataclasses.replace(base, logprobs=20, repetition_penalty=1.5),
+    ]
+    silent = [dataclasses.replace(sampling, logprobs=None) for sampling in samplings]
+    for max_rows in (1, 2, 5):
+        events = list(generate(model, prompts, samplings, eos_id=None, max_rows=max_rows))
+        same = generate(model, prompts, silent, eos_id=None, max_rows=max_rows)
+        assert [(event.key, event.token) for event in events] == [(event.key, event.token) for event in same]
+        for key, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            own = [event for event in events if event.key == key]
+            if sampling.logprobs is None:
+                assert all(event.logprob is None and event.top_logprobs == () for event in own)
+                continue
+            tokens = [event.token for event in own]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1)
+            got = torch.tensor([event.logprob for event in own])
+            torch.testing.assert_close(got, expected[range(len(tokens)), tokens], atol=1e-5, rtol=1e-5)
+            assert [len(event.top_logprobs) for event in own] == [sampling.logprobs] * len(tokens)
+            for event, row in zip(own, expected, strict=True):
+                ids, values = [i for i, _ in event.top_logprobs], [value for _, value in event.top_logprobs]
+                best = row.topk(sampling.logprobs)
+                assert ids == best.indices.tolist()
+                torch.testing.assert_close(torch.tensor(values), best.values, atol=1e-5, rtol=1e-5)
+
+
+def test_logprobs_of_ties_and_of_a_small_vocabulary():
+    logits = torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0]], dtype=torch.bfloat16)
+    greedy = sample_next(logits, Knobs([Sampling()]))
+    for k in range(8):
+        chosen, values, ids = log_probabilities(logits, greedy, k)
+        assert ids.tolist() == [[1, 3, 4, 0, 2][:k]] and chosen.dtype == values.dtype == torch.float32
+        assert k == 0 or chosen == values[0, 0]
+    assert math.isclose(values.exp().sum().item(), 1, rel_tol=1e-6)
+
+
+def test_logprobs_cost_nothing_where_nobody_asks(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("model.generation.log_probabilities", refuse)
+    generate_ids(make(), make_prompts(4, 7), Sampling(max_new_tokens=4))
+    with pytest.raises(AssertionError, match="computed"):
+        generate_ids(make(), make_prompts(4, 7), Sampling(max_new_tokens=4, logprobs=0))
 
 
 # ---- where an answer ends

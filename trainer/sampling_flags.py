@@ -31,7 +31,7 @@ _FLAGS = {
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, **defaults) -> None:
-    """Add a flag for every field of `Sampling`; `defaults` replace some of its defaults."""
+    """Add a flag for every field of `Sampling` that shapes the text; `defaults` replace some of its defaults."""
     group = parser.add_argument_group("how tokens are chosen")
     for name, (kind, help) in _FLAGS.items():
         default = defaults.get(name, getattr(Sampling, name))
