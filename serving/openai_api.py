@@ -218,7 +218,7 @@ async def _bug(_: Request, __: Exception) -> Response:
 EXPECTED = {
     "prompt": "a text, a list of texts, a list of token ids (none negative), or a list of such lists; none of them empty",
     "input": "a text, a list of texts, a list of token ids (none negative), or a list of such lists; none of them empty",
-    "stop": f"a text of 1 to 1024 characters, or a list of at most {schemas.MAX_STOPS} of them",
+    "stop": f"a text of at most 1024 characters, or a list of at most {schemas.MAX_STOPS} of them",
     "content": 'a text, or a list of parts like {"type": "text", "text": "..."}',
 }
 
@@ -425,11 +425,11 @@ class Api:
         if "top_p" in given:
             given["top_p"] = max(given["top_p"], 1e-9)  # OpenAI allows 0: the likeliest only
         if "stop" in given:
-            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+            stops = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
+            given["stop"] = tuple(text for text in stops if text)  # some clients send "" for none
         if "seed" in given:
             given["seed"] = (given["seed"] + index) % 2**64
-        if top is not None and hasattr(self.defaults, "logprobs"):
-            given["logprobs"] = top
+        given["logprobs"] = top
         return dataclasses.replace(self.defaults, max_new_tokens=room, **given)
 
     async def _run(
@@ -585,7 +585,7 @@ class Answer:
             choice.text += event.text
             choice.finish = event.finish
             if self.top_logprobs is not None:
-                choice.tokens.append(Token(event.token, getattr(event, "logprob", None), getattr(event, "top_logprobs", None) or ()))
+                choice.tokens.append(Token(event.token, event.logprob, event.top_logprobs))
         return dict.fromkeys(index for index, _ in events)
 
     def _chunks(self, choices: list[str]) -> bytes:
