@@ -106,7 +106,8 @@ class Stream:
 
     def _receive(self, what: list[tuple[int, Event]] | EngineError) -> None:
         if isinstance(what, EngineError):
-            self._error = self._error or what
+            if self.unfinished:
+                self._error = self._error or what
         elif self._error is None:
             self._events += what
             self.unfinished -= sum(event.finish is not None for _, event in what)
@@ -264,13 +265,13 @@ class Engine:
 
     async def score(self, texts: Sequence[Sequence[int]], top: int = 0) -> list[Scores]:
         """How probable the tokens of each text are, with the `top` likeliest at each position. Raises like `submit`."""
-        return await self._read(texts, top, embedding=False)
+        return await self._queue_readings(texts, top, embedding=False)
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """(dim,) float32 each: the mean over the text of the final hidden states. Raises like `submit`."""
-        return await self._read(texts, 0, embedding=True)
+        return await self._queue_readings(texts, 0, embedding=True)
 
-    async def _read(self, texts: Sequence[Sequence[int]], top: int, embedding: bool) -> list:
+    async def _queue_readings(self, texts: Sequence[Sequence[int]], top: int, embedding: bool) -> list:
         if not texts:
             return []
         readings = _Readings(self, len(texts))
@@ -358,7 +359,10 @@ class Engine:
             joining = _take(self._waiting, self.decoder.free)
             reading = _take(self._readings, MAX_READINGS, alike=lambda item: (item.top, item.embedding))
         try:
-            self._tell(self._work(joining, reading))
+            self._tell(self._read(reading))
+            self._tell(self._by_owner(self._join(joining)))
+            self._tell(self._by_owner(self.decoder.step()))
+            self.statistics.steps += 1
         except RuntimeError:  # of PyTorch: out of memory, a broken device
             log.exception("a step failed; its requests are given up")
             self.statistics.failures += 1
@@ -367,23 +371,22 @@ class Engine:
             self.decoder = self._make_decoder()
         return True
 
-    def _work(self, joining: list[_Sequence], reading: list[_Reading]) -> dict:
-        """Read new prompts, make one token for every sequence: {owner: what it receives}."""
-        news: dict[Stream | _Readings, list] = {}
-        if reading:
-            for item, result in zip(reading, self._read_texts(reading), strict=True):
-                news.setdefault(item.owner, []).append((item.index, result))
-        events: list[Event] = []
-        if joining:
-            now = time.perf_counter()
-            for item in joining:
-                item.joined = now
-                self._running[item.key] = item
-                self.statistics.on_joined(now - item.submitted)
-                self.statistics.prompt_tokens += len(item.prompt)
-            columns = zip(*[(item.prompt, item.sampling, item.key) for item in joining], strict=True)
-            events += self.decoder.add(*columns)
-        events += self.decoder.step()
+    def _join(self, items: list[_Sequence]) -> list[Event]:
+        """Read the prompts of new sequences; their first tokens."""
+        if not items:
+            return []
+        now = time.perf_counter()
+        for item in items:
+            item.joined = now
+            self._running[item.key] = item
+            self.statistics.on_joined(now - item.submitted)
+            self.statistics.prompt_tokens += len(item.prompt)
+        prompts, samplings, keys = zip(*[(item.prompt, item.sampling, item.key) for item in items], strict=True)
+        return self.decoder.add(prompts, samplings, keys)
+
+    def _by_owner(self, events: list[Event]) -> dict[Stream, list[tuple[int, Event]]]:
+        """Who receives what; sequences that ended with it run no longer."""
+        news: dict[Stream, list[tuple[int, Event]]] = {}
         for event in events:
             item = self._running[event.key]
             if event.finish is not None:
@@ -393,11 +396,17 @@ class Engine:
                 self.statistics.mean_seconds = mean + 0.1 * (seconds - mean) if mean else seconds
             news.setdefault(item.owner, []).append((item.index, event))
         self.statistics.generated_tokens += len(events)
-        self.statistics.steps += 1
+        return news
+
+    def _read(self, items: list[_Reading]) -> dict[_Readings, list[tuple[int, object]]]:
+        """Read texts that are not continued: {owner: [(index, result)]}."""
+        news: dict[_Readings, list[tuple[int, object]]] = {}
+        for item, result in zip(items, self._results(items) if items else [], strict=True):
+            news.setdefault(item.owner, []).append((item.index, result))
         return news
 
     @torch.inference_mode()
-    def _read_texts(self, items: list[_Reading]) -> list[Scores] | list[Tensor]:
+    def _results(self, items: list[_Reading]) -> list[Scores] | list[Tensor]:
         """One pass over texts of any length; on the right they are filled up, which causal attention never sees."""
         model, device = self.decoder.model, self.decoder.device
         lengths = [len(item.prompt) for item in items]
