@@ -126,17 +126,19 @@ class Chat:
 
         Raises ValueError, and nothing changes, if the question is too long or not Unicode.
         """
+        system = self.system[0]["content"] if self.system else None
+        limits = {"context": self.context, "max_new_tokens": self.sampling.max_new_tokens}
         prompt = chat_prompt(
-            self.tokenizer, self.turns, question,
-            context=self.context, max_new_tokens=self.sampling.max_new_tokens,
-            history_turns=self.history_turns, system=self.system[0]["content"] if self.system else None,
-        )  # fmt: skip
+            self.tokenizer, self.turns, question, history_turns=self.history_turns, system=system, **limits
+        )
         if left_out := prompt.turns_left_out:
             turns = left_out + prompt.turns_seen
             print(f"[context of {self.context} tokens: {left_out} of {turns} earlier turns left out]")
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
-            for event in generate(self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context):
+            for event in generate(
+                self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context
+            ):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
                 end = ending(event, self.sampling, made, self.context)
