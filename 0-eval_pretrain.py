@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from model.decode_native import NativeModel
 from model.decode_step import TorchModel
 from model.generation import Sampling, generate
-from model.tokenizer import BOS_ID, encode_text
 from model.weights import Checkpoint, find_checkpoint
+from serving.conversation import text_prompt
 from trainer.errors import UserError, run_script
 from trainer.sampling_flags import (
     add_model_flags,
@@ -101,15 +101,13 @@ def continue_text(
     fast: NativeModel | TorchModel | None,
 ) -> None:
     """Print `text` and, as it comes, what the model makes of it."""
-    ids = encode_text(tokenizer, text)
-    room = max(context - 1 - min(sampling.max_new_tokens, context // 2), 1)
-    if len(ids) > room:
-        print(f"[the beginning has {len(ids)} tokens; the last {room} are used]")
-        ids = ids[-room:]
+    prompt = text_prompt(tokenizer, text, context=context, max_new_tokens=sampling.max_new_tokens)
+    if left_out := prompt.tokens_left_out:
+        used = len(prompt.ids) - 1
+        print(f"[the beginning has {used + left_out} tokens; the last {used} are used]")
     print(text, end="", flush=True)
     started, made = time.perf_counter(), 0
-    prompt = [BOS_ID, *ids]
-    for event in generate(checkpoint.model, [prompt], sampling, tokenizer=tokenizer, max_len=context, fast=fast):
+    for event in generate(checkpoint.model, [prompt.ids], sampling, tokenizer=tokenizer, max_len=context, fast=fast):
         made += 1
         print(visible(event.text), end="", flush=True)
     seconds = time.perf_counter() - started

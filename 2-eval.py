@@ -15,8 +15,6 @@ its prompt, and nothing else: --history_turns says how many earlier questions an
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +22,10 @@ from transformers import PreTrainedTokenizerFast
 
 from model.decode_native import NativeModel
 from model.decode_step import TorchModel
-from model.generation import Sampling, fit_chat, generate
+from model.generation import Sampling, generate
 from model.weights import Checkpoint, find_checkpoint
+from serving.conversation import chat_prompt
+from trainer.chat_terminal import interact
 from trainer.errors import UserError, run_script
 from trainer.sampling_flags import (
     add_model_flags,
@@ -37,7 +37,6 @@ from trainer.sampling_flags import (
     fast_from_args,
     open_checkpoint,
     open_tokenizer,
-    read_line,
     sampling_from_args,
     use_utf8,
     visible,
@@ -54,11 +53,6 @@ QUESTIONS = [
     "Which day comes after Monday?",
     "Tell me a short story about a cat.",
 ]
-HELP = """\
-  /clear       forget the conversation
-  /save FILE   append it to FILE, as one line of {"messages": [...]}
-  /help        this list
-  /exit        end (also: Ctrl-D); Ctrl-C stops an answer"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -136,16 +130,18 @@ class Chat:
 
         Raises ValueError, and nothing changes, if the question is too long or not Unicode.
         """
-        history = self.turns[-2 * self.history_turns :] if self.history_turns else []
-        messages = [*self.system, *history, {"role": "user", "content": question}]
-        room = self.context - min(self.sampling.max_new_tokens, self.context // 2)
-        ids, forgotten = fit_chat(self.tokenizer, messages, room)
-        if forgotten:
-            print(f"[context of {self.context} tokens: {forgotten} of {len(history) // 2} earlier turns left out]")
+        system = self.system[0]["content"] if self.system else None
+        limits = {"context": self.context, "max_new_tokens": self.sampling.max_new_tokens}
+        prompt = chat_prompt(
+            self.tokenizer, self.turns, question, history_turns=self.history_turns, system=system, **limits
+        )
+        if left_out := prompt.turns_left_out:
+            turns = left_out + prompt.turns_seen
+            print(f"[context of {self.context} tokens: {left_out} of {turns} earlier turns left out]")
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
             for event in generate(
-                self.model, [ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context, fast=self.fast
+                self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context, fast=self.fast
             ):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
@@ -154,43 +150,6 @@ class Chat:
             end = " [stopped]"
         print(f"{end}\n[{made} tokens, {made / (time.perf_counter() - started):.1f} tokens/s]\n", flush=True)
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-
-    def save(self, path: Path) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": [*self.system, *self.turns]}, ensure_ascii=False) + "\n")
-
-
-def interact(chat: Chat) -> None:
-    """Read questions and commands until /exit or the end of the input."""
-    print(f"ask something, or:\n{HELP}\n")
-    while (line := read_line("> ")) is not None:
-        command, _, argument = line.strip().partition(" ")
-        if command in ("/exit", "/quit"):
-            return
-        if command == "/clear":
-            chat.turns.clear()
-            print("forgotten")
-        elif command == "/save":
-            save(chat, argument.strip())
-        elif command.startswith("/") and command[1:].isalpha() and not argument:
-            print(HELP if command == "/help" else f"no such command: {command}\n{HELP}")
-        elif command:
-            try:
-                chat.answer(line)
-            except ValueError as error:
-                print(f"not answered: {error}", file=sys.stderr, flush=True)
-
-
-def save(chat: Chat, name: str) -> None:
-    if not name or not chat.turns:
-        print("nothing to save yet" if name else "name a file: /save FILE")
-        return
-    try:
-        chat.save(Path(name).expanduser())
-    except OSError as error:
-        print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
-    else:
-        print(f"appended {len(chat.turns) // 2} turns to {name}")
 
 
 def main() -> None:

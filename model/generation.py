@@ -308,7 +308,7 @@ class TextStream:
         """The text that is certain now, often "" or one character."""
         if self.stopped or token in self._special:
             return ""
-        text = self._utf8.decode(_token_bytes(self._backend.id_to_token(token)))
+        text = self._utf8.decode(token_bytes(self._backend.id_to_token(token)))
         return self._until_stop(text) if self._stop else text
 
     def finish(self, *, complete: bool = True) -> str:
@@ -348,7 +348,7 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _token_bytes(token: str | None) -> bytes:
+def token_bytes(token: str | None) -> bytes:
     """The bytes a token stands for; none for an id that is not in the vocabulary."""
     if token is None:
         return b""

@@ -128,7 +128,7 @@ def gradient(opts, step_samples, model_fields=()) -> dict[str, torch.Tensor]:
     def capture(*_args, **_kwargs):
         captured.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    trainer.optimizers[0].register_step_pre_hook(capture)
+    trainer.engine.optimizers[0].register_step_pre_hook(capture)
     trainer.step(0, batches)
     return captured
 

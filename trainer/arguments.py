@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import torch
 from model.LMConfig import PRESETS, LMConfig, preset
 from model.tokenizer import TOKENIZER_DIR
 from trainer.optim import OPTIMIZERS
+from trainer.zero_config import zero_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -72,6 +75,12 @@ class TrainOptions:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each when it is needed")
     local_rank: int = flag(0, "set by launchers; the environment variable LOCAL_RANK counts")
+    deepspeed: Path | None = flag(
+        None, "spread optimizer, gradients or weights over the processes with DeepSpeed, as this file says (configs/)",
+        metavar="FILE",
+    )  # fmt: skip
+    fsdp: bool = flag(False, "spread weights, gradients and optimizer over the processes with PyTorch's FSDP2")
+    timeout: float = flag(600.0, "seconds that processes wait for one that does not come before they give up")
 
     val_fraction: float = flag(0.01, "share of the documents held out for validation, chosen by content; 0: none")
     val_tokens: int = flag(100_000, "hold out no more than about so many tokens")
@@ -128,9 +137,28 @@ class TrainOptions:
         except ValueError as error:
             found.append(str(error))
         try:
-            resolve_device(self.device)
+            device = resolve_device(self.device)
+            dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
+            found += self._spreading_problems(device, dtype)
         except ValueError as error:
             found.append(str(error))
+        return found
+
+    def _spreading_problems(self, device: torch.device, dtype: str) -> list[str]:
+        found = []
+        if not self.timeout >= 1:
+            found.append(f"--timeout {self.timeout} must be at least 1 second")
+        if self.fsdp and self.deepspeed is not None:
+            found.append("--fsdp and --deepspeed are two ways to do the same: give one of them")
+        if self.fsdp and dtype == "float16":
+            found.append("--fsdp with --dtype float16 is not supported: use bfloat16 or float32, or leave --fsdp out")
+        if self.fsdp and self.optimizer != "adamw":
+            found.append(f"--optimizer {self.optimizer} needs whole matrices and --fsdp splits them: use adamw")
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name) and device.type == "mps":
+                found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
+        if self.deepspeed is not None:
+            found += zero_problems(self.deepspeed, self, dtype)
         return found
 
     def config(self) -> LMConfig:
@@ -186,6 +214,9 @@ def parse_options(options: type[Options], description: str, argv: list[str] | No
     result = options(**{name: value for name, value in given.items() if name in own}, model=model)
     problems = result.problems()
     if problems:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(5)  # the first process on this machine says it; a launcher ends the others when that one ends
+            sys.exit(2)
         parser.exit(2, "".join(f"error: {problem}\n" for problem in problems))
     return result
 

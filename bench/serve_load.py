@@ -1,0 +1,272 @@
+"""What my_openai_api.py does under load: many streaming clients at once, beside a single one.
+
+    python bench/serve_load.py --weights out/full_sft_512.pth
+
+one client    one streaming request after the other
+all clients   --clients of them at the same time, for --seconds; every answer is compared with the greedy answer that the
+              model gives alone, without a server
+killed        the same clients, who close their connections at random moments; how soon all rows are free afterwards
+
+The server is a process of its own, in float32, and so are the clients, who share the machine with it. Without --weights:
+random ones of minimind-v1-small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.request import urlopen
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.generation import Sampling, TextStream, generate  # noqa: E402
+from model.LMConfig import preset  # noqa: E402
+from model.model import Transformer  # noqa: E402
+from model.tokenizer import load_tokenizer, render_chat  # noqa: E402
+from model.weights import load_checkpoint, save_checkpoint  # noqa: E402
+from trainer.errors import UserError, run_script  # noqa: E402
+
+QUESTIONS = [
+    "你好",
+    "请介绍一下你自己。",
+    "中国的首都是哪里？它有多少年的历史？请详细说明。",
+    "Who are you?",
+    "Tell me a story about a cat and a dog who become friends, and what they learn on the way.",
+    "写一首关于春天的诗",
+    "12 加 7 等于多少？",
+    "水为什么会结冰？请用简单的话解释给小学生听，并举两个生活中的例子。",
+]
+
+
+@dataclass
+class Result:
+    """What came of one phase."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    answers: int = 0
+    errors: list[str] = field(default_factory=list)
+    wrong: int = 0  # answers that differ from the one computed alone
+    first: list[float] = field(default_factory=list)  # seconds to the first text
+
+
+class Reference:
+    """The greedy answers, computed alone: one sequence at a time, without a server."""
+
+    def __init__(self, model: Transformer, tokenizer, length: int) -> None:
+        self.tokenizer = tokenizer
+        self.answers = []
+        for question in QUESTIONS:
+            ids = render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)[0]
+            self.answers.append(list(generate(model, [ids], Sampling(max_new_tokens=length), tokenizer=tokenizer)))
+
+    def text(self, question: int, limit: int) -> tuple[str, int, str]:
+        """(text, tokens, finish_reason) of an answer of at most `limit` tokens."""
+        events = self.answers[question][:limit]
+        if events[-1].finish is not None:
+            return "".join(event.text for event in events), len(events), events[-1].finish
+        stream = TextStream(self.tokenizer)
+        return "".join(stream.add(event.token) for event in events) + stream.finish(complete=False), limit, "length"
+
+
+class Load:
+    """Clients on bare sockets: they cost little, because they share the machine with the server."""
+
+    def __init__(self, port: int, model: str, reference: Reference, length: int) -> None:
+        self.port, self.model, self.reference, self.length = port, model, reference, length
+
+    async def ask(self, rng: random.Random, result: Result, kill: bool = False) -> None:
+        """One request; its answer is compared, or, with `kill`, given up somewhere in the middle."""
+        question, limit = rng.randrange(len(QUESTIONS)), rng.randint(self.length // 2, self.length)
+        body = json.dumps(
+            {
+                "model": self.model,
+                "messages": [{"role": "user", "content": QUESTIONS[question]}],
+                "max_tokens": limit,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        started, leave = time.perf_counter(), rng.randint(1, limit - 1) if kill else None
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(head.encode() + body)
+            status = await reader.readline()
+            while await reader.readline() != b"\r\n":
+                pass
+            if b" 200 " not in status:
+                result.errors.append(status.decode().strip())
+                return
+            text, finish, usage, pieces, done = "", None, None, 0, False
+            buffer = b""
+            while size := int(await reader.readline(), 16):
+                buffer += (await reader.readexactly(size + 2))[:-2]
+                *events, buffer = buffer.split(b"\n\n")
+                for event in events:
+                    if event == b"data: [DONE]":
+                        done = True
+                        continue
+                    data = json.loads(event[6:])
+                    if "error" in data:
+                        result.errors.append(data["error"]["message"])
+                        return
+                    usage = data["usage"] or usage
+                    for choice in data["choices"]:
+                        new = choice["delta"].get("content", "")
+                        if new and not text:
+                            result.first.append(time.perf_counter() - started)
+                        text += new
+                        pieces += 1
+                        finish = choice["finish_reason"] or finish
+                if leave is not None and pieces > leave:
+                    return
+            await reader.readline()
+            expected = self.reference.text(question, limit)
+            if not done or (text, usage["completion_tokens"], finish) != expected:
+                result.wrong += 1
+                print(f"differs: {(text, usage, finish)} instead of {expected}", file=sys.stderr)
+            result.tokens += usage["completion_tokens"]
+            result.answers += 1
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            result.errors.append(repr(error))
+        finally:
+            if kill:
+                writer.transport.abort()
+            writer.close()
+
+    async def run(self, clients: int, seconds: float, kill: bool = False) -> Result:
+        """Clients that ask one question after the other until the time is over; the last answers are awaited."""
+        result, started = Result(), time.perf_counter()
+
+        async def client(seed: int) -> None:
+            rng = random.Random(seed)
+            while time.perf_counter() - started < seconds:
+                await self.ask(rng, result, kill)
+
+        await asyncio.gather(*(client(seed) for seed in range(clients)))
+        result.seconds = time.perf_counter() - started
+        return result
+
+
+def metric(port: int, name: str) -> float:
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return float(re.search(rf"^{name} (\S+)$", answer.read().decode(), re.MULTILINE)[1])
+
+
+async def watch_memory(process: psutil.Process, every: float = 1.0) -> list[float]:
+    """Samples of the resident memory in MB, until cancelled."""
+    samples = []
+    try:
+        while True:
+            samples.append(process.memory_info().rss / 1e6)
+            await asyncio.sleep(every)
+    except asyncio.CancelledError:
+        return samples
+
+
+def line(name: str, result: Result, single: float | None) -> str:
+    rate, first = result.tokens / result.seconds, sorted(result.first)
+    ratio = f"{rate / single:.2f}" if single else "1"
+    typical, late = first[len(first) // 2], first[int(len(first) * 0.95)]
+    return (
+        f"| {name} | {result.answers} | {result.tokens} | {rate:.0f} | {ratio} | {typical:.2f} s | {late:.2f} s | "
+        f"{len(result.errors)} | {result.wrong} |"
+    )
+
+
+async def measure(port: int, model: str, reference: Reference, server: psutil.Process, args) -> None:
+    load = Load(port, model, reference, args.length)
+    await load.run(args.clients, 0.1)  # warm up: memory, kernels
+    print("| clients | answers | tokens | tokens/s | ratio | first text, median | 95% | errors | differing |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    one = await load.run(1, args.seconds / 4)
+    single = one.tokens / one.seconds
+    print(line("1", one, None), flush=True)
+    watch = asyncio.ensure_future(watch_memory(server))
+    many = await load.run(args.clients, args.seconds)
+    watch.cancel()
+    samples = await watch
+    print(line(str(args.clients), many, single), flush=True)
+    third = len(samples) // 3
+    print(f"\nmemory of the server: {samples[third]:.0f} MB after a third of the time, {samples[-1]:.0f} MB at the end")
+    killed = await load.run(args.clients, args.seconds / 4, kill=True)
+    waited = time.perf_counter()
+    while (running := metric(port, "minimind_rows_running")) and time.perf_counter() - waited < 10:
+        pass
+    waited = time.perf_counter() - waited
+    cancelled = metric(port, "minimind_cancelled_total")
+    print(
+        f"killed at random for {args.seconds / 4:.0f} s: {cancelled:.0f} answers given up, {len(killed.errors)} errors; "
+        f"{1000 * waited:.0f} ms after the last one {running:.0f} rows were taken"
+    )
+    for problem in (one.errors + many.errors + killed.errors)[:5]:
+        print(f"error: {problem}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")
+    add("--clients", type=int, default=64, help="at the same time (default: 64)")
+    add("--seconds", type=float, default=60, help="of the load; the other phases take a quarter each (default: 60)")
+    add("--length", type=int, default=96, help="longest answer in tokens; the shortest is half of it (default: 96)")
+    add("--server_flags", default="", metavar="FLAGS", help="more for my_openai_api.py, in one word")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.weights is None:
+            torch.manual_seed(0)
+            args.weights = Path(folder) / "full_sft_512.pth"
+            save_checkpoint(args.weights, Transformer(preset("minimind-v1-small")), info={})
+        tokenizer = load_tokenizer()
+        reference = Reference(load_checkpoint(args.weights, dtype=torch.float32).model, tokenizer, args.length)
+        command = [sys.executable, str(ROOT / "my_openai_api.py"), "--weights", str(args.weights), "--port", "0"]
+        command += [
+            "--dtype",
+            "float32",
+            "--max_rows",
+            str(args.clients),
+            "--log_level",
+            "warning",
+            *args.server_flags.split(),
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+            try:
+                for text in process.stdout:
+                    if found := re.match(r"serving (\S+) at http://127.0.0.1:(\d+)/", text):
+                        break
+                else:
+                    raise UserError("the server did not start: its messages are above")
+                wait_until_healthy(int(found[2]))
+                asyncio.run(measure(int(found[2]), found[1], reference, psutil.Process(process.pid), args))
+            finally:
+                process.terminate()
+
+
+def wait_until_healthy(port: int) -> None:
+    while True:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health"):
+                return
+        except OSError:
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,185 @@
+"""Serve a model over HTTP as OpenAI's API, to many clients at once.
+
+    python my_openai_api.py                                     # the newest of out/rl_*, full_sft_*, lora_*
+    python my_openai_api.py --weights out/lora_identity_512     # an adapter folder, or one that export_model.py made
+    python my_openai_api.py --host 0.0.0.0 --api_key "$KEY"     # for other machines
+
+In:  a checkpoint, an adapter folder, or an exported folder (--weights)
+Out: http://127.0.0.1:8000/v1: models, chat/completions, completions, embeddings; and /health, /metrics, /docs
+
+Requests are decoded together: each step makes one token for every running answer, and requests join and leave between
+steps. SIGTERM or Ctrl-C lets running answers finish, for at most --drain_seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import socket
+from pathlib import Path
+
+import uvicorn
+from transformers import PreTrainedTokenizerFast
+
+from model.export import read_folder
+from model.generation import Decoder
+from model.tokenizer import TOKENIZER_DIR
+from model.weights import Checkpoint, find_checkpoint
+from serving.engine import Engine
+from serving.http import Server
+from serving.openai_api import ServedModel, create_app
+from trainer.errors import UserError, run_script
+from trainer.sampling_flags import (
+    add_model_flags,
+    add_sampling_flags,
+    context_length,
+    describe_checkpoint,
+    device_and_dtype,
+    open_checkpoint,
+    open_tokenizer,
+    sampling_from_args,
+    use_utf8,
+)
+
+KEY_VARIABLE = "MINIMIND_API_KEY"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    server = parser.add_argument_group("the server")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1, this machine only)"
+    )
+    server.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
+    server.add_argument(
+        "--api_key", metavar="KEY",
+        help=f"what clients of /v1 have to send; better in the environment as {KEY_VARIABLE} (default: nothing)",
+    )  # fmt: skip
+    server.add_argument(
+        "--cors_origins", nargs="+", default=[], metavar="ORIGIN",
+        help="sites whose pages may call from a browser, like http://localhost:3000; *: all (default: none)",
+    )  # fmt: skip
+    server.add_argument(
+        "--served_model_name", metavar="NAME", help="the model's name in requests (default: the file's)"
+    )
+    server.add_argument(
+        "--max_rows", type=int, default=32, metavar="N", help="answers that are written at a time (default: 32)"
+    )
+    server.add_argument(
+        "--max_queue", type=int, default=256, metavar="N", help="answers that may wait; more are refused (default: 256)"
+    )
+    server.add_argument(
+        "--drain_seconds", type=float, default=30, metavar="SECONDS", help="time to finish at the end (default: 30)"
+    )
+    server.add_argument(
+        "--log_level", default="info", choices=["error", "warning", "info", "debug"], help="(default: info)"
+    )
+    add_model_flags(parser, stages="of rl_*.pth, full_sft_*.pth and lora_* in OUT_DIR; folders will do as well")
+    # What a request does not say. A limit that it does not give is what fits, unless --max_new_tokens says less.
+    add_sampling_flags(parser, temperature=0.7, top_p=0.9, max_new_tokens=None)
+    args = parser.parse_args()
+    problems = [
+        f"--{name} {getattr(args, name)} must be at least 1"
+        for name in ("max_rows", "max_queue")
+        if getattr(args, name) < 1
+    ]
+    if not 0 <= args.port <= 65535:
+        problems.append(f"--port {args.port} must be between 0 and 65535")
+    if not 0 <= args.drain_seconds < 1e6:
+        problems.append(f"--drain_seconds {args.drain_seconds} must be 0 or more")
+    if args.api_key is None:
+        args.api_key = os.environ.get(KEY_VARIABLE) or None
+    elif not args.api_key.strip():
+        problems.append("--api_key is empty: leave it out if none is needed")
+    if problems:
+        raise UserError("; ".join(problems))
+    return args
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """--weights, or the newest model that answers."""
+    if args.weights is not None:
+        return args.weights
+    weights = find_checkpoint(args.out_dir, ["rl", "full_sft"])
+    found = [] if weights is None else [(weights.stat().st_mtime_ns, weights)]
+    found += [(file.stat().st_mtime_ns, file.parent) for file in args.out_dir.glob("lora_*/adapter_config.json")]
+    if not found:
+        raise UserError(
+            f"nothing to serve in {args.out_dir} (no rl_*.pth, full_sft_*.pth, lora_*): "
+            "run 3-full_sft.py, or name a model with --weights"
+        )
+    return max(found)[1]
+
+
+def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
+    """The model in a file, an adapter folder or an exported folder, and its tokenizer. UserError if it cannot be used."""
+    if not path.is_dir():
+        tokenizer = open_tokenizer(args.tokenizer)
+        return open_checkpoint(path, args, tokenizer), tokenizer
+    device, dtype = device_and_dtype(args)
+    try:
+        if (path / "adapter_config.json").is_file():
+            from model.lora import load_adapter  # peft takes seconds to import
+
+            tokenizer = open_tokenizer(args.tokenizer)
+            checkpoint = load_adapter(path, device, dtype, tokenizer)
+        else:
+            checkpoint = read_folder(path)
+            checkpoint.model.to(device, dtype)
+            # An export has its tokenizer with it.
+            tokenizer = open_tokenizer(path if args.tokenizer == TOKENIZER_DIR else args.tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(describe_checkpoint(checkpoint))
+    return checkpoint, tokenizer
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, so that an address that is taken is found out before the model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    if os.name == "posix":  # elsewhere it would allow two servers on one port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port or --host"
+        ) from None
+    return sock
+
+
+def main() -> None:
+    use_utf8()
+    args = parse_args()
+    sock = listen(args.host, args.port)
+    checkpoint, tokenizer = open_model(find_model(args), args)
+    context = context_length(checkpoint, args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = context
+    defaults = sampling_from_args(args)
+    make_decoder = functools.partial(Decoder, checkpoint.model, args.max_rows, context, tokenizer=tokenizer)
+    engine = Engine(make_decoder, args.max_queue)
+    name = args.served_model_name or checkpoint.path.resolve().stem
+    config = checkpoint.config
+    served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint)
+    app = create_app(engine, served, defaults, api_key=args.api_key, cors_origins=args.cors_origins)
+
+    host, port = sock.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(
+        f"serving {name} at http://{address}/v1 ({args.max_rows} answers at a time, {args.max_queue} may wait)",
+        flush=True,
+    )
+    if args.api_key is None and not (host == "::1" or host.startswith("127.")):
+        print("note: other machines can reach this server, and no --api_key is set: everyone may use it", flush=True)
+    settings = uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=int(args.drain_seconds) + 5)
+    Server(settings, engine, args.drain_seconds).run(sockets=[sock])
+
+
+if __name__ == "__main__":
+    run_script(main)

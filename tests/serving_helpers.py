@@ -1,0 +1,110 @@
+"""A server on a tiny random model for the tests of serving/: in a thread, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+import uvicorn
+
+from model.generation import Decoder, Sampling
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.tokenizer import load_tokenizer
+from serving.engine import Engine
+from serving.http import Server
+from serving.openai_api import Api, ServedModel, create_app
+
+TOKENIZER = load_tokenizer()
+NAME = "tiny"
+CONTEXT = 1500
+
+
+def tiny_model() -> Transformer:
+    torch.manual_seed(5)
+    return Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)).eval()
+
+
+@dataclasses.dataclass
+class Running:
+    """A server that runs, and how to talk to it without a client library."""
+
+    model: Transformer
+    engine: Engine
+    api: Api
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def call(self, method: str, path: str, body: bytes | dict | None = None, **headers: str):
+        """(status, headers, bytes) of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        sent = {"Content-Type": "application/json"} if content is not None else {}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            connection.request(method, path, content, sent)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def post(self, path: str, **fields):
+        """(status, object) of a request with a JSON body."""
+        status, _, body = self.call("POST", path, {"model": NAME, **fields})
+        return status, json.loads(body)
+
+    def chat(self, content: str = "hi", **fields):
+        return self.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], **fields)
+
+    def metric(self, name: str) -> float:
+        text = self.call("GET", "/metrics")[2].decode()
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+
+    def until(self, name: str, value: float) -> None:
+        """Wait for a metric to have a value."""
+        end = time.monotonic() + 60
+        while (found := self.metric(name)) != value:
+            assert time.monotonic() < end, f"{name} stays {found}"
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(
+    *,
+    rows: int = 8,
+    max_queue: int = 200,
+    defaults: Sampling | None = None,
+    decoder=Decoder,
+    drain: float = 0,
+    **settings,
+) -> Iterator[Running]:
+    """A running server; it is shut down in the end."""
+    model = tiny_model()
+    engine = Engine(lambda: decoder(model, rows, tokenizer=TOKENIZER), max_queue)
+    served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc")
+    defaults = defaults or Sampling(max_new_tokens=CONTEXT)
+    app = create_app(engine, served, defaults, **settings)
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10)
+    server = Server(config, engine, drain)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(model, engine, Api(engine, served, defaults), port)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
