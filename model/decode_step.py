@@ -87,8 +87,12 @@ class TorchStep:
         self.rope = model.weights.rope(self.max_len)
         self.places = torch.arange(self.max_len, device=keys[0].device)
         if model.compiled:
-            for tensor in (*keys, *values, *self.rope):
+            for tensor in (*keys, *values):
                 torch._dynamo.mark_static_address(tensor)
+                for dim in (0, 2):  # one graph for caches of every size
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            for tensor in self.rope:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """tokens, positions (rows,), of which the largest is `longest` -> logits (rows, vocab)."""

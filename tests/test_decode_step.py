@@ -164,7 +164,7 @@ def test_int8(way, kind):
 
 @kinds
 def test_compiled_is_exact_and_compiles_few_graphs(kind):
-    """float32: the same tokens for one row and for any other number, at any length: two graphs."""
+    """float32: the same tokens; one graph each for one or more rows of one or more slots, or as many as there are."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, prompts = make(kind, n_layers=1, max_seq_len=256), make_prompts(1, 60, 5, 124, 30, 3)
@@ -173,7 +173,7 @@ def test_compiled_is_exact_and_compiles_few_graphs(kind):
     greedy = Sampling(max_new_tokens=12)
     for max_rows in (1, 2, 3, 6):
         assert generate_ids(model, prompts, greedy, eos_id=None, max_rows=max_rows, fast=fast) == plain
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 # ---- which way
