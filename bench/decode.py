@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,10 +37,10 @@ from model.model import Transformer, describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from trainer.errors import run_script
 
-Scheme = Callable[[list[list[int]], int], None]  # prompts, new tokens of each
+Scheme = Callable[[list[list[int]], int], float]  # prompts, new tokens of each -> seconds
 
 
-def ours(model: Transformer, fast) -> Scheme:
+def ours(model: Transformer, fast) -> Callable[[list[list[int]], int], None]:
     def run(prompts: list[list[int]], new_tokens: int) -> None:
         for _ in generate(model, prompts, Sampling(max_new_tokens=new_tokens), eos_id=None, fast=fast):
             pass
@@ -46,7 +48,7 @@ def ours(model: Transformer, fast) -> Scheme:
     return run
 
 
-def transformers_generate(model: torch.nn.Module) -> Scheme:
+def transformers_generate(model: torch.nn.Module) -> Callable[[list[list[int]], int], None]:
     def run(prompts: list[list[int]], new_tokens: int) -> None:
         ids = torch.tensor(prompts)
         with torch.inference_mode():
@@ -58,7 +60,40 @@ def transformers_generate(model: torch.nn.Module) -> Scheme:
     return run
 
 
-def llama_cpp(path: Path, rows: int, context: int, threads: int) -> Scheme:
+def timed(run: Callable[[list[list[int]], int], None], cpu_time: bool) -> Scheme:
+    clock = time.process_time if cpu_time else time.perf_counter
+
+    def measure(prompts: list[list[int]], new_tokens: int) -> float:
+        start = clock()
+        run(prompts, new_tokens)
+        return clock() - start
+
+    return measure
+
+
+class InOwnProcess:
+    """llama.cpp, in a process of its own: whatever it does to threads does not count here."""
+
+    def __init__(self, *setup) -> None:
+        self.pipe, other = get_context("spawn").Pipe()
+        self.process = get_context("spawn").Process(target=serve_llama_cpp, args=(other, *setup), daemon=True)
+        self.process.start()
+
+    def __call__(self, prompts: list[list[int]], new_tokens: int) -> float:
+        self.pipe.send((prompts, new_tokens))
+        return self.pipe.recv()
+
+
+def serve_llama_cpp(pipe: Connection, path: Path, rows: int, context: int, threads: int, cpu_time: bool) -> None:
+    scheme = timed(llama_cpp(path, rows, context, threads), cpu_time)
+    while True:
+        try:
+            pipe.send(scheme(*pipe.recv()))
+        except EOFError:  # the other side has ended
+            return
+
+
+def llama_cpp(path: Path, rows: int, context: int, threads: int) -> Callable[[list[list[int]], int], None]:
     """Batches through llama.cpp's own batch interface: one token of every row in a call, as a server would."""
     import llama_cpp as lib
     import numpy as np
@@ -67,6 +102,7 @@ def llama_cpp(path: Path, rows: int, context: int, threads: int) -> Scheme:
     lib.llama_log_set(silent, None)
     lib.llama_backend_init()
     parameters = lib.llama_model_default_params()
+    parameters.use_extra_bufts = False  # with its kernels for AMX, version 0.3.36 crashes on q8_0
     model = lib.llama_model_load_from_file(str(path).encode(), parameters)
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = context * rows, 2048, 512, rows
@@ -108,7 +144,7 @@ def schemes(config: LMConfig, rows: int, folder: Path, args: argparse.Namespace)
     half = Transformer(config).eval()
     half.load_state_dict(model.state_dict())
     half = half.bfloat16()
-    made: dict[str, Scheme] = {
+    runs = {
         "eager, float32": ours(model, None),
         "eager, bfloat16": ours(half, None),
         "fast, float32": ours(model, fast_model(model)),
@@ -116,8 +152,8 @@ def schemes(config: LMConfig, rows: int, folder: Path, args: argparse.Namespace)
         "fast, int8": ours(half, fast_model(half, quantize="int8")),
     }
     if args.inductor:
-        made["torch.compile, bfloat16"] = ours(half, TorchModel(DecodeWeights(half), compiled=True))
-        made["torch.compile, int8"] = ours(half, TorchModel(DecodeWeights(half, "int8"), compiled=True))
+        runs["torch.compile, bfloat16"] = ours(half, TorchModel(DecodeWeights(half), compiled=True))
+        runs["torch.compile, int8"] = ours(half, TorchModel(DecodeWeights(half, "int8"), compiled=True))
     tokenizer = load_tokenizer()
     if "transformers" in args.others:
         from transformers import AutoModelForCausalLM
@@ -126,13 +162,14 @@ def schemes(config: LMConfig, rows: int, folder: Path, args: argparse.Namespace)
         for dtype in (torch.float32, torch.bfloat16):
             theirs = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=dtype).eval()
             theirs.generation_config.eos_token_id = None
-            made[f"transformers, {str(dtype).removeprefix('torch.')}"] = transformers_generate(theirs)
+            runs[f"transformers, {str(dtype).removeprefix('torch.')}"] = transformers_generate(theirs)
+    made: dict[str, Scheme] = {name: timed(run, args.cpu_time) for name, run in runs.items()}
     if "llama.cpp" in args.others:
         for kind in ("f16", "q8_0"):
             path = folder / f"{kind}.gguf"
             write_gguf(path, model, tokenizer, kind, "bench")
             context = args.prompt_tokens + args.new_tokens + 1
-            made[f"llama.cpp, {kind}"] = llama_cpp(path, rows, context, torch.get_num_threads())
+            made[f"llama.cpp, {kind}"] = InOwnProcess(path, rows, context, args.threads, args.cpu_time)
     return made
 
 
@@ -148,9 +185,7 @@ def compare(title: str, config: LMConfig, rows: int, args: argparse.Namespace) -
             scheme(prompts, 8)  # warm up, compile
         for _ in range(args.rounds):
             for name, scheme in made.items():
-                start = time.perf_counter()
-                scheme(prompts, args.new_tokens)
-                rates.setdefault(name, []).append(rows * args.new_tokens / (time.perf_counter() - start))
+                rates.setdefault(name, []).append(rows * args.new_tokens / scheme(prompts, args.new_tokens))
     first, last = next(iter(rates.values())), rates.get("llama.cpp, f16")
     print(
         f"\n{title}, {rows} at a time\n{'scheme':26} {'tokens/s':>9} {'to eager float32':>17} {'to llama.cpp f16':>17}"
@@ -179,13 +214,24 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=16, help="length of the prompts (default: 16)")
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens of each answer (default: 128)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every scheme (default: 5)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of everything (default: PyTorch's)"
+    )
+    parser.add_argument(
+        "--cpu_time", action="store_true",
+        help="count the processor's time instead of the clock's: on a machine that is busy, with --threads 1",
+    )  # fmt: skip
     parser.add_argument("--inductor", action="store_true", help="also the step through torch.compile")
     parser.add_argument(
         "--others", nargs="*", choices=["transformers", "llama.cpp"], default=["transformers", "llama.cpp"],
         help="what else to measure (default: both)",
     )  # fmt: skip
     args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, prompts of {args.prompt_tokens} tokens, answers of {args.new_tokens}")
+    torch.set_num_threads(args.threads)
+    print(
+        f"{args.threads} threads, prompts of {args.prompt_tokens} tokens, answers of {args.new_tokens}"
+        + (", processor time" if args.cpu_time else "")
+    )
     for name in args.presets:
         config = preset(name)
         with torch.device("meta"):
