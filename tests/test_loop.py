@@ -210,8 +210,10 @@ def test_resuming_another_run_is_refused_with_the_reason(tmp_path):
     with pytest.raises(SystemExit):
         train(opts, stop_after=5)
     again = dataclasses.replace(opts, resume="newest")
-    with pytest.raises(UserError, match="train_data: "):
+    with pytest.raises(UserError, match="train_data: .* the files of --data_path have another content than then"):
         train(again, train_rows=rows(seed=1))
+    with pytest.raises(UserError, match="train_data: .* the data is another because of --val_fraction 0.01 -> 0.2"):
+        train(dataclasses.replace(again, val_fraction=0.2), train_rows=rows(range(50)))
     with pytest.raises(UserError, match="config.n_layers: 2 -> 3"):
         train(again, model_fields=[("n_layers", 3)])
     with pytest.raises(UserError, match="tokenizer_hash: t -> u"):
@@ -330,20 +332,40 @@ def test_a_balance_loss_is_optimised_and_logged_apart(tmp_path):
     assert not torch.allclose(with_loss[gate], without[gate])
 
 
-def test_data_workers_that_fail_end_the_run(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dead_data_worker_ends_the_run_with_its_sample_and_a_saved_state(tmp_path, num_workers):
     data = rows()
 
     class Dying:
-        fingerprint = "x"
+        fingerprint = data.fingerprint
 
         def __len__(self):
             return len(data)
 
-        def batch(self, indices):
-            raise UserError("the cache was deleted")
+        def documents(self, indices):
+            return data.documents(indices)
 
-    with pytest.raises(UserError, match="the cache was deleted"):
-        train(options(tmp_path), train_rows=Dying())
+        def batch(self, indices):
+            if len(seen) == 6 and not bad:
+                bad.append(indices[2])
+            if bad and bad[0] in indices:
+                raise OSError(5, "Input/output error", "tokens.bin")
+            seen.append(indices)
+            return data.batch(indices)
+
+    seen, bad = [], []
+    opts = options(tmp_path, num_workers=num_workers, save_interval=100, data_path=[tmp_path / "texts.csv"])
+    with pytest.raises(UserError, match=r"step 7: the data could not be read: sample (\d+) \(documents? ") as error:
+        train(opts, train_rows=Dying())
+    text = str(error.value)
+    assert f"sample {bad[0]} " in text
+    assert "tokens.bin" in text and "texts.csv" in text and "--resume" in text
+    assert "Traceback" in (tmp_path / "logs" / "tiny.rank0.log").read_text()
+    whole, _ = train(options(tmp_path / "other"))
+    resumed, _ = train(
+        dataclasses.replace(opts, resume="newest")
+    )  # from the step before, though none was due to be saved
+    assert same(weights(whole), weights(resumed))
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -372,3 +394,41 @@ def test_a_damaged_description_of_a_run_is_not_a_finished_run(tmp_path, content)
         train(options(tmp_path))
     with pytest.raises(UserError, match="step_00000012 cannot be read"):
         train(options(tmp_path, resume="newest"))
+
+
+def short_of_memory(limit: int, error=torch.OutOfMemoryError):
+    """A loss for a device that holds `limit` rows: forward and backward of more end in an error, part of the way on."""
+
+    def loss_fn(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        if model.training and len(batch.inputs["input_ids"]) > limit:
+            loss.backward(retain_graph=True)  # leaves gradients behind, which must not count
+            raise error("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss, n, extras
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_auto_batch_halves_until_it_fits_and_keeps_the_samples(tmp_path, capsys, error):
+    whole, expected = train(options(tmp_path / "a", batch_size=7, accumulation_steps=2))
+    opts = options(tmp_path / "b", batch_size=7, accumulation_steps=2, auto_batch=True)
+    model, metrics = train(opts, loss_fn=short_of_memory(2, error))
+    printed = capsys.readouterr().out
+    assert "out of memory with 7 rows at once. --auto_batch goes on with 4 rows and 4 accumulation steps" in printed
+    assert "goes on with 2 rows and 7 accumulation steps" in printed and printed.count("--auto_batch") == 2
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(model)[name], atol=1e-4), name
+    # A run that goes on does not try again what did not fit.
+    train(dataclasses.replace(opts, resume="newest", max_steps=14), loss_fn=short_of_memory(2, error))
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_out_of_memory_says_what_helps(tmp_path):
+    with pytest.raises(UserError, match=r"step 1: out of memory with 4 rows .*--auto_batch.*--gradient_checkpointing"):
+        train(options(tmp_path / "a"), loss_fn=short_of_memory(2))
+    with pytest.raises(UserError, match=r"out of memory with 1 rows .*--max_seq_len"):
+        train(options(tmp_path / "b", auto_batch=True), loss_fn=short_of_memory(0))
+    with pytest.raises(RuntimeError, match="shapes"):
+        train(options(tmp_path / "c", auto_batch=True), loss_fn=short_of_memory(2, lambda _: RuntimeError("shapes")))

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,12 @@ from trainer.errors import UserError
 from trainer.losses import LossFunction
 from trainer.optim import learning_rate, make_optimizers
 from trainer.packing import sample_order
+from trainer.profiling import Profiler
+from trainer.rank_log import RankLog, WorkClock
+from trainer.run_lock import hold_run
 from trainer.tracking import Tracker
+
+COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,10 @@ def fit(
     disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
     trainer = Trainer(model, loss_fn, train, val, options, run, world)
-    trainer.prepare()
-    with stop_signals() as stop, trainer.tracker:
-        return trainer.run_steps(stop)
+    with hold_run(options.out_dir, run.name) if world.is_main else contextlib.nullcontext(), trainer.log:
+        trainer.prepare()
+        with stop_signals(speak=world.is_main) as stop, trainer.tracker, trainer.profiler:
+            return trainer.run_steps(stop)
 
 
 class Trainer:
@@ -123,30 +130,32 @@ class Trainer:
         self.folder: Path = options.out_dir / f"{run.name}.resume"
         self.steps_done = self.tokens_done = 0
         self.metrics: dict = {}
+        self.micro_batch: int = options.batch_size  # rows that go through the model at once; --auto_batch lowers it
+        self.log = RankLog(options.out_dir, run.name, world)
+        self.clock = WorkClock(self.device)
+        self.profiler = Profiler(options.profile, options.out_dir, run.name, world, self.device)
         self._saved_step = -1
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def step(self, step: int, batches: list[Batch] | DataFailure) -> dict[str, float]:
         """One optimizer step on this process's share of the samples; returns sums over the whole step."""
         options = self.options
-        torch.manual_seed(hash_seed(options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
         lr = learning_rate(step, self.total_steps, options.learning_rate, self.warmup_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         # Count first: gradients are divided by the targets of the whole step, not of a micro-batch or a process.
-        counts = [sum(getattr(b, name) for b in batches) for name in ("n_targets", "n_tokens", "attention_pairs")]
-        n_targets, n_tokens, attention_pairs = sum_over_world(self.world, counts, self.device)
+        failed = isinstance(batches, DataFailure)
+        counts = [0, 0, 0] if failed else [sum(getattr(b, name) for b in batches) for name in COUNTS]
+        n_targets, n_tokens, attention_pairs, n_failed = sum_over_world(self.world, [*counts, failed], self.device)
+        if n_failed:
+            self._stop_on_lost_data(step, batches if failed else None)
         if not n_targets:
             raise UserError(f"step {step + 1}: its samples have no target token; was the data changed while training?")
 
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            loss_sum, extras = self._forward(batch)
-            self.scaler.scale(loss_sum / n_targets).backward()
-            for name, value in extras.items():
-                sums[name] = sums.get(name, 0) + value
+        while (sums := self._accumulate(step, batches, n_targets)) is None:
+            batches = self._halve(step)
         sum_gradients(self.world, self.parameters)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -165,6 +174,62 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
         return result | {"n_targets": n_targets, "n_tokens": n_tokens, "attention_pairs": attention_pairs}
+
+    def _accumulate(self, step: int, batches: list[Batch], n_targets: float) -> dict[str, Tensor] | None:
+        """Forward and backward of every micro-batch: gradients add up in the parameters; returns sums to log.
+
+        None: with --auto_batch, the memory of this process or of another was not enough; gradients are empty again.
+        """
+        torch.manual_seed(hash_seed(self.options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
+        sums: dict[str, Tensor] = {}
+        short = False
+        try:
+            with self.clock.computing():
+                for batch in batches:
+                    loss_sum, extras = self._forward(batch)
+                    self.scaler.scale(loss_sum / n_targets).backward()
+                    for name, value in extras.items():
+                        sums[name] = sums.get(name, 0) + value
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self.options.auto_batch:
+                raise UserError(f"step {step + 1}: {self._memory_words(error)}") from error
+            short = True
+            self.log.write(f"step {step + 1}: out of memory with micro-batches of {self.micro_batch}: {error}")
+        # Behind the except block: there the error still holds all that was computed.
+        if not self.options.auto_batch or not sum_over_world(self.world, [short], self.device)[0]:
+            return sums
+        for parameter in self.parameters:
+            parameter.grad = None
+        return None
+
+    def _halve(self, step: int) -> list[Batch]:
+        """The samples of a step in micro-batches of half the size, which stays that of the run."""
+        if self.micro_batch == 1:
+            raise UserError(f"step {step + 1}: {self._memory_words(None)}")
+        options, before = self.options, self.micro_batch
+        self.micro_batch = -(-before // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the pieces left are of the wrong sizes
+        rows = options.batch_size * options.accumulation_steps
+        if self.world.is_main:
+            print(
+                f"step {step + 1}: out of memory with {before} rows at once. --auto_batch goes on with {self.micro_batch} "
+                f"rows and {-(-rows // self.micro_batch)} accumulation steps: each step keeps its samples"
+            )
+        return self._batches(step)
+
+    def _memory_words(self, error: RuntimeError | None) -> str:
+        reason = f" ({str(error).splitlines()[0]})" if error is not None else ""
+        if self.micro_batch > 1:
+            advice = "--auto_batch, a smaller --batch_size with more --accumulation_steps (the result is the same)"
+        else:
+            advice = "a shorter --max_seq_len, a smaller model"
+        return (
+            f"out of memory with {self.micro_batch} rows of data at once{reason}: use {advice} or "
+            "--gradient_checkpointing"
+        )
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch.to(self.device)
@@ -187,8 +252,8 @@ class Trainer:
     def _stop_on_non_finite(self, step: int, result: dict[str, float]) -> None:
         samples = self.schedule.samples(step)
         report = self.options.out_dir / f"{self.run.name}.non_finite.json"
+        self.save(weights=False)  # of before this step
         if self.world.is_main:
-            self.save(weights=False)  # of before this step
             facts = {name: str(value) for name, value in result.items()}
             content = {
                 "step": step + 1,
@@ -204,6 +269,34 @@ class Trainer:
             f"numbers of the samples and documents in {report}. Try a lower --learning_rate, more --warmup_iters or "
             "--dtype float32, and look at those documents"
         )
+
+    def _stop_on_lost_data(self, step: int, failure: DataFailure | None) -> None:
+        """Every process comes here when the data of one cannot be had; all end with the same words."""
+        words = None
+        if failure is not None:
+            error = failure.error
+            self.log.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            who = f" on rank {self.world.rank}" if self.world.size > 1 else ""
+            words = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
+        self.save(weights=False)  # of before this step
+        words = "; ".join(text for text in _from_everyone(self.world, words) if text)
+        files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
+        raise UserError(
+            f"step {step + 1}: the data could not be read: {words}. The state is saved in {self.folder}.{files} Mend what "
+            "is wrong with the data, then go on with --resume"
+        ) from (failure.error if failure is not None else None)
+
+    def _bad_samples(self, step: int) -> str:
+        """Which of the samples of this process cannot be read, in words."""
+        mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
+        with ThreadPoolExecutor(1) as pool:  # whatever is raised there
+            bad = [i for i in mine if pool.submit(self.train.batch, [i]).exception() is not None]
+        if not bad:
+            return f"one of the samples {', '.join(map(str, mine))}, though each alone can be read now"
+        documents = self.train.documents(bad[:1])
+        shown = ", ".join(map(str, documents[:8])) + (" ..." if len(documents) > 8 else "")
+        return f"sample {bad[0]} (document{'s' if len(documents) > 1 else ''} {shown})"
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
@@ -239,6 +332,7 @@ class Trainer:
             self.steps_done = done = step + 1
             self.tokens_done += int(result["n_tokens"])
             self.tracker.add(result)
+            self.profiler.step()
             last = done == self.total_steps
             if self.val is not None and (last or done % options.val_interval == 0):
                 with self.tracker.pause():
@@ -256,25 +350,37 @@ class Trainer:
                 raise SystemExit(128 + int(stop.signal or signal.SIGTERM))
         return self.metrics
 
-    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
-        """The batches of every step from `first` on, prepared while earlier steps compute."""
+    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch] | DataFailure]]:
+        """The batches of every step from `first` on, prepared while earlier steps compute.
 
-        def prepare(step: int) -> list[Batch]:
-            mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
-            size = self.options.batch_size
-            return [self.train.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+        A step whose batches could not be made comes as a DataFailure: all processes have to hear of it before they stop.
+        """
 
-        if self.options.num_workers == 0:
-            for step in range(first, self.total_steps):
-                yield step, prepare(step)
-            return
+        def prepare(step: int) -> tuple[int, list[Batch]]:
+            size = self.micro_batch
+            return size, self._batches(step, size)
+
+        workers = self.options.num_workers
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(self.options.num_workers, thread_name_prefix="batches") as pool:
+        with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="batches") as pool:
             ahead = iter(range(first, self.total_steps))
             for step in range(first, self.total_steps):
-                while len(waiting) <= self.options.num_workers and (n := next(ahead, None)) is not None:
+                while len(waiting) <= workers and (n := next(ahead, None)) is not None:
                     waiting.append(pool.submit(prepare, n))
-                yield step, waiting.popleft().result()
+                future = waiting.popleft()
+                with self.clock.waiting_for_data():
+                    error = future.exception()
+                if error is not None:
+                    yield step, DataFailure(error)
+                    continue
+                size, batches = future.result()
+                yield step, batches if size == self.micro_batch else self._batches(step)
+
+    def _batches(self, step: int, size: int | None = None) -> list[Batch]:
+        """This process's share of the samples of a step, in micro-batches of `size` (default: the present one)."""
+        mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
+        size = size or self.micro_batch
+        return [self.train.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     @torch.no_grad()
     def _validate(self, max_batches: int | None = None) -> dict[str, float]:
@@ -284,7 +390,7 @@ class Trainer:
         sums: dict[str, float] = {}
         n_targets = 0
         mine = list(range(len(self.val)))[self.world.rank :: self.world.size]
-        size = self.options.batch_size
+        size = self.micro_batch
         for i, begin in enumerate(range(0, len(mine), size)):
             if max_batches is not None and i >= max_batches:
                 break
@@ -340,6 +446,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "tokens": self.tokens_done,
                 "metrics": self.metrics,
+                "micro_batch": self.micro_batch,
             }
             bad = [name for name, p in trainable.items() if not torch.isfinite(p).all()]
             if bad:
@@ -348,6 +455,7 @@ class Trainer:
                 )
             finished = self.steps_done == self.total_steps
             run = {"identity": self.identity(), "settings": self.settings(), "finished": finished}
+            run["options"] = self.options.describe()
             save_state(self.folder, self.steps_done, tensors, run, self.options.keep)
             self._saved_step = self.steps_done
             if weights:
@@ -388,6 +496,8 @@ class Trainer:
         state = load_state(path)
         changed = differences(self.identity(), state.run["identity"])
         if changed:
+            if any(line.startswith(("train_data", "val_data")) for line in changed):
+                changed.append(_why_other_data(options.describe(), state.run.get("options", {})))
             raise UserError(f"cannot resume {state.path}, it is another run: {'; '.join(changed)}")
         self._restore(state)
         if self.world.is_main:
@@ -416,7 +526,22 @@ class Trainer:
         self.scaler.load_state_dict(state.tensors["scaler"])
         self.steps_done, self.tokens_done = state.step, state.tensors["tokens"]
         self.metrics = state.tensors["metrics"]
+        if self.options.auto_batch:  # what did not fit then does not fit now
+            self.micro_batch = min(self.micro_batch, state.tensors.get("micro_batch", self.micro_batch))
         self._saved_step = state.step
+
+
+@dataclass(frozen=True)
+class DataFailure:
+    """Stands where the batches of a step should be: a data-loading thread raised this."""
+
+    error: BaseException
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the system had no memory left for a tensor; only CUDA has an exception of its own for that."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 @dataclass
@@ -427,7 +552,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(speak: bool = True) -> Iterator[StopRequest]:
     """Turn SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
     request = StopRequest()
 
@@ -435,8 +560,8 @@ def stop_signals() -> Iterator[StopRequest]:
         if request.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = number
-        # os.write: print may be in the middle of a line of its own.
-        os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
+        if speak:  # os.write: print may be in the middle of a line of its own
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -453,12 +578,26 @@ def hash_seed(seed: int, step: int, rank: int) -> int:
 
 def _agree_on_names(world: World, sums: dict[str, float]) -> tuple[list[str], list[float]]:
     """The names that any process has, sorted, and this one's values: a process without samples has no names."""
-    names = sorted(sums)
-    if world.size > 1:
-        gathered: list = [None] * world.size
-        torch.distributed.all_gather_object(gathered, names)
-        names = sorted(set().union(*gathered))
+    names = sorted(set().union(*_from_everyone(world, sorted(sums))))
     return names, [sums.get(name, 0.0) for name in names]
+
+
+def _from_everyone(world: World, value: object) -> list:
+    """The `value` of every process, by rank."""
+    if world.size == 1:
+        return [value]
+    gathered: list = [None] * world.size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def _why_other_data(now: dict, then: dict) -> str:
+    """In flags, where they are the reason, why a run has other data than before."""
+    names = ("data_path", "val_fraction", "val_tokens", "tokenizer", "text_field", "max_dropped", "seed", "model")
+    flags = [f"--{name} {then[name]} -> {now[name]}" for name in names if name in then and then[name] != now.get(name)]
+    if flags:
+        return f"the data is another because of {', '.join(flags)}"
+    return "no flag that chooses data was changed: the files of --data_path have another content than then"
 
 
 def _finished(path: Path) -> bool:
