@@ -41,7 +41,7 @@ NAME = "pretrain_64"
 MODEL = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --dropout 0.1"
 KILL_RANK, TERM_LAUNCHER, TERM_RANK = "SIGKILL of one process", "SIGTERM to torchrun", "SIGTERM to one process"
 KILL_IN_SAVE, DISK_FULL = "SIGKILL of all while saving", "disk full"
-PATIENCE = 180.0  # seconds in which a launch has to get on, or end
+PATIENCE = 600.0  # seconds in which a launch has to get on, or end
 
 
 @dataclass

@@ -10,6 +10,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -20,7 +22,7 @@ from trainer.corpus import TokenCorpus
 from trainer.datasets import PackedRows
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.loop import Run, Schedule, StopRequest, Trainer, fit
+from trainer.loop import Run, StopRequest, Trainer, fit
 from trainer.losses import next_token_loss
 
 VOCAB, ROW = 48, 32
@@ -169,14 +171,73 @@ def test_the_last_step_takes_what_is_left_with_its_own_count(tmp_path):
     assert sorted(flat[:n]) == list(range(n))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_processes_share_an_epoch_without_gap_or_overlap(world_size):
-    schedule = Schedule(n_samples=53, per_step=7, total_samples=53, seed=1)
-    seen = []
-    for rank in range(world_size):
-        for step in range(schedule.total_steps):
-            seen += schedule.samples(step)[rank::world_size]
-    assert sorted(seen) == list(range(53))
+class Numbers:
+    """A data set whose batches are the numbers of their samples."""
+
+    fingerprint = "numbers"
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def batch(self, indices):
+        return list(indices)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_samples=st.integers(1, 60),
+    epochs=st.sampled_from([1, 2, 2.5]),
+    micro_rows=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    num_workers=st.sampled_from([0, 1, 2]),
+    resumed_at=st.integers(0, 5),
+    halved=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_every_sample_once_an_epoch_in_the_same_order_for_every_world(
+    n_samples, epochs, micro_rows, accumulation, num_workers, resumed_at, halved, seed
+):
+    """No duplicate and no gap for 1 to 4 processes, whatever is left over, and wherever a run is resumed.
+
+    These are the batches that the loop trains on: those of `Trainer._prefetch`, of one trainer for each rank.
+    """
+    per_step = 12 * micro_rows * accumulation  # divisible by every number of processes
+    orders = []
+    for size in (1, 2, 3, 4):
+        opts = TrainOptions(
+            batch_size=per_step // size // accumulation, accumulation_steps=accumulation, epochs=epochs, seed=seed,
+            num_workers=num_workers, device="cpu", dtype="float32",
+        )  # fmt: skip
+        run = Run("pretrain", "numbers", config(), {}, lambda info: None)
+        steps: dict[int, dict[int, list[int]]] = {}
+        for rank in range(size):
+            trainer = Trainer(None, None, Numbers(n_samples), None, opts, run, World(rank, size))
+            assert trainer.schedule.per_step == per_step
+            first = min(resumed_at, trainer.total_steps - 1)
+            if halved:  # as --auto_batch does in the middle of a run
+                trainer.micro_batch = -(-opts.batch_size // 2)
+            for step, batches in trainer._prefetch(first):
+                assert all(0 < len(batch) <= trainer.micro_batch for batch in batches)
+                steps.setdefault(step, {})[rank] = [sample for batch in batches for sample in batch]
+        assert sorted(steps) == list(range(first, trainer.total_steps))
+        order = []
+        for step in sorted(steps):
+            shares = [steps[step][rank] for rank in range(size)]
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1  # nobody waits long for another
+            order += [shares[g % size][g // size] for g in range(sum(map(len, shares)))]
+        orders.append(order)
+    assert all(order == orders[0] for order in orders)
+    skipped, total = first * per_step, round(epochs * n_samples)
+    assert len(orders[0]) == total - skipped
+    for epoch in range(math.ceil(epochs)):
+        begin, end = max(epoch * n_samples - skipped, 0), min((epoch + 1) * n_samples, total) - skipped
+        part = orders[0][begin : max(end, 0)]
+        assert len(set(part)) == len(part)  # no duplicate
+        if end - begin == n_samples:
+            assert sorted(part) == list(range(n_samples))  # no gap
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,8 @@ class Profiler:
         """A run that ends before all is recorded writes what there is."""
         if self._profile is None:
             return
-        too_short = self._steps <= SKIPPED_STEPS + WARM_UP_STEPS
-        self._profile.stop()
+        self._profile.stop()  # writes
         self._profile = None
-        if too_short:
-            print(
-                f"--profile: no trace, the first {SKIPPED_STEPS + WARM_UP_STEPS} steps are warm-up, and there were no more"
-            )
 
     def step(self) -> None:
         """One more optimizer step is done."""
@@ -62,12 +57,15 @@ class Profiler:
             self._profile = None
 
     def _write(self, recorded: profile) -> None:
+        n = self._steps - SKIPPED_STEPS - WARM_UP_STEPS
+        if n < 1:
+            print(f"--profile: no trace, the run had {self._steps} steps, and the first {self._steps - n} are warm-up")
+            return
         try:
             recorded.export_chrome_trace(str(self.path))
         except (OSError, RuntimeError) as error:
             print(f"WARNING: --profile could not write {self.path} ({error})", file=sys.stderr)
             return
-        n = self._steps - SKIPPED_STEPS - WARM_UP_STEPS
         others = f" (and one file for each of the {self.world.size} processes)" if self.world.size > 1 else ""
         print(
             f"--profile: a trace of {n} steps is in {self.path}{others}; open it in ui.perfetto.dev or chrome://tracing"
