@@ -114,6 +114,7 @@ def test_commands(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_that_is_named_exists(name):
     elsewhere = {"--no-", "--nproc_per_node", "--server"}  # --server.port and the like are Streamlit's
+    elsewhere |= {"--logdir"}  # of tensorboard
     scripts = ["TrainOptions", *STAGES, *{script for script, _ in commands(page("README.md"))}]
     known = {flag for script in scripts for flag in flags_of(script)}
     named = set(re.findall(r"--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", page(name))))

@@ -6,6 +6,8 @@ parallel). `trainer.fsdp` spreads the parameters over the processes with PyTorch
     engine.module                     what a loss function calls; its parameters may be spread over the processes
     engine.set_learning_rate(lr)
     engine.backward(loss, last)       adds the gradient of a part of the step's loss; `last`: no other part follows
+    engine.finish_backward()          waits until gradients are summed; also where a backward pass broke off
+    engine.discard()                  forgets the gradients instead of stepping
     norm = engine.step(max_norm)      sums over processes, clips, updates; leaves the weights alone if norm is not finite
     engine.gather()                   -> Snapshot: whole tensors on the CPU of rank 0; every process has to call it
     engine.restore(optimizer, scaler) the inverse, for what is not in the weights
@@ -37,6 +39,10 @@ class Engine(Protocol):
     def set_learning_rate(self, lr: float) -> None: ...
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
+
+    def finish_backward(self) -> None: ...
+
+    def discard(self) -> None: ...
 
     def step(self, max_norm: float) -> float: ...
 
@@ -88,9 +94,18 @@ class PlainEngine:
             self.gradients.begin()
         self.scaler.scale(loss).backward()
 
-    def step(self, max_norm: float) -> float:
+    def finish_backward(self) -> None:
         if self.gradients is not None:
             self.gradients.finish()
+
+    def discard(self) -> None:
+        if self.gradients is not None:
+            self.gradients.zero()
+        else:
+            self.module.zero_grad()
+
+    def step(self, max_norm: float) -> float:
+        self.finish_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
@@ -98,10 +113,7 @@ class PlainEngine:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
-        if self.gradients is not None:
-            self.gradients.zero()
-        else:
-            self.module.zero_grad()
+        self.discard()
         return float(norm)
 
     def overflow_is_normal(self) -> bool:

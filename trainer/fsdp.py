@@ -44,6 +44,12 @@ class FsdpEngine:
         self.module.set_requires_gradient_sync(last)
         loss.backward()
 
+    def finish_backward(self) -> None:
+        """Nothing is left to do: gradients are summed as backward goes."""
+
+    def discard(self) -> None:
+        self.module.zero_grad()
+
     def step(self, max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -51,6 +51,12 @@ class DeepSpeedEngine:
         # DeepSpeed takes the mean over processes (and would divide by the number of micro-batches); ours is a sum.
         self.module.backward(loss * self.world.size, scale_wrt_gas=False)
 
+    def finish_backward(self) -> None:
+        """Nothing is left to do: gradients are summed as backward goes."""
+
+    def discard(self) -> None:
+        self.module.zero_grad()
+
     def step(self, max_norm: float) -> float:
         """The largest norm stands in DeepSpeed's configuration already."""
         self.module.step()
