@@ -80,7 +80,10 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: S
         frequencies (rows, head_dim / 2), and (rows, 1) what queries and keys are to be multiplied by; 1 row if the
         factor is a number.
     """
-    factor = torch.as_tensor(scaling.factor, dtype=torch.float32, device=inv_freq.device).reshape(-1, 1)
+    factor = scaling.factor
+    if not isinstance(factor, Tensor):
+        factor = inv_freq.new_full((1,), factor)  # filled where it is needed: nothing is copied to a GPU
+    factor = factor[:, None]
     amplitude = torch.ones_like(factor)
     if scaling.method == "linear":
         scaled = inv_freq / factor
@@ -88,7 +91,7 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: S
         pair = torch.arange(0, head_dim, 2, device=inv_freq.device, dtype=torch.float32)
         scaled = 1.0 / (theta * factor ** (head_dim / (head_dim - 2))) ** (pair / head_dim)
     elif scaling.method == "yarn":
-        ramp = yarn_ramp(head_dim, theta, scaling.original).to(inv_freq.device)
+        ramp = yarn_ramp(head_dim, theta, scaling.original, inv_freq.device)
         scaled = inv_freq / factor * ramp + inv_freq * (1 - ramp)
         # Queries and keys alike: the scores grow by its square (equation 22 of the paper).
         amplitude = 0.1 * factor.log() + 1
@@ -98,7 +101,7 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: S
     return torch.where(longer, scaled, inv_freq), torch.where(longer, amplitude, 1.0)
 
 
-def yarn_ramp(head_dim: int, theta: float, original: int) -> Tensor:
+def yarn_ramp(head_dim: int, theta: float, original: int, device: torch.device | str = "cpu") -> Tensor:
     """How much of every pair (head_dim / 2,) is interpolated: 0 for fast ones, 1 for slow ones.
 
     Linear in the number of the pair between whole numbers, as in the authors' code and in transformers.
@@ -110,7 +113,8 @@ def yarn_ramp(head_dim: int, theta: float, original: int) -> Tensor:
 
     low = max(math.floor(pair_with(FAST_TURNS)), 0)
     high = max(min(math.ceil(pair_with(SLOW_TURNS)), head_dim - 1), low + 0.001)
-    return ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    number = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
+    return ((number - low) / (high - low)).clamp(0, 1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

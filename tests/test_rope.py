@@ -291,13 +291,15 @@ def test_exports_have_it(method, use_moe, tmp_path):
     model = make(use_moe, max_seq_len=64, rope_scaling={"rope_type": method, "factor": 4.0})
     description = {"config": model.config.own_fields()}
     (row,) = make_prompts(60)
-    for kind, write in (("llama", write_llama), ("minimind", write_minimind)):
+    kinds = {"llama": write_llama}
+    if method == "yarn" and not use_moe:  # its code runs in a process of its own, which takes seconds
+        kinds["minimind"] = write_minimind
+    for kind, write in kinds.items():
         folder = tmp_path / kind
         folder.mkdir()
         write(folder, model, TOKENIZER_DIR, torch.float32, description)
         compare_folder(folder, model, [row]).check()
-        again = read_folder(folder)
-        assert again.config.own_fields() == model.config.own_fields()
+        assert read_folder(folder).config.own_fields() == model.config.own_fields()
     (tmp_path / "llama" / "minimind.json").unlink()  # transformers' own configuration is enough
     assert read_folder(tmp_path / "llama").config.rope_scaling == model.config.rope_scaling
 
