@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .LMConfig import LMConfig
 from .model import Transformer
+from .rope import Extension, Scaling
 from .tokenizer import BOS_ID, EOS_ID, render_chat
 
 # ---- keys and values
@@ -384,8 +385,10 @@ class _Row:
 
     key: int
     sampling: Sampling
-    stored: int  # tokens of it in the cache: all but the newest
+    tokens: list[int]  # of the prompt and the answer
+    stored: int  # how many of them are in the cache: all but the newest
     stream: TextStream | None
+    factor: float = 1.0  # of its rotary frequencies: see `model.rope.Extension`
     made: int = 0
     random: random.Random = field(init=False)
 
@@ -398,6 +401,10 @@ class Decoder:
     """Sequences decoded together, one token each per step. They join (`add`) and leave (`cancel`, or by ending) at will.
 
     Rows that ended cost nothing: the last row takes their place.
+
+    Longer contexts: with `model.extension`, every row is computed as its length asks for. Up to the trained length that
+    is as in training, whatever `max_len` is. A row that outgrows what its factor covers (the trained length, then its
+    doubles) has its keys and values computed anew once, because all keys of a text must be rotated in one way.
     """
 
     def __init__(
@@ -414,7 +421,7 @@ class Decoder:
             model: in evaluation mode; a peft model will do.
             rows: how many sequences at most at a time.
             max_len: prompt and answer together, in tokens; None: what the model was trained at. RoPE has no limit, but a
-                model that never saw longer texts writes badly there.
+                model that never saw longer texts writes badly there, unless it has an `extension`.
             eos_id: the token that ends an answer; None: nothing does.
             tokenizer: to get text, and to have stop strings.
         """
@@ -424,6 +431,7 @@ class Decoder:
             raise ValueError(f"a decoder needs at least 1 row, not {rows}")
         weight = model.get_input_embeddings().weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
+        self.extension: Extension | None = model.extension
         self.capacity, self.max_len, self.device = rows, max_len or model.config.max_seq_len, weight.device
         self.rows: list[_Row] = []
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
@@ -476,22 +484,28 @@ class Decoder:
         last = torch.tensor(lengths, device=self.device) - 1
         self._cache.select(slice(first, end), 0)
         ragged = min(lengths) < longest
+        factors = [self._factor(length) for length in lengths]
         out = self.model(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, output_hidden_states=ragged
+            input_ids=ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=ragged,
+            rope_scaling=self._scaling(factors),
         )
         logits = out.logits[:, -1]
         if ragged:
             hidden = out.hidden_states[-1][torch.arange(len(ids), device=self.device), last]
             logits = self.model.get_output_embeddings()(hidden)
 
-        for prompt, sampling, key in zip(prompts, samplings, keys, strict=True):
+        for prompt, sampling, key, factor in zip(prompts, samplings, keys, factors, strict=True):
             stream = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
             if sampling.penalises:
                 row = len(self.rows)
                 self._counts[row] = 0
                 self._in_prompt[row] = False
                 self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-            self.rows.append(_Row(key, sampling, len(prompt), stream))
+            self.rows.append(_Row(key, sampling, list(prompt), len(prompt), stream, factor))
         new = self._sample(logits, self._group(range(first, end)), first)
         self._tokens = torch.cat([self._tokens, new])
         self._positions = torch.cat([self._positions, last + 1])
@@ -503,6 +517,7 @@ class Decoder:
         """One more token for every sequence."""
         if not self.rows:
             return []
+        self._rescale()
         stored = [row.stored for row in self.rows]
         longest = max(stored)
         positions = mask = None
@@ -517,6 +532,7 @@ class Decoder:
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
+            rope_scaling=self._scaling([row.factor for row in self.rows]),
         ).logits[:, -1]
         for row in self.rows:
             row.stored += 1
@@ -529,6 +545,33 @@ class Decoder:
     def cancel(self, key: int) -> None:
         """Let a sequence go; nothing happens if it is not there (any more)."""
         self._drop([i for i, row in enumerate(self.rows) if row.key == key])
+
+    def _factor(self, length: int) -> float:
+        """By which the rotary frequencies of a sequence of so many tokens are scaled."""
+        return self.extension.factor(length) if self.extension is not None else 1.0
+
+    def _scaling(self, factors: list[float]) -> Scaling | None:
+        """What the model has to know about rows with these factors; None if all are computed as in training."""
+        if self.extension is None or all(factor == self.extension.trained_factor for factor in factors):
+            return None
+        return self.extension.scaling(torch.tensor(factors, device=self.device))
+
+    def _rescale(self) -> None:
+        """Compute anew what the cache holds of rows whose next token is one too many for their factor."""
+        if self.extension is None:
+            return
+        for i, row in enumerate(self.rows):
+            factor = self._factor(row.stored + 1)
+            if factor != row.factor:
+                row.factor = factor
+                self._cache.select(slice(i, i + 1), 0)
+                self.model(
+                    input_ids=torch.tensor([row.tokens[: row.stored]], device=self.device),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    rope_scaling=self._scaling([factor]),
+                )
 
     def _group(self, indices: range) -> list[tuple[list[int], Tensor | None, Knobs]]:
         """Rows by kind of sampling: (indices, the same as a tensor or None for all of `indices`, knobs)."""
@@ -590,6 +633,7 @@ class Decoder:
         for i, token in enumerate(tokens.tolist(), start=first):
             row = self.rows[i]
             row.made += 1
+            row.tokens.append(token)
             text = row.stream.add(token) if row.stream is not None else ""
             finish = None
             if token == self.eos_id or (row.stream is not None and row.stream.stopped):

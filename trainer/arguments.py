@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from model.LMConfig import PRESETS, LMConfig, preset
+from model.rope import parse_scaling
 from model.tokenizer import TOKENIZER_DIR
 from trainer.optim import OPTIMIZERS
 from trainer.zero_config import zero_problems
@@ -239,11 +240,24 @@ def _add(parser, name: str, kind, default, help: str, settings: dict) -> None:
     kind = _inner(kind)
     if kind is bool:
         settings = {"action": argparse.BooleanOptionalAction} | settings
+    elif kind is dict:  # rope_scaling
+        settings = {"type": _scaling, "metavar": "METHOD:FACTOR"} | settings
     else:
         settings = {"type": kind} | settings
     if default is not None and "(default" not in help and kind is not bool and default != []:
         help += f" (default: {default})"
     parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **settings)
+
+
+def _scaling(text: str) -> dict:
+    """`yarn:4` as LMConfig has it."""
+    try:
+        method, factor = parse_scaling(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if factor is None:
+        raise argparse.ArgumentTypeError(f"--rope_scaling {text} needs a factor: {method}:4")
+    return {"rope_type": method, "factor": factor}
 
 
 def _inner(kind):
