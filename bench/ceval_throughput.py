@@ -13,7 +13,6 @@ margins smaller than those of any trained model. The modes take turns and the be
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.scoring import Item, score, score_quickly  # noqa: E402
+from model.scoring import Item, half_copy, score, score_quickly  # noqa: E402
 from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E402
 from model.weights import load_checkpoint  # noqa: E402
 from trainer import ceval  # noqa: E402
@@ -86,11 +85,17 @@ def main() -> None:
         model = load_checkpoint(args.weights, dtype=torch.float32).model
     else:
         model = Transformer(preset("minimind-v1-small")).eval()
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half = half_copy(model, torch.bfloat16)
     print(f"{torch.get_num_threads()} threads, {args.questions} questions, best of {args.rounds} rounds")
     print("| | | questions/s | ratio | ratio by CPU time | answers that differ |")
     print("|---|---|---|---|---|---|")
-    for title, shots, style in (("letter", 0, "letter"), ("letter, 3 shots", 3, "letter"), ("text", 0, "text")):
+    kinds = (
+        ("letter", 0, "letter"),
+        ("letter, 3 shots", 3, "letter"),
+        ("letter, 5 shots", 5, "letter"),
+        ("text", 0, "text"),
+    )
+    for title, shots, style in kinds:
         items = make_items(args.data_dir, tokenizer, args.questions, shots, style)
         modes = {
             "one at a time": lambda items=items: (one_at_a_time(model, items), 0),

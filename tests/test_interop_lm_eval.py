@@ -1,11 +1,15 @@
-"""lm-eval, the harness of public leaderboards, on our exports: its scores are ours."""
+"""lm-eval, the harness of public leaderboards, on an exported folder and on the running server: its scores are ours."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,9 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.scoring import Item, score
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
-from model.weights import Checkpoint
+from model.weights import Checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TASK = """\
 task: minimind_local
@@ -69,14 +75,17 @@ def lm_eval(tmp_path: Path, *args: str, docs: list[dict] = DOCS) -> tuple[dict, 
     return scores, sorted(rows, key=lambda row: row["doc_id"])
 
 
-def our_scores(model: Transformer, docs: list[dict] = DOCS) -> list[torch.Tensor]:
-    """Scores of the same items. The harness encodes question and choice together, and cuts where the question ends."""
+def our_scores(model: Transformer, start: list[int], docs: list[dict] = DOCS) -> list[torch.Tensor]:
+    """Scores of the same items after the tokens `start`.
+
+    The harness encodes question and choice together, and cuts where the question ends.
+    """
     tokenizer = load_tokenizer()
     items = []
     for doc in docs:
         question = encode_text(tokenizer, doc["question"])
         both = [encode_text(tokenizer, doc["question"] + choice) for choice in doc["choices"]]
-        items.append(Item([BOS_ID, *question], [ids[len(question) :] for ids in both]))
+        items.append(Item([*start, *question], [ids[len(question) :] for ids in both]))
     return score(model, items)
 
 
@@ -90,16 +99,63 @@ def check(scores: dict, samples: list[dict], ours: list[torch.Tensor], tolerance
     assert scores["acc,none"] == pytest.approx(sum(right) / len(right))
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_exported_folder(moe, tmp_path):
+def make(moe: bool = False) -> Transformer:
     torch.manual_seed(0)
     config = LMConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, max_seq_len=256, initializer_range=0.15, use_moe=moe)
-    model = Transformer(config).eval()
-    folder = tmp_path / "export"
+    return Transformer(config).eval()
+
+
+def export(folder: Path, model: Transformer) -> Path:
+    description = describe(Checkpoint(model, model.config, {}, folder, ""), "float32")
     with new_folder(folder) as tmp:
-        write_llama(
-            tmp, model, TOKENIZER_DIR, torch.float32, describe(Checkpoint(model, config, {}, folder, ""), "float32")
-        )
-    arguments = f"pretrained={folder},dtype=float32,add_bos_token=True"
+        write_llama(tmp, model, TOKENIZER_DIR, torch.float32, description)
+    return folder
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_exported_folder(moe, tmp_path):
+    model = make(moe)
+    arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=True"
     found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "4")
-    check(*found, our_scores(model), 1e-3)
+    check(*found, our_scores(model, [BOS_ID]), 1e-3)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The running API server with the model of `make`: its address and the name of the model there."""
+    if not (ROOT / "my_openai_api.py").is_file():
+        pytest.skip("no server in this version")
+    path = tmp_path / "full_sft_64.pth"
+    save_checkpoint(path, make(), info={})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "my_openai_api.py", "--weights", path, "--dtype", "float32", "--port", port]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                assert process.poll() is None, (tmp_path / "server.log").read_text()
+                try:
+                    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+                        yield url, json.load(answer)["data"][0]["id"]
+                        break
+                except urllib.error.URLError:
+                    time.sleep(0.2)
+            else:
+                pytest.fail("the server did not start")
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def test_running_server(server, tmp_path):
+    url, name = server
+    model = make()
+    arguments = (
+        f"model={name},base_url={url}/v1/completions,tokenizer={export(tmp_path / 'export', model)},"
+        "tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent=2,max_retries=1,max_length=256"
+    )
+    found = lm_eval(tmp_path, "--model", "local-completions", "--model_args", arguments, "--batch_size", "2")
+    check(*found, our_scores(model, []), 1e-3)
