@@ -30,7 +30,7 @@ from .model import Transformer
 
 BATCH_TOKENS = 1024  # positions in one batch; more is slower on a CPU, whose caches are small
 MIN_SHARED = 24  # tokens that joining a group must save: the beginning is a pass of its own
-SAFETY = 2.5  # a margin below so many times the largest error seen is decided in float32
+SAFETY = 2.0  # a margin below so many times the largest error seen is decided in float32
 
 
 @dataclass(frozen=True)
