@@ -6,7 +6,8 @@ one at a time   float32, one forward pass for each sequence, logits only where t
 batched         float32, `model.scoring.score`
 quick           what eval_ceval.py does: half precision first, float32 for close calls
 
-For letters without examples, with examples, and for the full text of the options. Without --weights: random ones, with
+For letters without examples, with 3 and with 5, and for the full text of the options. The quick mode decides at least 16
+questions in float32, so a run of few questions says little about it: the whole set has 1,346. Without --weights: random ones, with
 margins smaller than those of any trained model. The modes take turns and the best round of each counts.
 """
 
@@ -77,6 +78,11 @@ def main() -> None:
     add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")
     add("--questions", type=int, default=200, help="how many (default: 200)")
     add("--rounds", type=int, default=2, help="rounds of each (default: 2)")
+    add(
+        "--only",
+        choices=["letter", "letter, 3 shots", "letter, 5 shots", "text"],
+        help="one of the kinds (default: all)",
+    )
     args = parser.parse_args()
 
     tokenizer = load_tokenizer()
@@ -96,6 +102,8 @@ def main() -> None:
         ("text", 0, "text"),
     )
     for title, shots, style in kinds:
+        if args.only not in (None, title):
+            continue
         items = make_items(args.data_dir, tokenizer, args.questions, shots, style)
         modes = {
             "one at a time": lambda items=items: (one_at_a_time(model, items), 0),
