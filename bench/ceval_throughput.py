@@ -7,8 +7,8 @@ batched         float32, `model.scoring.score`
 quick           what eval_ceval.py does: half precision first, float32 for close calls
 
 For letters without examples, with 3 and with 5, and for the full text of the options. The quick mode decides at least 16
-questions in float32, so a run of few questions says little about it: the whole set has 1,346. Without --weights: random ones, with
-margins smaller than those of any trained model. The modes take turns and the best round of each counts.
+questions in float32, so a run of few questions says little about it: the whole set has 1,346. Without --weights: random
+ones, with margins smaller than those of any trained model. The modes take turns and the best round of each counts.
 """
 
 from __future__ import annotations
