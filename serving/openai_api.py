@@ -191,6 +191,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     message = error.detail
     if error.status_code in (404, 405):
         message = f"there is no {request.method} {request.url.path} here"
+    elif error.status_code == 400:  # not UTF-8, nested too deeply, numbers of thousands of digits
+        message = "the body cannot be read as JSON"
     return json_response(error_body(error.status_code, message), error.status_code, error.headers)
 
 
@@ -232,7 +234,7 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     for depth, part in enumerate(place):
         if part in EXPECTED and error["type"] != "missing":
             name = _dotted(place[: depth + 1])
-            if error["type"] == "string_unicode":
+            if any(one["type"] == "string_unicode" for one in errors):
                 return f"{name} is not Unicode: it has half of a surrogate pair", name
             return f"{name} must be {EXPECTED[part]}", name
     name = _dotted(place)
@@ -447,7 +449,10 @@ class Api:
             raise ApiError(
                 400, f"{len(prompts)} answers are asked for, the server makes at most {limit} at a time", "n"
             )
-        stream = self.engine.submit(prompts, samplings)
+        try:
+            stream = self.engine.submit(prompts, samplings)
+        except ValueError as error:  # checked above, but for what only the decoder knows
+            raise ApiError(400, str(error)) from error
         if body.stream:
             return EventStream(answer.pieces(stream), on_end=stream.cancel)
         await unless_gone(request.receive, answer.collect(stream))

@@ -43,7 +43,7 @@ def out(tmp_path_factory) -> Path:
     """A folder with a tiny model, an adapter for it, and an export of it."""
     folder = tmp_path_factory.mktemp("out")
     torch.manual_seed(0)
-    config = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=2000, initializer_range=0.2)
+    config = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=2000, initializer_range=0.3)
     path = folder / "full_sft_32.pth"
     save_checkpoint(path, Transformer(config), info={"stage": "full_sft"})
     base = load_checkpoint(path)
