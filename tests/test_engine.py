@@ -73,7 +73,7 @@ def test_an_unread_stream_keeps_its_answer_and_nothing_else():
         unread = engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=50)])
         other = await ids_of(engine.submit([PROMPTS[1]], [Sampling(max_new_tokens=5)]))  # needs the only row
         assert len(other[0]) == 5 and unread.unfinished == 0
-        assert sum(len([1 for _ in events]) for events in [await anext(unread)]) == 50
+        assert len(await anext(unread)) == 50
 
     run(scenario, engine)
 
@@ -215,3 +215,10 @@ def test_long_prompts_are_read_in_portions(monkeypatch):
     assert portions([1, 1, 1], limit=2) == [[1, 1], [1]]
     mixed = deque([Item(1), Item(1, kind=1), Item(1)])
     assert len(engine_module._take(mixed, 9, alike=lambda item: item.kind)) == 1
+
+
+def test_a_decoder_that_cannot_be_made_is_an_error_at_once():
+    with pytest.raises(ValueError, match="at least 1 row"):
+        make(rows=0)
+    with pytest.raises(ValueError, match="--max_queue"):
+        make(max_queue=0)
