@@ -68,13 +68,17 @@ class Running:
     def chat(self, content: str = "hi", **fields):
         return self.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], **fields)
 
-    def open(self, path: str, **fields) -> socket.socket:
-        """A socket on which a request has been sent, and nothing was read."""
+    def open(self, path: str, buffer: int | None = None, **fields) -> socket.socket:
+        """A socket (with a receive buffer of so many bytes) on which a request has been sent, and nothing was read."""
         body = json.dumps({"model": NAME, **fields}).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        sock = socket.socket()
+        sock.settimeout(60)
+        if buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        sock.connect(("127.0.0.1", self.port))
         sock.sendall(head.encode() + body)
         return sock
 
