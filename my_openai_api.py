@@ -137,15 +137,14 @@ def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTra
     return checkpoint, tokenizer
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that an address that is taken is found out before the model is loaded."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with that address: one that is taken is found out before the model is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     if os.name == "posix":  # elsewhere it would allow two servers on one port
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-        sock.listen(2048)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port or --host"
@@ -156,7 +155,7 @@ def listen(host: str, port: int) -> socket.socket:
 def main() -> None:
     use_utf8()
     args = parse_args()
-    sock = listen(args.host, args.port)
+    sock = bind(args.host, args.port)
     checkpoint, tokenizer = open_model(find_model(args), args)
     context = context_length(checkpoint, args)
     if args.max_new_tokens is None:
@@ -178,7 +177,10 @@ def main() -> None:
     if args.api_key is None and not (host == "::1" or host.startswith("127.")):
         print("note: other machines can reach this server, and no --api_key is set: everyone may use it", flush=True)
     settings = uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=int(args.drain_seconds) + 5)
-    Server(settings, engine, args.drain_seconds).run(sockets=[sock])
+    try:
+        Server(settings, engine, args.drain_seconds).run(sockets=[sock])
+    except KeyboardInterrupt:  # uvicorn raises it again when it is done
+        print("ended")
 
 
 if __name__ == "__main__":

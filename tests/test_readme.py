@@ -184,9 +184,9 @@ def test_files(name):
     coming = set(re.findall(r"`(\w+\.py)`", page(name).rsplit("\n## ", 1)[1])) if name != "docs/formats.md" else set()
     quoted = re.findall(r"`([\w./-]+)`", page(name))
     for text in quoted:
-        ours = text.startswith(("model/", "trainer/", "bench/", "tests/", "docs/", "dataset/sample"))
+        ours = text.startswith(("model/", "trainer/", "serving/", "bench/", "tests/", "docs/", "dataset/sample"))
         if ours or (text.endswith((".py", ".sh")) and text not in coming):
-            places = [ROOT / text, ROOT / "model" / text, ROOT / "trainer" / text]
+            places = [ROOT / folder / text for folder in ("", "model", "trainer", "serving")]
             assert any(place.exists() for place in places), f"{name}: {text}"
 
 
@@ -198,7 +198,8 @@ def test_what_is_not_there_yet_is_not_there():
 
 def test_every_module_is_in_the_map():
     section = page("README.md").split("\n## Reading the code\n")[1].split("\n## ")[0]
-    modules = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("trainer/*.py")]
+    packages = ("model", "trainer", "serving")
+    modules = [*ROOT.glob("*.py"), *(path for name in packages for path in ROOT.glob(f"{name}/*.py"))]
     assert [str(path) for path in modules if path.name != "__init__.py" and path.name not in section] == []
 
 
