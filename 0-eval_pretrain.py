@@ -27,6 +27,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from model.decode_native import NativeModel
+from model.decode_step import TorchModel
 from model.generation import Sampling, generate
 from model.weights import Checkpoint, find_checkpoint
 from serving.conversation import text_prompt
@@ -36,6 +38,7 @@ from trainer.sampling_flags import (
     add_sampling_flags,
     context_length,
     ending,
+    fast_from_args,
     open_checkpoint,
     open_tokenizer,
     read_line,
@@ -95,7 +98,12 @@ def lines_of(path: Path) -> list[str]:
 
 
 def continue_text(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, text: str, sampling: Sampling, context: int
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    sampling: Sampling,
+    context: int,
+    fast: NativeModel | TorchModel | None,
 ) -> None:
     """Print `text` and, as it comes, what the model makes of it."""
     prompt = text_prompt(tokenizer, text, context=context, max_new_tokens=sampling.max_new_tokens)
@@ -104,7 +112,7 @@ def continue_text(
         print(f"[the beginning has {used + left_out} tokens; the last {used} are used]")
     print(text, end="", flush=True)
     started, made = time.perf_counter(), 0
-    for event in generate(checkpoint.model, [prompt.ids], sampling, tokenizer=tokenizer, max_len=context):
+    for event in generate(checkpoint.model, [prompt.ids], sampling, tokenizer=tokenizer, max_len=context, fast=fast):
         made += 1
         print(visible(event.text), end="", flush=True)
     seconds = time.perf_counter() - started
@@ -120,10 +128,10 @@ def main() -> None:
     if path is None:
         raise UserError(f"no pretrain_*.pth in {args.out_dir}: run 1-pretrain.py, or name a file with --weights")
     checkpoint = open_checkpoint(path, args, tokenizer)
-    context = context_length(checkpoint, args)
+    context, fast = context_length(checkpoint, args), fast_from_args(args, checkpoint.model)
     for text in read_prompts(args):
         try:
-            continue_text(checkpoint, tokenizer, text, sampling, context)
+            continue_text(checkpoint, tokenizer, text, sampling, context, fast)
         except ValueError as error:  # not Unicode: broken bytes from the command line or the terminal
             if not args.interactive:
                 raise UserError(str(error)) from error

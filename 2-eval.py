@@ -25,6 +25,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from model.decode_native import NativeModel
+from model.decode_step import TorchModel
 from model.generation import Sampling, generate
 from model.weights import Checkpoint, find_checkpoint
 from serving.conversation import chat_prompt
@@ -37,6 +39,7 @@ from trainer.sampling_flags import (
     describe_checkpoint,
     device_and_dtype,
     ending,
+    fast_from_args,
     open_checkpoint,
     open_tokenizer,
     sampling_from_args,
@@ -120,9 +123,10 @@ class Chat:
         context: int,
         history_turns: int,
         system: str | None,
+        fast: NativeModel | TorchModel | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.context = checkpoint.model, tokenizer, sampling, context
-        self.history_turns = history_turns
+        self.history_turns, self.fast = history_turns, fast
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict] = []  # user and assistant in turn
 
@@ -142,7 +146,7 @@ class Chat:
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
             for event in generate(
-                self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context
+                self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context, fast=self.fast
             ):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
@@ -162,7 +166,8 @@ def main() -> None:
     context = context_length(checkpoint, args)
     if checkpoint.info.get("stage") == "pretrain":
         print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
-    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system)
+    fast = fast_from_args(args, checkpoint.model)
+    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system, fast)
     if not args.auto:
         interact(chat)
         return

@@ -23,6 +23,8 @@ import torch
 from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedTokenizerFast
 
+from model.decode_native import NativeModel
+from model.decode_step import TorchModel
 from model.generation import Sampling
 from model.model import parameter_counts
 from model.weights import Checkpoint
@@ -48,6 +50,7 @@ from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
     context_length,
+    fast_from_args,
     open_model,
     sampling_from_args,
     visible,
@@ -115,6 +118,7 @@ class Loaded:
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerFast
     context: int
+    fast: NativeModel | TorchModel | None
 
 
 @st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
@@ -124,7 +128,8 @@ def load(_args: argparse.Namespace, path: Path, stamp: tuple, flags: str) -> Loa
     Raises UserError or OSError with what is wrong with it.
     """
     checkpoint, tokenizer = open_model(path, _args)
-    return Loaded(checkpoint, tokenizer, context_length(checkpoint, _args))
+    fast = fast_from_args(_args, checkpoint.model)
+    return Loaded(checkpoint, tokenizer, context_length(checkpoint, _args), fast)
 
 
 @st.cache_resource(show_spinner=False)
@@ -342,7 +347,13 @@ def main() -> None:
     if loaded is not None:
         name = entry.path.name
         writer = Writer(
-            loaded.checkpoint.model, loaded.tokenizer, loaded.context, name, entry.continues, decoding_thread()
+            loaded.checkpoint.model,
+            loaded.tokenizer,
+            loaded.context,
+            name,
+            entry.continues,
+            decoding_thread(),
+            loaded.fast,
         )
         with st.sidebar:
             sampling, history_turns, system = choose_settings(args, texts, writer.context, not writer.continues)

@@ -36,6 +36,7 @@ from trainer.sampling_flags import (
     context_length,
     describe_checkpoint,
     device_and_dtype,
+    fast_from_args,
     open_checkpoint,
     open_tokenizer,
     sampling_from_args,
@@ -161,7 +162,8 @@ def main() -> None:
     if args.max_new_tokens is None:
         args.max_new_tokens = context
     defaults = sampling_from_args(args)
-    make_decoder = functools.partial(Decoder, checkpoint.model, args.max_rows, context, tokenizer=tokenizer)
+    fast = fast_from_args(args, checkpoint.model)
+    make_decoder = functools.partial(Decoder, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, fast=fast)
     engine = Engine(make_decoder, args.max_queue)
     name = args.served_model_name or checkpoint.path.resolve().stem
     config = checkpoint.config

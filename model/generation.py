@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from .decode_native import NativeModel
+from .decode_step import TorchModel
+from .decode_weights import zeros
 from .LMConfig import LMConfig
 from .model import Transformer
 from .rope import Extension, Scaling
@@ -45,10 +48,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (rows, config.n_kv_heads, max_len, config.head_dim)
+        shape = (2, config.n_layers, rows, config.n_kv_heads, max_len, config.head_dim)
         # Zeros: places that a mask hides are still multiplied (by 0), and what lies in fresh memory may be NaN.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.keys, self.values = (list(cells) for cells in zeros(shape, dtype, device))
         self.max_len = max_len
         self.select(slice(0, rows), 0)
 
@@ -415,6 +417,7 @@ class Decoder:
         *,
         eos_id: int | None = EOS_ID,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        fast: NativeModel | TorchModel | None = None,
     ) -> None:
         """
         Args:
@@ -424,6 +427,7 @@ class Decoder:
                 model that never saw longer texts writes badly there, unless it has an `extension`.
             eos_id: the token that ends an answer; None: nothing does.
             tokenizer: to get text, and to have stop strings.
+            fast: what `decode_step.fast_model` made of the model; None: call the model itself.
         """
         if model.training:
             raise ValueError("the model is in training mode and would drop activations: call model.eval() first")
@@ -434,7 +438,10 @@ class Decoder:
         self.extension: Extension | None = model.extension
         self.capacity, self.max_len, self.device = rows, max_len or model.config.max_seq_len, weight.device
         self.rows: list[_Row] = []
+        if fast is not None and fast.config is not model.config:
+            raise ValueError("`fast` was made of another model: call fast_model(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
+        self._fast = None if fast is None else fast.bind(self._cache.keys, self._cache.values)
         # One entry per row, as tensors: the newest token, its position, and what penalties have to know.
         self._tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._positions = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -476,27 +483,14 @@ class Decoder:
             raise ValueError(f"{len(prompts)} sequences want to join, and there is room for {self.free}")
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.check(prompt, sampling)
-        first, lengths = len(self.rows), [len(prompt) for prompt in prompts]
-        end, longest = first + len(prompts), max(lengths)
-        # Short prompts are filled up on the right: causal attention never looks there, and the answer's keys and values
-        # will take those places in the cache before anything does.
-        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
-        last = torch.tensor(lengths, device=self.device) - 1
-        self._cache.select(slice(first, end), 0)
-        ragged = min(lengths) < longest
-        factors = [self._factor(length) for length in lengths]
-        out = self.model(
-            input_ids=ids,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=ragged,
-            rope_scaling=self._scaling(factors),
-        )
-        logits = out.logits[:, -1]
-        if ragged:
-            hidden = out.hidden_states[-1][torch.arange(len(ids), device=self.device), last]
-            logits = self.model.get_output_embeddings()(hidden)
+        first = len(self.rows)
+        end = first + len(prompts)
+        factors = [self._factor(len(prompt)) for prompt in prompts]
+        scaling = self._scaling(factors)
+        if self._fast is not None and self._fast.reads_prompts and scaling is None:
+            logits = self._fast.read(prompts, first)
+        else:
+            logits = self._read(prompts, first, scaling)
 
         for prompt, sampling, key, factor in zip(prompts, samplings, keys, factors, strict=True):
             stream = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
@@ -508,9 +502,33 @@ class Decoder:
             self.rows.append(_Row(key, sampling, list(prompt), len(prompt), stream, factor))
         new = self._sample(logits, self._group(range(first, end)), first)
         self._tokens = torch.cat([self._tokens, new])
-        self._positions = torch.cat([self._positions, last + 1])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self._positions = torch.cat([self._positions, lengths])
         self._groups = None
         return self._events(new, first, self._log_probabilities(logits, new, first))
+
+    def _read(self, prompts: Sequence[Sequence[int]], first: int, scaling: Scaling | None) -> Tensor:
+        """Put prompts into the rows of the cache from `first` on; (prompts, vocab) logits of what comes after each."""
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        # Short prompts are filled up on the right: causal attention never looks there, and the answer's keys and values
+        # will take those places in the cache before anything does.
+        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
+        self._cache.select(slice(first, first + len(prompts)), 0)
+        ragged = min(lengths) < longest
+        out = self.model(
+            input_ids=ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=ragged,
+            rope_scaling=scaling,
+        )
+        if not ragged:
+            return out.logits[:, -1]
+        last = torch.tensor(lengths, device=self.device) - 1
+        hidden = out.hidden_states[-1][torch.arange(len(ids), device=self.device), last]
+        return self.model.get_output_embeddings()(hidden)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -518,22 +536,12 @@ class Decoder:
         if not self.rows:
             return []
         self._rescale()
-        stored = [row.stored for row in self.rows]
-        longest = max(stored)
-        positions = mask = None
-        if min(stored) < longest:
-            positions = self._positions
-            places = torch.arange(longest + 1, device=self.device)
-            mask = (places <= positions[:, None])[:, None, None]  # (rows, 1, 1, longest + 1)
-        self._cache.select(slice(0, len(stored)), longest, positions)
-        logits = self.model(
-            input_ids=self._tokens[:, None],
-            position_ids=None if positions is None else positions[:, None],
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            rope_scaling=self._scaling([row.factor for row in self.rows]),
-        ).logits[:, -1]
+        longest = max(row.stored for row in self.rows)
+        scaling = self._scaling([row.factor for row in self.rows])
+        if self._fast is not None and scaling is None:
+            logits = self._fast(self._tokens, self._positions, longest)
+        else:  # what is fast knows only the rotation of training
+            logits = self._forward(longest, scaling)
         for row in self.rows:
             row.stored += 1
         if self._groups is None:
@@ -541,6 +549,24 @@ class Decoder:
         self._tokens = self._sample(logits, self._groups, 0)
         self._positions = self._positions + 1
         return self._events(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
+
+    def _forward(self, longest: int, scaling: Scaling | None) -> Tensor:
+        """The newest tokens through the model; (rows, vocab) logits."""
+        positions = mask = None
+        if min(row.stored for row in self.rows) < longest:
+            positions = self._positions
+            places = torch.arange(longest + 1, device=self.device)
+            mask = (places <= positions[:, None])[:, None, None]  # (rows, 1, 1, longest + 1)
+        self._cache.select(slice(0, len(self.rows)), longest, positions)
+        out = self.model(
+            input_ids=self._tokens[:, None],
+            position_ids=None if positions is None else positions[:, None],
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            rope_scaling=scaling,
+        )
+        return out.logits[:, -1]
 
     def cancel(self, key: int) -> None:
         """Let a sequence go; nothing happens if it is not there (any more)."""
@@ -675,6 +701,7 @@ def generate(
     eos_id: int | None = EOS_ID,
     max_len: int | None = None,
     max_rows: int = 32,
+    fast: NativeModel | TorchModel | None = None,
 ) -> Iterator[Event]:
     """Decode prompts of any number and lengths together; events come as soon as their tokens do.
 
@@ -684,7 +711,7 @@ def generate(
     Args:
         prompts: token ids; an event's `key` is the index of its prompt.
         sampling: one for all, or one for each.
-        tokenizer, eos_id, max_len: see `Decoder`.
+        tokenizer, eos_id, max_len, fast: see `Decoder`.
         max_rows: decode so many at a time; the next begins when one has ended.
 
     Raises:
@@ -698,7 +725,7 @@ def generate(
     limit = max_len or model.config.max_seq_len
     needed = max(len(prompt) + own.max_new_tokens for prompt, own in zip(prompts, samplings, strict=True))
     rows = min(len(prompts), max_rows)
-    decoder = Decoder(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer)
+    decoder = Decoder(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, fast=fast)
     for prompt, own in zip(prompts, samplings, strict=True):
         decoder.check(prompt, own)
     return _decode_all(decoder, prompts, samplings)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
+from model.decode_native import NativeModel
+from model.decode_step import TorchModel
 from model.generation import Event, Sampling, fit_chat, generate
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text
@@ -82,6 +84,7 @@ class Writer:
     continues: it goes on with a text instead of answering.
     thread: where the computing is done; None: wherever `advance` is called. With one thread for all, conversations that
         go on at the same time take turns token by token, and do not fight for the same cores.
+    fast: what `model.decode_step.fast_model` made of the model, if anything.
     """
 
     model: Transformer
@@ -90,6 +93,7 @@ class Writer:
     name: str = ""
     continues: bool = False
     thread: Executor | None = None
+    fast: NativeModel | TorchModel | None = None
 
 
 class Answer:
@@ -107,7 +111,7 @@ class Answer:
         self.finish: str | None = None
         self._thread = writer.thread
         self._events: Iterator[Event] | None = generate(
-            writer.model, [prompt.ids], sampling, tokenizer=writer.tokenizer, max_len=writer.context
+            writer.model, [prompt.ids], sampling, tokenizer=writer.tokenizer, max_len=writer.context, fast=writer.fast
         )
 
     def advance(self) -> bool:

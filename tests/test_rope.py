@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from model.decode_step import TorchModel
+from model.decode_weights import DecodeWeights
 from model.export import read_folder, write_llama, write_minimind
 from model.export_check import compare_folder
 from model.generation import Decoder, Sampling, generate, generate_ids
@@ -170,12 +172,11 @@ def test_cached_is_uncached_in_a_ragged_batch_that_outgrows_the_training(method,
     unscaled = generate_ids(model, prompts, Sampling(max_new_tokens=40), eos_id=None, max_len=100)
     model.extension = model.config.extension(method, max_len=100)
     plain = [recompute(model, prompt, 30) for prompt in prompts]
-    for max_rows in (1, 2, 6):
-        events = list(
-            generate(
-                model, prompts, Sampling(max_new_tokens=30, logprobs=0), eos_id=None, max_len=100, max_rows=max_rows
-            )
-        )
+    sampling = Sampling(max_new_tokens=30, logprobs=0)
+    # The fast step knows only the rotation of training: it has to leave the others to the model.
+    fast = TorchModel(DecodeWeights(model), compiled=False)
+    for max_rows, step in ((1, None), (2, None), (6, None), (2, fast)):
+        events = list(generate(model, prompts, sampling, eos_id=None, max_len=100, max_rows=max_rows, fast=step))
         for key, (tokens, logits) in enumerate(plain):
             own = [event for event in events if event.key == key]
             assert [event.token for event in own] == tokens
@@ -186,6 +187,18 @@ def test_cached_is_uncached_in_a_ragged_batch_that_outgrows_the_training(method,
         short = max(TRAINED + 1 - len(prompt), 0)
         assert tokens[:short] == before[:short]
     assert any(tokens != before[:30] for (tokens, _), before in zip(plain, unscaled, strict=True))
+
+
+@pytest.mark.parametrize("method", ["linear", "yarn"])
+def test_fast_decoding_knows_the_scaling_of_the_training(method):
+    model = Transformer(
+        LMConfig(**(make().config.own_fields() | {"rope_scaling": {"rope_type": method, "factor": 4.0}}))
+    )
+    model.eval()
+    prompts, sampling = make_prompts(3, 17), Sampling(max_new_tokens=12)
+    plain = generate_ids(model, prompts, sampling, eos_id=None, max_len=64)
+    fast = TorchModel(DecodeWeights(model), compiled=False)
+    assert generate_ids(model, prompts, sampling, eos_id=None, max_len=64, fast=fast) == plain
 
 
 @methods

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from model.decode_native import NativeModel
+from model.decode_step import COMPILE, TorchModel, fast_model
+from model.decode_weights import QUANTIZATIONS
 from model.generation import Event, Sampling
 from model.model import describe_parameters
 from model.rope import parse_scaling
@@ -76,6 +79,23 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: str) -> None:
         "--dtype", default="auto", choices=["auto", *DTYPES],
         help="precision of the computation; auto: bfloat16 where the hardware has it (default: auto)",
     )  # fmt: skip
+    group.add_argument(
+        "--compile", default="auto", choices=COMPILE,
+        help="fast decoding; auto: where it takes seconds to start, by a C++ compiler on a CPU; on: also by torch.compile, "
+        "which takes a minute; off: call the model itself (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", default="none", choices=QUANTIZATIONS,
+        help="int8: decode with the weights rounded to 8 bits, which is faster and a little less exact (default: none)",
+    )  # fmt: skip
+
+
+def fast_from_args(args: argparse.Namespace, model: torch.nn.Module) -> NativeModel | TorchModel | None:
+    """What --compile and --quantize mean for this model, for `Decoder` and `generate`. UserError if it cannot be."""
+    try:
+        return fast_model(model, args.compile, args.quantize)
+    except ValueError as error:
+        raise UserError(f"--compile {args.compile} --quantize {args.quantize}: {error}") from error
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
