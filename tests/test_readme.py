@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,7 +20,7 @@ from model.model import Transformer, parameter_counts
 from trainer.arguments import TrainOptions, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "README_zh.md", "README_jp.md", "docs/formats.md"]
+PAGES = ["README.md", "README_zh.md", "README_jp.md", "docs/formats.md", "docs/scaling.md"]
 STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"]
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d+) ([\w/.-]+\.py)([^`\n#]*)")
 
@@ -115,6 +116,18 @@ def test_commands(name):
 def test_every_flag_that_is_named_exists(name):
     elsewhere = {"--no-", "--nproc_per_node", "--server"}  # --server.port and the like are Streamlit's
     elsewhere |= {"--logdir"}  # of tensorboard
+    elsewhere |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # of torchrun
+    elsewhere |= {
+        "--job-name",
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--time",
+    }  # of Slurm
+    elsewhere |= {"--requeue", "--signal", "--kill-on-bad-exit"}
+    if name == "docs/scaling.md":
+        elsewhere |= flags_of("bench/scaling.py").keys()
     scripts = ["TrainOptions", *STAGES, *{script for script, _ in commands(page("README.md"))}]
     known = {flag for script in scripts for flag in flags_of(script)}
     named = set(re.findall(r"--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", page(name))))
@@ -181,7 +194,7 @@ def test_links(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_files(name):
     """Files that stand in backticks and belong to the project are there."""
-    coming = set(re.findall(r"`(\w+\.py)`", page(name).rsplit("\n## ", 1)[1])) if name != "docs/formats.md" else set()
+    coming = set(re.findall(r"`(\w+\.py)`", page(name).rsplit("\n## ", 1)[1])) if name.startswith("README") else set()
     quoted = re.findall(r"`([\w./-]+)`", page(name))
     for text in quoted:
         ours = text.startswith(("model/", "trainer/", "serving/", "bench/", "tests/", "docs/", "dataset/sample"))
@@ -216,3 +229,17 @@ def test_presets(name):
         assert f"{counts['total'] / 1e6:.2f}" in numbers
         assert f"{counts['active'] / 1e6:.2f}" in numbers
         assert {str(config.dim), str(config.n_layers), str(config.n_heads), str(config.n_kv_heads)} <= set(numbers)
+
+
+def test_the_simulated_table_is_what_the_script_prints():
+    """The figures depend on the real numbers of parameters: a preset that changes changes the page."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "scaling.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    begin, end = "<!-- simulated:begin -->\n", "\n<!-- simulated:end -->"
+    assert page("docs/scaling.md").partition(begin)[2].partition(end)[0].strip() == result.stdout.strip()

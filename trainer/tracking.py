@@ -165,6 +165,7 @@ class Tracker:
         world = self.trainer.world
         mine = self.trainer.clock.take()
         if world.size == 1:
+            self.trainer.log.write(f"the last {int(steps)} steps: {mine:.4f} s of work")
             return {}
         each = sum_over_world(world, [mine * (rank == world.rank) for rank in range(world.size)], self.trainer.device)
         mean = sum(each) / world.size
