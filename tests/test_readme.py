@@ -113,7 +113,8 @@ def test_commands(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_that_is_named_exists(name):
-    elsewhere = {"--no-", "--nproc_per_node"}
+    elsewhere = {"--no-", "--nproc_per_node", "--nnodes", "--num_gpus", "--max_restarts"}
+    elsewhere |= {"--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}  # of the launchers
     scripts = ["TrainOptions", *STAGES, *{script for script, _ in commands(page("README.md"))}]
     known = {flag for script in scripts for flag in flags_of(script)}
     named = set(re.findall(r"--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", page(name))))

@@ -1,5 +1,7 @@
 """One of several processes that train tiny models together, for tests/test_world.py: torchrun ... world_worker.py CASES.
 
+PYTHONPATH has to hold the project and tests/.
+
 CASES is a JSON file: a list of {"out_dir": ..., "options": {...}, "model": {...}}, trained one after the other.
 """
 
@@ -8,8 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
 from test_loop import config, options, rows, run_for
