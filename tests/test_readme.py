@@ -114,17 +114,10 @@ def test_commands(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_that_is_named_exists(name):
-    elsewhere = {"--no-", "--nproc_per_node", "--server"}  # --server.port and the like are Streamlit's
-    elsewhere |= {"--logdir"}  # of tensorboard
-    elsewhere |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # of torchrun
-    elsewhere |= {
-        "--job-name",
-        "--nodes",
-        "--ntasks-per-node",
-        "--gpus-per-node",
-        "--cpus-per-task",
-        "--time",
-    }  # of Slurm
+    # Flags of the launchers, Slurm, Streamlit and TensorBoard.
+    elsewhere = {"--no-", "--nproc_per_node", "--nnodes", "--num_gpus", "--max_restarts", "--server", "--logdir"}
+    elsewhere |= {"--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
+    elsewhere |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"}
     elsewhere |= {"--requeue", "--signal", "--kill-on-bad-exit"}
     if name == "docs/scaling.md":
         elsewhere |= flags_of("bench/scaling.py").keys()

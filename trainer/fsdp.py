@@ -34,6 +34,7 @@ class FsdpEngine:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the loss is already divided
+                module.set_force_sum_reduction_for_comms(True)  # the only kind that gloo has
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.module, options.optimizer, options.weight_decay)
 
