@@ -14,6 +14,11 @@ The model sees `<s>` and the beginning, as at the head of a training text, and w
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import sys
 import time
@@ -23,8 +28,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from model.generation import Sampling, generate
-from model.tokenizer import BOS_ID, encode_text
 from model.weights import Checkpoint, find_checkpoint
+from serving.conversation import text_prompt
 from trainer.errors import UserError, run_script
 from trainer.sampling_flags import (
     add_model_flags,
@@ -93,14 +98,13 @@ def continue_text(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, text: str, sampling: Sampling, context: int
 ) -> None:
     """Print `text` and, as it comes, what the model makes of it."""
-    ids = encode_text(tokenizer, text)
-    room = max(context - 1 - min(sampling.max_new_tokens, context // 2), 1)
-    if len(ids) > room:
-        print(f"[the beginning has {len(ids)} tokens; the last {room} are used]")
-        ids = ids[-room:]
+    prompt = text_prompt(tokenizer, text, context=context, max_new_tokens=sampling.max_new_tokens)
+    if left_out := prompt.tokens_left_out:
+        used = len(prompt.ids) - 1
+        print(f"[the beginning has {used + left_out} tokens; the last {used} are used]")
     print(text, end="", flush=True)
     started, made = time.perf_counter(), 0
-    for event in generate(checkpoint.model, [[BOS_ID, *ids]], sampling, tokenizer=tokenizer, max_len=context):
+    for event in generate(checkpoint.model, [prompt.ids], sampling, tokenizer=tokenizer, max_len=context):
         made += 1
         print(visible(event.text), end="", flush=True)
     seconds = time.perf_counter() - started

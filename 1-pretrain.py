@@ -17,13 +17,18 @@ that really came next: ln(6400) = 8.76 when it knows nothing. After this stage i
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.model import describe_parameters
 from trainer.arguments import ROOT, TrainOptions, flag, parse_options, resolve_device
 from trainer.corpus import build_pretrain_corpus
-from trainer.distributed import join_world, leave_world
+from trainer.distributed import join_world, leave_world, main_first
 from trainer.errors import run_script
 from trainer.loop import fit
 from trainer.losses import next_token_loss
@@ -41,15 +46,15 @@ class PretrainOptions(TrainOptions):
 
 def main() -> None:
     options = parse_options(PretrainOptions, __doc__)
-    world = join_world(resolve_device(options.device).type)
+    world = join_world(resolve_device(options.device).type, options.timeout)
 
     # What it learns from: texts, as tokens on disk.
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
     config = options.config()
     tokenizer = open_tokenizer(options, config)
-    corpus = build_pretrain_corpus(
-        options.data_path, tokenizer, options.cache_dir or options.out_dir / "cache", text_field=options.text_field
-    )
+    cache = options.cache_dir or options.out_dir / "cache"
+    with main_first(world, "tokens"):
+        corpus = build_pretrain_corpus(options.data_path, tokenizer, cache, text_field=options.text_field)
     train, val = train_and_val(corpus, options, config.max_seq_len)
 
     # What learns: a network that knows nothing.

@@ -14,14 +14,20 @@ its prompt, and nothing else: --history_turns says how many earlier questions an
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import time
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from model.generation import Sampling, fit_chat, generate
+from model.generation import Sampling, generate
 from model.weights import Checkpoint, find_checkpoint
+from serving.conversation import chat_prompt
 from trainer.chat_terminal import interact
 from trainer.errors import UserError, run_script
 from trainer.sampling_flags import (
@@ -125,15 +131,19 @@ class Chat:
 
         Raises ValueError, and nothing changes, if the question is too long or not Unicode.
         """
-        history = self.turns[-2 * self.history_turns :] if self.history_turns else []
-        messages = [*self.system, *history, {"role": "user", "content": question}]
-        room = self.context - min(self.sampling.max_new_tokens, self.context // 2)
-        ids, forgotten = fit_chat(self.tokenizer, messages, room)
-        if forgotten:
-            print(f"[context of {self.context} tokens: {forgotten} of {len(history) // 2} earlier turns left out]")
+        system = self.system[0]["content"] if self.system else None
+        limits = {"context": self.context, "max_new_tokens": self.sampling.max_new_tokens}
+        prompt = chat_prompt(
+            self.tokenizer, self.turns, question, history_turns=self.history_turns, system=system, **limits
+        )
+        if left_out := prompt.turns_left_out:
+            turns = left_out + prompt.turns_seen
+            print(f"[context of {self.context} tokens: {left_out} of {turns} earlier turns left out]")
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
-            for event in generate(self.model, [ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context):
+            for event in generate(
+                self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context
+            ):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
                 end = ending(event, self.sampling, made, self.context)

@@ -15,12 +15,17 @@ them, and it must learn to stop. Dialogues that are too long lose their oldest t
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device
 from trainer.corpus import build_chat_corpus
-from trainer.distributed import join_world, leave_world
+from trainer.distributed import join_world, leave_world, main_first
 from trainer.errors import run_script
 from trainer.loop import fit
 from trainer.losses import next_token_loss
@@ -41,7 +46,7 @@ class SftOptions(TuneOptions):
 
 def main() -> None:
     options = parse_options(SftOptions, __doc__)
-    world = join_world(resolve_device(options.device).type)
+    world = join_world(resolve_device(options.device).type, options.timeout)
 
     # What learns: a model that knows the language.
     require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
@@ -51,9 +56,9 @@ def main() -> None:
 
     # What it learns from: dialogues, with a mask over everything that the assistant does not say.
     row_length = model.config.max_seq_len
-    corpus = build_chat_corpus(
-        options.data_path, tokenizer, options.cache_dir or options.out_dir / "cache", max_tokens=row_length
-    )
+    cache = options.cache_dir or options.out_dir / "cache"
+    with main_first(world, "tokens"):
+        corpus = build_chat_corpus(options.data_path, tokenizer, cache, max_tokens=row_length)
     if options.show_sample:
         show_sample(corpus, tokenizer)
     train, val = train_and_val(corpus, options, row_length)

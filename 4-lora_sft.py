@@ -14,6 +14,11 @@ loss are those of stage 3. The adapter belongs to the very weights it was traine
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,7 @@ from model.lora import ALL_PROJECTIONS, add_adapter, merge, read_description, tr
 from model.weights import save_checkpoint
 from trainer.arguments import DTYPES, ROOT, TuneOptions, flag, parse_options, resolve_device
 from trainer.corpus import build_chat_corpus
-from trainer.distributed import join_world, leave_world
+from trainer.distributed import join_world, leave_world, main_first
 from trainer.errors import UserError, run_script
 from trainer.loop import fit
 from trainer.losses import next_token_loss
@@ -73,7 +78,7 @@ class LoraOptions(TuneOptions):
 
 def main() -> None:
     options = parse_options(LoraOptions, __doc__)
-    world = join_world(resolve_device(options.device).type)
+    world = join_world(resolve_device(options.device).type, options.timeout)
 
     # What learns: an adapter on frozen weights.
     require_files(options.data_path, "name a file of dialogues with --data_path")
@@ -94,9 +99,9 @@ def main() -> None:
 
     # What it learns from: dialogues.
     row_length = model.config.max_seq_len
-    corpus = build_chat_corpus(
-        options.data_path, tokenizer, options.cache_dir or options.out_dir / "cache", max_tokens=row_length
-    )
+    cache = options.cache_dir or options.out_dir / "cache"
+    with main_first(world, "tokens"):
+        corpus = build_chat_corpus(options.data_path, tokenizer, cache, max_tokens=row_length)
     if options.show_sample:
         show_sample(corpus, tokenizer)
     train, val = train_and_val(corpus, options, row_length)

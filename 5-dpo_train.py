@@ -17,11 +17,16 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device, resolve_dtype
-from trainer.distributed import join_world, leave_world
+from trainer.distributed import join_world, leave_world, main_first
 from trainer.errors import run_script
 from trainer.loop import fit
 from trainer.losses import dpo_loss
@@ -60,7 +65,7 @@ class DpoOptions(TuneOptions):
 def main() -> None:
     options = parse_options(DpoOptions, __doc__)
     device = resolve_device(options.device)
-    world = join_world(device.type)
+    world = join_world(device.type, options.timeout)
 
     # What learns: a model that answers.
     require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
@@ -73,15 +78,16 @@ def main() -> None:
     # What it learns from: pairs, and what the model thought of them before.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    for part in (train, val) if val else (train,):
-        part.add_reference(
-            model,
-            device,
-            resolve_dtype(options.dtype, device),
-            options.batch_size,
-            options.cache_dir or options.out_dir / "cache",
-            origin.fingerprint if origin else f"random weights of seed {options.seed}",
-        )
+    with main_first(world, "the reference model's opinions"):
+        for part in (train, val) if val else (train,):
+            part.add_reference(
+                model,
+                device,
+                resolve_dtype(options.dtype, device),
+                options.batch_size,
+                options.cache_dir or options.out_dir / "cache",
+                origin.fingerprint if origin else f"random weights of seed {options.seed}",
+            )
 
     # Learning.
     fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, world)

@@ -22,6 +22,11 @@ all close calls; --dtype sets one precision for everything.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import copy
 import csv

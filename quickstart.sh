@@ -46,3 +46,4 @@ python export_model.py --weights $out/rl_192.pth --output $out/minimind-toy --ov
 stage report "what was learned"
 python bench/quickstart_report.py --out_dir $out
 echo "the whole pipeline took $((SECONDS / 60)) min $((SECONDS % 60)) s; talk to the model: python 2-eval.py --out_dir $out"
+echo "or on a web page: streamlit run fast_inference.py -- --out_dir $out   (both after: . .venv/bin/activate)"

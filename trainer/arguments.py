@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import torch
 from model.LMConfig import PRESETS, LMConfig, preset
 from model.tokenizer import TOKENIZER_DIR
 from trainer.optim import OPTIMIZERS
+from trainer.zero_config import zero_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -56,6 +59,10 @@ class TrainOptions:
     max_steps: int | None = flag(None, "end after so many optimizer steps instead of after --epochs")
     batch_size: int = flag(32, "rows of max_seq_len tokens that go through the model at once, per process")
     accumulation_steps: int = flag(1, "micro-batches whose gradients are added up for one optimizer step")
+    auto_batch: bool = flag(
+        False, "when the device runs out of memory, halve the rows that go through the model at once and double the "
+        "accumulation, as often as it takes; the samples of a step stay the same",
+    )  # fmt: skip
     learning_rate: float = flag(1e-3, "peak learning rate")
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)")
     weight_decay: float = flag(0.1, "decay of matrices; norms and embeddings never decay")
@@ -72,6 +79,12 @@ class TrainOptions:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each when it is needed")
     local_rank: int = flag(0, "set by launchers; the environment variable LOCAL_RANK counts")
+    deepspeed: Path | None = flag(
+        None, "spread optimizer, gradients or weights over the processes with DeepSpeed, as this file says (configs/)",
+        metavar="FILE",
+    )  # fmt: skip
+    fsdp: bool = flag(False, "spread weights, gradients and optimizer over the processes with PyTorch's FSDP2")
+    timeout: float = flag(600.0, "seconds that processes wait for one that does not come before they give up")
 
     val_fraction: float = flag(0.01, "share of the documents held out for validation, chosen by content; 0: none")
     val_tokens: int = flag(100_000, "hold out no more than about so many tokens")
@@ -93,6 +106,11 @@ class TrainOptions:
     use_wandb: bool = flag(False, "log to Weights & Biases (without an account: offline, into OUT_DIR/wandb)")
     wandb_project: str = flag("MiniMind", "project name there")
     wandb_run_name: str | None = flag(None, "run name there (default: stage and size)")
+    use_tensorboard: bool = flag(False, "log to TensorBoard, into OUT_DIR/tensorboard")
+    profile: int = flag(
+        0, "record so many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
+        metavar="N",
+    )  # fmt: skip
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the flags, each in words that name the flag."""
@@ -100,7 +118,7 @@ class TrainOptions:
         for name in ("batch_size", "accumulation_steps", "val_interval", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens"):
+        for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens", "profile"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} {getattr(self, name)} must not be negative")
         numbers = {name: getattr(self, name) for name in self.__dataclass_fields__} | self.model
@@ -128,9 +146,33 @@ class TrainOptions:
         except ValueError as error:
             found.append(str(error))
         try:
-            resolve_device(self.device)
+            device = resolve_device(self.device)
+            dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
+            found += self._spreading_problems(device, dtype)
         except ValueError as error:
             found.append(str(error))
+        return found
+
+    def _spreading_problems(self, device: torch.device, dtype: str) -> list[str]:
+        found = []
+        if not self.timeout >= 1:
+            found.append(f"--timeout {self.timeout} must be at least 1 second")
+        if self.fsdp and self.deepspeed is not None:
+            found.append("--fsdp and --deepspeed are two ways to do the same: give one of them")
+        if self.fsdp and dtype == "float16":
+            found.append("--fsdp with --dtype float16 is not supported: use bfloat16 or float32, or leave --fsdp out")
+        if self.fsdp and self.optimizer != "adamw":
+            found.append(f"--optimizer {self.optimizer} needs whole matrices and --fsdp splits them: use adamw")
+        if self.auto_batch and (self.fsdp or self.deepspeed is not None):
+            found.append(
+                "--auto_batch cannot repeat a step that --fsdp or --deepspeed broke off: leave it out, and use a smaller "
+                "--batch_size with more --accumulation_steps"
+            )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name) and device.type == "mps":
+                found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
+        if self.deepspeed is not None:
+            found += zero_problems(self.deepspeed, self, dtype)
         return found
 
     def config(self) -> LMConfig:
@@ -186,6 +228,9 @@ def parse_options(options: type[Options], description: str, argv: list[str] | No
     result = options(**{name: value for name, value in given.items() if name in own}, model=model)
     problems = result.problems()
     if problems:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(5)  # the first process on this machine says it; a launcher ends the others when that one ends
+            sys.exit(2)
         parser.exit(2, "".join(f"error: {problem}\n" for problem in problems))
     return result
 

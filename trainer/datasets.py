@@ -31,12 +31,14 @@ class Batch:
         n_targets: how many targets the loss sums over.
         n_tokens: tokens that are not padding.
         attention_pairs: sum over documents of their squared length: what attention costs.
+        idle: it only keeps a process without samples in step with the others; nothing of it counts.
     """
 
     inputs: dict[str, Tensor]
     n_targets: int
     n_tokens: int
     attention_pairs: int
+    idle: bool = False
 
     def to(self, device: torch.device) -> Batch:
         if device.type != "cuda":

@@ -2,54 +2,116 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import socket
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 64 << 20  # gradients are summed in flat pieces of about this size
+from trainer.errors import UserError, fail, has_failed
+
+BUCKET_BYTES = 32 << 20  # gradients are summed in flat pieces of about this size
+FOREVER = timedelta(days=365)
+ROOT = Path(__file__).resolve().parents[1]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is."""
+    """Which of how many processes this is.
+
+    Attributes:
+        attempt: how often the launcher has started the processes again after one of them died.
+        launch: the launcher's name for this run: the same after a restart; "" without a launcher.
+        watch: notices processes that do not come; None alone.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    attempt: int = 0
+    launch: str = ""
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def tick(self, doing: str) -> None:
+        """Tell the watch that this process got on. Every process has to make the same calls in the same order."""
+        if self.watch is not None:
+            self.watch.tick(doing)
 
-def join_world(device_type: str) -> World:
-    """Join the processes started by a launcher (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK), or be alone."""
+
+def join_world(device_type: str, timeout: float = 600.0) -> World:
+    """Join the processes started by a launcher (torchrun or deepspeed), or be alone.
+
+    Launchers tell each process its place in RANK, WORLD_SIZE and LOCAL_RANK.
+
+    timeout: seconds to wait for another process before giving up (see `Watch`).
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if size == 1:
-        return World()
-    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+        return World(attempt=attempt, launch=_launch_name())
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
-        torch.cuda.set_device(world.local_rank)
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {rank} is process {local_rank + 1} on {socket.gethostname()}, which has only "
+                f"{torch.cuda.device_count()} CUDA devices: start fewer processes there, or train with --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    if not world.is_main:
+        # The watch speaks first, with the names of those who are missing; PyTorch's own time-out is behind it.
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 120))
+    if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks; errors of all are heard
-    return world
+    watch = Watch(rank, size, timeout)
+    watch.start()
+    # After a restart the launchers of several machines count differently: what happened on one happened to all.
+    names: list = [None] * size
+    dist.all_gather_object(names, (attempt, _launch_name()))
+    return World(rank, size, local_rank, max(count for count, _ in names), names[0][1], watch)
 
 
 def leave_world(world: World) -> None:
-    if world.size > 1 and dist.is_initialized():
+    barrier(world)
+    if world.watch is not None:
+        world.watch.stop()
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _launch_name() -> str:
+    """What torchrun calls this run; where that is not unique, its process, which outlives a restart."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if name != "none":
+        return name
+    parent = psutil.Process().parent()
+    return f"{parent.pid} {parent.create_time()}" if parent else ""
+
+
+# ---- talking
 
 
 def barrier(world: World) -> None:
     """Wait until every process has come here."""
     if world.size > 1:
+        world.tick("meeting the others")
         dist.barrier()
 
 
@@ -58,45 +120,238 @@ def sum_over_world(world: World, values: Iterable[float], device: torch.device) 
     values = list(values)
     if world.size == 1:
         return values
+    world.tick(f"{world.watch.doing.partition(',')[0]}, adding up")
     dtype = torch.float32 if device.type == "mps" else torch.float64
     tensor = torch.tensor(values, dtype=dtype, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def share_parameters(world: World, model: nn.Module) -> None:
-    """Give every process the parameters of rank 0."""
-    if world.size > 1:
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, src=0)
+def ask_main(world: World, question: Callable[[], Answer]) -> Answer:
+    """What rank 0 answers, on every process; a UserError there is raised everywhere. The answer is sent pickled."""
+    if world.size == 1:
+        return question()
+    world.tick("asking rank 0")
+    answer: list = [None, None]
+    if world.is_main:
+        try:
+            answer[0] = question()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
-def sum_gradients(world: World, parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over all processes.
-
-    Called once a step, after the last micro-batch. A parameter that got no gradient here (an expert without tokens, a
-    process without samples) takes part with zeros, so nobody waits for it.
-    """
+def check_same(world: World, facts: dict) -> None:
+    """UserError if a process was given other data, weights or flags than rank 0; `facts` are JSON-friendly."""
     if world.size == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([parameter.grad for parameter in parameters]):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+    world.tick("comparing data and flags")
+    everyone: list = [None] * world.size
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    for rank, (host, theirs) in enumerate(everyone):
+        odd = [name for name in facts if theirs.get(name) != everyone[0][1][name]]
+        if odd:
+            name = odd[0]
+            raise UserError(
+                f"rank {rank} (on {host}) and rank 0 (on {everyone[0][0]}) do not train the same: {name} is "
+                f"{theirs.get(name)} there and {everyone[0][1][name]} here; give all machines the same files and flags"
+            )
 
 
-def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
+@contextlib.contextmanager
+def main_first(world: World, what: str) -> Iterator[None]:
+    """Work that leaves files (tokens): rank 0 does the block first, then one process of every other machine, then all.
+
+    So what the first one makes, the others find, whether or not the machines share a folder. Waiting here may take hours
+    and is no reason to give up.
+
+    what: in words; different for every use.
+    """
+    if world.size == 1:
+        yield
+        return
+    leader = world.rank - world.local_rank  # of this machine
+    waits_for = None if world.is_main else 0 if world.rank == leader else leader
+    with world.watch.patience(f"preparing {what}"):
+        if waits_for is not None:
+            world.watch.line.wait([f"done/{what}/{waits_for}"], FOREVER)
+        yield
+        world.watch.line.set(f"done/{what}/{world.rank}", "")
+
+
+def share_parameters(world: World, model: nn.Module, device: torch.device) -> None:
+    """Give every process the parameters of rank 0. Only one of them at a time needs room on the device."""
+    if world.size == 1:
+        return
+    world.tick("sharing the weights")
+    for parameter in model.parameters():
+        value = parameter.data.to(device)
+        dist.broadcast(value, src=0)
+        parameter.data.copy_(value)
+
+
+def share_tensors(
+    world: World, tensors: dict[str, dict[str, Tensor]], device: torch.device
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of rank 0 on every process, one name after the other; `tensors` counts on rank 0 only."""
+    layout = {name: {key: (x.shape, x.dtype) for key, x in group.items()} for name, group in tensors.items()}
+    for name, group in ask_main(world, lambda: layout).items():
+        values = {}
+        for key, (shape, dtype) in group.items():
+            value = tensors[name][key].to(device) if world.is_main else torch.empty(shape, dtype=dtype, device=device)
+            if world.size > 1:
+                dist.broadcast(value, src=0)
+            values[key] = value
+        yield name, values
+
+
+class GradientSum:
+    """Gradients summed over all processes, while the last micro-batch of a step still goes backward.
+
+    Gradients are views of flat buckets, so nothing is copied. Buckets hold the parameters from the last to the first,
+    about the order in which a backward pass reaches them, and are summed in that order on every process. Which values
+    are summed together never changes, so that a run that was restarted gets the same sums to the bit.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.flat: list[Tensor] = []
+        self._bucket: dict[nn.Parameter, int] = {}
+        self._sizes: list[int] = []
+        self._works: list[dist.Work] = []
+        self._active = False
+        for bucket in _buckets(list(reversed(parameters))):
+            numbers = [parameter.numel() for parameter in bucket]
+            flat = torch.zeros(sum(numbers), dtype=bucket[0].dtype, device=bucket[0].device)
+            for parameter, piece in zip(bucket, flat.split(numbers), strict=True):
+                parameter.grad = piece.view_as(parameter)
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+                self._bucket[parameter] = len(self.flat)
+            self.flat.append(flat)
+            self._sizes.append(len(bucket))
+
+    def begin(self) -> None:
+        """The next backward pass is the last of the step: sum every bucket as soon as it is complete."""
+        self._missing, self._active = list(self._sizes), True
+
+    def finish(self) -> None:
+        """Wait for the sums. What got no gradient (its bucket is not complete) takes part with what is there: zeros."""
+        self._active = False
+        while len(self._works) < len(self.flat):
+            self._sum_next()
+        for work in self._works:
+            work.wait()
+
+    def zero(self) -> None:
+        self._works = []
+        for flat in self.flat:
+            flat.zero_()
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        if not self._active:
+            return
+        self._missing[self._bucket[parameter]] -= 1
+        while len(self._works) < len(self.flat) and not self._missing[len(self._works)]:
+            self._sum_next()
+
+    def _sum_next(self) -> None:
+        self._works.append(dist.all_reduce(self.flat[len(self._works)], async_op=True))
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
     size = 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
+    for parameter in parameters:
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
         if size >= BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
     if bucket:
         yield bucket
+
+
+# ---- noticing who does not come
+
+
+class Watch(threading.Thread):
+    """A thread that notices processes which hang, names them, and ends this one.
+
+    Where processes wait for each other, one that does not come would keep all the others forever. So each counts how
+    often it has got on (`tick`; all make the same calls) and writes it into the launcher's store. Whoever has not got on
+    for `timeout` seconds looks there who is behind.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.doing, self.ticks, self.since = "starting", 0, time.monotonic()
+        self._patient = False
+        self._stopped = threading.Event()
+        store = dist.distributed_c10d._get_default_store()
+        self.line = store.clone()  # the main thread's; a connection serves one request at a time
+        self._line = store.clone()
+        self._line.set_timeout(timedelta(seconds=max(timeout, 10)))
+
+    def tick(self, doing: str) -> None:
+        self.doing, self.since = doing, time.monotonic()
+        self.ticks += 1
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join(timeout=1)
+
+    @contextlib.contextmanager
+    def patience(self, doing: str) -> Iterator[None]:
+        """In here this process may take its time, or wait for another that does."""
+        self.tick(doing)
+        self._patient = True
+        yield
+        self._patient = False
+        self.tick(doing)
+
+    def run(self) -> None:
+        while not self._stopped.wait(min(max(self.timeout / 20, 0.1), 2.0)):
+            try:
+                self._line.set(f"at/{self.rank}", self._position())
+                failed = has_failed(self._line)
+            except RuntimeError:
+                # Rank 0 keeps the store where the launcher does not; its own message has said what happened.
+                failed = True
+            if failed and not self._stopped.wait(5.0):
+                os._exit(1)  # the reason has been told; whoever still waits for a dead process waits in vain
+            if not self._patient and time.monotonic() - self.since > self.timeout:
+                fail(self._report(), line=self._line)
+
+    def _position(self) -> str:
+        frame = sys._current_frames().get(threading.main_thread().ident)
+        while frame is not None and not frame.f_code.co_filename.startswith(str(ROOT / "trainer")):
+            frame = frame.f_back
+        where = f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame is not None else ""
+        return json.dumps([self.ticks, self.doing, where, socket.gethostname(), os.getpid()])
+
+    def _report(self) -> str:
+        time.sleep(0.5)  # whoever came at the same time has written it down by then
+        positions = {}
+        for rank in range(self.size):
+            key = f"at/{rank}"
+            positions[rank] = json.loads(self._line.get(key)) if self._line.check([key]) else [0, "starting", "", "", 0]
+        furthest = max(position[0] for position in positions.values())
+        late = [rank for rank, position in positions.items() if position[0] < furthest]
+        names = [
+            f"rank {rank}{f' (process {pid} on {host})' if pid else ''}, last seen at {doing}{f' ({at})' if at else ''}"
+            for rank, (_, doing, at, host, pid) in positions.items()
+            if rank in late or not late
+        ]
+        waiting = next(doing for ticks, doing, *_ in positions.values() if ticks == furthest)
+        if late:
+            return (
+                f"{len(late)} of {self.size} processes did not come within --timeout {self.timeout:g} seconds, the others "
+                f"wait ({waiting}): {'; '.join(names)}. Look what that one is doing, then continue with --resume"
+            )
+        return (
+            f"no process has got on for --timeout {self.timeout:g} seconds, and none is behind the others: "
+            f"{'; '.join(names)}. A longer --timeout helps if a step takes so long; else continue with --resume"
+        )

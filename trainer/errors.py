@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
+
+import torch.distributed as dist
+
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "recvBytes",
+    "failed to recv",
+    "remote process exited",
+)
 
 
 class UserError(Exception):
@@ -16,6 +29,8 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     A bug still ends in its traceback: hiding it would help nobody.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the script's head set it, for as long as libraries load
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print Chinese must not end a run
@@ -32,10 +47,37 @@ def run_script(main: Callable[[], int | None]) -> None:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(f"no permission for {error.filename}: choose another folder or change its permissions")
         raise
+    except RuntimeError as error:
+        if dist.is_initialized() and any(words in str(error) for words in _LOST):
+            fail(
+                f"rank {dist.get_rank()} lost the connection to another process, which ended without a word (killed, or "
+                "out of memory?): continue with --resume"
+            )
+        raise
     sys.exit(code or 0)
 
 
-def fail(message: str, code: int = 1) -> None:
-    """Print `error: message` on stderr and exit with `code`."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def fail(message: str, code: int = 1, line: dist.Store | None = None) -> None:
+    """Print `error: message` on stderr and exit with `code`. Of several processes only the first to fail speaks.
+
+    line: a connection to the store of the processes, for a thread that has one of its own.
+    """
+    together = dist.is_initialized()
+    if not together or _first_to_fail(line):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if together:  # at once: no process may be kept by a connection to one that is gone
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def has_failed(line: dist.Store) -> bool:
+    """Whether some process has told why it ends."""
+    return line.check(["failed"])
+
+
+def _first_to_fail(line: dist.Store | None) -> bool:
+    try:
+        return (line or dist.distributed_c10d._get_default_store()).add("failed", 1) == 1
+    except RuntimeError:  # the store is gone, and with it rank 0, which has spoken
+        return dist.get_rank() == 0

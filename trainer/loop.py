@@ -7,10 +7,13 @@ validation, logging, saving, resuming, stopping. "Step" always means optimizer s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +29,19 @@ from model.LMConfig import LMConfig
 from trainer.arguments import TrainOptions, resolve_device, resolve_dtype
 from trainer.checkpoint import State, complete_states, delete_state, differences, load_state, save_state
 from trainer.datasets import Batch, Dataset
-from trainer.distributed import World, barrier, share_parameters, sum_gradients, sum_over_world
+from trainer.distributed import World, ask_main, barrier, check_same, share_parameters, sum_over_world
+from trainer.engines import make_engine
 from trainer.errors import UserError
 from trainer.losses import LossFunction
-from trainer.optim import learning_rate, make_optimizers
+from trainer.optim import learning_rate
 from trainer.packing import sample_order
+from trainer.profiling import Profiler
+from trainer.rank_log import RankLog, WorkClock
+from trainer.run_lock import hold_run
+from trainer.snapshots import put_weights
 from trainer.tracking import Tracker
+
+COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,10 @@ def fit(
     disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
     trainer = Trainer(model, loss_fn, train, val, options, run, world)
-    trainer.prepare()
-    with stop_signals() as stop, trainer.tracker:
-        return trainer.run_steps(stop)
+    with hold_run(options.out_dir, run.name) if world.is_main else contextlib.nullcontext(), trainer.log:
+        trainer.prepare()
+        with stop_signals(speak=world.is_main) as stop, trainer.tracker, trainer.profiler:
+            return trainer.run_steps(stop)
 
 
 class Trainer:
@@ -123,72 +134,122 @@ class Trainer:
         self.folder: Path = options.out_dir / f"{run.name}.resume"
         self.steps_done = self.tokens_done = 0
         self.metrics: dict = {}
+        self.micro_batch: int = options.batch_size  # rows that go through the model at once; --auto_batch lowers it
+        self.log = RankLog(options.out_dir, run.name, world)
+        self.clock = WorkClock(self.device)
+        self.profiler = Profiler(options.profile, options.out_dir, run.name, world, self.device)
         self._saved_step = -1
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def step(self, step: int, batches: list[Batch] | DataFailure) -> dict[str, float]:
         """One optimizer step on this process's share of the samples; returns sums over the whole step."""
         options = self.options
-        torch.manual_seed(hash_seed(options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
         lr = learning_rate(step, self.total_steps, options.learning_rate, self.warmup_steps)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        self.engine.set_learning_rate(lr)
+        self.world.tick(f"step {step + 1}")
         # Count first: gradients are divided by the targets of the whole step, not of a micro-batch or a process.
-        counts = [sum(getattr(b, name) for b in batches) for name in ("n_targets", "n_tokens", "attention_pairs")]
-        n_targets, n_tokens, attention_pairs = sum_over_world(self.world, counts, self.device)
+        failed = isinstance(batches, DataFailure)
+        counted = [] if failed else [batch for batch in batches if not batch.idle]
+        counts = [sum(getattr(batch, name) for batch in counted) for name in COUNTS]
+        n_targets, n_tokens, attention_pairs, n_failed = sum_over_world(self.world, [*counts, failed], self.device)
+        if n_failed:
+            self._stop_on_lost_data(step, batches if failed else None)
         if not n_targets:
             raise UserError(f"step {step + 1}: its samples have no target token; was the data changed while training?")
 
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            loss_sum, extras = self._forward(batch)
-            self.scaler.scale(loss_sum / n_targets).backward()
-            for name, value in extras.items():
-                sums[name] = sums.get(name, 0) + value
-        sum_gradients(self.world, self.parameters)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.grad_clip or math.inf)
+        while (sums := self._accumulate(step, batches, n_targets)) is None:
+            batches = self._halve(step)
 
-        names, values = _agree_on_names(self.world, {name: float(value) for name, value in sums.items()})
-        summed = sum_over_world(self.world, values, self.device)
-        result = dict(zip(names, summed, strict=True)) | {"grad_norm": float(norm), "lr": lr}
-        if not self._finite(result):
+        summed = sum_over_world(self.world, [float(value) for value in sums.values()], self.device)
+        result = dict(zip(sums, summed, strict=True)) | {"lr": lr}
+        if not all(math.isfinite(value) for value in summed):
             self._stop_on_non_finite(step, result)
-        skipped = not math.isfinite(result["grad_norm"])  # by the scaler; there is no norm to average
-        result |= {"skipped_steps": float(skipped)} | ({"grad_norm": 0.0} if skipped else {})
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        for parameter in self.parameters:
-            parameter.grad = None
+        norm = self.engine.step(options.grad_clip or math.inf)  # does nothing if the norm is not finite
+        skipped = not math.isfinite(norm)
+        if skipped and not self.engine.overflow_is_normal():
+            self._stop_on_non_finite(step, result | {"grad_norm": norm})
+        result |= {"skipped_steps": float(skipped), "grad_norm": 0.0 if skipped else norm}
         return result | {"n_targets": n_targets, "n_tokens": n_tokens, "attention_pairs": attention_pairs}
 
+    def _accumulate(self, step: int, batches: list[Batch], n_targets: float) -> dict[str, Tensor] | None:
+        """Forward and backward of every micro-batch: gradients add up in the parameters; returns sums to log.
+
+        None: with --auto_batch, the memory of this process or of another was not enough; gradients are empty again.
+        """
+        torch.manual_seed(hash_seed(self.options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
+        sums: dict[str, Tensor] = {}
+        short = False
+        try:
+            with self.clock.computing():
+                for i, batch in enumerate(batches):
+                    loss_sum, extras = self._forward(batch)
+                    weight = 0.0 if batch.idle else 1 / n_targets
+                    self.engine.backward(loss_sum * weight, last=i + 1 == len(batches))
+                    for name, value in extras.items():
+                        sums[name] = sums.get(name, 0) + (torch.zeros_like(value) if batch.idle else value)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self.options.auto_batch:
+                raise UserError(f"step {step + 1}: {self._memory_words(error)}") from error
+            short = True
+            self.log.write(f"step {step + 1}: out of memory with micro-batches of {self.micro_batch}: {error}")
+        # Behind the except block: there the error still holds all that was computed.
+        if not self.options.auto_batch:
+            return sums
+        self.engine.finish_backward()  # the others wait for the sums, also for those of a process that ran out
+        if not sum_over_world(self.world, [short], self.device)[0]:
+            return sums
+        self.engine.discard()
+        return None
+
+    def _halve(self, step: int) -> list[Batch]:
+        """The samples of a step in micro-batches of half the size, which stays that of the run."""
+        if self.micro_batch == 1:
+            raise UserError(f"step {step + 1}: {self._memory_words(None)}")
+        options, before = self.options, self.micro_batch
+        self.micro_batch = -(-before // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the pieces left are of the wrong sizes
+        rows = options.batch_size * options.accumulation_steps
+        if self.world.is_main:
+            print(
+                f"step {step + 1}: out of memory with {before} rows at once. --auto_batch goes on with {self.micro_batch} "
+                f"rows and {-(-rows // self.micro_batch)} accumulation steps: each step keeps its samples"
+            )
+        return self._batches(step)
+
+    def _memory_words(self, error: RuntimeError | None) -> str:
+        reason = f" ({str(error).splitlines()[0]})" if error is not None else ""
+        if self.micro_batch > 1:
+            advice = "--auto_batch, a smaller --batch_size with more --accumulation_steps (the result is the same)"
+        else:
+            advice = "a shorter --max_seq_len, a smaller model"
+        return (
+            f"out of memory with {self.micro_batch} rows of data at once{reason}: use {advice} or "
+            "--gradient_checkpointing"
+        )
+
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.world.tick(
+            f"{'step' if torch.is_grad_enabled() else 'validation after step'} {self.steps_done + 1}, a batch"
+        )
         batch = batch.to(self.device)
         if self.options.compile and "cu_seqlens" in batch.inputs:
             # The number of documents differs from batch to batch: one graph for all of them.
             torch._dynamo.maybe_mark_dynamic(batch.inputs["cu_seqlens"], 0)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss_sum, n_targets, extras = self.loss_fn(self.model, batch)
+            loss_sum, n_targets, extras = self.loss_fn(self.engine.module, batch)
         if n_targets != batch.n_targets:
             raise AssertionError(f"the loss summed over {n_targets} targets, the batch has {batch.n_targets}")
         return loss_sum, extras
 
-    def _finite(self, result: dict[str, float]) -> bool:
-        """Whether this step may be applied. In float16 a gradient that overflows is normal: the scaler skips the step
-        and lowers its scale; it is an error only when no scale is left."""
-        if not all(math.isfinite(value) for name, value in result.items() if name != "grad_norm"):
-            return False
-        return math.isfinite(result["grad_norm"]) or (self.scaler.is_enabled() and self.scaler.get_scale() > 1)
-
     def _stop_on_non_finite(self, step: int, result: dict[str, float]) -> None:
         samples = self.schedule.samples(step)
         report = self.options.out_dir / f"{self.run.name}.non_finite.json"
+        self.save(weights=False)  # of before this step
         if self.world.is_main:
-            self.save(weights=False)  # of before this step
             facts = {name: str(value) for name, value in result.items()}
             content = {
                 "step": step + 1,
@@ -205,24 +266,52 @@ class Trainer:
             "--dtype float32, and look at those documents"
         )
 
+    def _stop_on_lost_data(self, step: int, failure: DataFailure | None) -> None:
+        """Every process comes here when the data of one cannot be had; all end with the same words."""
+        words = None
+        if failure is not None:
+            error = failure.error
+            self.log.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            who = f" on rank {self.world.rank}" if self.world.size > 1 else ""
+            words = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
+        self.save(weights=False)  # of before this step
+        words = "; ".join(text for text in _from_everyone(self.world, words) if text)
+        files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
+        raise UserError(
+            f"step {step + 1}: the data could not be read: {words}. The state is saved in {self.folder}.{files} Mend what "
+            "is wrong with the data, then go on with --resume"
+        ) from (failure.error if failure is not None else None)
+
+    def _bad_samples(self, step: int) -> str:
+        """Which of the samples of this process cannot be read, in words."""
+        mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
+        with ThreadPoolExecutor(1) as pool:  # whatever is raised there
+            bad = [i for i in mine if pool.submit(self.train.batch, [i]).exception() is not None]
+        if not bad:
+            return f"one of the samples {', '.join(map(str, mine))}, though each alone can be read now"
+        documents = self.train.documents(bad[:1])
+        shown = ", ".join(map(str, documents[:8])) + (" ..." if len(documents) > 8 else "")
+        return f"sample {bad[0]} (document{'s' if len(documents) > 1 else ''} {shown})"
+
     # ---- the run --------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Everything that can fail is tried here, before the first step: state, optimizer, validation."""
         options = self.options
-        self.model.to(self.device)
-        share_parameters(self.world, self.model)
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+        check_same(self.world, self.identity() | {"options": _shared_flags(options)})
+        state = self._resume_or_start()
+        share_parameters(self.world, self.model, self.device)
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(self.model, options.optimizer, options.weight_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.engine = make_engine(self.model, options, self.world, self.device, self.dtype)
+        if state is not None:
+            self.engine.restore(state.tensors.get("optimizer", {}), state.tensors["scaler"])
         self.warmup_steps = min(options.warmup_iters, self.total_steps // 10)
-        options.out_dir.mkdir(parents=True, exist_ok=True)
-        self._resume_or_start()
         if options.compile:
-            self.model.compile()
+            self.engine.module.compile()
         self.tracker = Tracker(self)
         if self.val is not None and self.steps_done < self.total_steps:
             self._validate(max_batches=2)  # a broken validation fails now, not after an hour
@@ -230,7 +319,7 @@ class Trainer:
     def run_steps(self, stop: StopRequest) -> dict:
         """Step until the end, or until asked to stop."""
         options = self.options
-        self.model.train()
+        self.engine.module.train()
         first = self.steps_done
         if first == self.total_steps and self.world.is_main:
             self.run.save_weights(self.info())  # a run killed between its last state and its weights lacks them
@@ -239,6 +328,7 @@ class Trainer:
             self.steps_done = done = step + 1
             self.tokens_done += int(result["n_tokens"])
             self.tracker.add(result)
+            self.profiler.step()
             last = done == self.total_steps
             if self.val is not None and (last or done % options.val_interval == 0):
                 with self.tracker.pause():
@@ -256,47 +346,64 @@ class Trainer:
                 raise SystemExit(128 + int(stop.signal or signal.SIGTERM))
         return self.metrics
 
-    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
-        """The batches of every step from `first` on, prepared while earlier steps compute."""
+    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch] | DataFailure]]:
+        """The batches of every step from `first` on, prepared while earlier steps compute.
 
-        def prepare(step: int) -> list[Batch]:
-            mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
-            size = self.options.batch_size
-            return [self.train.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+        A step whose batches could not be made comes as a DataFailure: all processes have to hear of it before they stop.
+        """
 
-        if self.options.num_workers == 0:
-            for step in range(first, self.total_steps):
-                yield step, prepare(step)
-            return
+        def prepare(step: int) -> tuple[int, list[Batch]]:
+            size = self.micro_batch
+            return size, self._batches(step, size)
+
+        workers = self.options.num_workers
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(self.options.num_workers, thread_name_prefix="batches") as pool:
+        with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="batches") as pool:
             ahead = iter(range(first, self.total_steps))
             for step in range(first, self.total_steps):
-                while len(waiting) <= self.options.num_workers and (n := next(ahead, None)) is not None:
+                while len(waiting) <= workers and (n := next(ahead, None)) is not None:
                     waiting.append(pool.submit(prepare, n))
-                yield step, waiting.popleft().result()
+                future = waiting.popleft()
+                with self.clock.waiting_for_data():
+                    error = future.exception()
+                if error is not None:
+                    yield step, DataFailure(error)
+                    continue
+                size, batches = future.result()
+                yield step, batches if size == self.micro_batch else self._batches(step)
+
+    def _batches(self, step: int, size: int | None = None) -> list[Batch]:
+        """This process's share of the samples of a step, in micro-batches of `size` (default: the present one)."""
+        return list(self._share(self.train, self.schedule.samples(step), size or self.micro_batch))
+
+    def _share(self, data: Dataset, samples: list[int], micro_batch: int) -> Iterator[Batch]:
+        """This process's part of the samples, in micro-batches: as many as every other process has.
+
+        Where there are too few samples it repeats one in a batch that does not count, because parameters that are spread
+        over the processes need all of them for every forward pass.
+        """
+        rank, size = self.world.rank, self.world.size
+        mine = samples[rank::size]
+        for begin in range(0, len(samples[::size]), micro_batch):
+            some = mine[begin : begin + micro_batch]
+            yield data.batch(some) if some else dataclasses.replace(data.batch(samples[:1]), idle=True)
 
     @torch.no_grad()
     def _validate(self, max_batches: int | None = None) -> dict[str, float]:
         """Means over the validation set (of all processes): "loss" and what else the loss function logs."""
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.engine.module.training
+        self.engine.module.eval()
         sums: dict[str, float] = {}
         n_targets = 0
-        mine = list(range(len(self.val)))[self.world.rank :: self.world.size]
-        size = self.options.batch_size
-        for i, begin in enumerate(range(0, len(mine), size)):
-            if max_batches is not None and i >= max_batches:
-                break
-            batch = self.val.batch(mine[begin : begin + size])
+        shares = self._share(self.val, list(range(len(self.val))), self.micro_batch)
+        for batch in itertools.islice(shares, max_batches):
             _, extras = self._forward(batch)
-            n_targets += batch.n_targets
+            n_targets += 0 if batch.idle else batch.n_targets
             for name, value in extras.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        self.model.train(was_training)
-        names, values = _agree_on_names(self.world, sums)
-        *values, total = sum_over_world(self.world, [*values, n_targets], self.device)
-        means = {name: value / total for name, value in zip(names, values, strict=True)}
+                sums[name] = sums.get(name, 0.0) + (0.0 if batch.idle else float(value))
+        self.engine.module.train(was_training)
+        *values, total = sum_over_world(self.world, [*sums.values(), n_targets], self.device)
+        means = {name: value / total for name, value in zip(sums, values, strict=True)}
         if not all(math.isfinite(value) for value in means.values()):
             raise UserError(
                 f"validation after step {self.steps_done}: {means} is not finite; the training state is kept"
@@ -331,28 +438,32 @@ class Trainer:
         }
 
     def save(self, weights: bool = True) -> None:
-        """Save the training state, and the weights for use."""
-        if self.world.is_main and self._saved_step != self.steps_done:
-            trainable = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        """Save the training state, and the weights for use. Every process has to come."""
+        if self._saved_step == self.steps_done:
+            return
+        snapshot = self.engine.gather()
+        if self.world.is_main:
             tensors = {
-                "model": trainable,
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(),
+                "model": snapshot.weights,
+                "optimizer": snapshot.optimizer,
+                "scaler": snapshot.scaler,
                 "tokens": self.tokens_done,
                 "metrics": self.metrics,
+                "micro_batch": self.micro_batch,
             }
-            bad = [name for name, p in trainable.items() if not torch.isfinite(p).all()]
+            bad = [name for name, tensor in snapshot.weights.items() if not torch.isfinite(tensor).all()]
             if bad:
                 raise UserError(
                     f"step {self.steps_done}: {bad[0]} is not finite ({len(bad)} tensors); nothing was saved"
                 )
             finished = self.steps_done == self.total_steps
             run = {"identity": self.identity(), "settings": self.settings(), "finished": finished}
+            run |= {"options": self.options.describe(), "launch": self.world.launch}
             save_state(self.folder, self.steps_done, tensors, run, self.options.keep)
-            self._saved_step = self.steps_done
             if weights:
                 self.run.save_weights(self.info())
                 self.tracker.plot()
+        self._saved_step = self.steps_done
         barrier(self.world)
 
     def info(self) -> dict:
@@ -369,54 +480,85 @@ class Trainer:
             "options": self.options.describe(),
         }
 
-    def _resume_or_start(self) -> None:
+    def _resume_or_start(self) -> State | None:
+        """The state to go on from, with its weights put into the model; None at the start of a run.
+
+        Rank 0 looks, and has the tensors; the others learn the numbers, so their machines need not see its files.
+        """
+        state: State | None = None
+
+        def numbers() -> tuple[int, int, dict, int] | None:
+            nonlocal state
+            state = self._state_to_resume()
+            if state is None:
+                return None
+            saved = state.tensors
+            return state.step, saved["tokens"], saved["metrics"], saved.get("micro_batch", self.micro_batch)
+
+        found = ask_main(self.world, numbers)
+        if found is None:
+            return None
+        self.steps_done, self.tokens_done, self.metrics, micro_batch = found
+        if self.options.auto_batch:  # what did not fit then does not fit now
+            self.micro_batch = min(self.micro_batch, micro_batch)
+        self._saved_step = self.steps_done
+        return state or State(self.folder, self.steps_done, {"scaler": {}}, {})
+
+    def _state_to_resume(self) -> State | None:
+        """What rank 0 finds: see `_resume_or_start`. It clears away the states that the new run replaces."""
         options = self.options
         found = complete_states(self.folder)
-        if options.resume is None or (options.resume == "auto" and not found):
+        ours = [path for path in found if self.world.attempt and _launched_by(path) == self.world.launch]
+        if self.world.attempt:
+            where = f"going on from {ours[-1].name}" if ours else "nothing was saved yet, starting as the flags say"
+            print(f"started again by the launcher (restart {self.world.attempt}): {where}")
+        if not ours and (options.resume is None or (options.resume == "auto" and not found)):
             if found and not options.overwrite and not _finished(found[-1]):
                 raise UserError(
                     f"{self.folder} holds a run that was stopped at step {int(found[-1].name[5:])}: continue it with "
                     "--resume, discard it with --overwrite, or choose another --out_dir"
                 )
-            if options.resume == "auto" and self.world.is_main:
+            if options.resume == "auto":
                 print(f"nothing to resume in {self.folder}: starting from the beginning")
-            if self.world.is_main:
-                for old in found:
-                    delete_state(old)
-            return
-        path = self.folder if options.resume in ("newest", "auto") else Path(options.resume)
-        state = load_state(path)
+            for old in found:
+                delete_state(old)
+            return None
+        path = self.folder if ours or options.resume in ("newest", "auto") else Path(options.resume)
+        state = load_state(ours[-1] if ours else path)
         changed = differences(self.identity(), state.run["identity"])
         if changed:
+            if any(line.startswith(("train_data", "val_data")) for line in changed):
+                changed.append(_why_other_data(options.describe(), state.run.get("options", {})))
             raise UserError(f"cannot resume {state.path}, it is another run: {'; '.join(changed)}")
-        self._restore(state)
-        if self.world.is_main:
-            print(f"resuming after step {state.step} from {state.path}")
-            later = [old for old in found if int(old.name[5:]) > state.step]
-            for old in later if state.path.parent.resolve() == self.folder.resolve() else []:
-                print(f"discarding {old.name}, which is later: this run goes another way from here")
-                delete_state(old)
-            changed = differences(self.settings(), state.run["settings"])
-            if changed:
-                print(f"note: changed since then, so the result is not that of one run: {'; '.join(changed)}")
-            if state.step >= self.total_steps:
-                print(f"the run is finished: {state.step} of {self.total_steps} steps are done")
-
-    def _restore(self, state: State) -> None:
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        saved = state.tensors["model"]
-        if saved.keys() != parameters.keys():
-            odd = sorted(saved.keys() ^ parameters.keys())
+        parameters = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if state.tensors["model"].keys() != parameters:
+            odd = sorted(state.tensors["model"].keys() ^ parameters)
             raise UserError(f"cannot resume {state.path}: its parameters are others ({', '.join(odd[:3])} ...)")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-        for optimizer, content in zip(self.optimizers, state.tensors["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-        self.scaler.load_state_dict(state.tensors["scaler"])
-        self.steps_done, self.tokens_done = state.step, state.tensors["tokens"]
-        self.metrics = state.tensors["metrics"]
-        self._saved_step = state.step
+        put_weights(self.model, state.tensors["model"])
+        print(f"resuming after step {state.step} from {state.path}")
+        later = [old for old in found if int(old.name[5:]) > state.step]
+        for old in later if state.path.parent.resolve() == self.folder.resolve() else []:
+            print(f"discarding {old.name}, which is later: this run goes another way from here")
+            delete_state(old)
+        changed = differences(self.settings(), state.run["settings"])
+        if changed:
+            print(f"note: changed since then, so the result is not that of one run: {'; '.join(changed)}")
+        if state.step >= self.total_steps:
+            print(f"the run is finished: {state.step} of {self.total_steps} steps are done")
+        return state
+
+
+@dataclass(frozen=True)
+class DataFailure:
+    """Stands where the batches of a step should be: a data-loading thread raised this."""
+
+    error: BaseException
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the system had no memory left for a tensor; only CUDA has an exception of its own for that."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 @dataclass
@@ -427,7 +569,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(speak: bool = True) -> Iterator[StopRequest]:
     """Turn SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
     request = StopRequest()
 
@@ -435,8 +577,8 @@ def stop_signals() -> Iterator[StopRequest]:
         if request.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = number
-        # os.write: print may be in the middle of a line of its own.
-        os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
+        if speak:  # os.write: print may be in the middle of a line of its own
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -451,18 +593,42 @@ def hash_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _agree_on_names(world: World, sums: dict[str, float]) -> tuple[list[str], list[float]]:
-    """The names that any process has, sorted, and this one's values: a process without samples has no names."""
-    names = sorted(sums)
-    if world.size > 1:
-        gathered: list = [None] * world.size
-        torch.distributed.all_gather_object(gathered, names)
-        names = sorted(set().union(*gathered))
-    return names, [sums.get(name, 0.0) for name in names]
+def _shared_flags(options: TrainOptions) -> dict:
+    """The flags that have to be the same in all processes: all but the places on their machines."""
+    places = {"data_path", "out_dir", "cache_dir", "tokenizer", "init_from", "local_rank", "resume", "device"}
+    return {name: value for name, value in options.describe().items() if name not in places}
+
+
+def _launched_by(path: Path) -> str | None:
+    return _described(path).get("launch") or None
+
+
+def _described(path: Path) -> dict:
+    """The description of a state; {} if it is damaged."""
+    try:
+        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _from_everyone(world: World, value: object) -> list:
+    """The `value` of every process, by rank."""
+    if world.size == 1:
+        return [value]
+    gathered: list = [None] * world.size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def _why_other_data(now: dict, then: dict) -> str:
+    """In flags, where they are the reason, why a run has other data than before."""
+    names = ("data_path", "val_fraction", "val_tokens", "tokenizer", "text_field", "max_dropped", "seed", "model")
+    flags = [f"--{name} {then[name]} -> {now[name]}" for name in names if name in then and then[name] != now.get(name)]
+    if flags:
+        return f"the data is another because of {', '.join(flags)}"
+    return "no flag that chooses data was changed: the files of --data_path have another content than then"
 
 
 def _finished(path: Path) -> bool:
-    try:
-        return bool(json.loads((path / "run.json").read_text(encoding="utf-8")).get("finished"))
-    except (OSError, ValueError):  # damaged: not known to be finished, so not to be replaced unasked
-        return False
+    return bool(_described(path).get("finished"))  # damaged: not known to be finished, so not to be replaced unasked

@@ -78,3 +78,9 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
         fused = rest[0]["params"][0].device.type in ("cpu", "cuda", "mps")
         optimizers.insert(0, torch.optim.AdamW(rest, betas=BETAS, eps=1e-8, fused=fused))
     return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr

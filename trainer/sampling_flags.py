@@ -99,6 +99,38 @@ def open_checkpoint(path: Path, args: argparse.Namespace, tokenizer: PreTrainedT
     return checkpoint
 
 
+def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
+    """The model in a file, an adapter folder or an exported folder, ready to write, and its tokenizer.
+
+    An export has its tokenizer with it; an adapter has its base beside it. UserError if it cannot be used.
+    """
+    if not path.is_dir():
+        tokenizer = open_tokenizer(args.tokenizer)
+        return open_checkpoint(path, args, tokenizer), tokenizer
+    device, dtype = device_and_dtype(args)
+    try:
+        if (path / "adapter_config.json").is_file():
+            from model.lora import load_adapter  # peft takes seconds to import
+
+            tokenizer = open_tokenizer(args.tokenizer)
+            checkpoint = load_adapter(path, device, dtype, tokenizer)
+        else:
+            from model.export import read_folder
+
+            tokenizer = open_tokenizer(path if args.tokenizer == TOKENIZER_DIR else args.tokenizer)
+            checkpoint = read_folder(path)
+            if checkpoint.config.vocab_size != len(tokenizer):
+                raise UserError(
+                    f"{path}: the model has {checkpoint.config.vocab_size} tokens, the tokenizer {len(tokenizer)}: "
+                    "use the one it was exported with"
+                )
+            checkpoint.model.to(device, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(describe_checkpoint(checkpoint))
+    return checkpoint, tokenizer
+
+
 def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """Which weights these are and how they were made, in a few lines."""
     config, info = checkpoint.config, checkpoint.info

@@ -1,0 +1,516 @@
+"""fast_inference.py: the page's logic without a browser, and the page in a real one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from model.export import describe, new_folder, write_minimind
+from model.generation import Sampling, fit_chat, generate_text
+from model.LMConfig import preset
+from model.lora import add_adapter, save_adapter
+from model.model import Transformer
+from model.tokenizer import EOS_ID, TOKENIZER_DIR, load_tokenizer
+from model.weights import load_checkpoint, save_checkpoint
+from serving.conversation import Writer
+from serving.web_texts import TEXTS
+
+SCRIPT = Path(__file__).resolve().parents[1] / "fast_inference.py"
+TOKENIZER = load_tokenizer()
+CPU = ["--device", "cpu", "--dtype", "float32", "--language", "en"]
+GREEDY = [*CPU, "--temperature", "0", "--max_new_tokens", "12"]
+EN = TEXTS["en"]
+
+
+def save(path: Path, stage: str, seed: int, endless: bool = False) -> Path:
+    torch.manual_seed(seed)
+    config = preset("toy", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96, initializer_range=0.2)
+    model = Transformer(config)
+    if endless:
+        with torch.no_grad():
+            model.output.weight[EOS_ID] = 0  # never a likely token: this model writes until it is stopped
+    save_checkpoint(path, model, info={"stage": stage, "step": 7, "loss": 1.5})
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """A folder with a model of every kind; rl is the newest that answers."""
+    folder = tmp_path_factory.mktemp("out")
+    for i, stage in enumerate(("full_sft", "rl", "pretrain")):
+        path = save(folder / f"{stage}_64.pth", stage, i)
+        os.utime(path, (2e9 + i, 2e9 + i))
+    base = load_checkpoint(folder / "full_sft_64.pth")
+    adapted = add_adapter(base.model, rank=2, alpha=4.0, dropout=0.0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_adapter(folder / "lora_x_64", adapted, base, {"stage": "lora"})
+    source = load_checkpoint(folder / "rl_64.pth")
+    with new_folder(folder / "rl_64-minimind") as target:
+        write_minimind(target, source.model, TOKENIZER_DIR, torch.float32, describe(source, "float32"))
+    return folder
+
+
+@pytest.fixture
+def open_page(monkeypatch) -> Callable[..., AppTest]:
+    """The page as it is after its first run, started with some flags."""
+
+    def start(*flags) -> AppTest:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+        return AppTest.from_file(str(SCRIPT), default_timeout=60).run()
+
+    return start
+
+
+def shown(page: AppTest) -> str:
+    """Everything on the page that is HTML of ours, as text."""
+    assert not page.exception
+    return re.sub(r"<style>.*?</style>|<[^>]*>", "", "\n".join(element.value for element in page.html), flags=re.DOTALL)
+
+
+def error(page: AppTest) -> str:
+    assert not page.exception and len(page.error) == 1
+    return page.error[0].value.replace("\\", "")
+
+
+def ask(page: AppTest, question: str) -> AppTest:
+    return page.chat_input(key="question").set_value(question).run()
+
+
+def answer_of(path: Path, *texts: str) -> str:
+    """What a model answers, all greedy."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    ids = fit_chat(TOKENIZER, messages, 84)[0]
+    model = load_checkpoint(path, dtype=torch.float32).model
+    return generate_text(model, TOKENIZER, [ids], Sampling(max_new_tokens=12))[0]
+
+
+def exchanges(page: AppTest) -> list:
+    return page.session_state["conversation"].exchanges
+
+
+# ---- without a browser
+
+
+def test_a_conversation(out, open_page):
+    page = open_page("--out_dir", out, *GREEDY)
+    assert page.selectbox(key="model").value == str(out / "rl_64.pth")
+    assert EN["hello_chat"] in shown(page) and "loss 1.5" in shown(page) and "context of 96 tokens" in shown(page)
+    ask(page, "你好")
+    first = answer_of(out / "rl_64.pth", "你好")
+    ask(page, "<b>why</b>?")
+    second = answer_of(out / "rl_64.pth", "你好", first, "<b>why</b>?")
+    assert [exchange.answer.text for exchange in exchanges(page)] == [first, second]
+    assert shown(page).count("cut off at the length of 12 tokens · rl_64.pth") == 2
+    assert any("&lt;b&gt;why&lt;/b&gt;?" in element.value for element in page.html)
+
+    page.slider(key="history_turns").set_value(0)
+    page.button(key="again").click().run()
+    assert exchanges(page)[1].answer.text == answer_of(out / "rl_64.pth", "<b>why</b>?") and len(exchanges(page)) == 2
+    page.button(key="clear").click().run()
+    assert exchanges(page) == [] and EN["hello_chat"] in shown(page)
+
+
+def test_settings_reach_the_decoder(out, open_page):
+    page = open_page("--out_dir", out, *CPU, "--min_p", 0.02, "--seed", 5, "--system", "short", "--max_new_tokens", 500)
+    assert page.slider(key="max_new_tokens").value == 95  # all that the context has
+    for key, value in dict(temperature=1.25, top_p=0.8, top_k=40, max_new_tokens=6, repetition_penalty=1.3).items():
+        page.slider(key=key).set_value(value)
+    ask(page, "hi")
+    answer = exchanges(page)[0].answer
+    expected = Sampling(6, 1.25, 40, 0.8, 0.02, 1.3, seed=5)
+    assert answer.sampling == expected
+    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}]
+    ids = fit_chat(TOKENIZER, messages, 90)[0]
+    model = load_checkpoint(out / "rl_64.pth", dtype=torch.float32).model
+    assert [answer.text] == generate_text(model, TOKENIZER, [ids], expected)
+    page.number_input(key="seed").set_value(None)
+    page.button(key="again").click().run()
+    assert exchanges(page)[0].answer.sampling.seed is None
+
+
+@pytest.mark.parametrize("name", ["full_sft_64.pth", "lora_x_64", "rl_64-minimind"])
+def test_every_kind_of_model_answers(out, open_page, name):
+    page = open_page("--out_dir", out, *GREEDY)
+    plain = answer_of(out / "full_sft_64.pth", "hi"), answer_of(out / "rl_64.pth", "hi")
+    page.selectbox(key="model").set_value(str(out / name)).run()
+    ask(page, "hi")
+    text = exchanges(page)[0].answer.text
+    if name == "lora_x_64":
+        assert text not in plain and "on full_sft_64.pth" in shown(page)
+    else:
+        assert text == plain[name.startswith("rl")]
+    assert page.selectbox(key="model").options[0].startswith(("rl_64-minimind", "lora_x", "pretrain"))
+
+
+def test_a_base_model_goes_on_with_a_text(out, open_page):
+    page = open_page("--out_dir", out, *GREEDY, "--weights", out / "pretrain_64.pth")
+    assert EN["hello_base"] in shown(page) and page.chat_input(key="question").placeholder == EN["continue"]
+    assert [slider for slider in page.slider if slider.key == "history_turns"] == []
+    page.button(key="example_1").click().run()
+    (exchange,) = exchanges(page)
+    assert exchange.continues and f"中国的首都是{exchange.answer.text.split()[0]}" in shown(page)
+
+
+def test_languages(out, open_page):
+    page = open_page("--out_dir", out, *CPU[:-1], "zh")
+    assert page.selectbox(key="model").label == "模型" and TEXTS["zh"]["hello_chat"] in shown(page)
+    page.segmented_control(key="language").set_value("ja").run()
+    assert page.slider(key="temperature").label == "温度" and TEXTS["ja"]["hello_chat"] in shown(page)
+
+
+def test_what_does_not_fit_is_said(out, open_page):
+    page = open_page("--out_dir", out, *GREEDY)
+    ask(page, "word " * 60)
+    ask(page, "word " * 40)
+    assert "1 of 1 earlier turns left out: the context has 96 tokens." in shown(page)
+    ask(page, "word " * 300)
+    assert "Not answered: the last question has" in error(page) and "84 is the limit" in error(page)
+    ask(page, "hi")
+    assert exchanges(page)[-1].answer.tokens
+
+
+def test_no_models_yet_and_then_one(tmp_path, open_page):
+    page = open_page("--out_dir", tmp_path / "none", *GREEDY)
+    (warning,) = page.warning
+    assert f"no model in {tmp_path / 'none'}" in warning.value.replace("\\", "")
+    assert "bash quickstart.sh" in page.code[0].value
+    save(tmp_path / "none" / "full_sft_64.pth", "full_sft", 3)
+    page.run()
+    assert not page.warning and page.selectbox(key="model").value == str(tmp_path / "none" / "full_sft_64.pth")
+
+
+def test_damaged_and_foreign_models_are_one_line(out, tmp_path, open_page):
+    whole = (out / "rl_64.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pth").write_text("not a model")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "![x](http_).pth")
+    shutil.copytree(out / "lora_x_64", tmp_path / "lora_x_64")
+    shutil.copytree(out / "rl_64-minimind", tmp_path / "export")
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"\x00" * 100)
+    good = save(tmp_path / "rl_64.pth", "rl", 1)
+    page = open_page("--out_dir", tmp_path, *GREEDY)
+    reasons = {
+        "cut.pth": "damaged or cut off",
+        "text.pth": "not a state dict of tensors",
+        "![x](http_).pth": "is not a MiniMind",
+        "lora_x_64": "does not exist; put full_sft_64.pth there",
+        "export": "is damaged or cut off",
+    }
+    for name, reason in reasons.items():
+        page.selectbox(key="model").set_value(str(tmp_path / name)).run()
+        assert f"{name} cannot be loaded: " in error(page) and reason in error(page) and "\n" not in error(page)
+        assert page.chat_input(key="question").disabled
+    page.selectbox(key="model").set_value(str(good)).run()
+    ask(page, "hi")
+    assert not page.error and exchanges(page)[0].answer.tokens
+
+
+def test_a_model_that_was_trained_again_is_read_again(tmp_path, open_page):
+    path = save(tmp_path / "full_sft_64.pth", "full_sft", 1)
+    page = open_page("--out_dir", tmp_path, *GREEDY)
+    ask(page, "hi")
+    before = exchanges(page)[0].answer.text
+    save(path, "full_sft", 2)
+    page.run()
+    page.button(key="again").click().run()
+    assert exchanges(page)[0].answer.text == answer_of(path, "hi") != before
+
+
+def test_two_sessions_share_a_model_and_nothing_else(out, open_page):
+    pages = [open_page("--out_dir", out, *GREEDY) for _ in range(2)]
+    ask(pages[0], "one")
+    ask(pages[1], "two")
+    for page, question in zip(pages, ("one", "two"), strict=True):
+        (exchange,) = exchanges(page)
+        assert (exchange.question, exchange.answer.text) == (question, answer_of(out / "rl_64.pth", question))
+
+
+def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
+    """A rerun in the middle of an answer, which every click is, neither ends nor repeats it; Stop ends it."""
+    save(tmp_path / "full_sft_64.pth", "full_sft", 4, endless=True)
+    page = open_page("--out_dir", tmp_path, *CPU, "--temperature", 0, "--max_seq_len", 10**4, "--max_new_tokens", 200)
+    ask(page, "hi")
+    whole = exchanges(page)[0].answer
+    assert whole.tokens == 200
+    conversation = page.session_state["conversation"]
+    settings = dict(sampling=whole.sampling, history_turns=0)
+    load = dict(tokenizer=TOKENIZER, context=10**4)
+    model = load_checkpoint(tmp_path / "full_sft_64.pth", dtype=torch.float32).model
+    half = conversation.again(Writer(model, **load), **settings)
+    for _ in range(50):
+        half.advance()
+    page.run()
+    assert (half.finish, half.tokens, half.text) == ("length", 200, whole.text)
+    half = conversation.again(Writer(model, **load), **settings)
+    for _ in range(50):
+        half.advance()
+    conversation.stop()
+    page.run()
+    assert half.tokens == 50 and whole.text.startswith(half.text)
+    assert "stopped" in shown(page)
+
+
+def test_wrong_flags_are_one_line_in_the_page(out, open_page):
+    assert "--top_p 3.0 must be above 0" in error(open_page("--out_dir", out, "--top_p", 3))
+    assert "unrecognized arguments: --nonsense" in error(open_page("--nonsense"))
+    assert "is no .pth file, adapter or exported folder" in error(open_page("--weights", out / "none.pth"))
+    assert "--device cuda:99" in error(open_page("--out_dir", out, "--device", "cuda:99"))
+    assert "--history_turns N" in open_page("--help").code[0].value
+
+
+def test_started_like_any_other_script(monkeypatch, capsys):
+    def run(*flags) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return end.value.code
+
+    assert run("--history_turns", -1) == 1
+    assert capsys.readouterr().err == "error: --history_turns -1 must not be negative\n"
+    assert run("--help") == 0
+    assert "--history_turns" in capsys.readouterr().out
+    started = []
+    monkeypatch.setattr("streamlit.web.cli.main", lambda: sys.exit(started.append(list(sys.argv))))
+    assert run("--top_p", 0.5) is None
+    assert started == [["streamlit", "run", str(SCRIPT), "--", "--top_p", "0.5"]]
+
+
+# ---- in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None,
+    reason="no chromium or no chromedriver: on Debian and Ubuntu, apt-get install chromium chromium-driver",
+)
+
+
+def until(ask: Callable[[], object], what: str, seconds: float = 120) -> object:
+    """The first true answer; looks again and again, for so long at most."""
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(WebDriverException, IndexError):  # Streamlit replaced an element just now
+            if found := ask():
+                return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+@contextlib.contextmanager
+def server(out: Path, log: Path, *flags) -> Iterator[str]:
+    """The page on a free port, as a user starts it; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", SCRIPT, "--server.port", port, "--server.headless", "true"]
+    command += ["--", "--out_dir", out, "--device", "cpu", "--dtype", "float32", *flags]
+    with log.open("w") as file:
+        process = subprocess.Popen([str(part) for part in command], stdout=file, stderr=file, cwd=out)
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{address}/_stcore/health", timeout=5).status == 200
+        return False
+
+    try:
+        until(answers, "the server's start")
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Browser:
+    """A real Chromium with the page in it."""
+
+    def __init__(self, profile: Path, language: str) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        quiet = (
+            "--disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+        )
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *quiet.split()):
+            options.add_argument(flag)
+        for flag in (f"--user-data-dir={profile}", f"--lang={language}", "--window-size=1280,900"):
+            options.add_argument(flag)
+        options.add_experimental_option("prefs", {"intl.accept_languages": language})
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+
+    def find(self, css: str) -> list:
+        return self.driver.find_elements("css selector", css)
+
+    def click(self, css: str, text: str = "") -> None:
+        def clicked() -> bool:
+            next(iter([e for e in self.find(css) if text in e.text and e.is_displayed()]), None).click()
+            return True
+
+        until(lambda: any(text in e.text for e in self.find(css)) and clicked(), f"a click on {css} {text}")
+
+    def sees(self, css: str, text: str) -> None:
+        until(lambda: any(text in e.text for e in self.find(css)), f"{text!r} in {css}")
+
+    def ask(self, question: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        box = "[data-testid=stChatInput] textarea"
+        until(lambda: self.find(box)[0].is_enabled(), "an input that takes a question")
+        until(lambda: self.find(box)[0].send_keys(question) or True, "typing")
+        self.find(box)[0].send_keys(Keys.ENTER)
+
+    def answer(self) -> str:
+        """The text of the last answer as it stands."""
+        script = "const all = document.querySelectorAll('.mm-text'); return all[all.length - 1].textContent"
+        return self.driver.execute_script(script)
+
+    def waits_for_more(self, than: str) -> str:
+        """The last answer once it is longer."""
+        return until(lambda: len(self.answer()) > len(than) and self.answer(), "an answer that grows")
+
+    def idle(self) -> None:
+        until(lambda: self.find(".st-key-again button") and not self.find(".mm-cursor"), "the end of the answer")
+
+
+@needs_browser
+def test_in_a_browser(tmp_path):
+    folder = tmp_path / "out"
+    save(folder / "full_sft_64.pth", "full_sft", 1, endless=True)
+    save(folder / "pretrain_64.pth", "pretrain", 2, endless=True)
+    flags = ["--max_seq_len", 20000, "--max_new_tokens", 19000, "--temperature", 1]
+    with server(folder, tmp_path / "log", *flags) as address:
+        browser = Browser(tmp_path / "profile", "zh-CN")
+        try:
+            browser.driver.get(address)
+            drive(browser, folder, address)
+            check_that_nothing_left_the_machine(browser)
+        finally:
+            browser.driver.quit()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def drive(browser: Browser, folder: Path, address: str) -> None:
+    zh, en, ja = (TEXTS[language] for language in ("zh", "en", "ja"))
+    browser.sees(".mm-empty", zh["hello_chat"])  # the browser's language
+
+    # It streams, and Stop stops it.
+    attack = "<script>window.acted = 1</script><img src=x onerror='window.acted = 1'>**hi**"
+    browser.ask(attack)
+    first = browser.waits_for_more("")
+    longer = browser.waits_for_more(first)
+    assert longer.startswith(first[:20])
+    assert not browser.find(".st-key-again")
+    browser.click(".st-key-stop button", zh["stop"])
+    browser.idle()
+    browser.sees(".mm-facts", zh["stopped"])
+    stopped = browser.answer()
+    assert stopped.startswith(longer[:20]) and len(stopped) >= len(longer)
+
+    # What was typed is shown and does nothing.
+    assert attack in [e.text for e in browser.find(".mm-text")]
+    assert browser.driver.execute_script("return window.acted") is None and not browser.find(".mm-text img")
+
+    # Another answer instead; a change of language while it is written does not disturb it.
+    browser.click(".st-key-again button", zh["again"])
+    until(lambda: browser.find(".mm-cursor") and browser.answer() != stopped, "another answer")
+    begun = browser.waits_for_more("")
+    browser.click(".st-key-language button", "日本語")
+    browser.sees(".st-key-stop button", ja["stop"])
+    grown = browser.waits_for_more(begun)
+    assert grown.startswith(begun[:20]) and not browser.find(".st-key-again")
+    browser.click(".st-key-stop button", ja["stop"])
+    browser.idle()
+    browser.sees(".mm-facts", ja["stopped"])
+    assert browser.answer() != stopped and len(browser.find("[data-testid=stChatMessage]")) == 2
+
+    # Copy.
+    browser.driver.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"origin": address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+    )
+    click = """
+        const all = (root) => [...root.querySelectorAll("*")].flatMap((e) => e.shadowRoot ? all(e.shadowRoot) : [e]);
+        const button = all(document).find((e) => e.tagName === "BUTTON" && e.textContent === arguments[0]);
+        if (button) button.click();
+        return Boolean(button);
+    """
+    until(lambda: browser.driver.execute_script(click, ja["copy"]), "a copy button")
+    paste = "const done = arguments[0]; navigator.clipboard.readText().then(done, (error) => done(String(error)))"
+    copied = until(lambda: browser.driver.execute_async_script(paste), "something in the clipboard")
+    assert copied == browser.answer()
+
+    # A base model goes on with a text.
+    browser.click(".st-key-language button", "English")
+    browser.sees(".st-key-clear button", en["clear"])
+    browser.click(".st-key-model [data-baseweb=select], .st-key-model input")
+    browser.click("[role=option]", "pretrain_64.pth")
+    hint = "[data-testid=stChatInput] textarea"
+    until(lambda: browser.find(hint)[0].get_attribute("placeholder") == en["continue"], "the hint of a base model")
+    browser.ask("Once upon a time")
+    until(lambda: browser.answer().startswith("Once upon a time"), "the text that goes on")
+    browser.waits_for_more("Once upon a time")
+
+    # A question that comes while it is still writing stops that, and is answered.
+    browser.ask("Twice upon a time")
+    until(lambda: browser.answer().startswith("Twice upon a time"), "the text that goes on")
+    browser.waits_for_more("Twice upon a time")
+    browser.sees(".mm-facts", en["stopped"])
+    browser.click(".st-key-stop button")
+    browser.idle()
+    assert len(browser.find("[data-testid=stChatMessage]")) == 4
+
+    # Another tab is another conversation.
+    own = browser.driver.current_window_handle
+    browser.driver.switch_to.new_window("tab")
+    browser.driver.get(address)
+    browser.sees(".mm-empty", zh["hello_chat"])
+    browser.driver.close()
+    browser.driver.switch_to.window(own)
+
+    # A model that training saves appears by itself.
+    save(folder / "rl_64.pth", "rl", 3)
+
+    def offered() -> bool:
+        browser.click(".st-key-model [data-baseweb=select], .st-key-model input")
+        return any("rl_64.pth" in e.text for e in browser.find("[role=option]"))
+
+    until(offered, "a new model in the list")
+    browser.click(".st-key-clear button", en["clear"])
+    browser.sees(".mm-empty", en["hello_base"])
+    assert not browser.find("[data-testid=stChatMessage]")
+
+
+def check_that_nothing_left_the_machine(browser: Browser) -> None:
+    severe = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert severe == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert (
+        asked and [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:", "chrome:"))] == []
+    )

@@ -1,0 +1,139 @@
+"""serving/web_page.py and serving/web_texts.py: text that stays text, and texts in every language."""
+
+from __future__ import annotations
+
+import re
+import string
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.generation import Sampling
+from serving.conversation import LENGTH, STOPPED, Answer, Prompt
+from serving.web_page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
+from serving.web_texts import LANGUAGES, TEXTS, Texts, language_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Reader(HTMLParser):
+    """What a browser would make of some HTML: its elements, and its text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags, self.shown = [], ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data) -> None:
+        self.shown += data
+
+
+@given(
+    st.text(alphabet=st.sampled_from(list("<>&\"'`! /=abpreimgscript\n")) | st.characters(exclude_categories=["Cs"]))
+)
+def test_any_text_is_shown_and_does_nothing(text):
+    read = Reader(text_html(text))
+    assert set(read.tags) <= {"div", "span", "pre", "code"}
+    if "```" not in text:
+        assert read.shown == text
+    read = Reader(facts_html(text, text))
+    assert set(read.tags) == {"div", "br"} and read.shown == text * 2
+
+
+def test_tags_are_seen():
+    text = "<script>alert(1)</script> <img src=x onerror=alert(1)> ![x](http://a.b/c.png) **bold** &lt;"
+    read = Reader(text_html(text, beginning="<b>"))
+    assert read.tags == ["div", "span"] and read.shown == "<b>" + text
+
+
+def test_code_is_set_off():
+    text = "before\n```python\nif a < b:\n    ```x\n    pass\n```\n\nafter\n```\nopen"
+    assert blocks(text) == [
+        (None, "before"),
+        ("python", "if a < b:\n    ```x\n    pass"),
+        (None, "\nafter"),
+        ("", "open"),
+    ]
+    read = Reader(text_html(text))
+    assert read.tags == ["div", "pre", "span", "code", "pre", "code"]
+    assert "if a < b:\n    ```x\n    pass" in read.shown
+    assert blocks("") == [] and blocks("a `b` ```c``` d") == [(None, "a `b` ```c``` d")]
+
+
+def test_a_cursor_while_it_writes():
+    assert Reader(text_html("a", writing=True)).tags == ["div", "span"]
+    assert "mm-cursor" in text_html("", writing=True) and "mm-cursor" not in text_html("")
+
+
+def test_literal():
+    assert literal("![x](http://a) :red[b] $c$ <d>") == (
+        r"\!\[x\]\(http\:\/\/a\) \:red\[b\] \$c\$ \<d\>"
+    )  # fmt: skip
+    assert literal("模型 7") == "模型 7"
+
+
+def test_sizes():
+    assert (size_text(0), size_text(11_421_745), size_text(2_345_000_000)) == ("0.0 MB", "11.4 MB", "2.35 GB")
+
+
+def made(finish: str | None, prompt: Prompt) -> Answer:
+    answer = Answer.__new__(Answer)
+    answer.prompt, answer.sampling, answer.context = prompt, Sampling(max_new_tokens=9), 64
+    answer.text, answer.tokens, answer.seconds, answer.finish = "x", 9, 3.0, finish
+    return answer
+
+
+def test_facts_under_an_answer():
+    facts = answer_facts(made(LENGTH, Prompt([1, 2, 3])), "tiny.pth", Texts("en"))
+    assert facts == "9 tokens, prompt 3 · 3.0 tokens/s · cut off at the length of 9 tokens · tiny.pth"
+    assert "stopped" in answer_facts(made(STOPPED, Prompt([1])), "", Texts("en"))
+    assert "·" in answer_facts(made(None, Prompt([1])), "tiny", Texts("ja"))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_notes_on_what_was_left_out(language):
+    texts = Texts(language)
+    assert left_out_note(made(None, Prompt([1], turns_seen=2)), texts) == ""
+    note = left_out_note(made(None, Prompt([1], turns_seen=2, turns_left_out=3)), texts)
+    assert "3" in note and "5" in note and "64" in note
+    assert "17" in left_out_note(made(None, Prompt([1], tokens_left_out=17)), texts)
+
+
+def fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_language_has_every_text(language):
+    assert set(TEXTS) == set(LANGUAGES)
+    assert list(TEXTS[language]) == list(TEXTS["en"])
+    for key, text in TEXTS[language].items():
+        assert text.strip() == text and text, key
+        assert fields(text) == fields(TEXTS["en"][key]), key
+        assert text.count("|") == TEXTS["en"][key].count("|"), key
+    if language != "en":
+        same = {key for key, text in TEXTS[language].items() if text == TEXTS["en"][key]}
+        assert same <= {"top_p", "top_k", "example_chat", "example_base"}
+
+
+def test_every_text_is_used_and_every_used_one_exists():
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("fast_inference.py", "serving/web_page.py"))
+    built = {f"stage_{stage}" for stage in ("pretrain", "full_sft", "rl", "lora")}
+    built |= {
+        f"{what}_{kind}{more}" for what in ("hello", "example") for kind in ("chat", "base") for more in ("", "_more")
+    }
+    used = set(re.findall(r"['\"](\w+)['\"]", code)) | built
+    assert {key for key in TEXTS["en"] if key.removesuffix("_help") not in used} == set()
+    assert set(re.findall(r"\btexts\(['\"](\w+)['\"]", code)) <= set(TEXTS["en"])
+
+
+def test_language_of_the_browser():
+    tags = ("zh-CN", "zh_TW", "JA", "en-GB", "fr", "", None)
+    assert [language_of(tag) for tag in tags] == ["zh", "zh", "ja", "en", "en", "en", "en"]

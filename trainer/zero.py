@@ -1,0 +1,132 @@
+"""`--deepspeed FILE`: optimizer state (ZeRO-1), gradients (2) and parameters (3) spread over the processes.
+
+The papers: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2101.06840 (offload to the CPU).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.moe import MoEFeedForward
+from trainer.distributed import World, share_tensors
+from trainer.errors import UserError
+from trainer.optim import make_optimizers, set_learning_rate
+from trainer.snapshots import OptimizerState, Snapshot, put_weights
+from trainer.zero_config import complete_zero_config, read_zero_config
+
+
+class DeepSpeedEngine:
+    """See `trainer.engines`."""
+
+    def __init__(self, model, options, world: World, device: torch.device, dtype: torch.dtype) -> None:
+        deepspeed = import_deepspeed(device)
+        from deepspeed.utils import set_z3_leaf_modules
+
+        self.plain, self.world, self.device = model, world, device
+        self.stage = read_zero_config(options.deepspeed)["zero_optimization"]["stage"]
+        # ZeRO-3 takes the parameters out of the model it is given: it gets a copy, `plain` stays for saving.
+        module = copy.deepcopy(model) if self.stage == 3 else model
+        if self.stage < 3:
+            module.to(device)
+        elif any(isinstance(part, MoEFeedForward) for part in module.modules()):
+            # Which experts run, and how, may differ between processes; so that all ask for the same parameters in the
+            # same order, a layer's experts are brought together at once.
+            set_z3_leaf_modules(module, [MoEFeedForward])
+        (optimizer,) = make_optimizers(module, "adamw", options.weight_decay)
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        config = complete_zero_config(options.deepspeed, options, str(dtype).removeprefix("torch."))
+        self.module, self.zero, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+
+    def set_learning_rate(self, lr: float) -> None:
+        set_learning_rate([self.zero], lr)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+        # DeepSpeed takes the mean over processes (and would divide by the number of micro-batches); ours is a sum.
+        self.module.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def finish_backward(self) -> None:
+        """Nothing is left to do: gradients are summed as backward goes."""
+
+    def discard(self) -> None:
+        self.module.zero_grad()
+
+    def step(self, max_norm: float) -> float:
+        """The largest norm stands in DeepSpeed's configuration already."""
+        self.module.step()
+        return float(self.module.get_global_grad_norm())
+
+    def overflow_is_normal(self) -> bool:
+        return False
+
+    def gather(self) -> Snapshot:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights, state = {}, {}
+        for name, parameter in self.trained.items():
+            weights[name] = self._keep(safe_get_full_fp32_param(parameter))
+        inner = self.zero.optimizer.state
+        if inner:  # not before the first step
+            n_steps = next(iter(inner.values()))["step"]
+            for name, parameter in self.trained.items():
+                moments = {
+                    key: self._keep(safe_get_full_optimizer_state(parameter, key)) for key in ("exp_avg", "exp_avg_sq")
+                }
+                state[name] = moments | {"step": torch.as_tensor(n_steps, dtype=torch.float32).clone().cpu()}
+        if not self.world.is_main:
+            return Snapshot()
+        put_weights(self.plain, weights)
+        return Snapshot(weights, state)
+
+    def restore(self, optimizer: OptimizerState, scaler: dict) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        begun = False
+        for name, group in share_tensors(self.world, optimizer, self.device):
+            if not begun:
+                self._make_state(group["step"])
+                begun = True
+            parameter = self.trained[name]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if self.stage < 3:
+                    safe_set_full_optimizer_state(parameter, group[key], key)
+                else:
+                    safe_set_local_optimizer_state(parameter, self._share(parameter, group[key]), key)
+
+    def _make_state(self, n_steps: Tensor) -> None:
+        """Empty optimizer state, as the first step would make it."""
+        zero = self.zero
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(flat.data) for key in ("exp_avg", "exp_avg_sq")}
+            zero.optimizer.state[flat] = {"step": n_steps.clone().to(flat.device)} | moments
+        if self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _share(self, parameter, value: Tensor) -> Tensor:
+        """What this process keeps of a tensor: the same number of values everywhere, the last ones padding."""
+        n = parameter.ds_tensor.numel()
+        flat = F.pad(value.flatten(), (0, n * self.world.size - value.numel()))
+        return flat[n * self.world.rank : n * (self.world.rank + 1)]
+
+    def _keep(self, whole: Tensor) -> Tensor | None:
+        return whole.detach().cpu() if self.world.is_main else None
+
+
+def import_deepspeed(device: torch.device):
+    """The library, told which device to use, and with its own remarks turned down to warnings."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"--deepspeed needs DeepSpeed, which cannot be imported ({error}): pip install -r requirements.txt (Linux "
+            "only); --fsdp needs nothing more than PyTorch"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
