@@ -20,12 +20,9 @@ import socket
 from pathlib import Path
 
 import uvicorn
-from transformers import PreTrainedTokenizerFast
 
-from model.export import read_folder
 from model.generation import Decoder
-from model.tokenizer import TOKENIZER_DIR
-from model.weights import Checkpoint, find_checkpoint
+from model.weights import find_checkpoint
 from serving.engine import Engine
 from serving.http import Server
 from serving.openai_api import ServedModel, create_app
@@ -34,11 +31,8 @@ from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
     context_length,
-    describe_checkpoint,
-    device_and_dtype,
     fast_from_args,
-    open_checkpoint,
-    open_tokenizer,
+    open_model,
     sampling_from_args,
     use_utf8,
 )
@@ -113,29 +107,6 @@ def find_model(args: argparse.Namespace) -> Path:
             "run 3-full_sft.py, or name a model with --weights"
         )
     return max(found)[1]
-
-
-def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
-    """The model in a file, an adapter folder or an exported folder, and its tokenizer. UserError if it cannot be used."""
-    if not path.is_dir():
-        tokenizer = open_tokenizer(args.tokenizer)
-        return open_checkpoint(path, args, tokenizer), tokenizer
-    device, dtype = device_and_dtype(args)
-    try:
-        if (path / "adapter_config.json").is_file():
-            from model.lora import load_adapter  # peft takes seconds to import
-
-            tokenizer = open_tokenizer(args.tokenizer)
-            checkpoint = load_adapter(path, device, dtype, tokenizer)
-        else:
-            checkpoint = read_folder(path)
-            checkpoint.model.to(device, dtype)
-            # An export has its tokenizer with it.
-            tokenizer = open_tokenizer(path if args.tokenizer == TOKENIZER_DIR else args.tokenizer)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(describe_checkpoint(checkpoint))
-    return checkpoint, tokenizer
 
 
 def bind(host: str, port: int) -> socket.socket:
