@@ -4,6 +4,7 @@ Three engines keep one contract. `PlainEngine` is here: one process, or several 
 parallel). `trainer.fsdp` spreads the parameters over the processes with PyTorch's FSDP2, `trainer.zero` with DeepSpeed.
 
     engine.module                     what a loss function calls; its parameters may be spread over the processes
+    engine.train(mode)                whether to train or to validate
     engine.set_learning_rate(lr)
     engine.backward(loss, last)       adds the gradient of a part of the step's loss; `last`: no other part follows
     engine.finish_backward()          waits until gradients are summed; also where a backward pass broke off
@@ -35,6 +36,8 @@ class Engine(Protocol):
     """See the top of the file."""
 
     module: nn.Module
+
+    def train(self, mode: bool) -> None: ...
 
     def set_learning_rate(self, lr: float) -> None: ...
 
@@ -85,6 +88,9 @@ class PlainEngine:
         self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.gradients = GradientSum(list(self.trained.values())) if world.size > 1 else None
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizers, lr)

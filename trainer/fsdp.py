@@ -38,6 +38,9 @@ class FsdpEngine:
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.module, options.optimizer, options.weight_decay)
 
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizers, lr)
 

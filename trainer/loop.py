@@ -319,7 +319,7 @@ class Trainer:
     def run_steps(self, stop: StopRequest) -> dict:
         """Step until the end, or until asked to stop."""
         options = self.options
-        self.engine.module.train()
+        self.engine.train(True)
         first = self.steps_done
         if first == self.total_steps and self.world.is_main:
             self.run.save_weights(self.info())  # a run killed between its last state and its weights lacks them
@@ -392,7 +392,7 @@ class Trainer:
     def _validate(self, max_batches: int | None = None) -> dict[str, float]:
         """Means over the validation set (of all processes): "loss" and what else the loss function logs."""
         was_training = self.engine.module.training
-        self.engine.module.eval()
+        self.engine.train(False)
         sums: dict[str, float] = {}
         n_targets = 0
         shares = self._share(self.val, list(range(len(self.val))), self.micro_batch)
@@ -401,7 +401,7 @@ class Trainer:
             n_targets += 0 if batch.idle else batch.n_targets
             for name, value in extras.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if batch.idle else float(value))
-        self.engine.module.train(was_training)
+        self.engine.train(was_training)
         *values, total = sum_over_world(self.world, [*sums.values(), n_targets], self.device)
         means = {name: value / total for name, value in zip(sums, values, strict=True)}
         if not all(math.isfinite(value) for value in means.values()):

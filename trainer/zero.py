@@ -46,6 +46,10 @@ class DeepSpeedEngine:
         self.module, self.zero, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._make_state()
 
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+        self.module.training = mode  # DeepSpeed passes the mode on and keeps its own: loss functions ask for it
+
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate([self.zero], lr)
 
