@@ -55,7 +55,8 @@ class HalfModel:
         config = self.config
         n, time = ids.shape
         past = 0 if cache is None else cache.get_seq_length()
-        cos, sin = rope_tables(torch.arange(past, past + time)[None], config.head_dim, config.rope_theta)
+        positions = torch.arange(past, past + time)[None]
+        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, config.scaling)
         rotation = torch.complex(cos, sin)  # (1, time, 1, head_dim / 2)
         x = F.embedding(ids.flatten(), self.embedding)  # (tokens, dim)
         for i, (wqkv, wo, w1, w3, w2) in enumerate(self.layers):
