@@ -107,7 +107,15 @@ def test_what_is_read_and_what_is_predicted():
     assert mixed[1].targets == [(7, 2, 1, 6), (7, 2, 2, 7), (7, 2, 3, 8)]
 
 
-@pytest.mark.parametrize("fields", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1, "rope_theta": 50_000.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 1, "rope_theta": 50_000.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ],
+)
 def test_the_half_precision_pass_is_the_model(fields):
     """Logits with and without a shared beginning: as near as bfloat16 gets, far nearer than any mistake would."""
     model, items = make_model(initializer_range=0.1, **fields), make_items()
