@@ -187,19 +187,12 @@ def test_links(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_files(name):
     """Files that stand in backticks and belong to the project are there."""
-    coming = set(re.findall(r"`(\w+\.py)`", page(name).rsplit("\n## ", 1)[1])) if name.startswith("README") else set()
     quoted = re.findall(r"`([\w./-]+)`", page(name))
     for text in quoted:
         ours = text.startswith(("model/", "trainer/", "serving/", "bench/", "tests/", "docs/", "dataset/sample"))
-        if ours or (text.endswith((".py", ".sh")) and text not in coming):
+        if ours or text.endswith((".py", ".sh")):
             places = [ROOT / folder / text for folder in ("", "model", "trainer", "serving")]
             assert any(place.exists() for place in places), f"{name}: {text}"
-
-
-def test_what_is_not_there_yet_is_not_there():
-    section = page("README.md").split("\n## Not there yet\n")[1]
-    names = re.findall(r"`(\w+\.py)`", section)
-    assert [script for script in names if (ROOT / script).exists()] == []
 
 
 def test_every_module_is_in_the_map():
