@@ -14,6 +14,11 @@ The model sees `<s>` and the beginning, as at the head of a training text, and w
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import sys
 import time

@@ -17,6 +17,11 @@ that really came next: ln(6400) = 8.76 when it knows nothing. After this stage i
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -14,6 +14,11 @@ its prompt, and nothing else: --history_turns says how many earlier questions an
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import time
 from pathlib import Path

@@ -15,6 +15,11 @@ them, and it must learn to stop. Dialogues that are too long lose their oldest t
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -14,6 +14,11 @@ loss are those of stage 3. The adapter belongs to the very weights it was traine
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -17,6 +17,11 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -16,9 +16,13 @@ be read are skipped, counted and listed with file, line and reason. An output fi
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import os
-import signal
 from pathlib import Path
 
 from trainer.cleaning import STAGES, Options, clean, summary_table

@@ -22,8 +22,12 @@ all close calls; --dtype sets one precision for everything.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
-import copy
 import csv
 import json
 from collections.abc import Sequence
@@ -35,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.files import atomic_write
-from model.scoring import Item, score, score_quickly
+from model.scoring import Item, half_copy, score, score_quickly
 from model.tokenizer import BOS_ID, CHAT_TEMPLATE, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
 from model.weights import find_checkpoint, load_checkpoint
 from trainer import ceval
@@ -235,7 +239,7 @@ def answer_all(subject: Subject, questions: list[Question], args: argparse.Names
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 16384)
     with tqdm(total=len(items), desc="C-Eval", unit="question", disable=None, leave=False) as bar:
         if args.dtype == "auto" and half != torch.float32 and not routes_tokens(model):
-            quick = copy.deepcopy(model).to(half)
+            quick = half_copy(model, half)
             scores, checked = score_quickly(model, quick, items, batch_tokens=batch_tokens, on_done=bar.update)
             precision = {"dtype": f"{str(half).removeprefix('torch.')} and float32", "decided_in_float32": checked}
         else:

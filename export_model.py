@@ -18,9 +18,13 @@ again and its logits on real text are compared with those of the source: if they
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import json
-import signal
 from pathlib import Path
 
 import transformers

@@ -20,12 +20,9 @@ import socket
 from pathlib import Path
 
 import uvicorn
-from transformers import PreTrainedTokenizerFast
 
-from model.export import read_folder
 from model.generation import Decoder
-from model.tokenizer import TOKENIZER_DIR
-from model.weights import Checkpoint, find_checkpoint
+from model.weights import find_checkpoint
 from serving.engine import Engine
 from serving.http import Server
 from serving.openai_api import ServedModel, create_app
@@ -34,11 +31,8 @@ from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
     context_length,
-    describe_checkpoint,
-    device_and_dtype,
     fast_from_args,
-    open_checkpoint,
-    open_tokenizer,
+    open_model,
     sampling_from_args,
     use_utf8,
 )
@@ -115,38 +109,14 @@ def find_model(args: argparse.Namespace) -> Path:
     return max(found)[1]
 
 
-def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
-    """The model in a file, an adapter folder or an exported folder, and its tokenizer. UserError if it cannot be used."""
-    if not path.is_dir():
-        tokenizer = open_tokenizer(args.tokenizer)
-        return open_checkpoint(path, args, tokenizer), tokenizer
-    device, dtype = device_and_dtype(args)
-    try:
-        if (path / "adapter_config.json").is_file():
-            from model.lora import load_adapter  # peft takes seconds to import
-
-            tokenizer = open_tokenizer(args.tokenizer)
-            checkpoint = load_adapter(path, device, dtype, tokenizer)
-        else:
-            checkpoint = read_folder(path)
-            checkpoint.model.to(device, dtype)
-            # An export has its tokenizer with it.
-            tokenizer = open_tokenizer(path if args.tokenizer == TOKENIZER_DIR else args.tokenizer)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(describe_checkpoint(checkpoint))
-    return checkpoint, tokenizer
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that an address that is taken is found out before the model is loaded."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with that address: one that is taken is found out before the model is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     if os.name == "posix":  # elsewhere it would allow two servers on one port
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-        sock.listen(2048)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port or --host"
@@ -157,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
 def main() -> None:
     use_utf8()
     args = parse_args()
-    sock = listen(args.host, args.port)
+    sock = bind(args.host, args.port)
     checkpoint, tokenizer = open_model(find_model(args), args)
     context = context_length(checkpoint, args)
     if args.max_new_tokens is None:
@@ -180,7 +150,10 @@ def main() -> None:
     if args.api_key is None and not (host == "::1" or host.startswith("127.")):
         print("note: other machines can reach this server, and no --api_key is set: everyone may use it", flush=True)
     settings = uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=int(args.drain_seconds) + 5)
-    Server(settings, engine, args.drain_seconds).run(sockets=[sock])
+    try:
+        Server(settings, engine, args.drain_seconds).run(sockets=[sock])
+    except KeyboardInterrupt:  # uvicorn raises it again when it is done
+        print("ended")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ Out: a Hugging Face tokenizer folder, and a report of what it can do
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import hashlib
 import heapq

@@ -10,8 +10,11 @@ Hugging Face libraries ask for (`hidden_size`, `num_hidden_layers`, ...).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from transformers import PreTrainedConfig
+
+from .rope import Extension, Scaling, doublings
 
 
 class LMConfig(PreTrainedConfig):
@@ -29,6 +32,9 @@ class LMConfig(PreTrainedConfig):
         norm_eps: epsilon of RMSNorm.
         max_seq_len: context length the model is trained at, in tokens.
         rope_theta: base of the rotary frequencies (https://arxiv.org/abs/2104.09864).
+        rope_scaling: train a longer context, as yarn:4 or linear:4: positions of texts of any length are scaled (see
+            `model.rope`), --max_seq_len is FACTOR times the length before. In Hugging Face's form, {"rope_type": "yarn",
+            "factor": 4.0, "original_max_position_embeddings": 512}.
         dropout: probability of dropping activations while training (attention, residual outputs).
         flash_attn: use fused attention kernels; False runs the slow reference path, which is the same mathematics.
         use_moe: replace every feed-forward by a mixture of experts.
@@ -62,6 +68,7 @@ class LMConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     max_seq_len: int = 512
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
     dropout: float = 0.0
     flash_attn: bool = True
     use_moe: bool = False
@@ -82,14 +89,79 @@ class LMConfig(PreTrainedConfig):
         if self.hidden_dim is None:
             hidden = int(2 * 4 * self.dim / 3)
             self.hidden_dim = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+        if isinstance(self.rope_scaling, dict):
+            self.rope_scaling = self._whole_scaling(self.rope_scaling)
         super().__post_init__(**kwargs)
         problems = self.problems()
         if problems:
             raise ValueError("this model cannot be built: " + "; ".join(problems))
 
+    def _whole_scaling(self, given: dict) -> dict:
+        """A copy of `rope_scaling` with the original length in it, if that can be told."""
+        factor = given.get("factor")
+        if (
+            "original_max_position_embeddings" in given
+            or type(factor) not in (int, float)
+            or not 1 <= factor < math.inf
+        ):
+            return dict(given)
+        return given | {"original_max_position_embeddings": max(round(self.max_seq_len / factor), 1)}
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """`rope_scaling` as `model.rope` takes it."""
+        given = self.rope_scaling
+        if given is None:
+            return None
+        return Scaling(given["rope_type"], given["factor"], given["original_max_position_embeddings"])
+
+    def extension(self, method: str, factor: float | None = None, max_len: int | None = None) -> Extension:
+        """How this model is to read texts longer than it was trained at.
+
+        Args:
+            method: one of `model.rope.METHODS`.
+            factor: scale all of those by this, relative to the trained length; None: each by the power of two that
+                suffices.
+            max_len: the longest text in tokens; needed if there is no factor.
+
+        Raises:
+            ValueError: the texts are not longer, the factor does not suffice, or the model was trained with another
+                method, which cannot be mixed.
+        """
+        trained, given = self.max_seq_len, self.rope_scaling
+        if given is not None and given["rope_type"] != method:
+            raise ValueError(
+                f"--rope_scaling {method}: this model was trained with {given['rope_type']} scaling, and only that can "
+                "take it further"
+            )
+        if max_len is None and factor is None:
+            raise ValueError(f"--rope_scaling {method} needs a length: give --max_seq_len, or a factor ({method}:4)")
+        longest = max_len if max_len is not None else int(trained * factor)
+        if longest <= trained:
+            raise ValueError(
+                f"--rope_scaling {method} is for texts longer than the {trained} tokens that this model was trained at, "
+                f"and {longest} are no more: give a larger --max_seq_len, or leave the flag out"
+            )
+        if factor is not None and trained * factor < longest:
+            raise ValueError(
+                f"--rope_scaling {method}:{factor:g} reaches {int(trained * factor)} tokens ({factor:g} times the "
+                f"{trained} of the training), --max_seq_len {longest} is more: give a larger factor, or none"
+            )
+        if method == "ntk" and self.head_dim < 4:
+            raise ValueError(f"--rope_scaling ntk needs a head dimension of at least 4, not {self.head_dim}")
+        if method == "yarn" and not self.rope_theta > 1:
+            raise ValueError(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
+        return Extension(
+            method=method,
+            original=given["original_max_position_embeddings"] if given else trained,
+            trained=trained,
+            trained_factor=given["factor"] if given else 1.0,
+            factors=(float(factor),) if factor is not None else doublings(longest / trained),
+        )
 
     def problems(self) -> list[str]:
         """Everything that is wrong with this configuration, each in words that name the flag."""
@@ -112,6 +184,8 @@ class LMConfig(PreTrainedConfig):
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)} must be more than 0")
+        if self.rope_scaling is not None:
+            found += self._scaling_problems(self.rope_scaling)
         if not self.initializer_range >= 0:
             found.append(f"--initializer_range {self.initializer_range} must not be negative")
         if not 0.0 <= self.dropout < 1.0:
@@ -130,9 +204,34 @@ class LMConfig(PreTrainedConfig):
                 found.append(f"--aux_loss_alpha {self.aux_loss_alpha} must not be negative")
         return found
 
+    def _scaling_problems(self, given: dict) -> list[str]:
+        if not isinstance(given, dict):
+            return [f'--rope_scaling {given!r} must be like {{"rope_type": "yarn", "factor": 4.0}}']
+        found = []
+        method, factor = given.get("rope_type"), given.get("factor")
+        original = given.get("original_max_position_embeddings", 1)
+        unknown = sorted(set(given) - {"rope_type", "factor", "original_max_position_embeddings"})
+        if unknown:
+            found.append(f"--rope_scaling: unknown: {', '.join(unknown)}")
+        if type(factor) not in (int, float) or not 1 <= factor < math.inf:
+            found.append(f"--rope_scaling: the factor {factor} must be a number of at least 1")
+        elif method == "ntk" and self.head_dim > 2:
+            theta = self.rope_theta * factor ** (self.head_dim / (self.head_dim - 2))
+            found.append(
+                f"--rope_scaling ntk:{factor:g} is for texts, not for training: that is --rope_theta {theta:.6g}"
+            )
+        elif method not in ("linear", "yarn"):
+            found.append(f"--rope_scaling {method}: a model is trained with linear or yarn")
+        if type(original) is not int or original < 1:
+            found.append(f"--rope_scaling: original_max_position_embeddings {original} must be at least 1 token")
+        if method == "yarn" and not self.rope_theta > 1:
+            found.append(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
+        return found
+
     def architecture(self) -> dict:
         """The fields that decide names, shapes and mathematics of the weights: what two checkpoints must share."""
         names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta"]
+        names += ["rope_scaling"]
         if self.use_moe:
             names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"]
         return {"use_moe": self.use_moe} | {name: getattr(self, name) for name in names}

@@ -26,6 +26,7 @@ SOURCE = Path(__file__).with_name("decode_kernel.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
 LANES = 16
 MAX_ROWS = 256
+MAX_LAYERS = 146  # 7 phases each and 2 more, of 1,024
 CHUNK = 32 * 2**20  # bytes of memory to ask for at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -137,6 +138,8 @@ class NativeModel:
             raise KernelUnavailable(f"the kernel computes float32, bfloat16 and int8, not {weights.dtype}")
         if config.head_dim // LANES not in (1, 2, 3, 4, 6, 8) or config.head_dim % LANES:
             raise KernelUnavailable(f"the kernel has no attention for a head dimension of {config.head_dim}")
+        if config.n_layers > MAX_LAYERS:
+            raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
         self.kernel, self.config, self.dtype, self.threads = load_kernel(), config, weights.dtype, threads
         self._alive: list[Tensor] = []  # what the structs point to
         self._memory, self._used = torch.empty(0, dtype=torch.uint8), 0

@@ -91,7 +91,7 @@ class DecodeWeights:
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the positions 0 to `length` - 1, (length, head_dim / 2) each."""
         positions = torch.arange(length, device=self.embedding.device)[None]
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.scaling)
         return cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous()
 
     def _matrix(self, *weights: Tensor) -> Matrix:

@@ -185,7 +185,7 @@ def renormalises(config: LMConfig) -> bool:
 
 def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
     """`config.json` of the stock architecture that computes the same."""
-    rope = {"rope_type": "default", "rope_theta": float(config.rope_theta)}
+    rope = {"rope_type": "default", "rope_theta": float(config.rope_theta), **(config.rope_scaling or {})}
     content = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -211,6 +211,8 @@ def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
         "dtype": dtype_name(dtype),
         "transformers_version": transformers.__version__,
     }
+    if config.rope_scaling:
+        content["rope_scaling"] = config.rope_scaling  # the older name, like rope_theta
     if config.use_moe:
         for name in ("attention_bias", "mlp_bias", "attention_dropout"):
             del content[name]
@@ -236,11 +238,13 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
     """The LMConfig of a Llama's or Ernie's `config.json`. Raises ValueError naming what a MiniMind cannot be."""
     moe = content.get("model_type") == "ernie4_5_moe"
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    # What is not known (YaRN's other settings) stays in, and LMConfig refuses it by name.
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
     n_layers, n_heads = content.get("num_hidden_layers"), content.get("num_attention_heads")
     fixed = {
         "hidden_act": ("silu", content.get("hidden_act", "silu")),
         "tie_word_embeddings": (True, content.get("tie_word_embeddings", moe)),
-        "rope_type": ("default", rope.get("rope_type", rope.get("type", "default"))),
         "attention_bias": (False, content.get("attention_bias", False)),
         "mlp_bias": (False, content.get("mlp_bias", False)),
     }
@@ -269,6 +273,7 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
             "norm_eps": content["rms_norm_eps"],
             "max_seq_len": content["max_position_embeddings"],
             "rope_theta": rope.get("rope_theta", content.get("rope_theta", 10000.0)),
+            "rope_scaling": None if rope_type == "default" else {"rope_type": rope_type} | scaling,
             "use_moe": moe,
         }
         if moe:

@@ -105,6 +105,7 @@ def write_gguf(path: Path, model: Transformer, tokenizer: PreTrainedTokenizerFas
         ValueError: an architecture, a tokenizer or a weight that the file or llama.cpp cannot hold.
     """
     config = model.config
+    _check_scaling(config)
     architecture = gguf_architecture(config)
     # float32 first: numpy has no bfloat16. Going through float16 says what would overflow there.
     state = export_state(model, torch.float32)
@@ -123,6 +124,14 @@ def write_gguf(path: Path, model: Transformer, tokenizer: PreTrainedTokenizerFas
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _check_scaling(config: LMConfig) -> None:
+    if config.rope_scaling is not None:
+        raise ValueError(
+            f"this model was trained with RoPE scaling ({config.rope_scaling['rope_type']}), which is not exported to "
+            "GGUF; the formats llama and minimind have it"
+        )
 
 
 def _add_settings(writer: GGUFWriter, config: LMConfig, architecture: str, kind: str, name: str) -> None:

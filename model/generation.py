@@ -25,6 +25,7 @@ from .decode_step import TorchModel
 from .decode_weights import zeros
 from .LMConfig import LMConfig
 from .model import Transformer
+from .rope import Extension, Scaling
 from .tokenizer import BOS_ID, EOS_ID, render_chat
 
 # ---- keys and values
@@ -386,8 +387,10 @@ class _Row:
 
     key: int
     sampling: Sampling
-    stored: int  # tokens of it in the cache: all but the newest
+    tokens: list[int]  # of the prompt and the answer
+    stored: int  # how many of them are in the cache: all but the newest
     stream: TextStream | None
+    factor: float = 1.0  # of its rotary frequencies: see `model.rope.Extension`
     made: int = 0
     random: random.Random = field(init=False)
 
@@ -400,6 +403,10 @@ class Decoder:
     """Sequences decoded together, one token each per step. They join (`add`) and leave (`cancel`, or by ending) at will.
 
     Rows that ended cost nothing: the last row takes their place.
+
+    Longer contexts: with `model.extension`, every row is computed as its length asks for. Up to the trained length that
+    is as in training, whatever `max_len` is. A row that outgrows what its factor covers (the trained length, then its
+    doubles) has its keys and values computed anew once, because all keys of a text must be rotated in one way.
     """
 
     def __init__(
@@ -417,7 +424,7 @@ class Decoder:
             model: in evaluation mode; a peft model will do.
             rows: how many sequences at most at a time.
             max_len: prompt and answer together, in tokens; None: what the model was trained at. RoPE has no limit, but a
-                model that never saw longer texts writes badly there.
+                model that never saw longer texts writes badly there, unless it has an `extension`.
             eos_id: the token that ends an answer; None: nothing does.
             tokenizer: to get text, and to have stop strings.
             fast: what `decode_step.fast_model` made of the model; None: call the model itself.
@@ -428,6 +435,7 @@ class Decoder:
             raise ValueError(f"a decoder needs at least 1 row, not {rows}")
         weight = model.get_input_embeddings().weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
+        self.extension: Extension | None = model.extension
         self.capacity, self.max_len, self.device = rows, max_len or model.config.max_seq_len, weight.device
         self.rows: list[_Row] = []
         if fast is not None and fast.config is not model.config:
@@ -477,18 +485,21 @@ class Decoder:
             self.check(prompt, sampling)
         first = len(self.rows)
         end = first + len(prompts)
-        logits = (
-            self._fast.read(prompts, first) if self._fast and self._fast.reads_prompts else self._read(prompts, first)
-        )
+        factors = [self._factor(len(prompt)) for prompt in prompts]
+        scaling = self._scaling(factors)
+        if self._fast is not None and self._fast.reads_prompts and scaling is None:
+            logits = self._fast.read(prompts, first)
+        else:
+            logits = self._read(prompts, first, scaling)
 
-        for prompt, sampling, key in zip(prompts, samplings, keys, strict=True):
+        for prompt, sampling, key, factor in zip(prompts, samplings, keys, factors, strict=True):
             stream = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
             if sampling.penalises:
                 row = len(self.rows)
                 self._counts[row] = 0
                 self._in_prompt[row] = False
                 self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-            self.rows.append(_Row(key, sampling, len(prompt), stream))
+            self.rows.append(_Row(key, sampling, list(prompt), len(prompt), stream, factor))
         new = self._sample(logits, self._group(range(first, end)), first)
         self._tokens = torch.cat([self._tokens, new])
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -496,7 +507,7 @@ class Decoder:
         self._groups = None
         return self._events(new, first, self._log_probabilities(logits, new, first))
 
-    def _read(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+    def _read(self, prompts: Sequence[Sequence[int]], first: int, scaling: Scaling | None) -> Tensor:
         """Put prompts into the rows of the cache from `first` on; (prompts, vocab) logits of what comes after each."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
@@ -506,7 +517,12 @@ class Decoder:
         self._cache.select(slice(first, first + len(prompts)), 0)
         ragged = min(lengths) < longest
         out = self.model(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, output_hidden_states=ragged
+            input_ids=ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=ragged,
+            rope_scaling=scaling,
         )
         if not ragged:
             return out.logits[:, -1]
@@ -519,11 +535,13 @@ class Decoder:
         """One more token for every sequence."""
         if not self.rows:
             return []
+        self._rescale()
         longest = max(row.stored for row in self.rows)
-        if self._fast is not None:
+        scaling = self._scaling([row.factor for row in self.rows])
+        if self._fast is not None and scaling is None:
             logits = self._fast(self._tokens, self._positions, longest)
-        else:
-            logits = self._forward(longest)
+        else:  # what is fast knows only the rotation of training
+            logits = self._forward(longest, scaling)
         for row in self.rows:
             row.stored += 1
         if self._groups is None:
@@ -532,7 +550,7 @@ class Decoder:
         self._positions = self._positions + 1
         return self._events(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
 
-    def _forward(self, longest: int) -> Tensor:
+    def _forward(self, longest: int, scaling: Scaling | None) -> Tensor:
         """The newest tokens through the model; (rows, vocab) logits."""
         positions = mask = None
         if min(row.stored for row in self.rows) < longest:
@@ -546,12 +564,40 @@ class Decoder:
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
+            rope_scaling=scaling,
         )
         return out.logits[:, -1]
 
     def cancel(self, key: int) -> None:
         """Let a sequence go; nothing happens if it is not there (any more)."""
         self._drop([i for i, row in enumerate(self.rows) if row.key == key])
+
+    def _factor(self, length: int) -> float:
+        """By which the rotary frequencies of a sequence of so many tokens are scaled."""
+        return self.extension.factor(length) if self.extension is not None else 1.0
+
+    def _scaling(self, factors: list[float]) -> Scaling | None:
+        """What the model has to know about rows with these factors; None if all are computed as in training."""
+        if self.extension is None or all(factor == self.extension.trained_factor for factor in factors):
+            return None
+        return self.extension.scaling(torch.tensor(factors, device=self.device))
+
+    def _rescale(self) -> None:
+        """Compute anew what the cache holds of rows whose next token is one too many for their factor."""
+        if self.extension is None:
+            return
+        for i, row in enumerate(self.rows):
+            factor = self._factor(row.stored + 1)
+            if factor != row.factor:
+                row.factor = factor
+                self._cache.select(slice(i, i + 1), 0)
+                self.model(
+                    input_ids=torch.tensor([row.tokens[: row.stored]], device=self.device),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    rope_scaling=self._scaling([factor]),
+                )
 
     def _group(self, indices: range) -> list[tuple[list[int], Tensor | None, Knobs]]:
         """Rows by kind of sampling: (indices, the same as a tensor or None for all of `indices`, knobs)."""
@@ -613,6 +659,7 @@ class Decoder:
         for i, token in enumerate(tokens.tolist(), start=first):
             row = self.rows[i]
             row.made += 1
+            row.tokens.append(token)
             text = row.stream.add(token) if row.stream is not None else ""
             finish = None
             if token == self.eos_id or (row.stream is not None and row.stream.stopped):

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from .attention import attend, attend_packed, cu_seqlens_from_positions, document_ids
 from .LMConfig import LMConfig
 from .moe import FeedForward, Gate, MoEFeedForward, balance_loss
-from .rope import apply_rope, rope_tables
+from .rope import Extension, Scaling, apply_rope, rope_tables
 
 
 @dataclass
@@ -131,6 +131,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.extension: Extension | None = None  # what a Decoder does beyond the trained length; None: nothing special
         self.post_init()
 
     @torch.no_grad()
@@ -175,6 +176,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
         output_hidden_states: bool = False,
+        rope_scaling: Scaling | None = None,
         **kwargs,
     ) -> TransformerOutput:
         """Next-token logits, and the loss if `labels` are given.
@@ -196,6 +198,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 (gradient accumulation over batches of different sizes).
             loss_only: return the loss without materialised logits.
             output_hidden_states: also return the (batch, time, dim) input of every layer and the final normed output.
+            rope_scaling: of the positions, for texts longer than the model was trained at; what lies in the cache must
+                have been computed with the same. None: as trained.
 
         Returns:
             `loss` includes the experts' balance loss while training; `aux_loss` is that part by itself.
@@ -208,7 +212,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (batch, time, dim)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
-        layout = self._layout(x, attention_mask, position_ids, past_key_values, cu_seqlens)
+        scaling = rope_scaling or self.config.scaling
+        layout = self._layout(x, attention_mask, position_ids, past_key_values, cu_seqlens, scaling)
         if use_cache and past_key_values is None and layout.cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.dropout(x)
@@ -240,7 +245,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
             last_hidden_state=x if labels is None else None,
         )
 
-    def _layout(self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens) -> Layout:
+    def _layout(
+        self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens, scaling: Scaling | None = None
+    ) -> Layout:
         """Positions, masks and document boundaries of this call."""
         batch, time = x.shape[:2]
         if cache is not None and cu_seqlens is not None:
@@ -256,7 +263,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
             if restarts.any():
                 cu_seqlens = cu_seqlens_from_positions(position_ids.expand(batch, time))
-        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, scaling)
 
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         valid = None if padding is None else padding[:, -time:].bool()

@@ -3,10 +3,10 @@
     items = [Item(prompt_ids, [[35], [36], [37], [38]])]           # the letters A, B, C, D as the next token
     score(model, items)[0].argmax()                                # 0: the model says A
 
-**Nothing is computed twice.** A question's options share its prompt, few-shot questions share their examples: such
-sequences are merged into a tree, in which a token sees its ancestors only, and one pass over the tree stands for all
-of them. Trees of about the same size form a batch; those without branches need no mask, because in a causal model
-padding on the right is seen by nobody on its left.
+**What is shared is computed once.** A question's options share its prompt, few-shot questions share their examples: the
+common beginning of such a group goes through the model by itself, and its keys and values serve every member. Sequences
+that share nothing form batches of about the same length, without a mask: in a causal model padding on the right is
+seen by nobody on its left. On a CPU each thread has batches of its own, which beats several threads in one product.
 
 **Half precision answers, float32 decides.** `score_quickly` lets a half-precision copy of the model score everything,
 and repeats in float32 what is too close to call; how close that is, it measures.
@@ -14,21 +14,23 @@ and repeats in float32 what is too close to call; how close that is, it measures
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .half import HalfModel
 from .model import Transformer
 
 BATCH_TOKENS = 1024  # positions in one batch; more is slower on a CPU, whose caches are small
-TREE_TOKENS = 768  # a larger tree saves few tokens and makes every one look over a longer mask
-MIN_SHARED = 48  # tokens that two prompts must share before the dense mask of a common tree pays off
-SAFETY = 2.5  # a margin below so many times the largest error seen is decided in float32
+MIN_SHARED = 24  # tokens that joining a group must save: the beginning is a pass of its own
+SAFETY = 2.0  # a margin below so many times the largest error seen is decided in float32
 
 
 @dataclass(frozen=True)
@@ -43,44 +45,53 @@ class Item:
     lengths: list[float] | None = None
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens to be read, and what is predicted from them: (item, option, index of the token before, token)."""
+
+    tokens: list[int]
+    targets: list[tuple[int, int, int, int]]
+
+
 @dataclass
-class _Tree:
-    """Token sequences with their common beginnings merged: node i holds a token and follows its parent (-1: none)."""
+class _Batch:
+    """Sequences that go through the model together, all of which begin with `shared` tokens."""
 
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    targets: list[tuple[int, int, int, int]] = field(default_factory=list)  # (item, option, node, its next token)
-    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+    sequences: list[_Sequence]
+    shared: int = 0
 
-    def add(self, index: int, item: Item) -> None:
-        end = self._follow(-1, item.prompt)
-        for i, option in enumerate(item.options):
-            node = end
-            for token, after in zip(option, [*option[1:], None], strict=True):
-                self.targets.append((index, i, node, token))
-                if after is not None:  # the last token of an option is predicted and need not be read
-                    node = self._follow(node, [token])
 
-    def _follow(self, node: int, tokens: list[int]) -> int:
-        """Walk from `node` along `tokens`, growing where there is no path yet; the node at the end."""
-        for token in tokens:
-            child = self._children.get((node, token))
-            if child is None:
-                child = self._children[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.positions.append(self.positions[node] + 1 if node >= 0 else 0)
-            node = child
-        return node
+class SharedPrefix:
+    """A KV cache of one beginning, (1, kv_heads, past, head_dim) a layer, which any number of sequences go on from.
 
-    @property
-    def is_chain(self) -> bool:
-        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+    The first pass fills it; after `close` it stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.length = 0
+
+    def close(self) -> None:
+        self.length = self.layers[0][0].shape[2]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+    def before(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the beginning; None while it is being read."""
+        return self.layers[layer] if self.length else None
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if not self.length:
+            self.layers.append((k, v))
+            return k, v
+        pairs = zip(self.layers[layer], (k, v), strict=True)
+        k, v = (torch.cat([old.expand(len(new), -1, -1, -1), new], dim=2) for old, new in pairs)
+        return k, v
 
 
 def score(
-    model: PreTrainedModel,
+    model: PreTrainedModel | HalfModel,
     items: list[Item],
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -89,7 +100,7 @@ def score(
     """The score of every option of every item: a list of (options,) float32 tensors on the CPU.
 
     Args:
-        model: a MiniMind, or any causal model of transformers (whose masks differ, so nothing is shared there).
+        model: a MiniMind, or any causal model of transformers (whose caches differ, so nothing is shared there).
         batch_tokens: positions per batch, padding included.
         on_done: called with the number of items after each batch.
 
@@ -99,30 +110,35 @@ def score(
         if not item.prompt or not item.options or not all(item.options):
             raise ValueError(f"item {i} has an empty prompt or continuation: there is nothing to score")
     results = [torch.zeros(len(item.options)) for item in items]
-    left = [len(item.options) for item in items]  # a foreign model sees each option in a tree of its own
-    trees = _shared_trees(items) if isinstance(model, Transformer) else _separate_trees(items)
-    with torch.inference_mode():
-        for batch in _batches(trees, batch_tokens):
-            done = 0
-            for tree, values in zip(batch, _forward(model, batch), strict=True):
-                finished = set()
-                for (index, option, _, _), value in zip(tree.targets, values, strict=True):
-                    results[index][option] += value
-                    finished.add((index, option))
-                for index, _ in finished:
-                    left[index] -= 1
-                    done += left[index] == 0
-            if on_done is not None:
-                on_done(done)
+    left = [sum(len(option) for option in item.options) for item in items]  # targets to come
+    sequences = [sequence for i, item in enumerate(items) for sequence in _sequences(i, item)]
+    ours = isinstance(model, (Transformer, HalfModel))
+    batches = list(_batches(sequences, batch_tokens, share=ours))
+    for batch, values in _run(model, batches, batch_tokens, threads=ours):
+        done = 0
+        for (index, option, _, _), value in zip(_targets(batch.sequences), values, strict=True):
+            results[index][option] += value
+            left[index] -= 1
+            done += left[index] == 0
+        if on_done is not None:
+            on_done(done)
     return [
         result if item.lengths is None else result / torch.tensor(item.lengths)
         for result, item in zip(results, items, strict=True)
     ]
 
 
+def half_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | HalfModel:
+    """The quickest half-precision model of the same weights that there is on this device."""
+    dense = isinstance(model, Transformer) and not model.config.use_moe
+    if dense and model.device.type == "cpu" and dtype == torch.bfloat16:
+        return HalfModel(model)
+    return copy.deepcopy(model).to(dtype)
+
+
 def score_quickly(
     model: PreTrainedModel,
-    quick: PreTrainedModel,
+    quick: PreTrainedModel | HalfModel,
     items: list[Item],
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -138,7 +154,7 @@ def score_quickly(
     question with a rounding error `SAFETY` times as large as any that was measured.
     """
     scores = score(quick, items, batch_tokens=batch_tokens, on_done=on_done)
-    n_sample = min(len(items), max(16, len(items) // 32))
+    n_sample = min(len(items), max(16, len(items) // 64))
     doubtful = sorted({i * len(items) // n_sample for i in range(n_sample)})
     checked: set[int] = set()
     error = 0.0
@@ -150,7 +166,9 @@ def score_quickly(
             error = max(error, float(moved.max() - moved.min()))
             scores[i] = exact
         checked.update(doubtful)
-        doubtful = [i for i, s in enumerate(scores) if i not in checked and _margin(s) <= SAFETY * error]
+        doubtful = [
+            i for i, s in enumerate(scores) if i not in checked and not _margin(s) > SAFETY * error
+        ]  # NaN is doubtful
     return scores, len(checked)
 
 
@@ -162,87 +180,123 @@ def _margin(scores: Tensor) -> float:
     return best - second
 
 
-def _shared_trees(items: list[Item]) -> list[_Tree]:
-    """Items whose prompts begin alike in common trees, the others each in its own."""
-    order = sorted(range(len(items)), key=lambda i: items[i].prompt)  # equal beginnings become neighbours
-    trees: list[_Tree] = []
-    before: list[int] = []
-    for i in order:
-        item = items[i]
-        shared = next((n for n, (a, b) in enumerate(zip(before, item.prompt, strict=False)) if a != b), None)
-        shared = min(len(before), len(item.prompt)) if shared is None else shared
-        new = len(item.prompt) - shared + sum(len(option) - 1 for option in item.options)
-        if shared < MIN_SHARED or len(trees[-1].tokens) + new > TREE_TOKENS:
-            trees.append(_Tree())
-        trees[-1].add(i, item)
-        before = item.prompt
-    return trees
+def _sequences(index: int, item: Item) -> list[_Sequence]:
+    """One sequence for every option longer than a token; all options that are a token need only the prompt."""
+    end = len(item.prompt) - 1  # an option's first token is predicted from here, its last one need not be read
+    found = [
+        _Sequence(item.prompt + option[:-1], [(index, i, end + j, token) for j, token in enumerate(option)])
+        for i, option in enumerate(item.options)
+        if len(option) > 1
+    ]
+    short = [(index, i, end, option[0]) for i, option in enumerate(item.options) if len(option) == 1]
+    return [*found, _Sequence(item.prompt, short)] if short else found
 
 
-def _separate_trees(items: list[Item]) -> list[_Tree]:
-    """No branches: one sequence for every option longer than a token, one for all options that are a token."""
-    trees = []
-    for i, item in enumerate(items):
-        short = _Tree()
-        for option, tokens in enumerate(item.options):
-            tree = short if len(tokens) == 1 else _Tree()
-            single = _Tree()
-            single.add(i, Item(item.prompt, [tokens]))
-            tree.tokens, tree.parents, tree.positions = single.tokens, single.parents, single.positions
-            tree.targets += [(i, option, node, token) for _, _, node, token in single.targets]
-            if tree is not short:
-                trees.append(tree)
-        if short.tokens:
-            trees.append(short)
-    return trees
+def _targets(sequences: list[_Sequence]) -> list[tuple[int, int, int, int]]:
+    return [target for sequence in sequences for target in sequence.targets]
 
 
-def _batches(trees: list[_Tree], batch_tokens: int) -> list[list[_Tree]]:
-    """Trees of about the same size together, the largest first: what does not fit in memory fails at once."""
-    batches: list[list[_Tree]] = []
-    # Chains come apart from branching trees, because a batch with one of those needs a mask.
-    for tree in sorted(trees, key=lambda tree: (tree.is_chain, -len(tree.tokens))):
-        current = batches[-1] if batches else []
-        fits = current and (len(current) + 1) * len(current[0].tokens) <= batch_tokens
-        if fits and current[0].is_chain == tree.is_chain:
-            current.append(tree)
+def _batches(sequences: list[_Sequence], batch_tokens: int, share: bool) -> Iterator[_Batch]:
+    """Groups with a common beginning, then the others by length, the largest first."""
+    alone = []
+    for group in _groups(sequences) if share else [_Batch([sequence]) for sequence in sequences]:
+        if group.shared:
+            yield group
         else:
-            batches.append([tree])
-    return batches
+            alone += group.sequences
+    for start, stop in _chunks(alone, batch_tokens):
+        yield _Batch(alone[start:stop])
 
 
-def _forward(model: PreTrainedModel, trees: list[_Tree]) -> list[list[float]]:
-    """Log-probabilities of each tree's targets."""
-    device = model.device
-    length = len(trees[0].tokens)  # the largest comes first
-    ids = torch.tensor([tree.tokens + [0] * (length - len(tree.tokens)) for tree in trees])  # (batch, time)
-    inputs = {"input_ids": ids.to(device), "use_cache": False}
-    if not all(tree.is_chain for tree in trees):
-        positions = torch.tensor([tree.positions + [0] * (length - len(tree.tokens)) for tree in trees])
-        inputs |= {"position_ids": positions.to(device), "attention_mask": _mask(trees, length).to(device)}
+def _chunks(sequences: list[_Sequence], batch_tokens: int, shared: int = 0) -> list[tuple[int, int]]:
+    """Sort by length, the longest first (what does not fit in memory fails at once); where to cut into batches."""
+    sequences.sort(key=lambda sequence: -len(sequence.tokens))
+    bounds, start = [], 0
+    while start < len(sequences):
+        stop = start + max(1, batch_tokens // (len(sequences[start].tokens) - shared))
+        bounds.append((start, min(stop, len(sequences))))
+        start = stop
+    return bounds
 
-    # Logits only where something is predicted: at these columns, for all rows because a model takes one list of them.
-    columns = sorted({node for tree in trees for _, _, node, _ in tree.targets})
+
+def _groups(sequences: list[_Sequence]) -> list[_Batch]:
+    """Sequences that begin alike together, wherever that saves at least MIN_SHARED tokens."""
+    groups: list[_Batch] = []
+    before: list[int] = []
+    for sequence in sorted(sequences, key=lambda one: one.tokens):  # equal beginnings become neighbours
+        tokens = sequence.tokens
+        limit = min(len(before), min(position for _, _, position, _ in sequence.targets))
+        if groups:  # what is predicted from the beginning itself would be lost
+            limit = min(limit, min(position for _, _, position, _ in groups[-1].sequences[-1].targets))
+        common = next((n for n in range(limit) if tokens[n] != before[n]), limit)
+        group = groups[-1] if groups else None
+        shared = min(common, group.shared) if group and group.shared else common
+        # Its beginning becomes shorter: every member so far has more to read by itself.
+        lost = (len(group.sequences) - 1) * (group.shared - shared) if group and group.shared else 0
+        if group and shared - lost >= MIN_SHARED:
+            group.sequences.append(sequence)
+            group.shared = shared
+        else:
+            groups.append(_Batch([sequence]))
+        before = tokens
+    return groups
+
+
+def _run(model, batches: list[_Batch], batch_tokens: int, threads: bool) -> Iterator[tuple[_Batch, list[float]]]:
+    """Every batch with the log-probabilities of its targets, as they are done."""
+    n_threads = torch.get_num_threads()
+    if not (threads and model.device.type == "cpu" and n_threads > 1 and len(batches) > 1):
+        for batch in batches:
+            yield batch, _log_probs(model, batch, batch_tokens)
+        return
+    # The number of threads in a product is a setting of the thread that asks for it.
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = {pool.submit(_log_probs, model, batch, batch_tokens): batch for batch in batches}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
+            torch.set_num_threads(n_threads)
+
+
+@torch.inference_mode()
+def _log_probs(model, batch: _Batch, batch_tokens: int) -> list[float]:
+    """Log-probabilities of the targets of a batch, in the order of `_targets`."""
+    cache = None
+    chunks = _chunks(batch.sequences, batch_tokens, batch.shared)  # also sorts them
+    if batch.shared:
+        cache = SharedPrefix()
+        ids = torch.tensor([batch.sequences[0].tokens[: batch.shared]], device=model.device)
+        _logits(model, ids, cache, [0])
+        cache.close()
+    values: list[float] = []
+    for start, stop in chunks:
+        rows = [sequence.tokens[batch.shared :] for sequence in batch.sequences[start:stop]]
+        length = len(rows[0])  # the longest comes first
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
+        wanted = [
+            (row * length + position - batch.shared, token)
+            for row, sequence in enumerate(batch.sequences[start:stop])
+            for _, _, position, token in sequence.targets
+        ]
+        places = sorted({place for place, _ in wanted})
+        log_probs = F.log_softmax(_logits(model, ids, cache, places), dim=-1)
+        index = {place: i for i, place in enumerate(places)}
+        values += log_probs[[index[place] for place, _ in wanted], [token for _, token in wanted]].tolist()
+    return values
+
+
+def _logits(model, ids: Tensor, cache: SharedPrefix | None, places: list[int]) -> Tensor:
+    """(places, vocab) float32 logits after the tokens at `places`, indices into the flattened (batch, time) ids."""
+    if isinstance(model, HalfModel):
+        return model.logits(ids, cache, torch.tensor(places))
+    inputs = {"input_ids": ids, "use_cache": False} | ({} if cache is None else {"past_key_values": cache})
+    rows, columns = zip(*(divmod(place, ids.shape[1]) for place in places), strict=True)
+    # A model takes one list of columns for all rows.
+    kept = sorted(set(columns))
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=torch.tensor(columns, device=device)).logits
+        logits = model(**inputs, logits_to_keep=torch.tensor(kept, device=ids.device)).logits
     else:
-        logits = model(**inputs).logits[:, columns]
-    column = {node: i for i, node in enumerate(columns)}
-    nodes = list(dict.fromkeys((row, node) for row, tree in enumerate(trees) for _, _, node, _ in tree.targets))
-    place = {node: i for i, node in enumerate(nodes)}
-    picked = logits[[row for row, _ in nodes], [column[node] for _, node in nodes]]  # (nodes, vocab)
-    log_probs = F.log_softmax(picked.float(), dim=-1)
-    targets = [(place[row, node], token) for row, tree in enumerate(trees) for _, _, node, token in tree.targets]
-    values = iter(log_probs[[i for i, _ in targets], [token for _, token in targets]].tolist())
-    return [[next(values) for _ in tree.targets] for tree in trees]
-
-
-def _mask(trees: list[_Tree], length: int) -> Tensor:
-    """(batch, 1, time, time) bool, True where a node may look: itself and its ancestors. Padding sees itself."""
-    mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
-    rows = mask.numpy()  # the same memory; row by row it is much faster there
-    for row, tree in zip(rows, trees, strict=True):
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                row[node] |= row[parent]
-    return mask[:, None]
+        logits = model(**inputs).logits[:, kept]
+    return logits[list(rows), [kept.index(column) for column in columns]].float()

@@ -407,6 +407,9 @@ def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
     if unknown:
         raise ValueError(f"unknown model fields: {', '.join(unknown)}")
     wanted = LMConfig(**(config.own_fields() | overrides))
+    if config.rope_scaling is None and wanted.rope_scaling is not None:
+        _check_context_extension(wanted, config, path)
+        config = LMConfig(**(config.own_fields() | {"rope_scaling": wanted.rope_scaling}))
     differences = architecture_differences(wanted, config)
     if differences:
         raise ValueError(
@@ -414,6 +417,17 @@ def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
             "leave these flags out, or name another checkpoint"
         )
     return wanted
+
+
+def _check_context_extension(wanted: LMConfig, config: LMConfig, path: Path) -> None:
+    """Raise ValueError unless `wanted` scales positions so that its length is as many times that of the file."""
+    factor, trained = wanted.rope_scaling["factor"], config.max_seq_len
+    original = wanted.rope_scaling["original_max_position_embeddings"]
+    if original != trained:
+        raise ValueError(
+            f"{path} was trained at {trained} tokens; --rope_scaling {wanted.rope_scaling['rope_type']}:{factor:g} makes "
+            f"that {trained * factor:g}, not --max_seq_len {wanted.max_seq_len}: change one of the two"
+        )
 
 
 # ---- checks

@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -199,14 +200,13 @@ class Engine:
     def __init__(self, make_decoder: Callable[[], Decoder], max_queue: int = 256) -> None:
         """
         Args:
-            make_decoder: called by the thread that will use it, and again after a failure.
+            make_decoder: called by the thread that will use it (compiled models are particular about that), and again
+                after a failure. What it raises, this constructor raises.
             max_queue: sequences and texts that may wait while all rows are taken.
         """
         if max_queue < 1:
             raise ValueError(f"--max_queue {max_queue} must be at least 1")
         self._make_decoder, self.max_queue = make_decoder, max_queue
-        self.decoder: Decoder | None = make_decoder()
-        self.rows, self.max_len = self.decoder.capacity, self.decoder.max_len
         self.statistics = Statistics()
         self._wakeup = threading.Condition()
         # Guarded by _wakeup:
@@ -217,14 +217,18 @@ class Engine:
         # The thread's own:
         self._running: dict[int, _Sequence] = {}
         self._next_key = 0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failed = False
+        made: Future[Decoder] = Future()
+        self._thread = threading.Thread(target=self._run, args=(made,), name="engine", daemon=True)
+        self._thread.start()
+        self.decoder: Decoder | None = made.result()
+        self.rows, self.max_len = self.decoder.capacity, self.decoder.max_len
 
     # -- for the event loop
 
     def start(self) -> None:
+        """Call this once, in the event loop that will submit requests and read the answers."""
         self.loop = asyncio.get_running_loop()
-        self._thread.start()
 
     @property
     def running(self) -> int:
@@ -325,7 +329,12 @@ class Engine:
 
     # -- the thread
 
-    def _run(self) -> None:
+    def _run(self, made: Future[Decoder]) -> None:
+        try:
+            made.set_result(self._make_decoder())
+        except BaseException as error:
+            made.set_exception(error)
+            return
         try:
             while self._turn():
                 pass

@@ -100,6 +100,8 @@ class Gate:
             message = await receive()
             received += len(message.get("body", b""))
             if received > MAX_BODY:
+                if message.get("more_body", False):
+                    await _discard(receive, headers)
                 raise _too_large(f"more than {MAX_BODY}")
             return message
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import contextlib
 import dataclasses
 import functools
@@ -191,6 +192,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     message = error.detail
     if error.status_code in (404, 405):
         message = f"there is no {request.method} {request.url.path} here"
+    elif error.status_code == 400:  # not UTF-8, nested too deeply, numbers of thousands of digits
+        message = "the body cannot be read as JSON"
     return json_response(error_body(error.status_code, message), error.status_code, error.headers)
 
 
@@ -232,7 +235,7 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     for depth, part in enumerate(place):
         if part in EXPECTED and error["type"] != "missing":
             name = _dotted(place[: depth + 1])
-            if error["type"] == "string_unicode":
+            if any(one["type"] == "string_unicode" for one in errors):
                 return f"{name} is not Unicode: it has half of a surrogate pair", name
             return f"{name} must be {EXPECTED[part]}", name
     name = _dotted(place)
@@ -447,7 +450,10 @@ class Api:
             raise ApiError(
                 400, f"{len(prompts)} answers are asked for, the server makes at most {limit} at a time", "n"
             )
-        stream = self.engine.submit(prompts, samplings)
+        try:
+            stream = self.engine.submit(prompts, samplings)
+        except ValueError as error:  # checked above, but for what only the decoder knows
+            raise ApiError(400, str(error)) from error
         if body.stream:
             return EventStream(answer.pieces(stream), on_end=stream.cancel)
         await unless_gone(request.receive, answer.collect(stream))
@@ -493,11 +499,12 @@ def _plain_message(index: int, message: schemas.Message) -> dict[str, str]:
 
 @dataclass(slots=True)
 class Token:
-    """A token and how probable it was: None for the first of a text. `top`: the likeliest there."""
+    """A token, how probable it was (None for the first of a text), the likeliest there, and where its text begins."""
 
     id: int
     logprob: float | None
     top: Sequence[tuple[int, float]]
+    offset: int
 
 
 @dataclass(slots=True)
@@ -507,14 +514,23 @@ class Choice:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
-    offset: int = 0  # characters before `tokens`
+    length: int = 0  # characters of all tokens so far; half of one at the end is not counted
+    _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def add_token(
+        self, model: ServedModel, token: int, logprob: float | None, top: Sequence[tuple[int, float]]
+    ) -> None:
+        self.tokens.append(Token(token, logprob, top, self.length))
+        self.length += len(self._utf8.decode(model.text_of(token)))
 
     def begin_with(self, model: ServedModel, prompt: Sequence[int], scores: Scores | None) -> None:
         """Echo a prompt."""
         self.text = b"".join(map(model.text_of, prompt)).decode("utf-8", "replace")
         if scores is not None:
-            columns = zip(prompt, scores.logprobs, scores.top, strict=True)
-            self.tokens = [Token(token, logprob, top or ()) for token, logprob, top in columns]
+            for token, logprob, top in zip(prompt, scores.logprobs, scores.top, strict=True):
+                self.add_token(model, token, logprob, top or ())
+            self.length = len(self.text)
+            self._utf8.reset()
 
 
 class Answer:
@@ -585,7 +601,7 @@ class Answer:
             choice.text += event.text
             choice.finish = event.finish
             if self.top_logprobs is not None:
-                choice.tokens.append(Token(event.token, event.logprob, event.top_logprobs))
+                choice.add_token(self.model, event.token, event.logprob, event.top_logprobs)
         return dict.fromkeys(index for index, _ in events)
 
     def _chunks(self, choices: list[str]) -> bytes:
@@ -671,19 +687,15 @@ class CompletionAnswer(Answer):
         if self.top_logprobs is None:
             return None
         name = self.model.token_name
-        offsets, tops = [], []
+        tops = []
         for token in choice.tokens:
-            spelled = self.model.text_of(token.id)
-            begun = bool(spelled) and spelled[0] & 0xC0 == 0x80  # goes on with a character that began before
-            offsets.append(choice.offset - begun)
-            choice.offset += sum(byte & 0xC0 != 0x80 for byte in spelled)
             top = {name(other): logprob for other, logprob in token.top[: self.top_logprobs]}
             tops.append(None if token.logprob is None else top | {name(token.id): token.logprob})
         return {
             "tokens": [name(token.id) for token in choice.tokens],
             "token_logprobs": [token.logprob for token in choice.tokens],
             "top_logprobs": tops if self.top_logprobs else None,
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in choice.tokens],
         }
 
     def first_chunks(self, index: int, choice: Choice) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ CONTEXT = 1500
 
 def tiny_model() -> Transformer:
     torch.manual_seed(5)
-    return Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)).eval()
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
+    return Transformer(LMConfig(**shape, initializer_range=0.3)).eval()  # so that its answers are varied
 
 
 @dataclasses.dataclass
@@ -65,6 +67,20 @@ class Running:
 
     def chat(self, content: str = "hi", **fields):
         return self.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], **fields)
+
+    def open(self, path: str, buffer: int | None = None, **fields) -> socket.socket:
+        """A socket (with a receive buffer of so many bytes) on which a request has been sent, and nothing was read."""
+        body = json.dumps({"model": NAME, **fields}).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        sock = socket.socket()
+        sock.settimeout(60)
+        if buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        sock.connect(("127.0.0.1", self.port))
+        sock.sendall(head.encode() + body)
+        return sock
 
     def metric(self, name: str) -> float:
         text = self.call("GET", "/metrics")[2].decode()

@@ -433,12 +433,18 @@ def test_models_that_are_no_minimind_are_refused():
         {"moe_layer_start_index": 1},
         {"moe_norm_min": 0.5},
         {"use_bias": True},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         {"tie_word_embeddings": False},
         {"head_dim": 16},
     ):
-        with pytest.raises(ValueError, match=next(iter(change)).replace("rope_parameters", "rope_type")):
+        with pytest.raises(ValueError, match=next(iter(change))):
             config_from_llama(content | change, "x")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    for change, message in (
+        (yarn | {"rope_type": "llama3"}, "rope_scaling llama3"),
+        (yarn | {"beta_fast": 16}, "rope_scaling: unknown: beta_fast"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_from_llama(content | {"rope_parameters": change}, "x")
     state = to_llama_state(make(use_moe=True).state_dict(), config)
     state["model.layers.1.mlp.moe_statics.e_score_correction_bias"][0, 1] = 0.5
     with pytest.raises(ValueError, match="routers have biases"):

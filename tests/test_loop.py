@@ -10,6 +10,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -17,10 +19,10 @@ from model.weights import load_checkpoint, save_checkpoint
 from trainer import loop
 from trainer.arguments import TrainOptions
 from trainer.corpus import TokenCorpus
-from trainer.datasets import PackedRows
+from trainer.datasets import Batch, PackedRows
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.loop import Run, Schedule, StopRequest, Trainer, fit
+from trainer.loop import Run, StopRequest, Trainer, fit
 from trainer.losses import next_token_loss
 
 VOCAB, ROW = 48, 32
@@ -169,14 +171,77 @@ def test_the_last_step_takes_what_is_left_with_its_own_count(tmp_path):
     assert sorted(flat[:n]) == list(range(n))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_processes_share_an_epoch_without_gap_or_overlap(world_size):
-    schedule = Schedule(n_samples=53, per_step=7, total_samples=53, seed=1)
-    seen = []
-    for rank in range(world_size):
-        for step in range(schedule.total_steps):
-            seen += schedule.samples(step)[rank::world_size]
-    assert sorted(seen) == list(range(53))
+class Numbers:
+    """A data set whose batches hold the numbers of their samples."""
+
+    fingerprint = "numbers"
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def batch(self, indices):
+        return Batch({"samples": torch.tensor(indices)}, len(indices), len(indices), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_samples=st.integers(1, 60),
+    epochs=st.sampled_from([1, 2, 2.5]),
+    micro_rows=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    num_workers=st.sampled_from([0, 1, 2]),
+    resumed_at=st.integers(0, 5),
+    halved=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_every_sample_once_an_epoch_in_the_same_order_for_every_world(
+    n_samples, epochs, micro_rows, accumulation, num_workers, resumed_at, halved, seed
+):
+    """No duplicate and no gap for 1 to 4 processes, whatever is left over, and wherever a run is resumed.
+
+    These are the batches that the loop trains on: those of `Trainer._prefetch`, of one trainer for each rank.
+    """
+    per_step = 12 * micro_rows * accumulation  # divisible by every number of processes
+    orders = []
+    for size in (1, 2, 3, 4):
+        opts = TrainOptions(
+            batch_size=per_step // size // accumulation, accumulation_steps=accumulation, epochs=epochs, seed=seed,
+            num_workers=num_workers, device="cpu", dtype="float32",
+        )  # fmt: skip
+        run = Run("pretrain", "numbers", config(), {}, lambda info: None)
+        steps: dict[int, dict[int, list[int]]] = {}
+        n_batches: dict[int, set[int]] = {}
+        for rank in range(size):
+            trainer = Trainer(None, None, Numbers(n_samples), None, opts, run, World(rank, size))
+            assert trainer.schedule.per_step == per_step
+            first = min(resumed_at, trainer.total_steps - 1)
+            if halved:  # as --auto_batch does in the middle of a run
+                trainer.micro_batch = -(-opts.batch_size // 2)
+            for step, batches in trainer._prefetch(first):
+                assert all(0 < batch.n_targets <= trainer.micro_batch for batch in batches)
+                counted = [batch.inputs["samples"].tolist() for batch in batches if not batch.idle]
+                steps.setdefault(step, {})[rank] = sum(counted, [])
+                n_batches.setdefault(step, set()).add(len(batches))
+        assert sorted(steps) == list(range(first, trainer.total_steps))
+        assert all(len(numbers) == 1 for numbers in n_batches.values())  # all make the same number of forward passes
+        order = []
+        for step in sorted(steps):
+            shares = [steps[step][rank] for rank in range(size)]
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1  # nobody waits long for another
+            order += [shares[g % size][g // size] for g in range(sum(map(len, shares)))]
+        orders.append(order)
+    assert all(order == orders[0] for order in orders)
+    skipped, total = first * per_step, round(epochs * n_samples)
+    assert len(orders[0]) == total - skipped
+    for epoch in range(math.ceil(epochs)):
+        begin, end = max(epoch * n_samples - skipped, 0), min((epoch + 1) * n_samples, total) - skipped
+        part = orders[0][begin : max(end, 0)]
+        assert len(set(part)) == len(part)  # no duplicate
+        if end - begin == n_samples:
+            assert sorted(part) == list(range(n_samples))  # no gap
 
 
 @pytest.mark.parametrize(
@@ -210,8 +275,10 @@ def test_resuming_another_run_is_refused_with_the_reason(tmp_path):
     with pytest.raises(SystemExit):
         train(opts, stop_after=5)
     again = dataclasses.replace(opts, resume="newest")
-    with pytest.raises(UserError, match="train_data: "):
+    with pytest.raises(UserError, match="train_data: .* the files of --data_path have another content than then"):
         train(again, train_rows=rows(seed=1))
+    with pytest.raises(UserError, match="train_data: .* the data is another because of --val_fraction 0.01 -> 0.2"):
+        train(dataclasses.replace(again, val_fraction=0.2), train_rows=rows(range(50)))
     with pytest.raises(UserError, match="config.n_layers: 2 -> 3"):
         train(again, model_fields=[("n_layers", 3)])
     with pytest.raises(UserError, match="tokenizer_hash: t -> u"):
@@ -330,20 +397,40 @@ def test_a_balance_loss_is_optimised_and_logged_apart(tmp_path):
     assert not torch.allclose(with_loss[gate], without[gate])
 
 
-def test_data_workers_that_fail_end_the_run(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dead_data_worker_ends_the_run_with_its_sample_and_a_saved_state(tmp_path, num_workers):
     data = rows()
 
     class Dying:
-        fingerprint = "x"
+        fingerprint = data.fingerprint
 
         def __len__(self):
             return len(data)
 
-        def batch(self, indices):
-            raise UserError("the cache was deleted")
+        def documents(self, indices):
+            return data.documents(indices)
 
-    with pytest.raises(UserError, match="the cache was deleted"):
-        train(options(tmp_path), train_rows=Dying())
+        def batch(self, indices):
+            if len(seen) == 6 and not bad:
+                bad.append(indices[2])
+            if bad and bad[0] in indices:
+                raise OSError(5, "Input/output error", "tokens.bin")
+            seen.append(indices)
+            return data.batch(indices)
+
+    seen, bad = [], []
+    opts = options(tmp_path, num_workers=num_workers, save_interval=100, data_path=[tmp_path / "texts.csv"])
+    with pytest.raises(UserError, match=r"step 7: the data could not be read: sample (\d+) \(documents? ") as error:
+        train(opts, train_rows=Dying())
+    text = str(error.value)
+    assert f"sample {bad[0]} " in text
+    assert "tokens.bin" in text and "texts.csv" in text and "--resume" in text
+    assert "Traceback" in (tmp_path / "logs" / "tiny.rank0.log").read_text()
+    whole, _ = train(options(tmp_path / "other"))
+    resumed, _ = train(
+        dataclasses.replace(opts, resume="newest")
+    )  # from the step before, though none was due to be saved
+    assert same(weights(whole), weights(resumed))
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -372,3 +459,41 @@ def test_a_damaged_description_of_a_run_is_not_a_finished_run(tmp_path, content)
         train(options(tmp_path))
     with pytest.raises(UserError, match="step_00000012 cannot be read"):
         train(options(tmp_path, resume="newest"))
+
+
+def short_of_memory(limit: int, error=torch.OutOfMemoryError):
+    """A loss for a device that holds `limit` rows: forward and backward of more end in an error, part of the way on."""
+
+    def loss_fn(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        if model.training and len(batch.inputs["input_ids"]) > limit:
+            loss.backward(retain_graph=True)  # leaves gradients behind, which must not count
+            raise error("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss, n, extras
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_auto_batch_halves_until_it_fits_and_keeps_the_samples(tmp_path, capsys, error):
+    whole, expected = train(options(tmp_path / "a", batch_size=7, accumulation_steps=2))
+    opts = options(tmp_path / "b", batch_size=7, accumulation_steps=2, auto_batch=True)
+    model, metrics = train(opts, loss_fn=short_of_memory(2, error))
+    printed = capsys.readouterr().out
+    assert "out of memory with 7 rows at once. --auto_batch goes on with 4 rows and 4 accumulation steps" in printed
+    assert "goes on with 2 rows and 7 accumulation steps" in printed and printed.count("--auto_batch") == 2
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(model)[name], atol=1e-4), name
+    # A run that goes on does not try again what did not fit.
+    train(dataclasses.replace(opts, resume="newest", max_steps=14), loss_fn=short_of_memory(2, error))
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_out_of_memory_says_what_helps(tmp_path):
+    with pytest.raises(UserError, match=r"step 1: out of memory with 4 rows .*--auto_batch.*--gradient_checkpointing"):
+        train(options(tmp_path / "a"), loss_fn=short_of_memory(2))
+    with pytest.raises(UserError, match=r"out of memory with 1 rows .*--max_seq_len"):
+        train(options(tmp_path / "b", auto_batch=True), loss_fn=short_of_memory(0))
+    with pytest.raises(RuntimeError, match="shapes"):
+        train(options(tmp_path / "c", auto_batch=True), loss_fn=short_of_memory(2, lambda _: RuntimeError("shapes")))

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import json
 import math
 import socket
 import struct
+import time
 
+import hypothesis
 import openai
 import pytest
+import schemathesis
 import torch
 import torch.nn.functional as F
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from serving_helpers import CONTEXT, NAME, TOKENIZER, Running, serving
 
 from model.generation import Sampling, generate, generate_text
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, render_chat
+from serving import http as serving_http
 from serving import schemas
 from serving.http import MAX_BODY
 
@@ -253,9 +264,7 @@ def test_embeddings(server, client):
     with pytest.raises(openai.BadRequestError, match="32, the width"):
         client.embeddings.create(model=NAME, input="x", dimensions=16)
     with pytest.raises(openai.BadRequestError, match=f"text 1 of input has .* context is {CONTEXT}"):
-        client.embeddings.create(
-            model=NAME, input=["x", [5] * (CONTEXT + 1)][::-1] if False else [[5], [5] * (CONTEXT + 1)]
-        )
+        client.embeddings.create(model=NAME, input=[[5], [5] * (CONTEXT + 1)])
 
 
 # ---- prompts
@@ -464,7 +473,7 @@ def test_bad_requests(server, name):
         ("completions", {"prompt": [5] * CONTEXT, "max_tokens": 1}, "prompt"),
         ("completions", {"prompt": ["x"] * 3000}, "prompt"),
         ("embeddings", {}, "input"),
-        ("embeddings", {"input": ""} | {"input": []}, "input"),
+        ("embeddings", {"input": []}, "input"),
         ("embeddings", {"input": [True]}, "input"),
         ("embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format"),
         ("embeddings", {"input": "x", "temperature": 1}, "temperature"),
@@ -514,7 +523,6 @@ def test_other_paths_methods_and_types(server):
         ("DELETE", "/v1/models", 405),
         ("GET", "/", 404),
     ):
-        found, headers, body = server.call(method, path)
         found, headers, body = server.call(method, path, b"{}" if method == "POST" else None)
         assert found == status and json.loads(body)["error"]["message"]
         assert status != 405 or headers["allow"]
@@ -532,8 +540,6 @@ def test_body_limit_holds_without_a_length(server):
         for _ in range(MAX_BODY // 10_000 + 2):
             yield b"x" * 10_000
 
-    import http.client
-
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.request("POST", "/v1/completions", chunks(), {"Content-Type": "application/json"}, encode_chunked=True)
     assert connection.getresponse().status == 413
@@ -544,12 +550,7 @@ def test_body_limit_holds_without_a_length(server):
 
 
 def open_stream(server: Running, **fields) -> socket.socket:
-    """A socket on which a streaming request has been sent."""
-    body = json.dumps({"model": NAME, "messages": HELLO, "stream": True, **fields}).encode()
-    sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    sock.sendall(head.encode() + body)
-    return sock
+    return server.open("/v1/chat/completions", messages=HELLO, stream=True, **fields)
 
 
 def test_raw_events(server):
@@ -590,12 +591,14 @@ OPEN_WEBUI = {
     },
     "title": {"model": NAME, "messages": HELLO, "stream": False, "max_completion_tokens": 100},
     "pictures are parts": {
-        "stream": True, "model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "stream": True, "model": NAME, "max_tokens": 4,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
     },
 }  # fmt: skip
 FASTGPT = {
     "chat": {
-        "model": NAME, "temperature": 0.01, "max_tokens": 8, "stream": True, "messages": [{"role": "system", "content": "x"}, *HELLO],
+        "model": NAME, "temperature": 0.01, "max_tokens": 8, "stream": True,
+        "messages": [{"role": "system", "content": "x"}, *HELLO],
         "stream_options": {"include_usage": True},
     },
     "settings": {
@@ -664,25 +667,43 @@ def test_a_vanished_client_of_a_whole_answer_frees_its_row(server):
         ("chat/completions", {"messages": HELLO, "n": 3}),
         ("completions", {"prompt": "x", "max_tokens": -1}),
     ):
-        body = json.dumps({"model": NAME, **rest}).encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as sock:
-            head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            sock.sendall(head.encode() + body)
+        with server.open(f"/v1/{path}", **rest):
             server.until("minimind_rows_running", rest.get("n", 1))
+            cancelled = server.metric("minimind_cancelled_total")
         server.until("minimind_rows_running", 0)
+        assert server.metric("minimind_cancelled_total") == cancelled + rest.get("n", 1)
 
 
-def test_a_client_that_does_not_read_holds_nobody(server):
+WORDY = {
+    "logprobs": True,
+    "top_logprobs": 20,
+    "max_tokens": 1200,
+    "temperature": 0,
+}  # megabytes: more than buffers hold
+
+
+def test_a_client_that_does_not_read_holds_nobody(server, monkeypatch):
     """Its answers are written to the end, its rows are free, and others are answered meanwhile."""
-    lazy = [open_stream(server, logprobs=True, top_logprobs=20, max_tokens=300) for _ in range(8)]
+    monkeypatch.setattr(serving_http, "STALL_SECONDS", 600)
+    lazy = [open_stream(server, buffer=4096, **WORDY) for _ in range(8)]
+    server.until("minimind_rows_running", 8)
     assert server.chat(max_tokens=5)[0] == 200
     server.until("minimind_rows_running", 0)
-    text = b""
     for sock in lazy:
         with sock, sock.makefile("rb") as file:
-            while b"[DONE]" not in (text := file.readline()):
-                pass
-        assert b"[DONE]" in text
+            assert any(b"[DONE]" in line for line in file)
+
+
+def test_a_client_that_never_reads_is_given_up(monkeypatch, caplog):
+    monkeypatch.setattr(serving_http, "STALL_SECONDS", 0.3)
+    with serving(rows=1) as small, open_stream(small, buffer=4096, **WORDY) as sock:
+        end = time.monotonic() + 120
+        while "took nothing" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        small.until("minimind_rows_running", 0)
+        with sock.makefile("rb") as file:
+            assert not any(b"[DONE]" in line for line in file)
 
 
 def test_a_full_queue(client):
@@ -703,6 +724,45 @@ def test_a_full_queue(client):
             sock.close()
         small.until("minimind_rows_running", 0)
         assert small.chat(max_tokens=1)[0] == 200
+
+
+# ---- everything that the document allows
+
+
+def test_the_document_is_true(server):
+    """Schemathesis calls the server with what its OpenAPI document allows, and with what it does not."""
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
+    assert schema.config is not None
+    document = json.loads(server.call("GET", "/openapi.json")[2])
+    assert set(document["paths"]) == {
+        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health", "/metrics"
+    }  # fmt: skip
+    assert "422" not in json.dumps(document)
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    calls = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @hypothesis.settings(
+            max_examples=25,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(case=operation.as_strategy())
+        def call(case):
+            nonlocal calls
+            calls += 1
+            if isinstance(case.body, dict) and calls % 2:
+                case.body["model"] = NAME  # or it is a 404 before anything is looked at
+                if case.path.endswith("completions"):
+                    case.body["max_tokens"] = 2
+            case.call_and_validate(checks=checks)
+
+        call()
+    assert calls > 50
+    assert server.chat(max_tokens=1)[0] == 200
 
 
 # ---- keys and browsers

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,7 +20,7 @@ from model.model import Transformer, parameter_counts
 from trainer.arguments import TrainOptions, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "README_zh.md", "README_jp.md", "docs/formats.md"]
+PAGES = ["README.md", "README_zh.md", "README_jp.md", "docs/formats.md", "docs/scaling.md"]
 STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"]
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d+) ([\w/.-]+\.py)([^`\n#]*)")
 
@@ -113,7 +114,13 @@ def test_commands(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_that_is_named_exists(name):
-    elsewhere = {"--no-", "--nproc_per_node", "--server"}  # --server.port and the like are Streamlit's
+    # Flags of the launchers, Slurm, Streamlit and TensorBoard.
+    elsewhere = {"--no-", "--nproc_per_node", "--nnodes", "--num_gpus", "--max_restarts", "--server", "--logdir"}
+    elsewhere |= {"--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
+    elsewhere |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"}
+    elsewhere |= {"--requeue", "--signal", "--kill-on-bad-exit"}
+    if name == "docs/scaling.md":
+        elsewhere |= flags_of("bench/scaling.py").keys()
     scripts = ["TrainOptions", *STAGES, *{script for script, _ in commands(page("README.md"))}]
     known = {flag for script in scripts for flag in flags_of(script)}
     named = set(re.findall(r"--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", page(name))))
@@ -180,24 +187,18 @@ def test_links(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_files(name):
     """Files that stand in backticks and belong to the project are there."""
-    coming = set(re.findall(r"`(\w+\.py)`", page(name).rsplit("\n## ", 1)[1])) if name != "docs/formats.md" else set()
     quoted = re.findall(r"`([\w./-]+)`", page(name))
     for text in quoted:
-        ours = text.startswith(("model/", "trainer/", "bench/", "tests/", "docs/", "dataset/sample"))
-        if ours or (text.endswith((".py", ".sh")) and text not in coming):
-            places = [ROOT / text, ROOT / "model" / text, ROOT / "trainer" / text]
+        ours = text.startswith(("model/", "trainer/", "serving/", "bench/", "tests/", "docs/", "dataset/sample"))
+        if ours or text.endswith((".py", ".sh")):
+            places = [ROOT / folder / text for folder in ("", "model", "trainer", "serving")]
             assert any(place.exists() for place in places), f"{name}: {text}"
-
-
-def test_what_is_not_there_yet_is_not_there():
-    section = page("README.md").split("\n## Not there yet\n")[1]
-    names = re.findall(r"`(\w+\.py)`", section)
-    assert names and [script for script in names if (ROOT / script).exists()] == []
 
 
 def test_every_module_is_in_the_map():
     section = page("README.md").split("\n## Reading the code\n")[1].split("\n## ")[0]
-    modules = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("trainer/*.py")]
+    packages = ("model", "trainer", "serving")
+    modules = [*ROOT.glob("*.py"), *(path for name in packages for path in ROOT.glob(f"{name}/*.py"))]
     assert [str(path) for path in modules if path.name != "__init__.py" and path.name not in section] == []
 
 
@@ -214,3 +215,17 @@ def test_presets(name):
         assert f"{counts['total'] / 1e6:.2f}" in numbers
         assert f"{counts['active'] / 1e6:.2f}" in numbers
         assert {str(config.dim), str(config.n_layers), str(config.n_heads), str(config.n_kv_heads)} <= set(numbers)
+
+
+def test_the_simulated_table_is_what_the_script_prints():
+    """The figures depend on the real numbers of parameters: a preset that changes changes the page."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "scaling.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    begin, end = "<!-- simulated:begin -->\n", "\n<!-- simulated:end -->"
+    assert page("docs/scaling.md").partition(begin)[2].partition(end)[0].strip() == result.stdout.strip()

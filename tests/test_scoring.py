@@ -1,14 +1,14 @@
-"""Scores of continuations: in batches and trees exactly as one sequence at a time."""
+"""Scores of continuations: in batches and with shared beginnings exactly as one sequence at a time."""
 
-import copy
 import random
 
 import pytest
 import torch
 
+from model.half import HalfModel
 from model.LMConfig import preset
 from model.model import Transformer
-from model.scoring import MIN_SHARED, Item, _mask, _shared_trees, _Tree, score, score_quickly
+from model.scoring import MIN_SHARED, Item, _groups, _sequences, half_copy, score, score_quickly
 
 
 def make_model(**fields) -> Transformer:
@@ -47,7 +47,7 @@ def by_hand(model, item: Item) -> torch.Tensor:
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
-def test_batches_and_trees_equal_one_at_a_time(moe, batch_tokens):
+def test_batches_and_groups_equal_one_at_a_time(moe, batch_tokens):
     model, items = make_model(use_moe=moe), make_items()
     items.append(Item(items[0].prompt, [[5], [6, 7], [6, 8]], [1.0, 2.0, 3.0]))
     done = []
@@ -72,27 +72,81 @@ def test_other_models_of_transformers():
     assert sum(done) == len(items)
 
 
+def test_threads_change_nothing():
+    model, items = make_model(), make_items()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = score(model, items, batch_tokens=300)
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(alone, score(model, items, batch_tokens=300), strict=True))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_shared_beginnings_are_computed_once():
     items = make_items()
-    trees = _shared_trees(items)
-    together = [tree for tree in trees if len({target[0] for target in tree.targets}) > 1]
-    assert together and len(trees) < len(items)
-    assert sum(len(tree.tokens) for tree in trees) < 0.6 * sum(len(i.prompt) + len(i.options) for i in items)
-    letters = _shared_trees([Item([1, 2, 3], [[4], [5]])])[0]
-    assert letters.tokens == [1, 2, 3] and letters.is_chain  # an option's last token need not be read
+    sequences = [sequence for i, item in enumerate(items) for sequence in _sequences(i, item)]
+    groups = _groups(sequences)
+    assert sum(len(group.sequences) for group in groups) == len(sequences)
+    for group in groups:
+        beginnings = {tuple(one.tokens[: group.shared]) for one in group.sequences}
+        assert len(beginnings) == 1 and (group.shared >= MIN_SHARED or len(group.sequences) == 1)
+        assert all(position >= group.shared for one in group.sequences for _, _, position, _ in one.targets)
+    read = sum(len(one.tokens) - group.shared for group in groups for one in group.sequences)
+    read += sum(group.shared for group in groups)
+    assert read < 0.6 * sum(len(one.tokens) for one in sequences)
 
 
-def test_a_node_sees_its_ancestors_only():
-    tree = _Tree()
-    tree.add(0, Item([1, 2], [[3, 4], [5, 6]]))
-    assert (tree.tokens, tree.parents, tree.positions) == ([1, 2, 3, 5], [-1, 0, 1, 1], [0, 1, 2, 2])
-    sees = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
-    assert _mask([tree], 5)[0, 0].int().tolist() == sees
+def test_what_is_read_and_what_is_predicted():
+    letters = _sequences(0, Item([1, 2, 3], [[4], [5]]))
+    assert [(one.tokens, one.targets) for one in letters] == [([1, 2, 3], [(0, 0, 2, 4), (0, 1, 2, 5)])]
+    mixed = _sequences(7, Item([1, 2], [[3, 4], [5], [6, 7, 8]]))
+    assert [one.tokens for one in mixed] == [[1, 2, 3], [1, 2, 6, 7], [1, 2]]  # the last token need not be read
+    assert mixed[1].targets == [(7, 2, 1, 6), (7, 2, 2, 7), (7, 2, 3, 8)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 1, "rope_theta": 50_000.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ],
+)
+def test_the_half_precision_pass_is_the_model(fields):
+    """Logits with and without a shared beginning: as near as bfloat16 gets, far nearer than any mistake would."""
+    model, items = make_model(initializer_range=0.1, **fields), make_items()
+    for block in model.layers:  # norm weights that are not 1, since they are folded into matrices
+        torch.nn.init.uniform_(block.attention_norm.weight, 0.5, 1.5)
+        torch.nn.init.uniform_(block.ffn_norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+    half = half_copy(model, torch.bfloat16)
+    assert isinstance(half, HalfModel)
+    exact, near = torch.cat(score(model, items)), torch.cat(score(half, items))
+    lengths = torch.tensor([float(len(option)) for item in items for option in item.options])
+    assert ((exact - near).abs() / lengths).max() < 0.02 * exact.std()
+    assert isinstance(half_copy(model, torch.float16), Transformer)
+    with pytest.raises(ValueError, match="mixture of experts"):
+        HalfModel(make_model(use_moe=True))
+
+
+def test_scores_out_of_range_are_decided_in_float32():
+    """Attention scores beyond exp's range are NaN in the quick pass, and right in the end."""
+    model, items = make_model(), make_items(30)
+    for block in model.layers:
+        block.attention.wq.weight.data *= 40
+    scores, checked = score_quickly(model, half_copy(model, torch.bfloat16), items)
+    assert checked == len(items)
+    for found, item in zip(scores, items, strict=True):
+        torch.testing.assert_close(found, by_hand(model, item), atol=1e-2, rtol=0)
 
 
 def test_half_precision_does_not_change_the_answers():
     model, items = make_model(), make_items(100)
-    quick = copy.deepcopy(model).bfloat16()
+    quick = half_copy(model, torch.bfloat16)
     exact = score(model, items)
     scores, checked = score_quickly(model, quick, items)
     assert [int(s.argmax()) for s in scores] == [int(s.argmax()) for s in exact]

@@ -109,6 +109,45 @@ def test_file_and_too_long_prompts(out, tmp_path, call):
     assert "note: trained at 48 tokens" in result.stdout and "[60 tokens, " in result.stdout
 
 
+def test_longer_than_trained(out, call):
+    """--rope_scaling: beyond the 48 tokens of the training another text, up to them the same."""
+    weights = out / "pretrain_64.pth"
+    flags = [*CPU, "--weights", weights, "--temperature", 0, "--repetition_penalty", 1, "--prompt", "x"]
+    plain = call(*flags, "--max_new_tokens", 60, "--max_seq_len", 100)
+    assert "(--rope_scaling may help)" in plain.stdout
+    model = load_checkpoint(weights, dtype=torch.float32).model
+    prompt = [BOS_ID, *encode_text(TOKENIZER, "x")]
+    written = {}
+    for given, told, arguments in (
+        ("yarn", "context of 100 tokens: texts beyond the 48 of the training are scaled (yarn, 2 or 2.08333 times)",
+         ("yarn", None, 100)),
+        ("linear:3", "context of 144 tokens: texts beyond the 48 of the training are scaled (linear, 3 times)",
+         ("linear", 3.0)),
+    ):  # fmt: skip
+        length = ["--max_seq_len", 100] if given == "yarn" else []
+        result = call(*flags, *length, "--max_new_tokens", 95, "--rope_scaling", given)
+        assert told in result.stdout and "[95 tokens, " in result.stdout, result.stderr
+        model.extension = model.config.extension(*arguments)
+        (text,) = generate_text(model, TOKENIZER, [prompt], Sampling(max_new_tokens=95), max_len=144)
+        assert f"\nx{visible(text)} [cut off" in result.stdout
+        written[given] = text
+        short = call(*flags, *length, "--max_new_tokens", 40, "--rope_scaling", given)
+        assert (
+            f"\nx{visible(generate_text(model, TOKENIZER, [prompt], Sampling(max_new_tokens=40))[0])} [cut"
+            in short.stdout
+        )
+    model.extension = None
+    (unscaled,) = generate_text(model, TOKENIZER, [prompt], Sampling(max_new_tokens=95), max_len=144)
+    assert len({unscaled, *written.values()}) == 3
+    for given, wrong in (
+        (["yarn"], "needs a length: give --max_seq_len"),
+        (["ntk", "--max_seq_len", 48], "for texts longer than the 48 tokens"),
+        (["ntk:1.5", "--max_seq_len", 100], "reaches 72 tokens"),
+        (["longer"], "--rope_scaling longer must be"),
+    ):
+        assert wrong in message(call(*flags, "--rope_scaling", *given))
+
+
 def test_interactive(out):
     result = run("--out_dir", out, *CPU, "--interactive", "--max_new_tokens", 3, input="从前\nonce\n\nnot read\n")
     assert result.returncode == 0, result.stderr

@@ -106,6 +106,29 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_longer_context(run, out, chats, tmp_path):
+    """--rope_scaling with the longer --max_seq_len: the file says so, and later stages and scripts follow it."""
+    flags = [*QUICK, "--data_path", chats, "--out_dir", out]
+    result = run(*flags, "--rope_scaling", "yarn:4", "--max_seq_len", 256)
+    assert result.code == 0, result.err
+    config = load_checkpoint(out / "full_sft_32.pth").config
+    assert config.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert config.max_seq_len == 256
+    scaled = weights(out / "full_sft_32.pth")
+    # Nothing else changed: without the flag these are other weights, and they do not replace those unasked.
+    assert "rope_scaling" in run(*flags, "--max_seq_len", 256).error()
+    assert run(*flags, "--max_seq_len", 256, "--overwrite").code == 0
+    assert not same(scaled, weights(out / "full_sft_32.pth"))
+
+    flags += ["--overwrite"]
+    assert (
+        "trained at 64 tokens; --rope_scaling yarn:4 makes that 256, not --max_seq_len 64"
+        in run(*flags, "--rope_scaling", "yarn:4").error()
+    )
+    assert "a factor: yarn:4" in run(*flags, "--rope_scaling", "yarn").err
+    assert "that is --rope_theta" in run(*flags, "--rope_scaling", "ntk:4").error()
+
+
 TEN = [  # (history, question, answer): short and long, several turns, both languages
     ("", "What is the capital of France?", "Paris."),
     ("", "中国的首都是哪里？", "北京。"),

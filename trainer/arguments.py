@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from model.LMConfig import PRESETS, LMConfig, preset
+from model.rope import parse_scaling
 from model.tokenizer import TOKENIZER_DIR
 from trainer.optim import OPTIMIZERS
 from trainer.zero_config import zero_problems
@@ -59,6 +60,10 @@ class TrainOptions:
     max_steps: int | None = flag(None, "end after so many optimizer steps instead of after --epochs")
     batch_size: int = flag(32, "rows of max_seq_len tokens that go through the model at once, per process")
     accumulation_steps: int = flag(1, "micro-batches whose gradients are added up for one optimizer step")
+    auto_batch: bool = flag(
+        False, "when the device runs out of memory, halve the rows that go through the model at once and double the "
+        "accumulation, as often as it takes; the samples of a step stay the same",
+    )  # fmt: skip
     learning_rate: float = flag(1e-3, "peak learning rate")
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)")
     weight_decay: float = flag(0.1, "decay of matrices; norms and embeddings never decay")
@@ -102,6 +107,11 @@ class TrainOptions:
     use_wandb: bool = flag(False, "log to Weights & Biases (without an account: offline, into OUT_DIR/wandb)")
     wandb_project: str = flag("MiniMind", "project name there")
     wandb_run_name: str | None = flag(None, "run name there (default: stage and size)")
+    use_tensorboard: bool = flag(False, "log to TensorBoard, into OUT_DIR/tensorboard")
+    profile: int = flag(
+        0, "record so many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
+        metavar="N",
+    )  # fmt: skip
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the flags, each in words that name the flag."""
@@ -109,7 +119,7 @@ class TrainOptions:
         for name in ("batch_size", "accumulation_steps", "val_interval", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens"):
+        for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens", "profile"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} {getattr(self, name)} must not be negative")
         numbers = {name: getattr(self, name) for name in self.__dataclass_fields__} | self.model
@@ -154,6 +164,11 @@ class TrainOptions:
             found.append("--fsdp with --dtype float16 is not supported: use bfloat16 or float32, or leave --fsdp out")
         if self.fsdp and self.optimizer != "adamw":
             found.append(f"--optimizer {self.optimizer} needs whole matrices and --fsdp splits them: use adamw")
+        if self.auto_batch and (self.fsdp or self.deepspeed is not None):
+            found.append(
+                "--auto_batch cannot repeat a step that --fsdp or --deepspeed broke off: leave it out, and use a smaller "
+                "--batch_size with more --accumulation_steps"
+            )
         for name in ("fsdp", "deepspeed"):
             if getattr(self, name) and device.type == "mps":
                 found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
@@ -225,11 +240,24 @@ def _add(parser, name: str, kind, default, help: str, settings: dict) -> None:
     kind = _inner(kind)
     if kind is bool:
         settings = {"action": argparse.BooleanOptionalAction} | settings
+    elif kind is dict:  # rope_scaling
+        settings = {"type": _scaling, "metavar": "METHOD:FACTOR"} | settings
     else:
         settings = {"type": kind} | settings
     if default is not None and "(default" not in help and kind is not bool and default != []:
         help += f" (default: {default})"
     parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **settings)
+
+
+def _scaling(text: str) -> dict:
+    """`yarn:4` as LMConfig has it."""
+    try:
+        method, factor = parse_scaling(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if factor is None:
+        raise argparse.ArgumentTypeError(f"--rope_scaling {text} needs a factor: {method}:4")
+    return {"rope_type": method, "factor": factor}
 
 
 def _inner(kind):

@@ -220,6 +220,7 @@ class GradientSum:
         self.flat: list[Tensor] = []
         self._bucket: dict[nn.Parameter, int] = {}
         self._sizes: list[int] = []
+        self._works: list[dist.Work] = []
         self._active = False
         for bucket in _buckets(list(reversed(parameters))):
             numbers = [parameter.numel() for parameter in bucket]
@@ -233,10 +234,10 @@ class GradientSum:
 
     def begin(self) -> None:
         """The next backward pass is the last of the step: sum every bucket as soon as it is complete."""
-        self._missing, self._works, self._active = list(self._sizes), [], True
+        self._missing, self._active = list(self._sizes), True
 
     def finish(self) -> None:
-        """Wait for the sums. What got no gradient (its bucket is not complete) takes part with zeros."""
+        """Wait for the sums. What got no gradient (its bucket is not complete) takes part with what is there: zeros."""
         self._active = False
         while len(self._works) < len(self.flat):
             self._sum_next()
@@ -244,6 +245,7 @@ class GradientSum:
             work.wait()
 
     def zero(self) -> None:
+        self._works = []
         for flat in self.flat:
             flat.zero_()
 

@@ -4,8 +4,11 @@ Three engines keep one contract. `PlainEngine` is here: one process, or several 
 parallel). `trainer.fsdp` spreads the parameters over the processes with PyTorch's FSDP2, `trainer.zero` with DeepSpeed.
 
     engine.module                     what a loss function calls; its parameters may be spread over the processes
+    engine.train(mode)                whether to train or to validate
     engine.set_learning_rate(lr)
     engine.backward(loss, last)       adds the gradient of a part of the step's loss; `last`: no other part follows
+    engine.finish_backward()          waits until gradients are summed; also where a backward pass broke off
+    engine.discard()                  forgets the gradients instead of stepping
     norm = engine.step(max_norm)      sums over processes, clips, updates; leaves the weights alone if norm is not finite
     engine.gather()                   -> Snapshot: whole tensors on the CPU of rank 0; every process has to call it
     engine.restore(optimizer, scaler) the inverse, for what is not in the weights
@@ -34,9 +37,15 @@ class Engine(Protocol):
 
     module: nn.Module
 
+    def train(self, mode: bool) -> None: ...
+
     def set_learning_rate(self, lr: float) -> None: ...
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
+
+    def finish_backward(self) -> None: ...
+
+    def discard(self) -> None: ...
 
     def step(self, max_norm: float) -> float: ...
 
@@ -80,6 +89,9 @@ class PlainEngine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.gradients = GradientSum(list(self.trained.values())) if world.size > 1 else None
 
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizers, lr)
 
@@ -88,9 +100,18 @@ class PlainEngine:
             self.gradients.begin()
         self.scaler.scale(loss).backward()
 
-    def step(self, max_norm: float) -> float:
+    def finish_backward(self) -> None:
         if self.gradients is not None:
             self.gradients.finish()
+
+    def discard(self) -> None:
+        if self.gradients is not None:
+            self.gradients.zero()
+        else:
+            self.module.zero_grad()
+
+    def step(self, max_norm: float) -> float:
+        self.finish_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
@@ -98,10 +119,7 @@ class PlainEngine:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
-        if self.gradients is not None:
-            self.gradients.zero()
-        else:
-            self.module.zero_grad()
+        self.discard()
         return float(norm)
 
     def overflow_is_normal(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -28,6 +29,8 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     A bug still ends in its traceback: hiding it would help nobody.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the script's head set it, for as long as libraries load
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print Chinese must not end a run

@@ -34,8 +34,12 @@ class FsdpEngine:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the loss is already divided
+                module.set_force_sum_reduction_for_comms(True)  # the only kind that gloo has
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.module, options.optimizer, options.weight_decay)
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self.optimizers, lr)
@@ -43,6 +47,12 @@ class FsdpEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self.module.set_requires_gradient_sync(last)
         loss.backward()
+
+    def finish_backward(self) -> None:
+        """Nothing is left to do: gradients are summed as backward goes."""
+
+    def discard(self) -> None:
+        self.module.zero_grad()
 
     def step(self, max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,8 +35,13 @@ from trainer.errors import UserError
 from trainer.losses import LossFunction
 from trainer.optim import learning_rate
 from trainer.packing import sample_order
+from trainer.profiling import Profiler
+from trainer.rank_log import RankLog, WorkClock
+from trainer.run_lock import hold_run
 from trainer.snapshots import put_weights
 from trainer.tracking import Tracker
+
+COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,10 @@ def fit(
     disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
     trainer = Trainer(model, loss_fn, train, val, options, run, world)
-    trainer.prepare()
-    with stop_signals() as stop, trainer.tracker:
-        return trainer.run_steps(stop)
+    with hold_run(options.out_dir, run.name) if world.is_main else contextlib.nullcontext(), trainer.log:
+        trainer.prepare()
+        with stop_signals(speak=world.is_main) as stop, trainer.tracker, trainer.profiler:
+            return trainer.run_steps(stop)
 
 
 class Trainer:
@@ -127,31 +134,32 @@ class Trainer:
         self.folder: Path = options.out_dir / f"{run.name}.resume"
         self.steps_done = self.tokens_done = 0
         self.metrics: dict = {}
+        self.micro_batch: int = options.batch_size  # rows that go through the model at once; --auto_batch lowers it
+        self.log = RankLog(options.out_dir, run.name, world)
+        self.clock = WorkClock(self.device)
+        self.profiler = Profiler(options.profile, options.out_dir, run.name, world, self.device)
         self._saved_step = -1
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def step(self, step: int, batches: list[Batch] | DataFailure) -> dict[str, float]:
         """One optimizer step on this process's share of the samples; returns sums over the whole step."""
         options = self.options
-        torch.manual_seed(hash_seed(options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
         lr = learning_rate(step, self.total_steps, options.learning_rate, self.warmup_steps)
         self.engine.set_learning_rate(lr)
         self.world.tick(f"step {step + 1}")
         # Count first: gradients are divided by the targets of the whole step, not of a micro-batch or a process.
-        counted = [b for b in batches if not b.idle]
-        counts = [sum(getattr(b, name) for b in counted) for name in ("n_targets", "n_tokens", "attention_pairs")]
-        n_targets, n_tokens, attention_pairs = sum_over_world(self.world, counts, self.device)
+        failed = isinstance(batches, DataFailure)
+        counted = [] if failed else [batch for batch in batches if not batch.idle]
+        counts = [sum(getattr(batch, name) for batch in counted) for name in COUNTS]
+        n_targets, n_tokens, attention_pairs, n_failed = sum_over_world(self.world, [*counts, failed], self.device)
+        if n_failed:
+            self._stop_on_lost_data(step, batches if failed else None)
         if not n_targets:
             raise UserError(f"step {step + 1}: its samples have no target token; was the data changed while training?")
 
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            loss_sum, extras = self._forward(batch)
-            weight = 0.0 if batch.idle else 1 / n_targets
-            self.engine.backward(loss_sum * weight, last=i + 1 == len(batches))
-            for name, value in extras.items():
-                sums[name] = sums.get(name, 0) + (torch.zeros_like(value) if batch.idle else value)
+        while (sums := self._accumulate(step, batches, n_targets)) is None:
+            batches = self._halve(step)
 
         summed = sum_over_world(self.world, [float(value) for value in sums.values()], self.device)
         result = dict(zip(sums, summed, strict=True)) | {"lr": lr}
@@ -163,6 +171,65 @@ class Trainer:
             self._stop_on_non_finite(step, result | {"grad_norm": norm})
         result |= {"skipped_steps": float(skipped), "grad_norm": 0.0 if skipped else norm}
         return result | {"n_targets": n_targets, "n_tokens": n_tokens, "attention_pairs": attention_pairs}
+
+    def _accumulate(self, step: int, batches: list[Batch], n_targets: float) -> dict[str, Tensor] | None:
+        """Forward and backward of every micro-batch: gradients add up in the parameters; returns sums to log.
+
+        None: with --auto_batch, the memory of this process or of another was not enough; gradients are empty again.
+        """
+        torch.manual_seed(hash_seed(self.options.seed, step, self.world.rank))  # dropout: nothing of it needs saving
+        sums: dict[str, Tensor] = {}
+        short = False
+        try:
+            with self.clock.computing():
+                for i, batch in enumerate(batches):
+                    loss_sum, extras = self._forward(batch)
+                    weight = 0.0 if batch.idle else 1 / n_targets
+                    self.engine.backward(loss_sum * weight, last=i + 1 == len(batches))
+                    for name, value in extras.items():
+                        sums[name] = sums.get(name, 0) + (torch.zeros_like(value) if batch.idle else value)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self.options.auto_batch:
+                raise UserError(f"step {step + 1}: {self._memory_words(error)}") from error
+            short = True
+            self.log.write(f"step {step + 1}: out of memory with micro-batches of {self.micro_batch}: {error}")
+        # Behind the except block: there the error still holds all that was computed.
+        if not self.options.auto_batch:
+            return sums
+        self.engine.finish_backward()  # the others wait for the sums, also for those of a process that ran out
+        if not sum_over_world(self.world, [short], self.device)[0]:
+            return sums
+        self.engine.discard()
+        return None
+
+    def _halve(self, step: int) -> list[Batch]:
+        """The samples of a step in micro-batches of half the size, which stays that of the run."""
+        if self.micro_batch == 1:
+            raise UserError(f"step {step + 1}: {self._memory_words(None)}")
+        options, before = self.options, self.micro_batch
+        self.micro_batch = -(-before // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the pieces left are of the wrong sizes
+        rows = options.batch_size * options.accumulation_steps
+        if self.world.is_main:
+            print(
+                f"step {step + 1}: out of memory with {before} rows at once. --auto_batch goes on with {self.micro_batch} "
+                f"rows and {-(-rows // self.micro_batch)} accumulation steps: each step keeps its samples"
+            )
+        return self._batches(step)
+
+    def _memory_words(self, error: RuntimeError | None) -> str:
+        reason = f" ({str(error).splitlines()[0]})" if error is not None else ""
+        if self.micro_batch > 1:
+            advice = "--auto_batch, a smaller --batch_size with more --accumulation_steps (the result is the same)"
+        else:
+            advice = "a shorter --max_seq_len, a smaller model"
+        return (
+            f"out of memory with {self.micro_batch} rows of data at once{reason}: use {advice} or "
+            "--gradient_checkpointing"
+        )
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         self.world.tick(
@@ -199,6 +266,34 @@ class Trainer:
             "--dtype float32, and look at those documents"
         )
 
+    def _stop_on_lost_data(self, step: int, failure: DataFailure | None) -> None:
+        """Every process comes here when the data of one cannot be had; all end with the same words."""
+        words = None
+        if failure is not None:
+            error = failure.error
+            self.log.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            who = f" on rank {self.world.rank}" if self.world.size > 1 else ""
+            words = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
+        self.save(weights=False)  # of before this step
+        words = "; ".join(text for text in _from_everyone(self.world, words) if text)
+        files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
+        raise UserError(
+            f"step {step + 1}: the data could not be read: {words}. The state is saved in {self.folder}.{files} Mend what "
+            "is wrong with the data, then go on with --resume"
+        ) from (failure.error if failure is not None else None)
+
+    def _bad_samples(self, step: int) -> str:
+        """Which of the samples of this process cannot be read, in words."""
+        mine = self.schedule.samples(step)[self.world.rank :: self.world.size]
+        with ThreadPoolExecutor(1) as pool:  # whatever is raised there
+            bad = [i for i in mine if pool.submit(self.train.batch, [i]).exception() is not None]
+        if not bad:
+            return f"one of the samples {', '.join(map(str, mine))}, though each alone can be read now"
+        documents = self.train.documents(bad[:1])
+        shown = ", ".join(map(str, documents[:8])) + (" ..." if len(documents) > 8 else "")
+        return f"sample {bad[0]} (document{'s' if len(documents) > 1 else ''} {shown})"
+
     # ---- the run --------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
@@ -224,7 +319,7 @@ class Trainer:
     def run_steps(self, stop: StopRequest) -> dict:
         """Step until the end, or until asked to stop."""
         options = self.options
-        self.engine.module.train()
+        self.engine.train(True)
         first = self.steps_done
         if first == self.total_steps and self.world.is_main:
             self.run.save_weights(self.info())  # a run killed between its last state and its weights lacks them
@@ -233,6 +328,7 @@ class Trainer:
             self.steps_done = done = step + 1
             self.tokens_done += int(result["n_tokens"])
             self.tracker.add(result)
+            self.profiler.step()
             last = done == self.total_steps
             if self.val is not None and (last or done % options.val_interval == 0):
                 with self.tracker.pause():
@@ -250,25 +346,37 @@ class Trainer:
                 raise SystemExit(128 + int(stop.signal or signal.SIGTERM))
         return self.metrics
 
-    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
-        """The batches of every step from `first` on, prepared while earlier steps compute."""
+    def _prefetch(self, first: int) -> Iterator[tuple[int, list[Batch] | DataFailure]]:
+        """The batches of every step from `first` on, prepared while earlier steps compute.
 
-        def prepare(step: int) -> list[Batch]:
-            return list(self._share(self.train, self.schedule.samples(step)))
+        A step whose batches could not be made comes as a DataFailure: all processes have to hear of it before they stop.
+        """
 
-        if self.options.num_workers == 0:
-            for step in range(first, self.total_steps):
-                yield step, prepare(step)
-            return
+        def prepare(step: int) -> tuple[int, list[Batch]]:
+            size = self.micro_batch
+            return size, self._batches(step, size)
+
+        workers = self.options.num_workers
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(self.options.num_workers, thread_name_prefix="batches") as pool:
+        with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="batches") as pool:
             ahead = iter(range(first, self.total_steps))
             for step in range(first, self.total_steps):
-                while len(waiting) <= self.options.num_workers and (n := next(ahead, None)) is not None:
+                while len(waiting) <= workers and (n := next(ahead, None)) is not None:
                     waiting.append(pool.submit(prepare, n))
-                yield step, waiting.popleft().result()
+                future = waiting.popleft()
+                with self.clock.waiting_for_data():
+                    error = future.exception()
+                if error is not None:
+                    yield step, DataFailure(error)
+                    continue
+                size, batches = future.result()
+                yield step, batches if size == self.micro_batch else self._batches(step)
 
-    def _share(self, data: Dataset, samples: list[int]) -> Iterator[Batch]:
+    def _batches(self, step: int, size: int | None = None) -> list[Batch]:
+        """This process's share of the samples of a step, in micro-batches of `size` (default: the present one)."""
+        return list(self._share(self.train, self.schedule.samples(step), size or self.micro_batch))
+
+    def _share(self, data: Dataset, samples: list[int], micro_batch: int) -> Iterator[Batch]:
         """This process's part of the samples, in micro-batches: as many as every other process has.
 
         Where there are too few samples it repeats one in a batch that does not count, because parameters that are spread
@@ -276,23 +384,24 @@ class Trainer:
         """
         rank, size = self.world.rank, self.world.size
         mine = samples[rank::size]
-        for begin in range(0, len(samples[::size]), self.options.batch_size):
-            some = mine[begin : begin + self.options.batch_size]
+        for begin in range(0, len(samples[::size]), micro_batch):
+            some = mine[begin : begin + micro_batch]
             yield data.batch(some) if some else dataclasses.replace(data.batch(samples[:1]), idle=True)
 
     @torch.no_grad()
     def _validate(self, max_batches: int | None = None) -> dict[str, float]:
         """Means over the validation set (of all processes): "loss" and what else the loss function logs."""
         was_training = self.engine.module.training
-        self.engine.module.eval()
+        self.engine.train(False)
         sums: dict[str, float] = {}
         n_targets = 0
-        for batch in itertools.islice(self._share(self.val, list(range(len(self.val)))), max_batches):
+        shares = self._share(self.val, list(range(len(self.val))), self.micro_batch)
+        for batch in itertools.islice(shares, max_batches):
             _, extras = self._forward(batch)
             n_targets += 0 if batch.idle else batch.n_targets
             for name, value in extras.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if batch.idle else float(value))
-        self.engine.module.train(was_training)
+        self.engine.train(was_training)
         *values, total = sum_over_world(self.world, [*sums.values(), n_targets], self.device)
         means = {name: value / total for name, value in zip(sums, values, strict=True)}
         if not all(math.isfinite(value) for value in means.values()):
@@ -340,6 +449,7 @@ class Trainer:
                 "scaler": snapshot.scaler,
                 "tokens": self.tokens_done,
                 "metrics": self.metrics,
+                "micro_batch": self.micro_batch,
             }
             bad = [name for name, tensor in snapshot.weights.items() if not torch.isfinite(tensor).all()]
             if bad:
@@ -348,7 +458,8 @@ class Trainer:
                 )
             finished = self.steps_done == self.total_steps
             run = {"identity": self.identity(), "settings": self.settings(), "finished": finished}
-            save_state(self.folder, self.steps_done, tensors, run | {"launch": self.world.launch}, self.options.keep)
+            run |= {"options": self.options.describe(), "launch": self.world.launch}
+            save_state(self.folder, self.steps_done, tensors, run, self.options.keep)
             if weights:
                 self.run.save_weights(self.info())
                 self.tracker.plot()
@@ -376,15 +487,20 @@ class Trainer:
         """
         state: State | None = None
 
-        def numbers() -> tuple[int, int, dict] | None:
+        def numbers() -> tuple[int, int, dict, int] | None:
             nonlocal state
             state = self._state_to_resume()
-            return None if state is None else (state.step, state.tensors["tokens"], state.tensors["metrics"])
+            if state is None:
+                return None
+            saved = state.tensors
+            return state.step, saved["tokens"], saved["metrics"], saved.get("micro_batch", self.micro_batch)
 
         found = ask_main(self.world, numbers)
         if found is None:
             return None
-        self.steps_done, self.tokens_done, self.metrics = found
+        self.steps_done, self.tokens_done, self.metrics, micro_batch = found
+        if self.options.auto_batch:  # what did not fit then does not fit now
+            self.micro_batch = min(self.micro_batch, micro_batch)
         self._saved_step = self.steps_done
         return state or State(self.folder, self.steps_done, {"scaler": {}}, {})
 
@@ -411,6 +527,8 @@ class Trainer:
         state = load_state(ours[-1] if ours else path)
         changed = differences(self.identity(), state.run["identity"])
         if changed:
+            if any(line.startswith(("train_data", "val_data")) for line in changed):
+                changed.append(_why_other_data(options.describe(), state.run.get("options", {})))
             raise UserError(f"cannot resume {state.path}, it is another run: {'; '.join(changed)}")
         parameters = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if state.tensors["model"].keys() != parameters:
@@ -430,6 +548,19 @@ class Trainer:
         return state
 
 
+@dataclass(frozen=True)
+class DataFailure:
+    """Stands where the batches of a step should be: a data-loading thread raised this."""
+
+    error: BaseException
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the system had no memory left for a tensor; only CUDA has an exception of its own for that."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 @dataclass
 class StopRequest:
     """The signal that asked the run to stop; 0: none yet."""
@@ -438,7 +569,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(speak: bool = True) -> Iterator[StopRequest]:
     """Turn SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
     request = StopRequest()
 
@@ -446,8 +577,8 @@ def stop_signals() -> Iterator[StopRequest]:
         if request.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = number
-        # os.write: print may be in the middle of a line of its own.
-        os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
+        if speak:  # os.write: print may be in the middle of a line of its own
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -479,6 +610,24 @@ def _described(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _from_everyone(world: World, value: object) -> list:
+    """The `value` of every process, by rank."""
+    if world.size == 1:
+        return [value]
+    gathered: list = [None] * world.size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def _why_other_data(now: dict, then: dict) -> str:
+    """In flags, where they are the reason, why a run has other data than before."""
+    names = ("data_path", "val_fraction", "val_tokens", "tokenizer", "text_field", "max_dropped", "seed", "model")
+    flags = [f"--{name} {then[name]} -> {now[name]}" for name in names if name in then and then[name] != now.get(name)]
+    if flags:
+        return f"the data is another because of {', '.join(flags)}"
+    return "no flag that chooses data was changed: the files of --data_path have another content than then"
 
 
 def _finished(path: Path) -> bool:

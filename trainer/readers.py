@@ -196,11 +196,43 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
             raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
         if first and chunk.startswith(codecs.BOM_UTF8):
             chunk = chunk[len(codecs.BOM_UTF8) :]
+        if first and (advice := _other_encoding(chunk)):
+            raise UserError(f"{path}: the file is {advice}")
         first = False
         if chunk:
             yield chunk
     if first:
         raise UserError(f"{path}: the archive is empty; download it again or remove it from the inputs")
+
+
+def _other_encoding(chunk: bytes) -> str | None:
+    """What a file is and what to do, if it is in another encoding as a whole; None for UTF-8 with some bad lines or none.
+
+    GBK (also called GB2312 and GB18030) is what Chinese text outside of UTF-8 comes in. Its everyday characters are pairs
+    of a byte from 0xB0 to 0xD7 and one from 0xA1 to 0xFE.
+    """
+    lines = [line for line in chunk.split(b"\n") if not line.isascii()]
+    if len(lines) > 1 and not chunk.endswith(b"\n"):
+        lines.pop()  # cut off anywhere, perhaps inside a character
+    bad = [line for line in lines if not _is_utf8(line, whole=len(lines) > 1)]
+    high = sum(byte >= 0x80 for line in bad for byte in line)
+    if len(bad) <= len(lines) / 2 or high < 20:
+        return None
+    pairs = sum(len(pair) for line in bad for pair in _GBK_PAIRS.findall(line))
+    if pairs < high / 2:
+        return "not UTF-8; save it as UTF-8"
+    return "not UTF-8 but GBK (GB18030); save it as UTF-8, for example with: iconv -f GB18030 -t UTF-8 OLD > NEW"
+
+
+_GBK_PAIRS = re.compile(rb"[\xb0-\xd7][\xa1-\xfe]")
+
+
+def _is_utf8(line: bytes, whole: bool) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(line, final=whole)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decompressed(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:

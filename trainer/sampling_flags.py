@@ -14,6 +14,7 @@ from model.decode_step import COMPILE, TorchModel, fast_model
 from model.decode_weights import QUANTIZATIONS
 from model.generation import Event, Sampling
 from model.model import describe_parameters
+from model.rope import parse_scaling
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, load_checkpoint
 from trainer.arguments import DTYPES, ROOT, resolve_device, resolve_dtype
@@ -66,6 +67,12 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: str) -> None:
     group.add_argument(
         "--max_seq_len", type=int, metavar="TOKENS",
         help="prompt and answer together (default: what the model was trained at; it writes badly beyond)",
+    )  # fmt: skip
+    group.add_argument(
+        "--rope_scaling", default="none", metavar="METHOD[:FACTOR]",
+        help="how positions beyond the trained length are brought within it: none, linear, ntk, yarn, or with a factor, "
+        "such as yarn:4 (default: none; without a factor as little as each text needs, up to --max_seq_len). Shorter "
+        "texts stay as they are",
     )  # fmt: skip
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(
@@ -167,15 +174,30 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
 
 
 def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
-    """Tokens of prompt and answer together; says so if they are more than the model was trained at."""
+    """Tokens of prompt and answer together; says so if they are more than the model was trained at.
+
+    With --rope_scaling the model gets its `extension`, which every `Decoder` of it then follows.
+    """
     trained = checkpoint.config.max_seq_len
-    if args.max_seq_len is None:
-        return trained
-    if args.max_seq_len < 2:
+    if args.max_seq_len is not None and args.max_seq_len < 2:
         raise UserError(f"--max_seq_len {args.max_seq_len} leaves no room: give at least 2")
-    if args.max_seq_len > trained:
-        print(f"note: trained at {trained} tokens; what comes after them may be poor")
-    return args.max_seq_len
+    if args.rope_scaling == "none":
+        context = args.max_seq_len or trained
+        if context > trained:
+            print(f"note: trained at {trained} tokens; what comes after them may be poor (--rope_scaling may help)")
+        return context
+    try:
+        method, factor = parse_scaling(args.rope_scaling)
+        extension = checkpoint.config.extension(method, factor, args.max_seq_len)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    checkpoint.model.extension = extension
+    context = args.max_seq_len or int(trained * factor)
+    factors = " or ".join(f"{step:g}" for step in extension.factors)
+    print(
+        f"context of {context} tokens: texts beyond the {trained} of the training are scaled ({method}, {factors} times)"
+    )
+    return context
 
 
 def ending(event: Event, sampling: Sampling, made: int, context: int) -> str:

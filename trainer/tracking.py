@@ -1,10 +1,9 @@
-"""What a run tells about itself: a progress bar, one line every few steps, the same as JSONL, a plot, wandb."""
+"""What a run tells about itself: a progress bar, one line every few steps, the same as JSONL, a plot, dashboards."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from tqdm import tqdm
 
 from model.files import atomic_write
+from trainer.dashboards import Dashboards, open_dashboards
+from trainer.distributed import sum_over_world
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -71,13 +72,13 @@ class Tracker:
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._fresh_validation = False
-        self._bar = self._wandb = None
+        self._bar = None
+        self._dashboards = Dashboards([])
 
     def __enter__(self) -> Tracker:
         if self.main:
             self._forget_lines_after(self.trainer.steps_done)
-            if self.trainer.options.use_wandb:
-                self._wandb = _start_wandb(self.trainer)
+            self._dashboards = open_dashboards(self.trainer)
             self._bar = tqdm(
                 total=self.total,
                 initial=self.trainer.steps_done,
@@ -86,7 +87,7 @@ class Tracker:
                 disable=None,
                 leave=False,
             )
-        self._since = self._started = time.perf_counter()
+        self._since = self._started = self._step_since = time.perf_counter()
         self._started_at = self.trainer.steps_done
         return self
 
@@ -96,9 +97,8 @@ class Tracker:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._bar = self._wandb = None
+        self._bar = None
+        self._dashboards.close()
 
     def add(self, result: dict[str, float]) -> None:
         """Take up the sums of one step."""
@@ -107,6 +107,11 @@ class Tracker:
         self._sums["steps"] = self._sums.get("steps", 0) + 1
         if self._bar is not None:
             self._bar.update()
+        now = time.perf_counter()
+        step = self.trainer.steps_done
+        waited = self.trainer.clock.data_seconds
+        self.trainer.log.write(f"step {step}: {now - self._step_since:.4f} s, of which {waited:.4f} s waiting for data")
+        self._step_since = now
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -114,6 +119,7 @@ class Tracker:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
+        self._step_since = time.perf_counter()
 
     def validated(self, means: dict[str, float]) -> None:
         self._validation = means
@@ -137,10 +143,12 @@ class Tracker:
             line |= {name if name == "bits_per_byte" else f"val_{name}": v for name, v in self._validation.items()}
         line["tokens"] = self.trainer.tokens_done
         line["tokens_per_second"] = tokens / seconds
+        line["tokens_per_second_per_process"] = tokens / seconds / self.trainer.world.size
         if self.peak and self.trainer.run.active_parameters:
             config = self.trainer.run.config
             flops = training_flops(tokens, pairs, self.trainer.run.active_parameters, config.n_layers, config.dim)
             line["mfu"] = flops / seconds / self.peak / self.trainer.world.size
+        line |= self._skew(steps)
         line["memory_gb"] = _memory_gb(self.trainer.device)
         done = step - self._started_at
         line["eta_seconds"] = (now - self._started) / done * (self.total - step)
@@ -148,10 +156,26 @@ class Tracker:
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(json.dumps(line) + "\n")
             tqdm.write(self._words(line))
-            if self._wandb is not None:
-                self._wandb.log({name: v for name, v in line.items() if name != "step"}, step=step)
+            self._dashboards.log({name: v for name, v in line.items() if name != "step"}, step)
         self._fresh_validation = False
         return line
+
+    def _skew(self, steps: float) -> dict[str, float]:
+        """How much longer the slowest process works on a step than the mean of all, before they meet (1: even)."""
+        world = self.trainer.world
+        mine = self.trainer.clock.take()
+        if world.size == 1:
+            self.trainer.log.write(f"the last {int(steps)} steps: {mine:.4f} s of work")
+            return {}
+        each = sum_over_world(world, [mine * (rank == world.rank) for rank in range(world.size)], self.trainer.device)
+        mean = sum(each) / world.size
+        skew = max(each) / mean if mean else 1.0
+        slowest = each.index(max(each))
+        self.trainer.log.write(
+            f"the last {int(steps)} steps: {mine:.4f} s of work here, {mean:.4f} s in the mean, {max(each):.4f} s on rank "
+            f"{slowest}, the slowest"
+        )
+        return {"skew": skew, "slowest_rank": slowest}
 
     def _words(self, line: dict) -> str:
         step = line["step"]
@@ -162,13 +186,27 @@ class Tracker:
             parts.append(f"val {self._validation['loss']:.4f}{star}")
             if "bits_per_byte" in self._validation:
                 parts.append(f"bpb {self._validation['bits_per_byte']:.4f}")
-        known = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_gb", "eta_seconds"}
+        known = {
+            "step",
+            "loss",
+            "lr",
+            "grad_norm",
+            "tokens",
+            "tokens_per_second",
+            "tokens_per_second_per_process",
+            "mfu",
+        }
+        known |= {"skew", "slowest_rank", "memory_gb", "eta_seconds"}
         parts += [
             f"{name} {value:.4f}"
             for name, value in line.items()
             if name not in known and not name.startswith("val_") and name != "bits_per_byte"
         ]
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
+        if self.trainer.world.size > 1:
+            each = "GPU" if self.trainer.device.type == "cuda" else "process"
+            parts[-1] += f" ({line['tokens_per_second_per_process']:,.0f} per {each})"
+            parts.append(f"skew {line['skew']:.2f} (rank {line['slowest_rank']})")
         parts.append(f"mfu {line['mfu']:.1%}" if "mfu" in line else "mfu n/a")
         minutes, seconds = divmod(round(line["eta_seconds"]), 60)
         parts += [f"mem {line['memory_gb']:.1f} GB", f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"]
@@ -228,20 +266,3 @@ def _memory_gb(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
     return psutil.Process().memory_info().rss / 1e9
-
-
-def _start_wandb(trainer: Trainer):
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None:
-        mode = "online" if wandb.api.api_key else "offline"
-        if mode == "offline":
-            print(f"wandb: no account on this machine, logging offline to {trainer.options.out_dir / 'wandb'}")
-    return wandb.init(
-        project=trainer.options.wandb_project,
-        name=trainer.options.wandb_run_name or trainer.run.name,
-        dir=trainer.options.out_dir,
-        mode=mode,
-        config=trainer.options.describe(),
-    )

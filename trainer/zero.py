@@ -20,6 +20,8 @@ from trainer.optim import make_optimizers, set_learning_rate
 from trainer.snapshots import OptimizerState, Snapshot, put_weights
 from trainer.zero_config import complete_zero_config, read_zero_config
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the number of steps
+
 
 class DeepSpeedEngine:
     """See `trainer.engines`."""
@@ -42,6 +44,11 @@ class DeepSpeedEngine:
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         config = complete_zero_config(options.deepspeed, options, str(dtype).removeprefix("torch."))
         self.module, self.zero, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._make_state()
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+        self.module.training = mode  # DeepSpeed passes the mode on and keeps its own: loss functions ask for it
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate([self.zero], lr)
@@ -50,6 +57,12 @@ class DeepSpeedEngine:
         self.module.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over processes (and would divide by the number of micro-batches); ours is a sum.
         self.module.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def finish_backward(self) -> None:
+        """Nothing is left to do: gradients are summed as backward goes."""
+
+    def discard(self) -> None:
+        self.module.zero_grad()
 
     def step(self, max_norm: float) -> float:
         """The largest norm stands in DeepSpeed's configuration already."""
@@ -65,14 +78,8 @@ class DeepSpeedEngine:
         weights, state = {}, {}
         for name, parameter in self.trained.items():
             weights[name] = self._keep(safe_get_full_fp32_param(parameter))
-        inner = self.zero.optimizer.state
-        if inner:  # not before the first step
-            n_steps = next(iter(inner.values()))["step"]
-            for name, parameter in self.trained.items():
-                moments = {
-                    key: self._keep(safe_get_full_optimizer_state(parameter, key)) for key in ("exp_avg", "exp_avg_sq")
-                }
-                state[name] = moments | {"step": torch.as_tensor(n_steps, dtype=torch.float32).clone().cpu()}
+            state[name] = {key: self._keep(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+            state[name]["step"] = self.zero.optimizer.state[self._flat()[0]]["step"].detach().cpu().clone()
         if not self.world.is_main:
             return Snapshot()
         put_weights(self.plain, weights)
@@ -81,24 +88,25 @@ class DeepSpeedEngine:
     def restore(self, optimizer: OptimizerState, scaler: dict) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        begun = False
         for name, group in share_tensors(self.world, optimizer, self.device):
-            if not begun:
-                self._make_state(group["step"])
-                begun = True
+            for flat in self._flat():
+                self.zero.optimizer.state[flat]["step"].copy_(group["step"])
             parameter = self.trained[name]
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 if self.stage < 3:
                     safe_set_full_optimizer_state(parameter, group[key], key)
                 else:
                     safe_set_local_optimizer_state(parameter, self._share(parameter, group[key]), key)
 
-    def _make_state(self, n_steps: Tensor) -> None:
-        """Empty optimizer state, as the first step would make it."""
-        zero = self.zero
-        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            moments = {key: torch.zeros_like(flat.data) for key in ("exp_avg", "exp_avg_sq")}
-            zero.optimizer.state[flat] = {"step": n_steps.clone().to(flat.device)} | moments
+    def _flat(self) -> list[Tensor]:
+        """What DeepSpeed's optimizer really updates: this process's share of the parameters, in flat pieces."""
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _make_state(self) -> None:
+        """Optimizer state as before the first step. (By itself ZeRO-1 and 2 would miss that of all groups but one.)"""
+        for flat in self._flat():
+            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+            self.zero.optimizer.state[flat] = moments | {"step": torch.zeros((), device=flat.device)}
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -123,4 +131,7 @@ def import_deepspeed(device: torch.device):
             "only); --fsdp needs nothing more than PyTorch"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU it would compile a kernel for sums within one machine, for which everybody waits (forever, if a compiler that
+    # was killed left its lock behind). Without it, it uses gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,0 +1,352 @@
+"""Random faults against one training run of two processes, which is started again with --resume auto until it is done.
+
+    python bench/chaos.py                       # 24 faults, a few minutes
+    python bench/chaos.py --faults 4 --seed 7
+
+Faults, in an order and at steps that the seed decides: SIGKILL of one process, SIGTERM to torchrun, SIGTERM to one
+process, SIGKILL of torchrun and all processes in the middle of a save, a disk that is full (a small tmpfs; needs root,
+else it is left out, and said so). Then it must be true that
+
+- the weights and the optimizer state in the end are those of an undisturbed run of two processes, to the bit,
+- so is every line of the metrics, each step once,
+- no fault cost more than --save_interval steps (steps that were done and had to be done again), and none cost any
+  where the run could still save (SIGTERM),
+- no process and no half-written file is left.
+
+Prints a table of the kinds of faults; --table also one of every fault. Exit code 1 if something was not true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "pretrain_64"
+MODEL = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --dropout 0.1"
+KILL_RANK, TERM_LAUNCHER, TERM_RANK = "SIGKILL of one process", "SIGTERM to torchrun", "SIGTERM to one process"
+KILL_IN_SAVE, DISK_FULL = "SIGKILL of all while saving", "disk full"
+PATIENCE = 600.0  # seconds in which a launch has to get on, or end
+
+
+@dataclass
+class Result:
+    """What one fault did. `resumed` is the step after which the next launch went on."""
+
+    kind: str
+    detail: str
+    done: int
+    resumed: int = -1
+
+    @property
+    def lost(self) -> int:
+        return self.done - self.resumed
+
+
+class Launch:
+    """One torchrun with its two workers; outside of `with` nothing of it lives."""
+
+    def __init__(self, flags: list[str], out_dir: Path) -> None:
+        self.log = out_dir / "logs" / f"{NAME}.rank0.log"
+        self._offset = self.log.stat().st_size if self.log.exists() else 0
+        self.output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        self.process = subprocess.Popen(
+            [*command, str(ROOT / "1-pretrain.py"), *flags, "--out_dir", str(out_dir)],
+            stdout=self.output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+        self._family: dict[int, psutil.Process] = {}
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kill_all()
+        self.output.close()
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """The running workers by rank. torchrun puts them into sessions of their own, so they are found by parentage."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error, KeyError):
+                    self._family[child.pid] = child
+                    if "1-pretrain.py" in " ".join(child.cmdline()):
+                        found.setdefault(int(child.environ()["RANK"]), child)
+        return found
+
+    def kill_all(self) -> None:
+        """SIGKILL for the launcher and everything it has started."""
+        self.workers()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        for child in self._family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()  # psutil knows a process by its number and its start: never another one's
+        self.process.wait()
+        psutil.wait_procs(list(self._family.values()), timeout=10)
+
+    def left_behind(self) -> list[int]:
+        """Processes that still live a while after the launcher has ended."""
+        _, alive = psutil.wait_procs(list(self._family.values()), timeout=20)
+        return [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    def steps_done(self) -> int:
+        """The last step that rank 0 has done in this launch, by its log; -1: none yet."""
+        if not self.log.exists():
+            return -1
+        with self.log.open("rb") as file:
+            file.seek(self._offset)
+            steps = re.findall(rb" step (\d+): [\d.]+ s,", file.read())
+        return int(steps[-1]) if steps else -1
+
+    def steps_done_by_all_signs(self, metrics: Path) -> int:
+        """As `steps_done`, for a full disk, which may have lost the last lines of some files; rather too many."""
+        lines = re.findall(r'^{"step": (\d+)', metrics.read_text(errors="replace"), re.MULTILINE)
+        printed = re.findall(r"^step (\d+)/", self.text(), re.MULTILINE)
+        step = max(self.steps_done(), *map(int, lines[-1:] + printed[-1:]))
+        in_a_save = "no space left on the disk for" in self.text()
+        return step if in_a_save else step + 1  # the step whose line could not be written
+
+    def text(self) -> str:
+        self.output.flush()
+        self.output.seek(0)
+        return self.output.read()
+
+    def started_after(self) -> int:
+        """The step after which this launch went on."""
+        text = self.text()
+        if found := re.search(r"resuming after step (\d+)", text):
+            return int(found[1])
+        if "starting from the beginning" in text:
+            return 0
+        raise RuntimeError(f"this launch does not say where it started:\n{text[-3000:]}")
+
+    def wait_for(self, step: int) -> None:
+        """Until that step is done. RuntimeError if the launch ends before or does not get on."""
+        deadline = time.monotonic() + PATIENCE
+        while self.steps_done() < step:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"step {step} was not reached:\n{self.text()[-3000:]}")
+            time.sleep(0.005)
+
+    def wait(self) -> int:
+        """The exit code of the launcher."""
+        try:
+            return self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"it hangs:\n{self.text()[-3000:]}") from None
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
+    """A tmpfs on `folder` while in here; yields whether there is one (it takes root and Linux)."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    mounted = (
+        sys.platform == "linux" and os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    )
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that leaves no byte free."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * size)
+    return path
+
+
+def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
+    """Do it, and wait until the launch has ended; returns what was hit."""
+    workers = launch.workers()
+    rank = rng.randrange(2)
+    if kind == KILL_RANK:
+        workers[rank].kill()
+        launch.wait()
+        return f"rank {rank}"
+    if kind == TERM_RANK:
+        workers[rank].terminate()
+        launch.wait()
+        return f"rank {rank}"
+    if kind == TERM_LAUNCHER:
+        launch.process.terminate()
+        launch.wait()
+        return "both"
+    if kind == KILL_IN_SAVE:
+        state, weights = out_dir / f"{NAME}.resume", f".{NAME}."
+        what = rng.choice(["state", "weights"])
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and launch.process.poll() is None:
+            folder, prefix = (state, ".writing_") if what == "state" else (out_dir, weights)
+            with contextlib.suppress(FileNotFoundError):
+                if any(name.startswith(prefix) and not name.endswith(".lock") for name in os.listdir(folder)):
+                    launch.kill_all()
+                    return f"writing the {what}"
+        raise RuntimeError(f"no save was seen:\n{launch.text()[-3000:]}")
+    filler = fill(out_dir)
+    try:
+        code, text = launch.wait(), launch.text()
+        if code == 0 or "no space left on the disk" not in text:
+            raise RuntimeError(f"a full disk was not reported:\n{text[-3000:]}")
+    finally:
+        filler.unlink()
+    return "while saving" if "no space left on the disk for" in text else "between saves"
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What is not the same to the bit in the results of two runs."""
+    found = []
+    for one, other in [
+        (torch.load(folder / f"{NAME}.pth", weights_only=True) for folder in (a, b)),
+        (torch.load(max(folder.glob(f"{NAME}.resume/step_*")) / "state.pt", weights_only=True) for folder in (a, b)),
+    ]:
+        one, other = dict(_tensors(one)), dict(_tensors(other))
+        found += [name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name))]
+    fields = ("step", "loss", "grad_norm", "lr", "tokens")
+    lines = [
+        [[line[field] for field in fields] for line in map(json.loads, path.read_text().splitlines())]
+        for path in (a / f"{NAME}.metrics.jsonl", b / f"{NAME}.metrics.jsonl")
+    ]
+    return found + (["the metrics"] if lines[0] != lines[1] else [])
+
+
+def _tensors(value: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(part, f"{name}.{key}")
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def chaos(folder: Path, n_faults: int, seed: int, save_interval: int) -> tuple[list[Result], list[str]]:
+    """Run it in `folder`, which is empty; returns what each fault did, and everything that was not as it must be."""
+    rng = random.Random(seed)
+    words = "the cat saw a dog near 河 and 山 then slept until morning came".split()
+    data = folder / "texts.jsonl"
+    texts = (json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(3, 30)))}) for _ in range(2000))
+    data.write_text("\n".join(texts), encoding="utf-8")
+    steps = (n_faults + 1) * 2 * save_interval  # enough, however little each fault leaves
+    flags = f"{MODEL} --device cpu --dtype float32 --batch_size 2 --val_fraction 0 --log_interval 1 --max_steps {steps}"
+    flags = [
+        *flags.split(),
+        "--save_interval",
+        str(save_interval),
+        "--data_path",
+        str(data),
+        "--cache_dir",
+        str(folder / "cache"),
+    ]
+    wrong: list[str] = []
+
+    print(f"an undisturbed run of {steps} steps ...", flush=True)
+    with Launch(flags, folder / "whole") as launch:
+        if launch.wait() != 0:
+            raise RuntimeError(launch.text()[-3000:])
+
+    out_dir = folder / "disk"
+    with small_disk(out_dir, megabytes=48) as mounted:
+        kinds = [KILL_RANK, KILL_IN_SAVE, TERM_LAUNCHER, *([DISK_FULL] if mounted else []), TERM_RANK]
+        if not mounted:
+            print(f"left out: {DISK_FULL} (a tmpfs needs root on Linux)")
+        plan = [kinds[i % len(kinds)] for i in range(n_faults)]
+        rng.shuffle(plan)
+        results: list[Result] = []
+        position = 0
+        for number, kind in enumerate([*plan, None], start=1):
+            started = time.monotonic()
+            with Launch([*flags, "--resume", "auto"], out_dir) as launch:
+                if kind is not None:
+                    launch.wait_for(position + rng.randint(1, 2 * save_interval))
+                    time.sleep(rng.random() * 0.02)
+                    detail = strike(launch, kind, out_dir, rng)
+                elif launch.wait() != 0:
+                    raise RuntimeError(launch.text()[-3000:])
+                if alive := launch.left_behind():
+                    wrong.append(f"{kind}: processes {alive} were left behind")
+                position = launch.started_after()
+                if results:
+                    results[-1].resumed = position
+                if kind is None:
+                    break
+                full = kind == DISK_FULL
+                done = (
+                    launch.steps_done_by_all_signs(out_dir / f"{NAME}.metrics.jsonl") if full else launch.steps_done()
+                )
+                results.append(Result(kind, detail, done))
+            print(
+                f"{number}/{n_faults}: {kind}, {detail}, after step {results[-1].done} ({time.monotonic() - started:.1f} s)",
+                flush=True,
+            )
+        print("done; comparing", flush=True)
+        for result in results:
+            limit = 0 if result.kind in (TERM_LAUNCHER, TERM_RANK) else save_interval
+            if not 0 <= result.lost <= limit:
+                wrong.append(f"{result.kind} ({result.detail}) after step {result.done}: {result.lost} steps lost")
+        wrong += [f"not the same to the bit: {name}" for name in differences(folder / "whole", out_dir)]
+        rubbish = [*out_dir.glob(".*.tmp"), *(out_dir / f"{NAME}.resume").glob(".*")]
+        wrong += [f"left behind: {path.name}" for path in rubbish]
+    return results, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="of the faults, their order and their steps (default: 0)")
+    parser.add_argument("--save_interval", type=int, default=4, help="optimizer steps between saves (default: 4)")
+    parser.add_argument("--table", action="store_true", help="also print a table of every fault")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes and its disk go too
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
+        results, wrong = chaos(Path(folder), args.faults, args.seed, args.save_interval)
+    print()
+    if args.table:
+        print("| | fault | hit | step reached | resumed after | steps lost |\n|---|---|---|---|---|---|")
+        for number, r in enumerate(results, start=1):
+            print(f"| {number} | {r.kind} | {r.detail} | {r.done} | {r.resumed} | {r.lost} |")
+        print()
+    print("| fault | times | steps lost, mean | most |\n|---|---|---|---|")
+    for kind in dict.fromkeys(sorted(r.kind for r in results)):
+        lost = [r.lost for r in results if r.kind == kind]
+        print(f"| {kind} | {len(lost)} | {sum(lost) / len(lost):.1f} | {max(lost)} |")
+    verdict = (
+        "; ".join(wrong)
+        if wrong
+        else "weights, optimizer state and metrics are those of the undisturbed run, to the bit"
+    )
+    print(
+        f"\n{len(results)} faults in {time.monotonic() - started:.0f} s, a save every {args.save_interval} steps: {verdict}"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

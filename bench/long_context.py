@@ -1,0 +1,159 @@
+"""Perplexity beyond the trained length, without and with RoPE scaling, by position.
+
+    python bench/long_context.py --weights out/pretrain_512.pth --data_path held_out.jsonl
+    python bench/long_context.py --weights out/pretrain_512.pth --data_path held_out.jsonl --join 200 --documents 16
+
+Long documents of --data_path are read from their beginnings, in one go for every length: 1,024, 2,048, ... tokens. The table
+gives the perplexity (and the bits per byte) of the second half of each, so that every token is counted once, at the length
+that just holds it. Give texts that the model was not trained on. Where they are shorter than the longest length, --join N
+strings together the texts of at least N characters, in the order of the file, which is said in the output: a model can
+gain little from the far past of such a text, but it can be disturbed by it.
+
+`last 512 only` is what a chat does without long contexts: the same tokens, predicted from a window of the trained length
+that moves on by half of it. A method is worth something where it beats this column, not only where it beats `none`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from model.model import Transformer
+from model.rope import METHODS
+from model.tokenizer import BOS_ID, encode_text, load_tokenizer
+from model.weights import load_checkpoint
+from trainer.arguments import resolve_device, resolve_dtype
+from trainer.errors import UserError, run_script
+from trainer.readers import iter_records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="a .pth file")
+    parser.add_argument("--data_path", type=Path, required=True, help="texts it was not trained on (JSONL, CSV, TXT)")
+    parser.add_argument("--text_field", default="text", help="column or key with the text (default: text)")
+    parser.add_argument(
+        "--join", type=int, metavar="CHARS", help="string together texts of at least so many characters"
+    )
+    parser.add_argument("--documents", type=int, default=8, help="how many long documents (default: 8)")
+    parser.add_argument("--longest", type=int, default=8, help="in trained lengths, a power of two (default: 8)")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    tokenizer, device = load_tokenizer(), resolve_device(args.device)
+    checkpoint = load_checkpoint(args.weights, device, resolve_dtype("auto", device), tokenizer)
+    model, trained = checkpoint.model, checkpoint.config.max_seq_len
+    longest = trained * args.longest
+    documents = read_documents(args, tokenizer, longest)
+    n_bytes = bytes_per_token(tokenizer).to(device)
+
+    joined = f"texts of {args.join} characters and more, strung together" if args.join else "whole texts"
+    print(f"{args.weights}: trained at {trained} tokens; {len(documents)} documents of {longest} tokens ({joined})\n")
+    names = [f"last {trained} only", "none", *METHODS]
+    print(f"| tokens | context | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
+    length = trained
+    while length <= longest:
+        first = length // 2 if length > trained else 0  # of the counted tokens, without <s>
+        sums = [
+            score(model, documents, n_bytes, first, length, name) for name in names[: 2 if length == trained else 9]
+        ]
+        cells = [cell(*each) for each in sums] + ["as none"] * (len(names) - len(sums))
+        print(f"| {first + 1:,} to {length:,} | {length:,} | {' | '.join(cells)} |", flush=True)
+        length *= 2
+    forced = [score(model, documents, n_bytes, 0, trained, name, args.longest) for name in METHODS]
+    cells = ["", "", *(cell(*each) for each in forced)]
+    print(f"| 1 to {trained:,}, scaled {args.longest} times all the same | {trained:,} | {' | '.join(cells)} |")
+
+
+def read_documents(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[Tensor]:
+    """The first texts that are long enough, as ids (longest,) from <s> on."""
+    found: list[Tensor] = []
+    for text in long_texts(args, tokenizer, longest):
+        found.append(torch.tensor([BOS_ID, *encode_text(tokenizer, text)][:longest]))
+        if len(found) == args.documents:
+            return found
+    if not found:
+        raise UserError(
+            f"{args.data_path} has no text of {longest} tokens: string shorter ones together with --join 200"
+        )
+    return found
+
+
+def long_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, longest: int) -> Iterator[str]:
+    parts: list[str] = []
+    for row in iter_records(args.data_path, on_bad=None):
+        text = row.data.get(args.text_field)
+        if not isinstance(text, str) or len(text) < (args.join or 1):
+            continue
+        parts = [*parts, text] if args.join else [text]
+        joined = "\n".join(parts)
+        # No token is longer than its text: shorter texts need not be encoded to know it.
+        if len(joined.encode()) >= longest and len(encode_text(tokenizer, joined)) >= longest:
+            parts = []
+            yield joined
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """(vocab,) UTF-8 bytes that a token stands for: a byte-level vocabulary spells each as one character."""
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    return torch.tensor([0 if i in special else len(name) for i, name in enumerate(names)])
+
+
+@torch.inference_mode()
+def score(
+    model: Transformer,
+    documents: list[Tensor],
+    n_bytes: Tensor,
+    first: int,
+    length: int,
+    name: str,
+    forced: float | None = None,
+) -> tuple[float, int, int]:
+    """Nats, tokens and bytes of the tokens from `first` to `length` of every document, predicted in the way of `name`.
+
+    forced: scale by this factor, whatever the length.
+    """
+    trained, nats, tokens, size = model.config.max_seq_len, 0.0, 0, 0
+    scaling = None
+    if name in METHODS:
+        factor = forced or length / trained
+        extension = model.config.extension(name, factor)
+        scaling = extension.scaling(extension.trained_factor * factor)
+    for document in documents:
+        ids = document[:length].to(n_bytes.device)
+        begin = max(first, 1)  # <s> is given
+        if name.startswith("last"):
+            spans = [(max(end - trained, 0), end) for end in range(trained, length + 1, trained // 2)]
+        else:
+            spans = [(0, length)]
+        for start, end in spans:
+            losses = token_losses(model, ids[start:end], scaling)  # of tokens start + 1 ... end - 1
+            counted = losses[max(begin - start - 1, 0) :]
+            begin = max(begin, end)
+            nats += counted.sum().item()
+            tokens += len(counted)
+            size += n_bytes[ids[end - len(counted) : end]].sum().item()
+    return nats, tokens, size
+
+
+def token_losses(model: Transformer, ids: Tensor, scaling) -> Tensor:
+    """(time - 1,) nats of every token but the first."""
+    logits = model(ids[None], use_cache=False, rope_scaling=scaling).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
+
+
+def cell(nats: float, tokens: int, size: int) -> str:
+    return f"{math.exp(nats / tokens):.1f} ({nats / math.log(2) / size:.3f})"
+
+
+if __name__ == "__main__":
+    run_script(main)

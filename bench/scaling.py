@@ -1,0 +1,289 @@
+"""How the cost of talking grows with the number of GPUs: the tables of docs/scaling.md.
+
+    python bench/scaling.py                     # the simulated table
+    python bench/scaling.py --measure           # also a check of the formula on this machine's CPU, two processes
+    python bench/scaling.py --write docs/scaling.md
+
+Simulated, not measured: the time of computing follows from the FLOPs of a step and an assumed share of a published peak
+(--gpu, --mfu), the time of talking from the bytes of the real parameters and the published rates of the links (--nvlink,
+--network, at the share --efficiency that they reach). The formula is in docs/scaling.md and in `talk` below. --write
+replaces what stands between the markers of that page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model.LMConfig import preset  # noqa: E402
+from model.model import Transformer, parameter_counts  # noqa: E402
+from trainer.tracking import PEAK_FLOPS, training_flops  # noqa: E402
+
+PRESETS = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
+WORLDS = (8, 64, 512)
+ROWS, ROW_LENGTH = 32, 512  # of one micro-batch on one GPU: the defaults of 1-pretrain.py
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects the GPUs; bytes per second of one GPU in one direction, seconds for one message."""
+
+    per_node: int
+    nvlink: float
+    network: float
+    nvlink_latency: float
+    network_latency: float
+    bucket: float  # gradients are sent in pieces of so many bytes
+
+
+@dataclass(frozen=True)
+class Message:
+    """Something that all processes send once a step, or once a micro-batch: `ways` 2 for an all-reduce (everybody has the
+    sum), 1 for a reduce-scatter or an all-gather (half of it). `pieces`: in how many messages; 0: as buckets."""
+
+    bytes: float
+    ways: int
+    per_micro_batch: bool = False
+    pieces: int = 0
+
+
+def messages(strategy: str, parameters: int, n_layers: int) -> list[Message]:
+    """What a strategy sends. 4 bytes a number in float32, 2 in bfloat16."""
+    if strategy == "DDP":  # float32 gradients, summed once a step
+        return [Message(4 * parameters, 2)]
+    if strategy == "ZeRO-1/2":  # bfloat16 gradients to their owners, bfloat16 weights back
+        return [Message(2 * parameters, 1), Message(2 * parameters, 1)]
+    # ZeRO-3, FSDP: weights before the forward and again before the backward pass, gradients to their owners; by layer
+    every = dict(ways=1, per_micro_batch=True, pieces=n_layers)
+    return [Message(2 * parameters, **every), Message(2 * parameters, **every), Message(4 * parameters, **every)]
+
+
+def talk(message: Message, n: int, links: Links) -> float:
+    """Seconds for one message between n GPUs: a ring inside each machine, then rings between machines, then inside again.
+
+    Inside, of g GPUs: (g - 1)/g * bytes / nvlink. Between m machines each GPU has its g-th part to send:
+    (m - 1)/m * bytes/g / network. An all-reduce does both twice. Every piece pays a latency for every hop.
+    """
+    g = min(n, links.per_node)
+    m = math.ceil(n / g)
+    pieces = message.pieces or math.ceil(message.bytes / links.bucket)
+    seconds = (g - 1) / g * message.bytes / links.nvlink + (m - 1) / m * message.bytes / g / links.network
+    hops = (g - 1) * links.nvlink_latency + (m - 1) * links.network_latency
+    return message.ways * (seconds + pieces * hops)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A preset's work for one micro-batch on one GPU."""
+
+    parameters: int
+    n_layers: int
+    flops: float
+
+
+def work(name: str) -> Work:
+    config = preset(name)
+    with torch.device("meta"):
+        counts = parameter_counts(Transformer(config))
+    # Rows are packed full; the documents in them are taken to be half a row long.
+    tokens, pairs = ROWS * ROW_LENGTH, ROWS * 2 * (ROW_LENGTH / 2) ** 2
+    flops = training_flops(tokens, pairs, counts["active"], config.n_layers, config.dim)
+    return Work(counts["total"], config.n_layers, flops)
+
+
+def efficiency(
+    job: Work, strategy: str, n: int, micro_batches: int, compute: float, links: Links, hidden: bool
+) -> float:
+    """Share of the time in which the GPUs compute. hidden: talking happens during two thirds of the computing (the backward
+    passes that it belongs to) where it can."""
+    computing = micro_batches * compute
+    often = once = 0.0
+    for message in messages(strategy, job.parameters, job.n_layers):
+        seconds = talk(message, n, links)
+        often, once = (often + seconds, once) if message.per_micro_batch else (often, once + seconds)
+    if hidden:
+        # What belongs to every micro-batch hides behind all of it; the sum of gradients behind the last backward pass.
+        often = max(0.0, often - compute)
+        once = max(0.0, once - compute * 2 / 3)
+    return computing / (computing + micro_batches * often + once)
+
+
+def simulated(args: argparse.Namespace) -> str:
+    links = Links(
+        args.per_node, args.nvlink * 1e9 * args.efficiency, args.network * 1e9 / 8 * args.efficiency,
+        args.nvlink_latency * 1e-6, args.network_latency * 1e-6, args.bucket_mb * 2**20,
+    )  # fmt: skip
+    peak = PEAK_FLOPS[args.gpu]
+    lines = [
+        f"Assumed: {args.gpu}, {peak / 1e12:g} TFLOP/s in bfloat16, of which {args.mfu:.0%} are reached; {args.per_node} "
+        f"GPUs in a machine, connected by {args.nvlink:g} GB/s (NVLink, one GPU, one way, {args.nvlink_latency:g} µs); "
+        f"one network port of {args.network:g} Gbit/s for each GPU ({args.network_latency:g} µs); {args.efficiency:.0%} of "
+        f"these rates are reached. One micro-batch on one GPU is {ROWS} rows of {ROW_LENGTH} tokens.",
+        "",
+        "| preset | a micro-batch computes | strategy | micro-batches a step | a GPU sends, 512 GPUs | "
+        + " | ".join(f"{n} GPUs" for n in WORLDS)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(WORLDS),
+    ]
+    for name in PRESETS:
+        job = work(name)
+        compute = job.flops / peak / args.mfu
+        for strategy in ("DDP", "ZeRO-1/2", "ZeRO-3, FSDP"):
+            for micro in (1, 8):
+                sent = sum(
+                    m.ways * (511 / 512) * m.bytes * (micro if m.per_micro_batch else 1)
+                    for m in messages(strategy, job.parameters, job.n_layers)
+                )
+                rates = [
+                    f"{efficiency(job, strategy, n, micro, compute, links, False):.0%} to "
+                    f"{efficiency(job, strategy, n, micro, compute, links, True):.0%}"
+                    for n in WORLDS
+                ]
+                cells = [f"`{name}`", f"{compute * 1e3:.1f} ms", strategy, str(micro), f"{sent / 1e6:,.0f} MB", *rates]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---- a check of the formula, measured on this machine
+
+
+def measured(steps: int) -> str:
+    """One and two CPU processes, minimind-v1-small: the time of a step, of the sum of its gradients, and what follows."""
+    one, work_one, _ = _timed_run(1, steps)
+    two, work_two, sums = _timed_run(2, steps)
+    parameters = work("minimind-v1-small").parameters
+    expected = work_two + (one - work_one) + sums
+    return "\n".join(
+        [
+            "Measured on a CPU: `minimind-v1-small`, a row of 512 tokens and a core for each process, gloo on the loopback.",
+            "",
+            "| | seconds |\n|---|---|",
+            f"| a step of one process | {one:.2f} |",
+            f"| of that forward and backward | {work_one:.2f} |",
+            f"| forward and backward with two processes at work | {work_two:.2f} |",
+            f"| the sum of {4 * parameters / 1e6:.0f} MB of gradients over two processes, alone | {sums:.2f} |",
+            f"| a step of two processes, expected: computing as with two, the optimizer, the sum | {expected:.2f} |",
+            f"| a step of two processes, measured | {two:.2f} |",
+        ]
+    )
+
+
+def _timed_run(n: int, steps: int) -> tuple[float, float, float]:
+    """Median seconds of a step with n processes, of its work, and of summing gradients; this script is its own worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "seconds.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), __file__]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "--worker", str(result), "--steps", str(steps)], check=True, env=environment)
+        return tuple(json.loads(result.read_text()))
+
+
+def worker(path: Path, steps: int) -> None:
+    """Real steps of the real loop; times by its own log."""
+    import numpy as np
+
+    from trainer.arguments import TrainOptions
+    from trainer.corpus import TokenCorpus
+    from trainer.datasets import PackedRows
+    from trainer.distributed import join_world, leave_world
+    from trainer.loop import Run, fit
+    from trainer.losses import next_token_loss
+
+    world = join_world("cpu")
+    config = preset("minimind-v1-small")
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, 512 * 2 * (steps + 1)).astype(np.uint16)
+    n = len(tokens) // 512
+    corpus = TokenCorpus(
+        tokens, None, np.arange(n + 1) * 512, np.full(n, 512), np.arange(n).astype(np.uint64), "random", {}
+    )
+    torch.manual_seed(0)
+    model = Transformer(config)
+    out_dir = path.parent / "out"
+    options = TrainOptions(
+        out_dir=out_dir,
+        batch_size=1,
+        max_steps=steps,
+        device="cpu",
+        dtype="float32",
+        save_interval=10**6,
+        log_interval=1,
+    )
+    run = Run("pretrain", "scaling", config, {}, lambda info: None)
+    fit(model, next_token_loss, PackedRows(corpus, np.arange(n), 512, 0), None, options, run, world)
+    log = (out_dir / "logs" / f"scaling.rank{world.rank}.log").read_text()
+    times = [*map(float, re.findall(r" step \d+: ([\d.]+) s,", log)[1:])]  # the first one allocates
+    works = [*map(float, re.findall(r" steps: ([\d.]+) s of work", log)[1:])]
+    sums = []
+    if world.size > 1:
+        flat = torch.zeros(parameter_counts(model)["total"])
+        for _ in range(5):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(flat)
+            sums.append(time.perf_counter() - start)
+    if world.is_main:
+        path.write_text(json.dumps([statistics.median(x) if x else 0.0 for x in (times, works, sums)]))
+    leave_world(world)
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    old = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    head, _, rest = old.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{page} has no markers {begin.strip()} and {end.strip()}")
+    page.write_text(head + begin + text + end + tail, encoding="utf-8", newline="\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="H100", choices=[*PEAK_FLOPS], help="whose peak is assumed")
+    parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that computing reaches")
+    parser.add_argument("--per_node", type=int, default=8, help="GPUs in one machine")
+    parser.add_argument("--nvlink", type=float, default=450, help="GB/s of one GPU in one direction, inside a machine")
+    parser.add_argument("--network", type=float, default=400, help="Gbit/s of one GPU's port, between machines")
+    parser.add_argument("--efficiency", type=float, default=0.8, help="share of both that is reached")
+    parser.add_argument("--nvlink_latency", type=float, default=3, help="microseconds for one hop inside a machine")
+    parser.add_argument("--network_latency", type=float, default=10, help="microseconds for one hop between machines")
+    parser.add_argument("--bucket_mb", type=float, default=32, help="gradients are sent in pieces of so many MiB")
+    parser.add_argument(
+        "--measure", action="store_true", help="also measure one and two processes here (a minute or two)"
+    )
+    parser.add_argument("--steps", type=int, default=8, help="to measure")
+    parser.add_argument("--write", type=Path, help="put the tables into this page")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        worker(args.worker, args.steps)
+        return
+    tables = {"simulated": simulated(args)} | ({"measured": measured(args.steps)} if args.measure else {})
+    for name, text in tables.items():
+        print(f"{text}\n")
+        if args.write:
+            put(args.write, name, text)
+
+
+if __name__ == "__main__":
+    main()

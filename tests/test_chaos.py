@@ -1,0 +1,18 @@
+"""A short bench/chaos.py: a few faults against one run of two processes, which ends as if there had been none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_run_survives_faults(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--faults", "3", "--seed", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "are those of the undisturbed run, to the bit" in result.stdout
+    for kind in ("SIGKILL of one process", "SIGKILL of all while saving", "SIGTERM to torchrun"):
+        assert f"| {kind} | 1 |" in result.stdout

@@ -1,0 +1,161 @@
+"""lm-eval, the harness of public leaderboards, on an exported folder and on the running server: its scores are ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.export import describe, new_folder, write_llama
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.scoring import Item, score
+from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
+from model.weights import Checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TASK = """\
+task: minimind_local
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+metadata:
+  version: 1
+"""
+DOCS = [
+    {"question": "中国的首都是", "choices": ["北京", "东京", "巴黎的塔", "London"], "answer": 0},
+    {"question": "The sun rises in the", "choices": [" east", " west", " north of it", " sea"], "answer": 0},
+    {"question": "水的化学式是", "choices": ["CO2", "H2O", "NaCl", "O2。"], "answer": 1},
+    {"question": "2 + 2 =", "choices": [" 3", " 4", " 5", " 22"], "answer": 1},
+    {"question": "一年有", "choices": ["十个月", "十二个月", "两天", "百年"], "answer": 1},
+    {"question": "Who wrote this?", "choices": [" Me.", " You.", " Nobody knows.", " 他"], "answer": 2},
+]
+
+
+def lm_eval(tmp_path: Path, *args: str, docs: list[dict] = DOCS) -> tuple[dict, list[dict]]:
+    """Run the harness on a local task, with no hub in reach: its results, and its samples in the order of `docs`."""
+    tasks, out = tmp_path / "tasks", tmp_path / "results"
+    tasks.mkdir()
+    data = tasks / "data.jsonl"
+    data.write_text("".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs), encoding="utf-8")
+    (tasks / "task.yaml").write_text(TASK.format(data=data.as_posix()), encoding="utf-8")
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OPENAI_API_KEY": "none",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "lm_eval", *args, "--tasks", "minimind_local", "--include_path", str(tasks),
+        "--output_path", str(out), "--log_samples",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = out.rglob("results_*.json")
+    (samples,) = out.rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    scores = json.loads(results.read_text(encoding="utf-8"))["results"]["minimind_local"]
+    return scores, sorted(rows, key=lambda row: row["doc_id"])
+
+
+def our_scores(model: Transformer, start: list[int], docs: list[dict] = DOCS) -> list[torch.Tensor]:
+    """Scores of the same items after the tokens `start`.
+
+    The harness encodes question and choice together, and cuts where the question ends.
+    """
+    tokenizer = load_tokenizer()
+    items = []
+    for doc in docs:
+        question = encode_text(tokenizer, doc["question"])
+        both = [encode_text(tokenizer, doc["question"] + choice) for choice in doc["choices"]]
+        items.append(Item([*start, *question], [ids[len(question) :] for ids in both]))
+    return score(model, items)
+
+
+def check(scores: dict, samples: list[dict], ours: list[torch.Tensor], tolerance: float) -> None:
+    """The harness has our log-probabilities, and counts right answers as we would."""
+    assert len(samples) == len(DOCS)
+    for sample, mine in zip(samples, ours, strict=True):
+        theirs = torch.tensor([float(value) for value, _ in sample["filtered_resps"]])
+        torch.testing.assert_close(theirs, mine, atol=tolerance, rtol=0)
+    right = [int(mine.argmax()) == doc["answer"] for mine, doc in zip(ours, DOCS, strict=True)]
+    assert scores["acc,none"] == pytest.approx(sum(right) / len(right))
+
+
+def make(moe: bool = False) -> Transformer:
+    torch.manual_seed(0)
+    config = LMConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, max_seq_len=256, initializer_range=0.15, use_moe=moe)
+    return Transformer(config).eval()
+
+
+def export(folder: Path, model: Transformer) -> Path:
+    description = describe(Checkpoint(model, model.config, {}, folder, ""), "float32")
+    with new_folder(folder) as tmp:
+        write_llama(tmp, model, TOKENIZER_DIR, torch.float32, description)
+    return folder
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_exported_folder(moe, tmp_path):
+    model = make(moe)
+    arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=True"
+    found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "4")
+    check(*found, our_scores(model, [BOS_ID]), 1e-3)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The running API server with the model of `make`: its address and the name of the model there."""
+    if not (ROOT / "my_openai_api.py").is_file():
+        pytest.skip("no server in this version")
+    path = tmp_path / "full_sft_64.pth"
+    save_checkpoint(path, make(), info={})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "my_openai_api.py", "--weights", path, "--dtype", "float32", "--port", port]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                assert process.poll() is None, (tmp_path / "server.log").read_text()
+                try:
+                    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+                        yield url, json.load(answer)["data"][0]["id"]
+                        break
+                except urllib.error.URLError:
+                    time.sleep(0.2)
+            else:
+                pytest.fail("the server did not start")
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def test_running_server(server, tmp_path):
+    url, name = server
+    model = make()
+    arguments = (
+        f"model={name},base_url={url}/v1/completions,tokenizer={export(tmp_path / 'export', model)},"
+        "tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent=2,max_retries=1,max_length=256"
+    )
+    found = lm_eval(tmp_path, "--model", "local-completions", "--model_args", arguments, "--batch_size", "2")
+    check(*found, our_scores(model, []), 1e-3)

@@ -1,0 +1,258 @@
+"""my_openai_api.py and chat_openai_api.py as users run them: two processes that talk to each other."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from serving_helpers import NAME, TOKENIZER, serving
+
+from model.export import describe, write_llama
+from model.generation import Sampling
+from model.LMConfig import LMConfig
+from model.lora import add_adapter, save_adapter
+from model.model import Transformer
+from model.tokenizer import TOKENIZER_DIR
+from model.weights import load_checkpoint, save_checkpoint
+from trainer.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = ["--device", "cpu", "--dtype", "float32"]
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """A folder with a tiny model, an adapter for it, and an export of it."""
+    folder = tmp_path_factory.mktemp("out")
+    torch.manual_seed(0)
+    config = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=2000, initializer_range=0.3)
+    path = folder / "full_sft_32.pth"
+    save_checkpoint(path, Transformer(config), info={"stage": "full_sft"})
+    base = load_checkpoint(path)
+    save_adapter(folder / "lora_tiny_32", add_adapter(base.model, rank=2, alpha=4, dropout=0), base, {"name": "tiny"})
+    (folder / "export").mkdir()
+    checkpoint = load_checkpoint(path)
+    write_llama(folder / "export", checkpoint.model, TOKENIZER_DIR, torch.float32, describe(checkpoint, "float32"))
+    return folder
+
+
+@contextlib.contextmanager
+def running(*args):
+    """(process, port) of a my_openai_api.py."""
+    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--port", "0", *CPU, *map(str, args)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            for line in process.stdout:
+                if found := re.match(r"serving .* at http://127.0.0.1:(\d+)/v1", line):
+                    break
+            yield process, int(found[1])
+        finally:
+            process.kill()
+
+
+def stream_from(port: int, **fields):
+    """A file of the answer to a long streaming request that has begun."""
+    body = json.dumps(
+        {"model": "full_sft_32", "messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
+    ).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    for _ in range(600):
+        try:
+            sock = socket.create_connection(("127.0.0.1", port), timeout=120)
+            break
+        except OSError:  # it has its address, and does not listen yet
+            time.sleep(0.1)
+    sock.sendall(head.encode() + body)
+    file = sock.makefile("rb")
+    assert b" 200 " in file.readline()
+    while b'"delta": {"content"' not in file.readline():  # the first text
+        pass
+    return file
+
+
+def test_sigterm_lets_answers_finish(out):
+    with running("--weights", out / "full_sft_32.pth") as (process, port):
+        file = stream_from(port, max_tokens=1500, temperature=0)
+        process.send_signal(signal.SIGTERM)
+        rest = file.read().decode()
+        assert '"finish_reason": "length"' in rest and "[DONE]" in rest and "error" not in rest
+        assert process.wait(60) in (0, -signal.SIGTERM)
+        assert "Finished server process" in process.stdout.read()
+
+
+def test_sigterm_tells_those_that_cannot_finish(out):
+    with running("--weights", out / "full_sft_32.pth", "--drain_seconds", "0", "--max_seq_len", "30000") as (
+        process,
+        port,
+    ):
+        file = stream_from(port, temperature=0)
+        process.send_signal(signal.SIGTERM)
+        rest = file.read().decode()
+        error = json.loads(re.search(r'data: (\{"error".*)', rest)[1])["error"]
+        assert error["code"] == "shutting_down" and error["type"] == "server_error" and "[DONE]" in rest
+        assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_what_can_be_served(out, monkeypatch, capsys):
+    script = load_script("my_openai_api")
+
+    def opened(*args):
+        monkeypatch.setattr(sys, "argv", ["my_openai_api.py", *CPU, *map(str, args)])
+        parsed = script.parse_args()
+        checkpoint, tokenizer = script.open_model(script.find_model(parsed), parsed)
+        ids = torch.tensor([[1, 50, 60]])
+        with torch.inference_mode():
+            return checkpoint.path.name, checkpoint.model(input_ids=ids).logits, tokenizer
+
+    name, plain, _ = opened("--weights", out / "full_sft_32.pth")
+    assert name == "full_sft_32.pth"
+    assert opened("--out_dir", out)[0] == "lora_tiny_32"  # the newest
+    name, merged, _ = opened("--weights", out / "lora_tiny_32")
+    assert torch.equal(merged, plain) and name == "lora_tiny_32"  # a fresh adapter adds nothing
+    name, exported, tokenizer = opened("--weights", out / "export")
+    torch.testing.assert_close(exported, plain, atol=1e-4, rtol=1e-4)
+    assert len(tokenizer) == len(TOKENIZER)
+    for wrong in (out / "nothing.pth", out):
+        with pytest.raises(UserError):
+            opened("--weights", wrong)
+    with pytest.raises(UserError, match="nothing to serve"):
+        opened("--out_dir", out / "export")
+
+
+def test_wrong_flags_and_a_taken_port(monkeypatch):
+    script = load_script("my_openai_api")
+    wrong = ["--port", "99999", "--max_rows", "0", "--max_queue", "0", "--drain_seconds", "-1", "--api_key", " "]
+    monkeypatch.setattr(sys, "argv", ["my_openai_api.py", *wrong])
+    with pytest.raises(UserError) as caught:
+        script.parse_args()
+    assert all(
+        flag in str(caught.value) for flag in ("--port", "--max_rows", "--max_queue", "--drain_seconds", "--api_key")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--port"):
+        script.bind("127.0.0.1", taken.getsockname()[1])
+    monkeypatch.setenv("MINIMIND_API_KEY", "from the environment")
+    monkeypatch.setattr(sys, "argv", ["my_openai_api.py"])
+    assert script.parse_args().api_key == "from the environment"
+    assert script.parse_args().host == "127.0.0.1"
+
+
+# ---- the client
+
+
+@pytest.fixture
+def chat(monkeypatch, capsys):
+    """Run the client on lines of input, without the seconds that a process of its own takes to start."""
+
+    def inside(*args, input: str = "") -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["chat_openai_api.py", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "chat_openai_api.py"), run_name="__main__")
+        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
+
+    return inside
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(api_key="secret") as found:
+        yield found
+
+
+def test_a_conversation(chat, server, tmp_path):
+    saved = tmp_path / "chat.jsonl"
+    questions = f"你好\nand then?\n/save {saved}\n/clear\n你好\n/exit\n"
+    flags = ["--api_key", "secret", "--temperature", "0", "--max_new_tokens", "8", "--system", "系统", "--top_k", "3"]
+    result = chat("--base_url", server.url, *flags, input=questions)
+    assert result.returncode == 0, result.stderr
+    assert f"{NAME} at {server.url}, 1500 tokens" in result.stdout and result.stdout.count("[8 tokens") == 3
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    for end in (3, 5):  # the second answer has seen the first turn
+        _, answer, = server.call("POST", "/v1/chat/completions", Authorization="Bearer secret", body={
+            "model": NAME, "messages": messages[: end - 1], "temperature": 0, "max_tokens": 8,
+        })[1:]  # fmt: skip
+        assert json.loads(answer)["choices"][0]["message"]["content"] == messages[end - 1]["content"]
+
+
+def test_old_turns_are_left_out_when_the_context_is_full(chat, server, monkeypatch):
+    long = "x " * 400
+    flags = ["--base_url", server.url, "--max_new_tokens", "300", "--temperature", "0"]
+    monkeypatch.setenv("MINIMIND_API_KEY", "secret")
+    result = chat(*flags, input=f"{long}\n{long}\n{long}\n")
+    monkeypatch.delenv("MINIMIND_API_KEY")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("[300 tokens") == 3 and "earlier turns left out]" in result.stdout
+    alone = "x " * 1600
+    result = chat("--base_url", server.url, "--api_key", "secret", input=f"{alone}\nhi\n")
+    assert "not answered" in result.stderr and "1500 tokens" in result.stderr
+    assert "tokens/s]" in result.stdout  # of the question after it
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_chat(server):
+    command = [sys.executable, str(ROOT / "chat_openai_api.py"), "--base_url", server.url, "--api_key", "secret"]
+    command += ["--temperature", "0", "--max_new_tokens", "1400"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write("hi\n")
+        process.stdin.flush()
+        server.until("minimind_rows_running", 1)
+        seen = ""
+        while "> " not in seen or len(seen) < seen.index("> ") + 5:  # the prompt, and some text of the answer
+            seen += process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        server.until("minimind_rows_running", 0)
+        out, errors = process.communicate("/save /dev/null\n/exit\n", timeout=120)
+        assert process.returncode == 0, errors
+        assert "[stopped]" in out and "appended 1 turns" in out
+
+
+def test_clean_errors(chat, server):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        free = sock.getsockname()[1]
+    for args, text in (
+        (["--base_url", f"http://127.0.0.1:{free}/v1"], "start one (python my_openai_api.py)"),
+        (["--base_url", server.url], "--api_key"),
+        (["--base_url", server.url, "--api_key", "secret", "--model", "gpt-4"], f"has {NAME}"),
+        (["--base_url", "localhost:8000", "--history_turns", "-1", "--top_p", "7"], "--top_p 7.0"),
+    ):
+        result = chat(*args, input="hi\n")
+        assert result.returncode == 1 and result.stderr.startswith("error: ") and text in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_server_that_goes_away_keeps_the_chat(tmp_path):
+    command = [sys.executable, str(ROOT / "chat_openai_api.py"), "--temperature", "0", "--max_new_tokens", "5"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    with serving(defaults=Sampling(max_new_tokens=5)) as found:
+        process = subprocess.Popen([*command, "--base_url", found.url], **pipes)
+        process.stdin.write("one\n")
+        process.stdin.flush()
+        line = ""
+        while "tokens/s]" not in line:
+            line = process.stdout.readline()
+    saved = tmp_path / "chat.jsonl"
+    out, errors = process.communicate(f"two\n/save {saved}\n/exit\n", timeout=120)
+    assert "not answered: no server at" in errors and process.returncode == 0
+    assert len(json.loads(saved.read_text(encoding="utf-8"))["messages"]) == 2

@@ -1,0 +1,93 @@
+"""Run by test_survival.py under torchrun: what two processes do when one of them is in trouble. Writes what came of it.
+
+    torchrun --nproc_per_node 2 tests/two_processes.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.model import Transformer
+from tests.test_loop import config, options, rows, run_for, short_of_memory, weights
+from trainer.distributed import World, join_world, leave_world
+from trainer.errors import UserError
+from trainer.loop import fit
+from trainer.losses import next_token_loss
+
+
+def train(world: World, folder: Path, loss_fn=next_token_loss, train_rows=None, **fields) -> dict:
+    """What `fit` did: its metrics and weights, or its error."""
+    torch.manual_seed(0)
+    model = Transformer(config())
+    opts = options(folder, **{"batch_size": 4, "log_interval": 1, "save_interval": 100} | fields)
+    try:
+        metrics = fit(model, loss_fn, train_rows or rows(), None, opts, run_for(model, opts), world)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"metrics": metrics, "weights": weights(model)}
+
+
+def poisoned(world: World):
+    """A loss that is nan in the sixth step, on rank 1 only."""
+    steps = 0
+
+    def loss_fn(model, batch):
+        nonlocal steps
+        steps += 1
+        loss, n, extras = next_token_loss(model, batch)
+        if steps == 6 and world.rank == 1:
+            loss = loss * float("nan")
+        return loss, n, extras
+
+    return loss_fn
+
+
+def broken_rows(world: World):
+    """Rows of which rank 1 cannot read some after a while."""
+    data, n = rows(), 0
+
+    class Rows:
+        fingerprint, documents, __len__ = data.fingerprint, staticmethod(data.documents), lambda self: len(data)
+
+        def batch(self, indices):
+            nonlocal n
+            n += 1
+            if n >= 6 and world.rank == 1:
+                raise OSError(5, "Input/output error", "tokens.bin")
+            return data.batch(indices)
+
+    return Rows()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    world = join_world("cpu")
+    results = {
+        "whole": train(world, folder / "whole"),
+        "memory": train(
+            world, folder / "memory", auto_batch=True, loss_fn=short_of_memory(2) if world.rank == 1 else next_token_loss
+        ),
+        "nan": train(world, folder / "nan", poisoned(world)),
+        "nan_resumed": train(world, folder / "nan", resume="newest"),
+        "data": train(world, folder / "data", train_rows=broken_rows(world)),
+        "data_resumed": train(world, folder / "data", resume="newest"),
+    }
+    whole = results["whole"]["weights"]
+    facts = {}
+    for name, result in results.items():
+        facts[name] = {key: value for key, value in result.items() if key != "weights"}
+        if "weights" in result:
+            apart = [float((value - whole[key]).abs().max()) for key, value in result["weights"].items()]
+            facts[name]["apart"] = max(apart)
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(facts))
+    leave_world(world)
+
+
+if __name__ == "__main__":
+    main()

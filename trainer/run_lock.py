@@ -1,0 +1,52 @@
+"""One run of a name in a folder at a time, and no rubbish of runs that were killed."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer.errors import UserError
+
+WAIT_SECONDS = 5.0  # a process that was just killed may still be dying
+
+
+@contextlib.contextmanager
+def hold_run(out_dir: Path, name: str) -> Iterator[None]:
+    """Be the only run called `name` in `out_dir` while in here; remove what a killed one left half-written.
+
+    The system's own lock on a file: it ends with the process, however that ends, so there is no stale one to delete by
+    hand. Raises UserError if another process holds it.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out_dir / f".{name}.lock", timeout=WAIT_SECONDS)
+    try:
+        lock.acquire(poll_interval=0.1)
+    except Timeout:
+        raise UserError(
+            f"another run is training {name} in {out_dir} right now (its process is named in "
+            f"{out_dir / 'logs' / name}.rank0.log): stop it, wait for it, or choose another --out_dir"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        # A file system without locks, as some network ones are. A folder that cannot be written is found out elsewhere.
+        print(f"WARNING: {out_dir} cannot be locked ({error}): do not start {name} there twice", file=sys.stderr)
+    try:
+        _delete_leftovers(out_dir, name)
+        yield
+    finally:
+        lock.release()
+
+
+def _delete_leftovers(out_dir: Path, name: str) -> None:
+    """Temporary files and folders of `model.files.atomic_write` and `model.lora.save_adapter`: the lock makes them ours."""
+    for path in out_dir.glob(f".{glob.escape(name)}.*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
