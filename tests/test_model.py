@@ -505,7 +505,8 @@ def test_cached_decoding_equals_recomputation(kind, chunks, flash):
     for n in chunks:
         out = model(ids[:, done : done + n], past_key_values=cache)
         assert out.past_key_values is cache
-        torch.testing.assert_close(out.logits, whole[:, done : done + n], atol=1e-5, rtol=0)
+        # Relative too: products of one row and of fourteen are rounded differently, how much depends on the CPU.
+        torch.testing.assert_close(out.logits, whole[:, done : done + n], atol=1e-5, rtol=1e-5)
         done += n
         assert cache.get_seq_length() == done
 

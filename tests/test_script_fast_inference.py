@@ -403,7 +403,8 @@ def test_in_a_browser(tmp_path):
     folder = tmp_path / "out"
     save(folder / "full_sft_64.pth", "full_sft", 1, endless=True)
     save(folder / "pretrain_64.pth", "pretrain", 2, endless=True)
-    flags = ["--max_seq_len", 20000, "--max_new_tokens", 19000, "--temperature", 1]
+    # Slow enough to be stopped: the compiled step writes all of it in seconds.
+    flags = ["--max_seq_len", 20000, "--max_new_tokens", 19000, "--temperature", 1, "--compile", "off"]
     with server(folder, tmp_path / "log", *flags) as address:
         browser = Browser(tmp_path / "profile", "zh-CN")
         try:
