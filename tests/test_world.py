@@ -66,6 +66,8 @@ def trained(tmp_path_factory) -> Path:
     engines = ENGINES | {"zero3": {"deepspeed": str(zero3)}}
     for model, fields in MODELS.items():
         train({"out_dir": str(folder / f"one_{model}"), "options": ONE, "model": fields}, World())
+    case = {"out_dir": str(folder / "one_bfloat16"), "options": ONE | {"dtype": "bfloat16"}, "model": {"use_moe": True}}
+    train(case, World())
     for command, group in (
         (torchrun(2), ["plain", "fsdp"]),
         (deepspeed(2), ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]),
@@ -83,7 +85,13 @@ def trained(tmp_path_factory) -> Path:
             for kind in ("nan", "inf"):
                 case = {"out_dir": str(folder / f"{engine}_{kind}"), "options": TWO | engines[engine]}
                 cases.append(case | {"spoil": [kind, 7], "fails": True})  # the seventh of two batches a step
-        result = launch(command, cases, folder)
+        for engine in group:  # last: DeepSpeed remembers the precision for the whole process
+            settings = TWO | engines[engine] | {"dtype": "bfloat16"}
+            cases.append(
+                {"out_dir": str(folder / f"{engine}_bfloat16"), "options": settings, "model": {"use_moe": True}}
+            )
+        case = {"out_dir": str(folder / "odd"), "options": TWO, "odd": {"learning_rate": 0.5, "seed": 1}, "fails": True}
+        result = launch(command, [*cases, case], folder)
         assert result.returncode == 0, result.stdout + result.stderr
         (folder / f"{group[0]}.txt").write_text(result.stdout)
     return folder
@@ -116,6 +124,21 @@ def test_two_processes_train_what_one_trains(trained, engine, model):
         assert ("val_loss" in a) == ("val_loss" in b)
         for name in {"loss", "grad_norm", "val_loss", "lr", "tokens"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_half_precision_is_for_the_computation_only(trained, engine):
+    expected, found = results(trained / "one_bfloat16"), results(trained / f"{engine}_bfloat16")
+    exact = results(trained / "one_moe")
+    assert found[2][0]["loss"] != exact[2][0]["loss"]  # it was asked for
+    for a, b in zip(expected[2], found[2], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=3e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=3e-2)
+    state = torch.load(trained / f"{engine}_bfloat16" / "tiny.resume" / "step_00000006" / "state.pt", weights_only=True)
+    tensors = [*state["model"].values(), *found[1].values()]
+    assert {x.dtype for x in tensors} == {torch.float32}
+    # Not what bfloat16 could hold, rounded up again.
+    assert any((x != x.bfloat16()).any() for x in state["model"].values())
 
 
 @pytest.mark.parametrize("source, engine", RESUMED)
@@ -163,6 +186,12 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight(trained, en
     assert all(torch.equal(saved["model"][name], whole["model"][name]) for name in whole["model"])
 
 
+def test_processes_with_other_flags_are_refused_by_name(trained):
+    errors = [(trained / "odd" / f"error.rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "rank 1 (on " in errors[0] and "seed is 1 there and 1337 here" in errors[0]
+
+
 def test_three_processes_and_one_that_fails(tmp_path):
     """With an uneven last step; in the end an error of one process ends all three, and is told once."""
     settings = {"max_steps": None, "epochs": 1.4, "log_interval": 1}
@@ -208,6 +237,25 @@ def test_a_state_of_an_older_version_is_refused_by_name(tmp_path):
     torch.save(tensors, path)
     with pytest.raises(UserError, match='cannot resume .*step_00000003.*older version.*"optimizer"'):
         train({"out_dir": str(tmp_path), "options": ONE | {"resume": "newest"}}, World())
+
+
+@pytest.mark.parametrize("spread", [{"fsdp": True}, {"deepspeed": CONFIGS / "zero1.json"}], ids=["fsdp", "deepspeed"])
+def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, spread):
+    for fields, word in (
+        ({"optimizer": "muon"}, "muon"),
+        ({"dtype": "float16"}, "float16"),
+        ({"auto_batch": True}, "--auto_batch"),
+    ):
+        found = options(tmp_path, **spread | fields).problems()
+        assert len(found) == 1 and word in found[0]
+    assert not options(tmp_path, **spread).problems()
+    assert "two ways" in options(tmp_path, fsdp=True, deepspeed=CONFIGS / "zero1.json").problems()[0]
+    assert "--compile" in options(tmp_path, compile=True, deepspeed=CONFIGS / "zero1.json").problems()[0]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_files_that_come_along_fit_any_flags(tmp_path, path):
+    assert not options(tmp_path, deepspeed=path, grad_clip=0.3, batch_size=5, dtype="bfloat16").problems()
 
 
 def test_a_deepspeed_file_that_contradicts_the_flags_is_refused_by_name(tmp_path):

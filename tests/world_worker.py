@@ -44,8 +44,10 @@ def train(case: dict, world: World) -> Transformer:
 
     out_dir, options, model: where, TrainOptions, and fields of the model.
     spoil: [how, at], see `spoiled`.
+    odd: TrainOptions of the last rank only.
     """
-    fields = {name: Path(value) if name == "deepspeed" else value for name, value in case.get("options", {}).items()}
+    given = case.get("options", {}) | (case.get("odd", {}) if world.rank == world.size - 1 else {})
+    fields = {name: Path(value) if name == "deepspeed" else value for name, value in given.items()}
     opts = options(Path(case["out_dir"]), **fields)
     torch.manual_seed(0)
     model = Transformer(config(**case.get("model", {})))

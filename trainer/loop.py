@@ -300,7 +300,7 @@ class Trainer:
         """Everything that can fail is tried here, before the first step: state, optimizer, validation."""
         options = self.options
         options.out_dir.mkdir(parents=True, exist_ok=True)
-        check_same(self.world, self.identity() | {"options": _shared_flags(options)})
+        check_same(self.world, self.identity() | _shared_flags(options))
         state = self._resume_or_start()
         share_parameters(self.world, self.model, self.device)
         if options.gradient_checkpointing:
@@ -602,7 +602,7 @@ def hash_seed(seed: int, step: int, rank: int) -> int:
 def _shared_flags(options: TrainOptions) -> dict:
     """The flags that have to be the same in all processes: all but the places on their machines."""
     places = {"data_path", "out_dir", "cache_dir", "tokenizer", "init_from", "local_rank", "resume", "device"}
-    return {name: value for name, value in options.describe().items() if name not in places}
+    return {f"--{name}": value for name, value in options.describe().items() if name not in places}
 
 
 def _launched_by(path: Path) -> str | None:
