@@ -300,7 +300,7 @@ class Trainer:
         """Everything that can fail is tried here, before the first step: state, optimizer, validation."""
         options = self.options
         options.out_dir.mkdir(parents=True, exist_ok=True)
-        check_same(self.world, self.identity() | {"options": _shared_flags(options)})
+        check_same(self.world, self.identity() | _shared_flags(options))
         state = self._resume_or_start()
         share_parameters(self.world, self.model, self.device)
         if options.gradient_checkpointing:
@@ -308,7 +308,7 @@ class Trainer:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.engine = make_engine(self.model, options, self.world, self.device, self.dtype)
         if state is not None:
-            self.engine.restore(state.tensors.get("optimizer", {}), state.tensors["scaler"])
+            self.engine.restore(state.tensors["optimizer"], state.tensors["scaler"])
         self.warmup_steps = min(options.warmup_iters, self.total_steps // 10)
         if options.compile:
             self.engine.module.compile()
@@ -502,7 +502,7 @@ class Trainer:
         if self.options.auto_batch:  # what did not fit then does not fit now
             self.micro_batch = min(self.micro_batch, micro_batch)
         self._saved_step = self.steps_done
-        return state or State(self.folder, self.steps_done, {"scaler": {}}, {})
+        return state or State(self.folder, self.steps_done, {"optimizer": {}, "scaler": {}}, {})
 
     def _state_to_resume(self) -> State | None:
         """What rank 0 finds: see `_resume_or_start`. It clears away the states that the new run replaces."""
@@ -530,6 +530,12 @@ class Trainer:
             if any(line.startswith(("train_data", "val_data")) for line in changed):
                 changed.append(_why_other_data(options.describe(), state.run.get("options", {})))
             raise UserError(f"cannot resume {state.path}, it is another run: {'; '.join(changed)}")
+        lacking = [name for name in ("model", "optimizer", "scaler", "tokens", "metrics") if name not in state.tensors]
+        if lacking:
+            raise UserError(
+                f"cannot resume {state.path}: an older version wrote it, and it lacks \"{lacking[0]}\"; end the run with "
+                "that version, or begin again with --overwrite"
+            )
         parameters = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if state.tensors["model"].keys() != parameters:
             odd = sorted(state.tensors["model"].keys() ^ parameters)
@@ -596,7 +602,7 @@ def hash_seed(seed: int, step: int, rank: int) -> int:
 def _shared_flags(options: TrainOptions) -> dict:
     """The flags that have to be the same in all processes: all but the places on their machines."""
     places = {"data_path", "out_dir", "cache_dir", "tokenizer", "init_from", "local_rank", "resume", "device"}
-    return {name: value for name, value in options.describe().items() if name not in places}
+    return {f"--{name}": value for name, value in options.describe().items() if name not in places}
 
 
 def _launched_by(path: Path) -> str | None:

@@ -1,0 +1,268 @@
+"""The stage scripts as users start them on several processes: with torchrun, deepspeed, and on two machines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launching import ROOT, deepspeed, environment, free_port, node, torchrun
+
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.weights import save_checkpoint
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
+MODEL = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
+COMMON = (
+    "--device cpu --dtype float32 --log_interval 1 --val_fraction 0.1 --val_interval 3 --learning_rate 0.01".split()
+)
+PRETRAIN = [*COMMON, *MODEL, "--max_steps", "8"]
+STAGES = {
+    "3-full_sft.py": ("chats.jsonl", "full_sft_32", ["--max_steps", "5"]),
+    "4-lora_sft.py": ("chats.jsonl", "lora_me_32", ["--max_steps", "5", "--lora_name", "me", "--merge"]),
+    "5-dpo_train.py": ("pairs.jsonl", "rl_32", ["--max_steps", "5"]),
+}
+
+
+class Launch:
+    """A launcher and its processes; nothing of them outlives `with`. `text` is what they have printed."""
+
+    def __init__(self, command: list) -> None:
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdout=self._output, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT
+        )
+        self._family: set[psutil.Process] = set()
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.workers()
+        for process in (
+            [*self._family, psutil.Process(self.process.pid)] if self.process.poll() is None else self._family
+        ):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        self._output.close()
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """The processes that train, by rank."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error, KeyError):
+                    self._family.add(child)
+                    if "1-pretrain.py" in " ".join(child.cmdline()) and (rank := child.environ().get("RANK")):
+                        found[int(rank)] = child
+        return found
+
+    def alive(self) -> list[int]:
+        _, alive = psutil.wait_procs(self._family, timeout=20)
+        return [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    @property
+    def text(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 200) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text
+            time.sleep(0.01)
+
+    def end(self, seconds: float = 200) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it does not end:\n{self.text}")
+
+
+def launch(*command) -> str:
+    """What a launch that succeeds prints."""
+    with Launch(list(command)) as launched:
+        assert launched.end() == 0, launched.text
+        return launched.text
+
+
+def alone(script: str, *flags) -> None:
+    """The script in this process: the same code as in one of its own, without the seconds of a start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert not stop.value.code
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with texts, chats, preference pairs, a cache of their tokens, and models to start from."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+
+    def sentence() -> str:
+        return " ".join(
+            rng.choices("the cat saw a dog near 河 and 山 then slept until morning".split(), k=rng.randint(3, 20))
+        )
+
+    def write(name: str, rows: Iterator[dict]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("texts.jsonl", ({"text": sentence()} for _ in range(300)))
+    roles = ("user", "assistant")
+    write("chats.jsonl", ({"messages": [{"role": r, "content": sentence()} for r in roles]} for _ in range(120)))
+    write("pairs.jsonl", ({name: sentence() for name in ("prompt", "chosen", "rejected")} for _ in range(60)))
+    torch.manual_seed(0)
+    info = {"stage": "full_sft", "step": 1, "tokenizer_hash": tokenizer_hash(load_tokenizer())}
+    save_checkpoint(folder / "base.pth", Transformer(LMConfig(**SHAPE)), info=info)
+    return folder
+
+
+def pretrain_flags(data: Path, out: Path, *more) -> list[str]:
+    flags = [*PRETRAIN, "--data_path", data / "texts.jsonl", "--cache_dir", data / "cache", "--out_dir", out, *more]
+    return [str(flag) for flag in flags]
+
+
+@pytest.fixture(scope="module")
+def one(data) -> Path:
+    """1-pretrain.py in one process, 4 rows a step."""
+    alone("1-pretrain.py", *pretrain_flags(data, data / "one", "--batch_size", 4))
+    return data / "one"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data) -> Path:
+    """1-pretrain.py for many steps in two processes, saved often."""
+    launch(*torchrun(2), "1-pretrain.py", *pretrain_flags(data, data / "undisturbed", *LONG))
+    return data / "undisturbed"
+
+
+LONG = ["--batch_size", 2, "--max_steps", 60, "--save_interval", 5, "--dropout", 0.1]
+
+
+def weights(out: Path, name: str = "pretrain_32") -> dict[str, torch.Tensor]:
+    return torch.load(out / f"{name}.pth", weights_only=True)
+
+
+def metrics(out: Path, name: str = "pretrain_32") -> list[dict]:
+    return [json.loads(line) for line in (out / f"{name}.metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(out: Path, expected: Path, name: str = "pretrain_32") -> None:
+    """To rounding."""
+    a, b = metrics(out, name), metrics(expected, name)
+    assert len(a) == len(b) > 1
+    for one, other in zip(a, b, strict=True):
+        assert ("val_loss" in one) == ("val_loss" in other)
+        for key in {"step", "tokens", "lr", "loss", "grad_norm", "val_loss"} & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=2e-4), (key, one["step"])
+    a, b = weights(out, name), weights(expected, name)
+    assert a.keys() == b.keys()
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
+
+
+def bit_identical(out: Path, expected: Path) -> bool:
+    a, b = weights(out), weights(expected)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_deepspeed_as_the_readme_writes_it(data, one, tmp_path):
+    flags = pretrain_flags(data, tmp_path, "--batch_size", 2, "--deepspeed", ROOT / "configs" / "zero1.json")
+    text = launch(*deepspeed(2), "1-pretrain.py", *flags)
+    assert len(re.findall("^.*step 8/8", text, re.MULTILINE)) == 1
+    assert_same_run(tmp_path, one)
+
+
+def test_deepspeed_without_a_file_is_data_parallel(data, one, tmp_path):
+    launch(*deepspeed(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2))
+    assert_same_run(tmp_path, one)
+
+
+def test_fsdp_ends_by_itself(data, one, tmp_path):
+    with Launch([*torchrun(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2, "--fsdp")]) as run:
+        run.wait_until(run.workers)
+        assert run.end() == 0, run.text
+        assert not run.alive() and "Error" not in run.text and "destroy_process_group" not in run.text
+    assert_same_run(tmp_path, one)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_later_stage_in_two_processes(data, tmp_path, script):
+    file, name, more = STAGES[script]
+    flags = [
+        *COMMON,
+        *more,
+        "--init_from",
+        data / "base.pth",
+        "--data_path",
+        data / file,
+        "--cache_dir",
+        data / "cache",
+    ]
+    alone(script, *flags, "--batch_size", 4, "--out_dir", tmp_path / "one")
+    launch(*torchrun(2), script, *flags, "--batch_size", 2, "--out_dir", tmp_path / "two")
+    assert_same_run(tmp_path / "two", tmp_path / "one", name)
+
+
+def test_two_machines(data, one, tmp_path):
+    """Two launchers with one process each."""
+    port = free_port()
+    flags = pretrain_flags(data, tmp_path, "--batch_size", 2)
+    with (
+        Launch([*node(port), "1-pretrain.py", *flags]) as first,
+        Launch([*node(port), "1-pretrain.py", *flags]) as second,
+    ):
+        assert first.end() == 0 and second.end() == 0, first.text + second.text
+        assert (first.text + second.text).count("step 8/8") == 1
+    assert_same_run(tmp_path, one)
+
+
+def test_a_process_that_is_killed_is_started_again_and_goes_on(data, undisturbed, tmp_path):
+    states = tmp_path / "pretrain_32.resume"
+    flags = pretrain_flags(data, tmp_path, *LONG)
+    with Launch([*torchrun(2, "--max_restarts", 2, "--monitor_interval", 0.1), "1-pretrain.py", *flags]) as run:
+        run.wait_until(lambda: list(states.glob("step_*[1-9]?/COMPLETE")))  # step 10 or later
+        run.workers()[1].send_signal(signal.SIGKILL)
+        assert run.end() == 0, run.text
+        found = re.search(r"started again by the launcher \(restart 1\): going on from step_0*(\d+)", run.text)
+        assert found and 0 < int(found[1]) < 60, run.text
+        assert not run.alive()
+    assert bit_identical(tmp_path, undisturbed)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 61))
+
+
+def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
+    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--timeout", 8)
+    with Launch([*torchrun(2), "1-pretrain.py", *flags]) as run:
+        run.wait_until(lambda: "step 9/" in run.text)
+        workers = run.workers()
+        workers[1].suspend()
+        workers[0].wait(timeout=100)
+        errors = [line for line in run.text.splitlines() if "error: " in line]
+        assert len(errors) == 1, run.text
+        assert re.search(
+            rf"1 of 2 processes did not come within --timeout 8 seconds.*rank 1 \(process {workers[1].pid} on .*\), last "
+            r"seen at .*step \d+.* \(\w+\.py, line \d+\)",
+            errors[0],
+        ), errors[0]
+        # torchrun gives it 30 seconds to end, which a stopped process cannot, and kills it; here it need not wait so long.
+        workers[1].kill()
+        assert run.end() != 0
+        assert not run.alive()
