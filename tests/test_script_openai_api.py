@@ -92,7 +92,7 @@ def stream_from(port: int, **fields):
 
 
 def test_sigterm_lets_answers_finish(out):
-    with running("--weights", out / "full_sft_32.pth") as (process, port):
+    with running("--weights", out / "full_sft_32.pth", "--drain_seconds", "500") as (process, port):
         file = stream_from(port, max_tokens=1500, temperature=0)
         process.send_signal(signal.SIGTERM)
         rest = file.read().decode()
@@ -214,7 +214,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(server):
     command = [sys.executable, str(ROOT / "chat_openai_api.py"), "--base_url", server.url, "--api_key", "secret"]
     command += ["--temperature", "0", "--max_new_tokens", "1400"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    with subprocess.Popen(command, **pipes) as process:
+    # A test run in the background has Ctrl-C switched off, and its children inherit that.
+    listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    with subprocess.Popen(command, **pipes, **listening) as process:
         process.stdin.write("hi\n")
         process.stdin.flush()
         server.until("minimind_rows_running", 1)
