@@ -81,13 +81,13 @@ class Launch:
         self._output.seek(0)
         return self._output.read()
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 200) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 550) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text
             time.sleep(0.01)
 
-    def end(self, seconds: float = 200) -> int:
+    def end(self, seconds: float = 550) -> int:
         """The exit code."""
         try:
             return self.process.wait(seconds)
