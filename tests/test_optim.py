@@ -7,7 +7,7 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from trainer.optim import learning_rate, make_optimizers, parameter_groups
+from trainer.optim import clip_gradients, gradient_norm, learning_rate, make_optimizers, parameter_groups
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
 
@@ -79,3 +79,22 @@ def test_optimizers_learn(name):
             optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_norm_of_large_tensors_is_exact_and_clipping_with_it():
+    torch.manual_seed(0)
+    gradients = [torch.randn(3_000_000) * 1e-3, torch.randn(30, 40)]
+    exact = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+    assert float(gradient_norm(gradients)) == pytest.approx(exact, rel=1e-9)
+    before = [g.clone() for g in gradients]
+    clip_gradients(gradients, exact, exact * 2)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
+    clip_gradients(gradients, exact, 0.5)
+    assert float(gradient_norm(gradients)) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_a_norm_that_is_not_finite_is_told():
+    for value in (float("nan"), float("inf")):
+        gradients = [torch.ones(3), torch.tensor([1.0, value])]
+        assert not gradient_norm(gradients).isfinite()
+        clip_gradients(gradients, float(gradient_norm(gradients)), 1.0)

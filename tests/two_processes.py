@@ -1,6 +1,6 @@
 """Run by test_survival.py under torchrun: what two processes do when one of them is in trouble. Writes what came of it.
 
-    torchrun --nproc_per_node 2 tests/two_processes.py FOLDER
+torchrun --nproc_per_node 2 tests/two_processes.py FOLDER
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def main() -> None:
     results = {
         "whole": train(world, folder / "whole"),
         "memory": train(
-            world, folder / "memory", auto_batch=True, loss_fn=short_of_memory(2) if world.rank == 1 else next_token_loss
+            world,
+            folder / "memory",
+            auto_batch=True,
+            loss_fn=short_of_memory(2) if world.rank == 1 else next_token_loss,
         ),
         "nan": train(world, folder / "nan", poisoned(world)),
         "nan_resumed": train(world, folder / "nan", resume="newest"),

@@ -20,6 +20,7 @@ a run can be resumed with another one, and with another number of processes.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from trainer.arguments import TrainOptions
 from trainer.distributed import GradientSum, World, share_tensors
-from trainer.optim import make_optimizers, set_learning_rate
+from trainer.optim import clip_gradients, gradient_norm, make_optimizers, set_learning_rate
 from trainer.snapshots import OptimizerState, Snapshot, optimizer_state, restore_optimizer
 
 
@@ -114,13 +115,15 @@ class PlainEngine:
         self.finish_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
-        if self.scaler.is_enabled() or torch.isfinite(norm):
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        norm = float(gradient_norm(gradients))
+        clip_gradients(gradients, norm, max_norm)
+        if self.scaler.is_enabled() or math.isfinite(norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
         self.discard()
-        return float(norm)
+        return norm
 
     def overflow_is_normal(self) -> bool:
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1

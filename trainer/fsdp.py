@@ -7,6 +7,7 @@ up again after it; gradients are summed and shared out in the same go.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.model import TransformerBlock
-from trainer.distributed import World, share_tensors
-from trainer.optim import make_optimizers, set_learning_rate
+from trainer.distributed import World, share_tensors, sum_over_world
+from trainer.optim import clip_gradients, gradient_norm, make_optimizers, set_learning_rate
 from trainer.snapshots import OptimizerState, Snapshot, optimizer_state, put_weights, restore_optimizer
 
 
@@ -55,13 +56,14 @@ class FsdpEngine:
         self.module.zero_grad()
 
     def step(self, max_norm: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm):
+        shares = [p.grad.to_local() for p in self.trained.values() if p.grad is not None]
+        norm = math.sqrt(sum_over_world(self.world, [float(gradient_norm(shares)) ** 2], self.device)[0])
+        clip_gradients(shares, norm, max_norm)
+        if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.module.zero_grad()
-        return float(norm)
+        return norm
 
     def overflow_is_normal(self) -> bool:
         return False

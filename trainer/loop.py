@@ -533,7 +533,7 @@ class Trainer:
         lacking = [name for name in ("model", "optimizer", "scaler", "tokens", "metrics") if name not in state.tensors]
         if lacking:
             raise UserError(
-                f"cannot resume {state.path}: an older version wrote it, and it lacks \"{lacking[0]}\"; end the run with "
+                f'cannot resume {state.path}: an older version wrote it, and it lacks "{lacking[0]}"; end the run with '
                 "that version, or begin again with --overwrite"
             )
         parameters = {name for name, p in self.model.named_parameters() if p.requires_grad}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
 OPTIMIZERS = ("adamw", "muon")
@@ -84,3 +84,21 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> Non
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together.
+
+    On a CPU PyTorch adds squares up in float32, one after the other: of a tensor with 3 million values the norm comes out
+    6e-5 of itself too small, of one with 26 million 1.3e-3. There it is computed in double precision.
+    """
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]))
+
+
+def clip_gradients(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """Scale `gradients`, whose common norm is `norm`, so that it is at most `max_norm`."""
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1:
+        torch._foreach_mul_(gradients, factor)
