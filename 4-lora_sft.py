@@ -23,6 +23,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from model.lora import ALL_PROJECTIONS, add_adapter, merge, read_description, trainable_share
 from model.weights import save_checkpoint
 from trainer.arguments import DTYPES, ROOT, TuneOptions, flag, parse_options, resolve_device
@@ -84,6 +86,7 @@ def main() -> None:
     require_files(options.data_path, "name a file of dialogues with --data_path")
     tokenizer = open_tokenizer(options)
     model, base = starting_model(options, ["full_sft", "rl"], tokenizer)
+    torch.manual_seed(options.seed)  # half of an adapter's matrices begin with random values
     try:
         adapted = add_adapter(
             model,

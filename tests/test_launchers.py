@@ -154,7 +154,7 @@ def undisturbed(data) -> Path:
     return data / "undisturbed"
 
 
-LONG = ["--batch_size", 2, "--max_steps", 60, "--save_interval", 5, "--dropout", 0.1]
+LONG = ["--batch_size", 2, "--max_steps", 80, "--save_interval", 5, "--dropout", 0.1]
 
 
 def weights(out: Path, name: str = "pretrain_32") -> dict[str, torch.Tensor]:
@@ -251,25 +251,27 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(data, undisturbed
     with Launch([*torchrun(2, "--max_restarts", 2, "--monitor_interval", 0.1), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: list(states.glob("step_*[1-9]?/COMPLETE")))  # step 10 or later
         run.workers()[1].send_signal(signal.SIGKILL)
+        run.wait_until(lambda: "restart 1): going on from" in run.text and "step 30/" in run.text)
+        run.workers()[0].send_signal(signal.SIGKILL)
         assert run.end() == 0, run.text
-        found = re.search(r"started again by the launcher \(restart 1\): going on from step_0*(\d+)", run.text)
-        assert found and 0 < int(found[1]) < 60, run.text
+        found = re.findall(r"started again by the launcher \(restart (\d)\): going on from step_0*(\d+)", run.text)
+        assert [number for number, _ in found] == ["1", "2"] and 0 < int(found[0][1]) < int(found[1][1]) < 80, run.text
         assert not run.alive()
     assert bit_identical(tmp_path, undisturbed)
-    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 61))
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 81))
 
 
 def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
-    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--timeout", 8)
+    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--save_interval", 100_000, "--timeout", 15)
     with Launch([*torchrun(2), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: "step 9/" in run.text)
         workers = run.workers()
         workers[1].suspend()
-        workers[0].wait(timeout=100)
+        workers[0].wait(timeout=300)
         errors = [line for line in run.text.splitlines() if "error: " in line]
         assert len(errors) == 1, run.text
         assert re.search(
-            rf"1 of 2 processes did not come within --timeout 8 seconds.*rank 1 \(process {workers[1].pid} on .*\), last "
+            rf"1 of 2 processes did not come within --timeout 15 seconds.*rank 1 \(process {workers[1].pid} on .*\), last "
             r"seen at .*step \d+.* \(\w+\.py, line \d+\)",
             errors[0],
         ), errors[0]

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,7 +78,12 @@ def join_world(device_type: str, timeout: float = 600.0) -> World:
     if not dist.is_initialized():
         # The watch speaks first, with the names of those who are missing; PyTorch's own time-out is behind it.
         backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 120))
+        patience = timedelta(seconds=timeout + 120)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=patience))
+        name = _name_of_attempt(store, rank, size, timeout + 120)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=patience
+        )
     if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks; errors of all are heard
     watch = Watch(rank, size, timeout)
@@ -86,6 +92,37 @@ def join_world(device_type: str, timeout: float = 600.0) -> World:
     names: list = [None] * size
     dist.all_gather_object(names, (attempt, _launch_name()))
     return World(rank, size, local_rank, max(count for count, _ in names), names[0][1], watch)
+
+
+def _name_of_attempt(store: dist.Store, rank: int, size: int, timeout: float) -> str:
+    """A name that these processes have in common with each other, and with none that were there before.
+
+    torchrun keeps its store when it starts processes again, with what the dead ones have written: addresses where nobody
+    listens any more (https://github.com/pytorch/pytorch/issues/135712), or that one has failed. Its count of restarts
+    names no attempt either: each machine has its own. So rank 0 calls out a new name with everyone it has heard of, until
+    all have answered to it.
+    """
+    me = uuid.uuid4().hex
+    others = range(1, size)
+    deadline = time.monotonic() + timeout
+    if rank != 0:
+        store.set(f"here/{rank}", me)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            heard = [store.get(f"here/{r}").decode() for r in others if store.check([f"here/{r}"])]
+            store.set("attempt", json.dumps([me, heard]))
+            if all(store.check([f"{me}/{r}"]) for r in others):
+                return me
+        elif store.check(["attempt"]):
+            name, heard = json.loads(store.get("attempt"))
+            if me in heard:
+                store.set(f"{name}/{rank}", "")
+                return name
+        time.sleep(0.05)
+    raise UserError(
+        f"rank {rank} waited {timeout:g} seconds for the other {size - 1} processes to start: look whether one of them "
+        "failed, and give all machines the same number of processes"
+    )
 
 
 def leave_world(world: World) -> None:
