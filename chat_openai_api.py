@@ -12,10 +12,16 @@ the server's context holds.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import os
 import time
 
+import httpx
 import openai
 
 from model.generation import Sampling
@@ -164,8 +170,14 @@ def main() -> None:
     use_utf8()
     args = parse_args()
     key = args.api_key or os.environ.get(KEY_VARIABLE) or "none"  # the library insists on one
-    with openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout) as client:
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("the key has characters that cannot be sent: keys are ASCII letters, digits and signs")
+    try:
+        client = openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout)
         chat = Chat(client, args)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise UserError(f"--base_url {args.base_url} is not an address ({error}): like http://127.0.0.1:8000/v1") from error
+    with client:
         print(f"{chat.model} at {args.base_url}" + (f", {chat.context} tokens of context" if chat.context else ""))
         interact(chat)
 

@@ -193,9 +193,12 @@ def read_summary(path: Path | None) -> dict | None:
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--ceval {path} cannot be read: {error}") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"--ceval {path} is not a summary.json of eval_ceval.py")
+    return summary
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,6 +13,11 @@ steps. SIGTERM or Ctrl-C lets running answers finish, for at most --drain_second
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import argparse
 import functools
 import os
@@ -24,7 +29,7 @@ import uvicorn
 from model.generation import Decoder
 from model.weights import find_checkpoint
 from serving.engine import Engine
-from serving.http import Server
+from serving.http import STALL_SECONDS, Server
 from serving.openai_api import ServedModel, create_app
 from trainer.errors import UserError, run_script
 from trainer.sampling_flags import (
@@ -89,6 +94,8 @@ def parse_args() -> argparse.Namespace:
         args.api_key = os.environ.get(KEY_VARIABLE) or None
     elif not args.api_key.strip():
         problems.append("--api_key is empty: leave it out if none is needed")
+    if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable()):
+        problems.append("the key has characters that clients cannot send: use ASCII letters, digits and signs")
     if problems:
         raise UserError("; ".join(problems))
     return args
@@ -110,13 +117,17 @@ def find_model(args: argparse.Namespace) -> Path:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with that address: one that is taken is found out before the model is loaded."""
+    """A socket with that address: one that is taken is found out before the model is loaded.
+
+    It listens at once, or a second server could bind it too; whoever calls while the model loads is answered afterwards.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     if os.name == "posix":  # elsewhere it would allow two servers on one port
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(2048)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port or --host"
@@ -135,9 +146,17 @@ def main() -> None:
     defaults = sampling_from_args(args)
     fast = fast_from_args(args, checkpoint.model)
     make_decoder = functools.partial(Decoder, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, fast=fast)
-    engine = Engine(make_decoder, args.max_queue)
-    name = args.served_model_name or checkpoint.path.resolve().stem
     config = checkpoint.config
+    try:
+        engine = Engine(make_decoder, args.max_queue)
+    except (OSError, RuntimeError) as error:  # what the system and PyTorch say if memory is not enough
+        size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * checkpoint.model.dtype.itemsize
+        raise UserError(
+            f"no memory for {args.max_rows} answers of {context} tokens ({size * args.max_rows * context / 1e9:,.1f} GB; "
+            f"{str(error).splitlines()[0]}): give a smaller --max_rows or --max_seq_len"
+        ) from error
+    path = checkpoint.path.resolve()
+    name = args.served_model_name or (path.name if path.is_dir() else path.stem)
     served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint)
     app = create_app(engine, served, defaults, api_key=args.api_key, cors_origins=args.cors_origins)
 
@@ -149,7 +168,9 @@ def main() -> None:
     )
     if args.api_key is None and not (host == "::1" or host.startswith("127.")):
         print("note: other machines can reach this server, and no --api_key is set: everyone may use it", flush=True)
-    settings = uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=int(args.drain_seconds) + 5)
+    # Answers end by themselves when the engine does; this is for clients that do not even read that.
+    grace = int(args.drain_seconds + STALL_SECONDS) + 5
+    settings = uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=grace)
     try:
         Server(settings, engine, args.drain_seconds).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises it again when it is done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a small model that answers, in minutes, on a CPU: bash quickstart.sh
 # Sets up .venv, then runs every stage on dataset/sample with the toy preset. Results and report.md are in out/quickstart.
-# Running it again repeats the run and replaces them.
+# Running it again repeats the run and replaces them. On a machine that is busy: OMP_NUM_THREADS=1 bash quickstart.sh
 cd "$(dirname "$0")"
 . ./setup_env.sh requirements.txt
 out=out/quickstart

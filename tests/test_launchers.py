@@ -265,6 +265,7 @@ def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
     flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--save_interval", 100_000, "--timeout", 15)
     with Launch([*torchrun(2), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: "step 9/" in run.text)
+        time.sleep(2)  # twice as long as the watch takes to write down where a process is
         workers = run.workers()
         workers[1].suspend()
         workers[0].wait(timeout=300)

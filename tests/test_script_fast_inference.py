@@ -394,6 +394,17 @@ class Browser:
         """The last answer once it is longer."""
         return until(lambda: len(self.answer()) > len(than) and self.answer(), "an answer that grows")
 
+    def stop(self, text: str) -> None:
+        """Click the button until it is gone: Streamlit may replace it under the pointer, and the click is lost."""
+
+        def stopped() -> bool:
+            for button in self.find(".st-key-stop button"):
+                if text in button.text and button.is_displayed():
+                    button.click()
+            return not self.find(".mm-cursor")
+
+        until(stopped, "the end of an answer that was stopped")
+
     def idle(self) -> None:
         until(lambda: self.find(".st-key-again button") and not self.find(".mm-cursor"), "the end of the answer")
 
@@ -427,7 +438,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     longer = browser.waits_for_more(first)
     assert longer.startswith(first[:20])
     assert not browser.find(".st-key-again")
-    browser.click(".st-key-stop button", zh["stop"])
+    browser.stop(zh["stop"])
     browser.idle()
     browser.sees(".mm-facts", zh["stopped"])
     stopped = browser.answer()
@@ -445,7 +456,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.sees(".st-key-stop button", ja["stop"])
     grown = browser.waits_for_more(begun)
     assert grown.startswith(begun[:20]) and not browser.find(".st-key-again")
-    browser.click(".st-key-stop button", ja["stop"])
+    browser.stop(ja["stop"])
     browser.idle()
     browser.sees(".mm-facts", ja["stopped"])
     assert browser.answer() != stopped and len(browser.find("[data-testid=stChatMessage]")) == 2
@@ -482,7 +493,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     until(lambda: browser.answer().startswith("Twice upon a time"), "the text that goes on")
     browser.waits_for_more("Twice upon a time")
     browser.sees(".mm-facts", en["stopped"])
-    browser.click(".st-key-stop button")
+    browser.stop(en["stop"])
     browser.idle()
     assert len(browser.find("[data-testid=stChatMessage]")) == 4
 

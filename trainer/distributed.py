@@ -350,7 +350,8 @@ class Watch(threading.Thread):
         self.tick(doing)
 
     def run(self) -> None:
-        while not self._stopped.wait(min(max(self.timeout / 20, 0.1), 2.0)):
+        interval = min(max(self.timeout / 20, 0.1), 2.0)
+        while True:
             try:
                 self._line.set(f"at/{self.rank}", self._position())
                 failed = has_failed(self._line)
@@ -361,6 +362,8 @@ class Watch(threading.Thread):
                 os._exit(1)  # the reason has been told; whoever still waits for a dead process waits in vain
             if not self._patient and time.monotonic() - self.since > self.timeout:
                 fail(self._report(), line=self._line)
+            if self._stopped.wait(interval):
+                return
 
     def _position(self) -> str:
         frame = sys._current_frames().get(threading.main_thread().ident)

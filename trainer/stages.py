@@ -34,6 +34,9 @@ from trainer.loop import Run
 
 def require_files(paths: list[Path], hint: str) -> None:
     """UserError naming every path that is not a file."""
+    folders = [str(path) for path in paths if path.is_dir()]
+    if folders:
+        raise UserError(f"--data_path takes files, and this is a folder: {', '.join(folders)}; name the files in it")
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"no such file: {', '.join(missing)}; {hint}")
