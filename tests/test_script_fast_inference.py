@@ -395,15 +395,20 @@ class Browser:
         return until(lambda: len(self.answer()) > len(than) and self.answer(), "an answer that grows")
 
     def stop(self, text: str) -> None:
-        """Click the button until it is gone: Streamlit may replace it under the pointer, and the click is lost."""
+        """Click on Stop; once more if that was lost, because Streamlit replaced the button under the pointer.
 
-        def stopped() -> bool:
+        Not at once: every click starts the page anew, and clicks without a pause would keep it from getting anywhere.
+        """
+        from selenium.common.exceptions import WebDriverException
+
+        for _ in range(6):
             for button in self.find(".st-key-stop button"):
-                if text in button.text and button.is_displayed():
+                with contextlib.suppress(WebDriverException):
+                    assert text in button.text
                     button.click()
-            return not self.find(".mm-cursor")
-
-        until(stopped, "the end of an answer that was stopped")
+            with contextlib.suppress(AssertionError):
+                return until(lambda: not self.find(".mm-cursor"), "the end of an answer that was stopped", seconds=15)
+        raise AssertionError("Stop was clicked six times, and the answer goes on")
 
     def idle(self) -> None:
         until(lambda: self.find(".st-key-again button") and not self.find(".mm-cursor"), "the end of the answer")
