@@ -20,8 +20,8 @@ if __name__ == "__main__":
 import argparse
 import os
 import time
+import urllib.parse
 
-import httpx
 import openai
 
 from model.generation import Sampling
@@ -173,11 +173,14 @@ def main() -> None:
     if not (key.isascii() and key.isprintable()):
         raise UserError("the key has characters that cannot be sent: keys are ASCII letters, digits and signs")
     try:
-        client = openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout)
-        chat = Chat(client, args)
-    except (httpx.InvalidURL, UnicodeError) as error:
+        address = urllib.parse.urlsplit(args.base_url)
+        if not address.hostname or address.port == 0:
+            raise ValueError("no host and port")
+        address.hostname.encode("idna")
+    except ValueError as error:  # UnicodeError is one, too
         raise UserError(f"--base_url {args.base_url} is not an address ({error}): like http://127.0.0.1:8000/v1") from error
-    with client:
+    with openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout) as client:
+        chat = Chat(client, args)
         print(f"{chat.model} at {args.base_url}" + (f", {chat.context} tokens of context" if chat.context else ""))
         interact(chat)
 

@@ -238,6 +238,9 @@ def test_clean_errors(chat, server):
         (["--base_url", server.url], "--api_key"),
         (["--base_url", server.url, "--api_key", "secret", "--model", "gpt-4"], f"has {NAME}"),
         (["--base_url", "localhost:8000", "--history_turns", "-1", "--top_p", "7"], "--top_p 7.0"),
+        (["--base_url", "http://[::1"], "is not an address"),
+        (["--base_url", "http://a..b/v1"], "is not an address"),
+        (["--base_url", server.url, "--api_key", "键"], "ASCII"),
     ):
         result = chat(*args, input="hi\n")
         assert result.returncode == 1 and result.stderr.startswith("error: ") and text in result.stderr, result.stderr
