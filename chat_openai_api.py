@@ -178,7 +178,9 @@ def main() -> None:
             raise ValueError("no host and port")
         address.hostname.encode("idna")
     except ValueError as error:  # UnicodeError is one, too
-        raise UserError(f"--base_url {args.base_url} is not an address ({error}): like http://127.0.0.1:8000/v1") from error
+        raise UserError(
+            f"--base_url {args.base_url} is not an address ({error}): like http://127.0.0.1:8000/v1"
+        ) from error
     with openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout) as client:
         chat = Chat(client, args)
         print(f"{chat.model} at {args.base_url}" + (f", {chat.context} tokens of context" if chat.context else ""))

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.files import atomic_write
-from model.scoring import Item, half_copy, score, score_quickly
+from model.scoring import BATCH_TOKENS, Item, rough_copies, score, score_quickly
 from model.tokenizer import BOS_ID, CHAT_TEMPLATE, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
 from model.weights import find_checkpoint, load_checkpoint
 from trainer import ceval
@@ -69,9 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--plain", action="store_true", help="bare text instead of the chat format: for pretrained models")
     add("--test", action="store_true", help="answer the test questions and write submission.json")
     add("--max_seq_len", type=int, help="longest prompt in tokens (default: the length the model was trained at)")
-    add(
-        "--batch_tokens", type=int, help="tokens that go through the model at once (default: 1024 on a CPU, else 16384)"
-    )
+    add("--batch_tokens", type=int, help="tokens that go through the model at once (default: 512 on a CPU, else 16384)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="precision, see above (default: auto)")
     args = parser.parse_args()
@@ -175,14 +173,6 @@ def _open_folder(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     return Subject(model.eval(), tokenizer, str(folder), context, ours)
 
 
-def routes_tokens(model: PreTrainedModel) -> bool:
-    """Whether it has experts: rounding then sends tokens elsewhere now and then, a jump that no sample foretells."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if hasattr(model.config, "use_moe"):
-        return model.config.use_moe
-    return any((getattr(model.config, name, None) or 0) > 1 for name in names)
-
-
 # ---- prompts
 
 
@@ -236,12 +226,12 @@ def answer_all(subject: Subject, questions: list[Question], args: argparse.Names
 
     model, device = subject.model, subject.model.device
     half = resolve_dtype("auto", device)
-    batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 16384)
+    batch_tokens = args.batch_tokens or (BATCH_TOKENS if device.type == "cpu" else 16384)
     with tqdm(total=len(items), desc="C-Eval", unit="question", disable=None, leave=False) as bar:
-        if args.dtype == "auto" and half != torch.float32 and not routes_tokens(model):
-            quick = half_copy(model, half)
-            scores, checked = score_quickly(model, quick, items, batch_tokens=batch_tokens, on_done=bar.update)
-            precision = {"dtype": f"{str(half).removeprefix('torch.')} and float32", "decided_in_float32": checked}
+        rough = rough_copies(model, half) if args.dtype == "auto" and half != torch.float32 else []
+        if rough:
+            scores, counts = score_quickly([*rough, model], items, batch_tokens=batch_tokens, on_done=bar.update)
+            precision = {"dtype": f"{str(half).removeprefix('torch.')} and float32", "decided_in_float32": counts[-1]}
         else:
             scores = score(model, items, batch_tokens=batch_tokens, on_done=bar.update)
             precision = {"dtype": str(model.dtype).removeprefix("torch.")}

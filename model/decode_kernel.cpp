@@ -12,20 +12,14 @@
 // Plain C++17 with the vector extensions of GCC and Clang, no PyTorch headers: it compiles in seconds for any CPU.
 // model/decode_native.py compiles it, lays out the weights, and mirrors the structs below.
 
-#include <algorithm>
+#include "kernel.hpp"
+
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <omp.h>
 #include <thread>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int PIECE = 4;  // blocks of LANES outputs that a thread takes at a time
 constexpr int MAX_ROWS = 256;
 constexpr int SLAB = 512;  // inputs that are worked on at a time: of 16 rows they fit into the nearest cache
@@ -34,69 +28,6 @@ constexpr int ROWS = 16;  // rows that one pass over a block of weights serves: 
 #else
 constexpr int ROWS = 4;
 #endif
-
-typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-
-struct bf16 { uint16_t bits; };
-
-inline floats load(const float* p) { return *reinterpret_cast<const floats*>(p); }
-inline floats load(const bf16* p) {
-#if defined(__AVX512F__)
-    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
-#else
-    words wide = __builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16;
-    return (floats)wide;  // the same bits
-#endif
-}
-inline floats load(const int8_t* p) {
-#if defined(__AVX512F__)  // what compilers make of the line below is ten times slower
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#else
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const bytes*>(p), ints), floats);
-#endif
-}
-inline float widen(bf16 v) {
-    const uint32_t bits = uint32_t(v.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
-inline void store(float* p, floats v) { *reinterpret_cast<floats*>(p) = v; }
-inline void store(bf16* p, float v) {  // rounded to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    p->bits = std::isnan(v) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-inline float sum(floats v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-#endif
-}
-
-// e^x to about two units in the last place: 2^n times a polynomial of the rest.
-inline __attribute__((always_inline)) floats exp(floats x) {
-    x = x < -87.0f ? floats{} - 87.0f : x;
-    x = x > 88.0f ? floats{} + 88.0f : x;
-    floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-    floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-    return p * (floats)power;
-}
 
 }  // namespace
 
@@ -222,10 +153,7 @@ void rms_norm(const float* x, const float* weight, float* out, int dim, float ep
 }
 
 void swiglu(float* gate, const float* up, int from, int to) {  // gate = silu(gate) * up
-    for (int i = from; i < to; i += LANES) {
-        floats g = load(gate + i);
-        store(gate + i, g / (1.0f + exp(-g)) * load(up + i));
-    }
+    for (int i = from; i < to; i += LANES) store(gate + i, silu(load(gate + i)) * load(up + i));
 }
 
 void rotate(float* x, const float* cos, const float* sin, int head_dim) {

@@ -1,38 +1,20 @@
-"""The decoding step in C++ for CPUs: compiling `decode_kernel.cpp`, laying out weights for it, calling it.
-
-A C++ compiler (g++ or clang++) makes the library in a few seconds; it is kept in the user's cache folder under a name
-that depends on the source, the compiler and the CPU. Where that fails, `load_kernel` says why, and decoding goes on in
-plain PyTorch.
-"""
+"""The decoding step in C++ for CPUs: laying out weights for `decode_kernel.cpp`, and calling it."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .decode_weights import DecodeLayer, DecodeWeights, Matrix, SwiGLU, zeros
+from .decode_weights import DecodeLayer, DecodeWeights, Matrix, SwiGLU
+from .native import KernelUnavailable, Memory, load_library
 
-SOURCE = Path(__file__).with_name("decode_kernel.cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
 LANES = 16
 MAX_ROWS = 256
 MAX_LAYERS = 146  # 7 phases each and 2 more, of 1,024
-CHUNK = 32 * 2**20  # bytes of memory to ask for at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-
-
-class KernelUnavailable(RuntimeError):
-    """The kernel cannot be had here; says why."""
 
 
 # ---- the structs of decode_kernel.cpp
@@ -71,38 +53,9 @@ class _Model(ctypes.Structure):
 # ---- the library
 
 
-@functools.cache
 def load_kernel() -> ctypes.CDLL:
     """The compiled library; compiled first if need be. Raises KernelUnavailable."""
-    if platform.system() == "Windows":
-        raise KernelUnavailable("the kernel needs g++ or clang++, and has not been built on Windows")
-    compiler = os.environ.get("CXX", "g++")
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
-        # What -march=native means on this CPU: a home folder may be shared by several machines.
-        macros = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-        native = subprocess.run(macros, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise KernelUnavailable(f"no C++ compiler ({compiler}): {error}") from error
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + version.encode() + native).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
-    library = folder / f"decode_{key}.so"
-    if not library.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / "decode.so"
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-                subprocess.run(command, capture_output=True, check=True, text=True)
-                os.replace(made, library)  # whole or not at all, whoever else compiles it at this moment
-        except OSError as error:
-            raise KernelUnavailable(f"cannot write to {folder}: {error}") from error
-        except subprocess.CalledProcessError as error:
-            raise KernelUnavailable(f"{compiler} failed: {error.stderr.strip()[-500:]}") from error
-    try:
-        kernel = ctypes.CDLL(str(library))
-    except OSError as error:
-        raise KernelUnavailable(f"cannot load {library}: {error}") from error
+    kernel = load_library("decode")
     kernel.scratch_floats.restype = ctypes.c_size_t
     kernel.scratch_floats.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
     kernel.decode_step.restype = None
@@ -141,17 +94,16 @@ class NativeModel:
         if config.n_layers > MAX_LAYERS:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
         self.kernel, self.config, self.dtype, self.threads = load_kernel(), config, weights.dtype, threads
-        self._alive: list[Tensor] = []  # what the structs point to
-        self._memory, self._used = torch.empty(0, dtype=torch.uint8), 0
+        self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
         self.rope = weights.rope
         self._layers = [self._layer(layer) for layer in weights.layers]
         self.struct = _Model(
-            embedding=self._keep(weights.embedding), embedding_kind=_KINDS[weights.dtype], cache_kind=_KINDS[weights.dtype],
-            norm=self._floats(weights.norm), output=self._matrix(weights.output), dim=config.dim,
-            n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
-            n_routed=config.n_routed_experts if config.use_moe else 0, top_k=config.num_experts_per_tok,
-            renormalise=weights.renormalise, eps=config.norm_eps,
+            embedding=self._memory.keep(weights.embedding), embedding_kind=_KINDS[weights.dtype],
+            cache_kind=_KINDS[weights.dtype], norm=self._floats(weights.norm), output=self._matrix(weights.output),
+            dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim, n_routed=config.n_routed_experts if config.use_moe else 0,
+            top_k=config.num_experts_per_tok, renormalise=weights.renormalise, eps=config.norm_eps,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -190,21 +142,10 @@ class NativeModel:
         scale = None
         if matrix.scale is not None:
             scale = self._floats(torch.nn.functional.pad(matrix.scale, (0, len(data) * LANES - len(matrix.scale))))
-        return _Matrix(self._keep(data), scale, _KINDS[data.dtype], data.shape[0], data.shape[1], 0)
+        return _Matrix(self._memory.keep(data), scale, _KINDS[data.dtype], data.shape[0], data.shape[1], 0)
 
     def _floats(self, tensor: Tensor) -> int:
-        return self._keep(tensor.float())
-
-    def _keep(self, tensor: Tensor) -> int:
-        """Copy a tensor to where it stays; its address."""
-        size = -(-tensor.nbytes // 64) * 64
-        if self._used + size > len(self._memory):
-            self._memory, self._used = zeros((max(size, CHUNK),), torch.uint8), 0
-            self._alive.append(self._memory)
-        place = self._memory[self._used : self._used + tensor.nbytes]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self._used += size
-        return place.data_ptr()
+        return self._memory.keep(tensor.float())
 
 
 class NativeStep:

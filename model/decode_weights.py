@@ -6,7 +6,6 @@ every one of them for a single token of each sequence: fewer and larger matrices
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -129,19 +128,3 @@ class DecodeWeights:
         found = [self.embedding, self.norm, *(m.weight for m in matrices), *(m.scale for m in matrices)]
         found += [t for layer in self.layers for t in (layer.attention_norm, layer.ffn_norm, layer.gate)]
         return [tensor for tensor in found if tensor is not None]
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Like `torch.zeros`; on a CPU in pages of 2 MB where the system has them.
-
-    Reading memory in the usual pages of 4 KB, a CPU spends half of its time looking up where they are.
-    """
-    size = torch.Size(shape).numel() * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a kernel without them
-    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from .decode_native import NativeModel
 from .decode_step import TorchModel
-from .decode_weights import zeros
 from .LMConfig import LMConfig
 from .model import Transformer
+from .native import zeros
 from .rope import Extension, Scaling
 from .tokenizer import BOS_ID, EOS_ID, render_chat
 

@@ -8,15 +8,15 @@ common beginning of such a group goes through the model by itself, and its keys 
 that share nothing form batches of about the same length, without a mask: in a causal model padding on the right is
 seen by nobody on its left. On a CPU each thread has batches of its own, which beats several threads in one product.
 
-**Half precision answers, float32 decides.** `score_quickly` lets a half-precision copy of the model score everything,
-and repeats in float32 what is too close to call; how close that is, it measures.
+**Half precision answers, float32 decides.** `score_quickly` lets a rough copy of the model score everything, and repeats
+with a finer one, in the end with the model itself, what is too close to call; how close that is, it measures.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .half import HalfModel
 from .model import Transformer
+from .native import KernelUnavailable
+from .prefill import PrefillModel, PrefillWeights, Prefix
 
-BATCH_TOKENS = 1024  # positions in one batch; more is slower on a CPU, whose caches are small
+BATCH_TOKENS = 512  # positions in one batch; more is slower on a CPU, whose caches are small
 MIN_SHARED = 24  # tokens that joining a group must save: the beginning is a pass of its own
 SAFETY = 2.0  # a margin below so many times the largest error seen is decided in float32
 
@@ -91,7 +92,7 @@ class SharedPrefix:
 
 
 def score(
-    model: PreTrainedModel | HalfModel,
+    model: PreTrainedModel | PrefillModel,
     items: list[Item],
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -112,7 +113,7 @@ def score(
     results = [torch.zeros(len(item.options)) for item in items]
     left = [sum(len(option) for option in item.options) for item in items]  # targets to come
     sequences = [sequence for i, item in enumerate(items) for sequence in _sequences(i, item)]
-    ours = isinstance(model, (Transformer, HalfModel))
+    ours = isinstance(model, (Transformer, PrefillModel))
     batches = list(_batches(sequences, batch_tokens, share=ours))
     for batch, values in _run(model, batches, batch_tokens, threads=ours):
         done = 0
@@ -128,48 +129,67 @@ def score(
     ]
 
 
-def half_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | HalfModel:
-    """The quickest half-precision model of the same weights that there is on this device."""
-    dense = isinstance(model, Transformer) and not model.config.use_moe
-    if dense and model.device.type == "cpu" and dtype == torch.bfloat16:
-        return HalfModel(model)
-    return copy.deepcopy(model).to(dtype)
+def rough_copies(model: PreTrainedModel, dtype: torch.dtype) -> list[PreTrainedModel | PrefillModel]:
+    """Quick half-precision copies of a model on its device, the quickest first, for `score_quickly`.
+
+    Empty where half precision cannot be trusted to be nearly the same: rounding sends tokens to other experts now and
+    then, a jump that no sample foretells.
+    """
+    if _routes_tokens(model):
+        return []
+    if isinstance(model, Transformer) and model.device.type == "cpu" and dtype == torch.bfloat16:
+        try:
+            weights = PrefillWeights(model)
+            return [PrefillModel(weights, parts=1), PrefillModel(weights, parts=2)]
+        except KernelUnavailable:
+            pass
+    return [copy.deepcopy(model).to(dtype)]
+
+
+def _routes_tokens(model: PreTrainedModel) -> bool:
+    """Whether it has experts."""
+    if hasattr(model.config, "use_moe"):
+        return model.config.use_moe
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(model.config, name, None) or 0) > 1 for name in names)
 
 
 def score_quickly(
-    model: PreTrainedModel,
-    quick: PreTrainedModel | HalfModel,
+    models: Sequence[PreTrainedModel | PrefillModel],
     items: list[Item],
     *,
     batch_tokens: int = BATCH_TOKENS,
     on_done: Callable[[int], None] | None = None,
-) -> tuple[list[Tensor], int]:
-    """`score` with the winners of `model` and most of the work done by `quick`, the same model in half precision.
+) -> tuple[list[Tensor], list[int]]:
+    """`score` with the winners of the last of `models` and most of the work done by the first, a rough copy of it.
 
-    Some items, evenly spaced, are scored by both. The most that a difference between two options moved is the error
-    seen so far; whatever was decided by less than `SAFETY` times that is scored by `model` too, which may raise the
-    error seen, and so on until nothing is left in doubt.
+    Every model scores some of the items of the one before it, evenly spaced. The most that a difference between two
+    options moved is the error seen so far; whatever was decided by less than `SAFETY` times that is scored by the finer
+    model too, which may raise the error seen, and so on until nothing is left in doubt.
 
-    Returns the scores, and how many items `model` scored. No proof that all winners are the same: it would take one
+    Returns the scores, and how many items each model scored. No proof that all winners are the same: it would take one
     question with a rounding error `SAFETY` times as large as any that was measured.
     """
-    scores = score(quick, items, batch_tokens=batch_tokens, on_done=on_done)
-    n_sample = min(len(items), max(16, len(items) // 64))
-    doubtful = sorted({i * len(items) // n_sample for i in range(n_sample)})
-    checked: set[int] = set()
-    error = 0.0
-    while doubtful:
-        for i, exact in zip(
-            doubtful, score(model, [items[i] for i in doubtful], batch_tokens=batch_tokens), strict=True
-        ):
-            moved = exact - scores[i]
-            error = max(error, float(moved.max() - moved.min()))
-            scores[i] = exact
-        checked.update(doubtful)
-        doubtful = [
-            i for i, s in enumerate(scores) if i not in checked and not _margin(s) > SAFETY * error
-        ]  # NaN is doubtful
-    return scores, len(checked)
+    scores = score(models[0], items, batch_tokens=batch_tokens, on_done=on_done)
+    scored, counts = list(range(len(items))), [len(items)]
+    for finer in models[1:]:
+        n_sample = min(len(scored), max(16, len(scored) // 64))
+        doubtful = sorted({scored[i * len(scored) // n_sample] for i in range(n_sample)})
+        checked: set[int] = set()
+        error = 0.0
+        while doubtful:
+            found = score(finer, [items[i] for i in doubtful], batch_tokens=batch_tokens)
+            for i, finer_scores in zip(doubtful, found, strict=True):
+                moved = finer_scores - scores[i]
+                error = max(error, float(moved.max() - moved.min()))
+                scores[i] = finer_scores
+            checked.update(doubtful)
+            doubtful = [
+                i for i in scored if i not in checked and not _margin(scores[i]) > SAFETY * error
+            ]  # NaN is doubtful
+        scored = sorted(checked)
+        counts.append(len(scored))
+    return scores, counts
 
 
 def _margin(scores: Tensor) -> float:
@@ -263,40 +283,48 @@ def _run(model, batches: list[_Batch], batch_tokens: int, threads: bool) -> Iter
 @torch.inference_mode()
 def _log_probs(model, batch: _Batch, batch_tokens: int) -> list[float]:
     """Log-probabilities of the targets of a batch, in the order of `_targets`."""
-    cache = None
+    prefix = None
     chunks = _chunks(batch.sequences, batch_tokens, batch.shared)  # also sorts them
     if batch.shared:
-        cache = SharedPrefix()
-        ids = torch.tensor([batch.sequences[0].tokens[: batch.shared]], device=model.device)
-        _logits(model, ids, cache, [0])
-        cache.close()
+        prefix = _read(model, batch.sequences[0].tokens[: batch.shared])
     values: list[float] = []
     for start, stop in chunks:
         rows = [sequence.tokens[batch.shared :] for sequence in batch.sequences[start:stop]]
-        length = len(rows[0])  # the longest comes first
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
         wanted = [
-            (row * length + position - batch.shared, token)
+            ((row, position - batch.shared), token)
             for row, sequence in enumerate(batch.sequences[start:stop])
             for _, _, position, token in sequence.targets
         ]
         places = sorted({place for place, _ in wanted})
-        log_probs = F.log_softmax(_logits(model, ids, cache, places), dim=-1)
+        log_probs = F.log_softmax(_logits(model, rows, prefix, places), dim=-1)
         index = {place: i for i, place in enumerate(places)}
         values += log_probs[[index[place] for place, _ in wanted], [token for _, token in wanted]].tolist()
     return values
 
 
-def _logits(model, ids: Tensor, cache: SharedPrefix | None, places: list[int]) -> Tensor:
-    """(places, vocab) float32 logits after the tokens at `places`, indices into the flattened (batch, time) ids."""
-    if isinstance(model, HalfModel):
-        return model.logits(ids, cache, torch.tensor(places))
-    inputs = {"input_ids": ids, "use_cache": False} | ({} if cache is None else {"past_key_values": cache})
-    rows, columns = zip(*(divmod(place, ids.shape[1]) for place in places), strict=True)
+def _read(model, tokens: list[int]) -> SharedPrefix | Prefix:
+    """A beginning that sequences go on from."""
+    if isinstance(model, PrefillModel):
+        return model.read(tokens)
+    prefix = SharedPrefix()
+    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=prefix, logits_to_keep=1)
+    prefix.close()
+    return prefix
+
+
+def _logits(
+    model, rows: list[list[int]], prefix: SharedPrefix | Prefix | None, places: list[tuple[int, int]]
+) -> Tensor:
+    """(places, vocab) float32 logits after the tokens at `places`, (row, column) each."""
+    if isinstance(model, PrefillModel):
+        return model.logits(rows, places, prefix)
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
+    inputs = {"input_ids": ids, "use_cache": False} | ({} if prefix is None else {"past_key_values": prefix})
     # A model takes one list of columns for all rows.
-    kept = sorted(set(columns))
+    kept = sorted({column for _, column in places})
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=torch.tensor(kept, device=ids.device)).logits
     else:
         logits = model(**inputs).logits[:, kept]
-    return logits[list(rows), [kept.index(column) for column in columns]].float()
+    return logits[[row for row, _ in places], [kept.index(column) for _, column in places]].float()

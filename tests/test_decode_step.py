@@ -9,9 +9,10 @@ from test_generation import TOKENIZER, kinds, make, make_prompts, recompute
 from model import decode_native
 from model.decode_native import NativeModel
 from model.decode_step import TorchModel, fast_model
-from model.decode_weights import DecodeWeights, quantize_int8, zeros
+from model.decode_weights import DecodeWeights, quantize_int8
 from model.generation import Decoder, KVCache, Sampling, generate, generate_ids
 from model.lora import add_adapter
+from model.native import KernelUnavailable, load_library, zeros
 from model.tokenizer import BOS_ID, encode_text
 
 WAYS = {
@@ -198,35 +199,35 @@ def test_what_is_chosen(monkeypatch):
     assert fast_model(make(n_heads=8)) is None  # heads of 8: the kernel has none
     assert fast_model(make().half()) is None
     monkeypatch.setenv("CXX", "no-such-compiler")
-    decode_native.load_kernel.cache_clear()
+    load_library.cache_clear()
     try:
-        with pytest.raises(decode_native.KernelUnavailable, match="no C.. compiler .no-such-compiler"):
-            decode_native.load_kernel()
+        with pytest.raises(KernelUnavailable, match="no C.. compiler .no-such-compiler"):
+            load_library("decode")
         assert fast_model(model) is None
         assert isinstance(fast_model(model, compile="on"), TorchModel)
         assert isinstance(fast_model(model, quantize="int8"), TorchModel)
     finally:
-        decode_native.load_kernel.cache_clear()
+        load_library.cache_clear()
 
 
 def test_the_kernel_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    decode_native.load_kernel.cache_clear()
+    load_library.cache_clear()
     try:
         times = []
         for _ in range(2):
-            decode_native.load_kernel()
-            decode_native.load_kernel.cache_clear()
+            load_library("decode")
+            load_library.cache_clear()
             (library,) = (tmp_path / "minimind").iterdir()  # and nothing half done beside it
             times.append(library.stat().st_mtime_ns)
         assert times[0] == times[1]
         library.unlink()
         (tmp_path / "minimind").rmdir()
         (tmp_path / "minimind").write_text("in the way")
-        with pytest.raises(decode_native.KernelUnavailable, match="cannot write to"):
-            decode_native.load_kernel()
+        with pytest.raises(KernelUnavailable, match="cannot write to"):
+            load_library("decode")
     finally:
-        decode_native.load_kernel.cache_clear()
+        load_library.cache_clear()
 
 
 def test_zeros_in_large_pages():

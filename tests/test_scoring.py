@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from model.half import HalfModel
 from model.LMConfig import preset
 from model.model import Transformer
-from model.scoring import MIN_SHARED, Item, _groups, _sequences, half_copy, score, score_quickly
+from model.native import KernelUnavailable
+from model.scoring import MIN_SHARED, Item, _groups, _sequences, rough_copies, score, score_quickly
 
 
 def make_model(**fields) -> Transformer:
@@ -107,58 +107,53 @@ def test_what_is_read_and_what_is_predicted():
     assert mixed[1].targets == [(7, 2, 1, 6), (7, 2, 2, 7), (7, 2, 3, 8)]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"n_kv_heads": 4},
-        {"n_kv_heads": 1, "rope_theta": 50_000.0},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    ],
-)
-def test_the_half_precision_pass_is_the_model(fields):
-    """Logits with and without a shared beginning: as near as bfloat16 gets, far nearer than any mistake would."""
-    model, items = make_model(initializer_range=0.1, **fields), make_items()
-    for block in model.layers:  # norm weights that are not 1, since they are folded into matrices
-        torch.nn.init.uniform_(block.attention_norm.weight, 0.5, 1.5)
-        torch.nn.init.uniform_(block.ffn_norm.weight, 0.5, 1.5)
-    torch.nn.init.uniform_(model.norm.weight, 0.5, 1.5)
-    half = half_copy(model, torch.bfloat16)
-    assert isinstance(half, HalfModel)
-    exact, near = torch.cat(score(model, items)), torch.cat(score(half, items))
+def test_rough_copies(monkeypatch):
+    model, items = make_model(initializer_range=0.1), make_items()
+    rough, finer = rough_copies(model, torch.bfloat16)
+    assert (rough.parts, finer.parts) == (1, 2)
+    exact = torch.cat(score(model, items))
     lengths = torch.tensor([float(len(option)) for item in items for option in item.options])
-    assert ((exact - near).abs() / lengths).max() < 0.02 * exact.std()
-    assert isinstance(half_copy(model, torch.float16), Transformer)
-    with pytest.raises(ValueError, match="mixture of experts"):
-        HalfModel(make_model(use_moe=True))
+    for copy, close in ((rough, 0.02), (finer, 1e-4)):
+        assert ((torch.cat(score(copy, items)) - exact).abs() / lengths).max() < close * exact.std()
+    (half,) = rough_copies(model, torch.float16)
+    assert isinstance(half, Transformer) and half.dtype == torch.float16 and model.dtype == torch.float32
+    assert rough_copies(make_model(use_moe=True), torch.bfloat16) == []
+
+    def no_kernel(model):
+        raise KernelUnavailable("no compiler")
+
+    monkeypatch.setattr("model.scoring.PrefillWeights", no_kernel)
+    (half,) = rough_copies(model, torch.bfloat16)
+    assert isinstance(half, Transformer) and half.dtype == torch.bfloat16
 
 
 def test_scores_out_of_range_are_decided_in_float32():
-    """Attention scores beyond exp's range are NaN in the quick pass, and right in the end."""
+    """Attention scores beyond exp's range are NaN in the quick passes, and right in the end."""
     model, items = make_model(), make_items(30)
     for block in model.layers:
-        block.attention.wq.weight.data *= 40
-    scores, checked = score_quickly(model, half_copy(model, torch.bfloat16), items)
-    assert checked == len(items)
+        block.attention.wq.weight.data *= 1000
+    scores, counts = score_quickly([*rough_copies(model, torch.bfloat16), model], items)
+    assert counts == [30, 30, 30]
     for found, item in zip(scores, items, strict=True):
         torch.testing.assert_close(found, by_hand(model, item), atol=1e-2, rtol=0)
 
 
 def test_half_precision_does_not_change_the_answers():
     model, items = make_model(), make_items(100)
-    quick = half_copy(model, torch.bfloat16)
     exact = score(model, items)
-    scores, checked = score_quickly(model, quick, items)
+    scores, (first, again, third) = score_quickly([*rough_copies(model, torch.bfloat16), model], items)
     assert [int(s.argmax()) for s in scores] == [int(s.argmax()) for s in exact]
-    assert 16 <= checked < len(items)  # some were decided in float32, and not all
+    assert first == 100 and 16 <= third <= again < 100  # some were scored again, and not all
 
 
-def test_a_quick_model_that_is_wrong_is_overruled():
-    """Error seen in the sample leads to all others being checked."""
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_rough_model_that_is_wrong_is_overruled(wrong):
+    """Error seen in the sample leads to all others being checked, at whichever step it comes in."""
     model, items = make_model(), make_items(60)
-    broken = make_model(initializer_range=0.4)
-    scores, checked = score_quickly(model, broken, items)
-    assert checked == len(items)
+    models = [*rough_copies(model, torch.bfloat16), model]
+    models[wrong] = make_model(initializer_range=0.4)
+    scores, counts = score_quickly(models, items)
+    assert counts == ([60, 60, counts[2]] if wrong == 0 else [60, 60, 60])
     assert all(torch.equal(a.argmax(), b.argmax()) for a, b in zip(scores, score(model, items), strict=True))
 
 

@@ -1,0 +1,145 @@
+"""model/prefill*: whole texts in C++ give the model's logits, to the precision that was asked for, on every matrix unit."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from model.LMConfig import preset
+from model.model import Transformer
+from model.native import KernelUnavailable
+from model.prefill import PrefillModel, PrefillWeights, load_kernel
+
+SHAPES = {
+    "narrow": dict(dim=64, n_heads=4, n_kv_heads=2),  # heads of 16: half a tile
+    "one pair": dict(dim=64, n_heads=2, n_kv_heads=1),
+    "every head its own": dict(dim=96, n_heads=6, n_kv_heads=6),
+    "three share": dict(dim=96, n_heads=6, n_kv_heads=2, hidden_dim=104),  # hidden features that fill no tile
+    "heads of 48": dict(dim=192, n_heads=4, n_kv_heads=2),  # a tile and a half
+    "heads of 128": dict(dim=256, n_heads=2, n_kv_heads=1),
+    "deep": dict(dim=64, n_heads=2, n_kv_heads=1, hidden_dim=1408, n_layers=3),  # sums in several slabs
+    "other angles": dict(dim=64, n_heads=2, n_kv_heads=1, rope_theta=50_000.0),
+    "yarn": dict(dim=64, n_heads=2, n_kv_heads=1, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+}
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 70)
+CLOSE = {1: (0.02, 0.15), 2: (5e-5, 5e-4)}  # on average and at most, relative to the logits' own spread
+
+
+def make(**fields) -> Transformer:
+    torch.manual_seed(0)
+    fields = dict(n_layers=2, vocab_size=200, initializer_range=0.1) | fields
+    model = Transformer(preset("toy", **fields)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # folded into matrices: must not be 1
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def make_texts(lengths=LENGTHS, seed: int = 0) -> list[list[int]]:
+    dice = random.Random(seed)
+    return [[dice.randrange(200) for _ in range(length)] for length in lengths]
+
+
+@torch.inference_mode()
+def logits_of(model: Transformer, texts: list[list[int]], skip: int = 0) -> torch.Tensor:
+    """(all tokens, vocab): the model itself, one text at a time."""
+    return torch.cat([model(torch.tensor([text]), use_cache=False).logits[0, skip:] for text in texts])
+
+
+def everywhere(texts: list[list[int]]) -> list[tuple[int, int]]:
+    return [(i, t) for i, text in enumerate(texts) for t in range(len(text))]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, parts: int) -> None:
+    assert found.shape == expected.shape
+    error, (average, most) = (found - expected) / expected.std(), CLOSE[parts]
+    assert float(error.square().mean().sqrt()) < average and float(error.abs().max()) < most
+
+
+@pytest.fixture(
+    params=[(), ("-mno-amx-bf16",), ("-mno-amx-bf16", "-mno-avx512bf16"), ("-mno-amx-bf16", "-mno-avx512f")]
+)
+def kernel(request):
+    """The kernel as compiled for this CPU, and for lesser ones."""
+    try:
+        return load_kernel(*request.param)
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_the_models(shape, parts):
+    model, texts = make(**SHAPES[shape]), make_texts()
+    found = PrefillModel(PrefillWeights(model), parts).logits(texts, everywhere(texts))
+    assert_close(found, logits_of(model, texts), parts)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("shape", ["narrow", "three share", "heads of 48"])
+@pytest.mark.parametrize("length", [1, 31, 32, 50])
+def test_texts_go_on_from_a_beginning(shape, length, parts):
+    model, texts, (beginning,) = make(**SHAPES[shape]), make_texts(), make_texts([length], seed=1)
+    fast = PrefillModel(PrefillWeights(model), parts)
+    found = fast.logits(texts, everywhere(texts), fast.read(beginning))
+    assert_close(found, logits_of(model, [beginning + text for text in texts], skip=length), parts)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_matrix_unit(kernel, parts):
+    model, texts, (beginning,) = make(**SHAPES["heads of 48"]), make_texts(), make_texts([40], seed=1)
+    fast = PrefillModel(PrefillWeights(model, kernel), parts)
+    assert fast.weights.unit in ("AMX", "AVX512-BF16", "vectors")
+    assert_close(fast.logits(texts, everywhere(texts)), logits_of(model, texts), parts)
+    found = fast.logits(texts, everywhere(texts), fast.read(beginning))
+    assert_close(found, logits_of(model, [beginning + text for text in texts], skip=40), parts)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_text_is_the_same_to_the_bit_whatever_is_beside_it(parts):
+    model, texts = make(**SHAPES["narrow"]), make_texts()
+    fast = PrefillModel(PrefillWeights(model), parts)
+    alone = torch.cat([fast.logits([text], everywhere([text])) for text in texts])
+    assert torch.equal(fast.logits(texts, everywhere(texts)), alone)
+    places = [(8, 69), (0, 0), (8, 3)]  # in the order they were asked for
+    starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+    assert torch.equal(fast.logits(texts, places), alone[[starts[i] + t for i, t in places]])
+
+
+def test_positions_beyond_the_trained_length():
+    model, texts = make(**SHAPES["narrow"], max_seq_len=32), make_texts([100])
+    fast = PrefillModel(PrefillWeights(model), 2)
+    assert_close(fast.logits(texts, everywhere(texts)), logits_of(model, texts), 2)
+
+
+def test_weights_are_copies():
+    model, texts = make(**SHAPES["narrow"]), make_texts()
+    fast = PrefillModel(PrefillWeights(model))
+    before = fast.logits(texts, everywhere(texts))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(fast.logits(texts, everywhere(texts)), before)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scores_out_of_range_are_not_numbers(parts):
+    """Attention subtracts no largest score: what is beyond the range of e^x must not pass for a result."""
+    model, texts = make(**SHAPES["narrow"]), make_texts([60])
+    for block in model.layers:
+        block.attention.wq.weight.data *= 1000
+    assert PrefillModel(PrefillWeights(model), parts).logits(texts, [(0, 59)]).isnan().all()
+    broken = copy.deepcopy(model)
+    broken.layers[0].attention.wo.weight.data[3, 5] = float("nan")
+    assert PrefillModel(PrefillWeights(broken), parts).logits(texts, [(0, 59)]).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [(dict(use_moe=True), "dense models"), (dict(dim=64, n_heads=8, n_kv_heads=8), "64 features in 8 heads of 8")],
+)
+def test_what_the_kernel_is_not_for(fields, message):
+    with pytest.raises(KernelUnavailable, match=message):
+        PrefillWeights(make(**fields))
