@@ -33,6 +33,7 @@ from model.generation import Sampling, generate
 from model.weights import Checkpoint, find_checkpoint
 from serving.conversation import text_prompt
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
@@ -61,9 +62,7 @@ PROMPTS = [
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     source = parser.add_argument_group("what to continue (default: built-in beginnings)").add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a beginning; repeatable")
     source.add_argument("--prompt_file", type=Path, metavar="FILE", help="beginnings, one per line")

@@ -32,6 +32,7 @@ from model.weights import Checkpoint, find_checkpoint
 from serving.conversation import chat_prompt
 from trainer.chat_terminal import interact
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
@@ -61,9 +62,7 @@ QUESTIONS = [
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--auto", action="store_true", help="answer a built-in list of questions, each by itself")
     parser.add_argument("--history_turns", type=int, default=5, metavar="N", help="earlier turns it sees (default: 5)")
     parser.add_argument("--system", metavar="TEXT", help="a system message, in front of everything")

@@ -27,6 +27,7 @@ import openai
 from model.generation import Sampling
 from trainer.chat_terminal import interact
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 from trainer.sampling_flags import add_sampling_flags, use_utf8, visible
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
@@ -35,9 +36,7 @@ EXTENSIONS = ("top_k", "min_p", "repetition_penalty")  # not OpenAI's: sent only
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--base_url", default="http://127.0.0.1:8000/v1", metavar="URL", help="(default: http://127.0.0.1:8000/v1)"
     )
@@ -65,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise UserError("; ".join(problems))
+        parser.refuse(problems)
     return args
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from trainer.cleaning import STAGES, Options, clean, summary_table
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 
 ROOT = Path(__file__).resolve().parent
 DUMPS = {
@@ -45,7 +46,7 @@ def find_inputs(stage: str, data_dir: Path) -> list[Path]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"], help="what to make; all: every stage whose dump exists")
     add("--input", type=Path, nargs="+", metavar="PATH", help="raw files to read instead of the default ones")
@@ -77,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     if args.input and args.stage == "all":
         problems.append("--input needs one stage, not all")
     if problems:
-        parser.error("; ".join(problems))
+        parser.refuse(problems)
     return args
 
 

@@ -46,14 +46,13 @@ from trainer import ceval
 from trainer.arguments import DTYPES, resolve_device, resolve_dtype
 from trainer.ceval import Answered, Question
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 
 ROOT = Path(__file__).resolve().parent
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--weights", type=Path, help=".pth file (default: the newest of rl and full_sft in out)")
     which.add_argument("--lora", type=Path, help="adapter folder; its base is found by what the adapter says")
@@ -81,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     if args.trust_remote_code and args.hf is None:
         problems.append("--trust_remote_code is for --hf")
     if problems:
-        parser.exit(2, "".join(f"error: {problem}\n" for problem in problems))
+        parser.refuse(problems)
     return args
 
 

@@ -45,6 +45,7 @@ from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from trainer.arguments import DTYPES, ROOT
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 
 GGUF_TYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 ALIASES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -52,7 +53,7 @@ MAX_TEXTS = 100
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--format", choices=["llama", "minimind", "gguf", "pth"], default="llama", help="see above (default: llama)")
     add("--weights", type=Path, metavar="PATH", help="a .pth file; for --format pth an exported folder (default: the "
@@ -95,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     if args.push_to_hub and args.push_to_hub.count("/") != 1:
         problems.append(f"--push_to_hub {args.push_to_hub}: give user/name")
     if problems:
-        parser.error("; ".join(problems))
+        parser.refuse(problems)
     return args
 
 

@@ -46,6 +46,7 @@ from serving.web_page import (
 )
 from serving.web_texts import LANGUAGES, Texts, language_of
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
@@ -61,7 +62,7 @@ DRAW_SECONDS = 0.05  # between two states of a growing answer
 MODELS_KEPT = 4  # in memory, the last used
 
 
-class Parser(argparse.ArgumentParser):
+class PageParser(Parser):
     """Wrong flags become one line in the page, where they are read; argparse would end the process."""
 
     def error(self, message: str) -> None:
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = PageParser(description=__doc__)
     parser.add_argument(
         "--history_turns", type=int, default=5, metavar="N", help="earlier turns it sees, to begin with (default: 5)"
     )

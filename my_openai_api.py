@@ -32,6 +32,7 @@ from serving.engine import Engine
 from serving.http import STALL_SECONDS, Server
 from serving.openai_api import ServedModel, create_app
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 from trainer.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
@@ -46,9 +47,7 @@ KEY_VARIABLE = "MINIMIND_API_KEY"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     server = parser.add_argument_group("the server")
     server.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1, this machine only)"
@@ -97,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable()):
         problems.append("the key has characters that clients cannot send: use ASCII letters, digits and signs")
     if problems:
-        raise UserError("; ".join(problems))
+        parser.refuse(problems)
     return args
 
 

@@ -54,6 +54,7 @@ from model.tokenizer import (
 )
 from trainer.cleaning import Progress
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser
 from trainer.readers import BadLine, check_readable, iter_records, total_bytes
 
 ROOT = Path(__file__).resolve().parent
@@ -74,7 +75,7 @@ MEASURED_BYTES = 16_000_000  # of held-out text per file: enough for four digits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--data_path", nargs="+", type=Path, metavar="FILE", default=[ROOT / "dataset" / "tokenizer_train.jsonl"],
         help="training text; a file that is named twice counts twice (default: dataset/tokenizer_train.jsonl)",

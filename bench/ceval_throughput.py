@@ -14,7 +14,6 @@ ones, with margins smaller than those of any trained model. The modes take turns
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E4
 from model.weights import load_checkpoint  # noqa: E402
 from trainer import ceval  # noqa: E402
 from trainer.errors import run_script  # noqa: E402
+from trainer.parser import Parser  # noqa: E402
 
 
 def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> list[Item]:
@@ -73,7 +73,7 @@ def one_at_a_time(model: Transformer, items: list[Item]) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data_dir", type=Path, default=ROOT / "dataset" / "ceval" / "ceval-exam", help="folder with val and dev")
     add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")

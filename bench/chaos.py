@@ -18,7 +18,6 @@ Prints a table of the kinds of faults; --table also one of every fault. Exit cod
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -37,6 +36,10 @@ import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from trainer.parser import Parser  # noqa: E402
+
 NAME = "pretrain_64"
 MODEL = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --dropout 0.1"
 KILL_RANK, TERM_LAUNCHER, TERM_RANK = "SIGKILL of one process", "SIGTERM to torchrun", "SIGTERM to one process"
@@ -317,7 +320,7 @@ def chaos(folder: Path, n_faults: int, seed: int, save_interval: int) -> tuple[l
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the faults, their order and their steps (default: 0)")
     parser.add_argument("--save_interval", type=int, default=4, help="optimizer steps between saves (default: 4)")

@@ -45,6 +45,7 @@ from model.generation import Sampling, fit_chat, generate  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 from trainer.errors import UserError, run_script  # noqa: E402
+from trainer.parser import Parser  # noqa: E402
 from trainer.sampling_flags import (  # noqa: E402
     add_sampling_flags,
     device_and_dtype,
@@ -102,9 +103,7 @@ class Verdict:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="MODEL", help="a .pth file, an adapter or an exported folder")
     add("--questions", type=Path, metavar="FILE", help="text or JSONL (default: a dozen in Chinese and English)")
@@ -129,7 +128,7 @@ def parse_args() -> argparse.Namespace:
     if args.output.suffix == ".json":
         problems.append(f"--output {args.output}: name the Markdown file; the .json is written beside it")
     if problems:
-        parser.error("; ".join(problems))
+        parser.refuse(problems)
     return args
 
 

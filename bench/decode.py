@@ -36,6 +36,7 @@ from model.LMConfig import PRESETS, LMConfig, preset
 from model.model import Transformer, describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from trainer.errors import run_script
+from trainer.parser import Parser  # noqa: E402
 
 Scheme = Callable[[list[list[int]], int], float]  # prompts, new tokens of each -> seconds
 
@@ -208,7 +209,7 @@ def dense_equal(config: LMConfig) -> LMConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--presets", nargs="+", choices=[*PRESETS], default=["minimind-v1-small", "minimind-v1-moe"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="sequences at a time (default: 1 16)")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="length of the prompts (default: 16)")

@@ -33,11 +33,12 @@ from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint
 from trainer.arguments import resolve_device, resolve_dtype
 from trainer.errors import UserError, run_script
+from trainer.parser import Parser  # noqa: E402
 from trainer.readers import iter_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="a .pth file")
     parser.add_argument("--data_path", type=Path, required=True, help="texts it was not trained on (JSONL, CSV, TXT)")
     parser.add_argument("--text_field", default="text", help="column or key with the text (default: text)")

@@ -9,7 +9,6 @@ one process, and the table gives ratios to the padded one: machines are noisy, r
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from trainer.arguments import ROOT, resolve_device, resolve_dtype
 from trainer.corpus import build_pretrain_corpus
 from trainer.datasets import PackedRows
 from trainer.errors import run_script
+from trainer.parser import Parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_flags(parser, ROOT / "dataset" / "pretrain_data.csv")
     args = parser.parse_args()
     config, device = preset(args.preset), resolve_device(args.device)

@@ -7,7 +7,6 @@ Reads the checkpoints and metrics in --out_dir and the held-out files in --data_
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from trainer.arguments import ROOT
 from trainer.conversations import iter_conversations
 from trainer.errors import UserError, run_script
 from trainer.losses import answer_log_probs
+from trainer.parser import Parser  # noqa: E402
 from trainer.preferences import PreferencePairs, read_pairs
 from trainer.tracking import read_metrics
 
@@ -124,7 +124,7 @@ def compression_table(folders: dict[str, Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "dataset" / "sample")
     args = parser.parse_args()

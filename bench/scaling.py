@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer, parameter_counts  # noqa: E402
+from trainer.parser import Parser  # noqa: E402
 from trainer.tracking import PEAK_FLOPS, training_flops  # noqa: E402
 
 PRESETS = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
@@ -254,7 +255,7 @@ def put(page: Path, name: str, text: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--gpu", default="H100", choices=[*PEAK_FLOPS], help="whose peak is assumed")
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that computing reaches")
     parser.add_argument("--per_node", type=int, default=8, help="GPUs in one machine")

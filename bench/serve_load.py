@@ -13,7 +13,6 @@ random ones of minimind-v1-small.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -38,6 +37,7 @@ from model.model import Transformer  # noqa: E402
 from model.tokenizer import load_tokenizer, render_chat  # noqa: E402
 from model.weights import load_checkpoint, save_checkpoint  # noqa: E402
 from trainer.errors import UserError, run_script  # noqa: E402
+from trainer.parser import Parser  # noqa: E402
 
 QUESTIONS = [
     "你好",
@@ -220,7 +220,7 @@ async def measure(port: int, model: str, reference: Reference, server: psutil.Pr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")
     add("--clients", type=int, default=64, help="at the same time (default: 64)")

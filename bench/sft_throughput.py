@@ -10,7 +10,6 @@ neighbours are less so.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,10 +28,11 @@ from trainer.arguments import ROOT, resolve_device, resolve_dtype
 from trainer.corpus import build_chat_corpus
 from trainer.datasets import PackedRows
 from trainer.errors import run_script
+from trainer.parser import Parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_flags(parser, ROOT / "dataset" / "sft_data_single.csv")
     parser.add_argument("--stages", choices=["sft", "lora"], nargs="+", default=["sft", "lora"])
     parser.add_argument("--rank", type=int, default=8, help="of the adapter (default: 8)")

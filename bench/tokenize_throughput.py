@@ -10,7 +10,6 @@ The two take turns, and the best round of each counts: other work on the machine
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import os
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer  # noqa: E402
 from trainer.corpus import build_pretrain_corpus  # noqa: E402
 from trainer.errors import run_script  # noqa: E402
+from trainer.parser import Parser  # noqa: E402
 from trainer.readers import iter_records  # noqa: E402
 
 
@@ -45,7 +45,7 @@ def take_texts(path: Path, n_bytes: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data_path", type=Path, default=ROOT / "dataset" / "pretrain_data.csv", help="file with the field text")
     add("--mb", type=float, default=16, help="megabytes of text to use (default: 16)")

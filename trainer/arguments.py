@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
-import time
 import types
 import typing
 from dataclasses import dataclass
@@ -29,6 +27,8 @@ from model.rope import parse_scaling
 from model.tokenizer import TOKENIZER_DIR
 from trainer.optim import OPTIMIZERS
 from trainer.zero_config import zero_problems
+
+from .parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -209,9 +209,7 @@ def parse_options(options: type[Options], description: str, argv: list[str] | No
 
     A stage that does not want a shared flag has none of it: it overrides the field with `dataclasses.field(init=False)`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=description)
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if "help" in field.metadata:
@@ -229,10 +227,7 @@ def parse_options(options: type[Options], description: str, argv: list[str] | No
     result = options(**{name: value for name, value in given.items() if name in own}, model=model)
     problems = result.problems()
     if problems:
-        if int(os.environ.get("LOCAL_RANK", "0")):
-            time.sleep(5)  # the first process on this machine says it; a launcher ends the others when that one ends
-            sys.exit(2)
-        parser.exit(2, "".join(f"error: {problem}\n" for problem in problems))
+        parser.refuse(problems)
     return result
 
 

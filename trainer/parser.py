@@ -1,0 +1,33 @@
+"""The command line of every script: whole names of flags only, and what is wrong with them in one line each."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are for people: no usage of forty lines in front of them."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse found: said in its words, and with the flag that was probably meant."""
+        message = message.removeprefix("argument ")
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if len(words) < len(message.split()) and words[0].startswith("-"):
+            near = difflib.get_close_matches(words[0].split("=")[0], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.refuse([f"{message} (python {sys.argv[0]} --help lists the flags)"])
+
+    def refuse(self, problems: list[str]) -> NoReturn:
+        """Exit with all that is wrong at once. Of several processes that were started alike the first one says it."""
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(5)  # a launcher ends the others when that one ends
+            sys.exit(2)
+        self.exit(2, "".join(f"error: {problem}\n" for problem in problems))
