@@ -61,15 +61,16 @@ inline float sum(floats v) {
 #endif
 }
 
-// e^x to about two units in the last place: 2^n times a polynomial of the rest. NaN stays NaN.
-inline __attribute__((always_inline)) floats exp(floats x) {
+// e^x to about two units in the last place: 2^n times a polynomial of the rest. Beyond 87 it is infinite, below -87 e^-87;
+// NaN stays NaN.
+inline __attribute__((always_inline)) floats exp(floats of) {
 #if defined(__AVX512F__)
-    x = (floats)_mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
-    floats n = (floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const floats x = (floats)_mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)of));
+    const floats n = (floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    x = x < -87.0f ? floats{} - 87.0f : x;
+    floats x = of < -87.0f ? floats{} - 87.0f : of;
     x = x > 87.0f ? floats{} + 87.0f : x;
-    floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+    const floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
 #endif
     floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -79,15 +80,16 @@ inline __attribute__((always_inline)) floats exp(floats x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
 #if defined(__AVX512F__)
-    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+    p = (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-    return p * (floats)power;
+    p *= (floats)((__builtin_convertvector(n, ints) + 127) << 23);
 #endif
+    return of > 87.0f ? floats{} + INFINITY : p;
 }
 
 inline floats silu(floats x) {
-    const floats below = 1.0f + exp(-x);  // at most e^87: its reciprocal is a number, too
+    x = x < -87.0f ? floats{} - 87.0f : x;  // where it is 0 for all purposes, and the reciprocal still a number
+    const floats below = 1.0f + exp(-x);
 #if defined(__AVX512F__)
     const floats guess = (floats)_mm512_rcp14_ps((__m512)below);  // a division takes three times as long
     return x * (guess * (2.0f - below * guess));

@@ -57,15 +57,16 @@ int up(int n, int to = PAIR) { return (n + to - 1) / to * to; }
 
 // ---- the product of tiles
 
-// c (16 M, 16 N), rows `width` apart, = or += a b. Tiles of one row of tiles follow each other; the next row of tiles is
-// `next`, the low part of every number `low` further on.
+// Rows of tiles of an operand: those of one row follow each other; the next row is `next`, the low parts of all numbers
+// are `low` further on.
 struct Tiles {
     const bf16* at;
     size_t next, low;
     Tiles operator+(int tiles) const { return {at + size_t(tiles) * TILE, next, low}; }
 };
 
-// `ahead`: what a later product reads, as `b`, of which two 64-byte lines of every tile are fetched meanwhile.
+// multiply<P, M, N>: c (16 M, 16 N), rows `width` apart, = or += a b, of M and N rows of `depth` tiles in P parts. `ahead`:
+// what a later product reads as its `b`; two 64-byte lines of each of its tiles are fetched meanwhile.
 
 #if defined(__AMX_BF16__)
 
@@ -91,6 +92,7 @@ inline __attribute__((always_inline)) void multiply_loaded() {
 template <int P, int M, int N>
 inline void multiply(Tiles a, Tiles b, int depth, float* c, int width, bool add, const bf16* ahead = nullptr) {
     const size_t down = size_t(LANES) * width, stride = width * sizeof(float);
+    asm volatile("" ::: "memory");  // GCC's headers do not say that loading a tile reads memory
     if (add) {
         _tile_loadd(0, c, stride);
         if constexpr (N == 2) _tile_loadd(1, c + LANES, stride);
@@ -125,8 +127,12 @@ inline void multiply(Tiles a, Tiles b, int depth, float* c, int width, bool add,
 
 struct MatrixUnit {  // a thread's, while this lives
     MatrixUnit() {
-        struct __attribute__((packed)) { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
-        for (int i = 0; i < 8; i++) config.bytes[i] = 2 * PAIR, config.rows[i] = LANES;
+        struct __attribute__((packed)) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes_per_row[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 2 * PAIR, config.rows[i] = LANES;
         _tile_loadconfig(&config);
     }
     ~MatrixUnit() { _tile_release(); }
@@ -324,8 +330,8 @@ struct Cell {
 struct Text { int start, length; size_t cell; };  // its first row; tokens; where the cells of its heads begin
 
 // H query heads that share keys and values, from `head` on, in one text: out[row] = softmax(q keys) values, causal, after
-// the `n_past` keys of `past`. Without subtracting the largest score: beyond e^87 comes inf / inf, which is noticed.
-// Only where one of 16 neighbours is in `wanted`. shares (parts, H, 16, past.length + own.length) to work in.
+// the `n_past` keys of `past`. No largest score is subtracted: where they leave the range of e^x, the result is NaN, never wrong.
+// Only for rows of which one of 16 neighbours is in `wanted`. shares (parts, H, 16, past.length + own.length) to work in.
 template <int P, int H>
 void attend(const Model& m, const Text& text, const Cell<P>& own, const Cell<P>& past, int n_past, const Grid& qkv, int head,
             const char* wanted, bf16* shares, const Operand<P>& out) {
@@ -377,7 +383,7 @@ void attend(const Model& m, const Text& text, const Cell<P>& own, const Cell<P>&
         for (int h = 0; h < H; h++)
             for (int r = 0; r < n; r++) {
                 const float* from = mixed + (h * LANES + r) * width;
-                const float whole = 1 / from[D];
+                const float whole = from[D] > 1e-30f ? 1 / from[D] : NAN;  // if all weights are tiny, some have become 0
                 for (int i = 0; i < D; i += LANES)
                     out.put(text.start + first + r, (head + h) * D + i, load(from + i) * whole);
             }
