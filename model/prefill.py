@@ -57,6 +57,7 @@ class Prefix:
     """A beginning that has been read: its keys and values of all layers, as the kernel has them."""
 
     length: int
+    parts: int
     cells: Tensor
 
 
@@ -143,7 +144,7 @@ class PrefillModel:
         size = self.weights.kernel.cells_size(self.weights.struct, self.parts, len(tokens))
         cells = torch.empty(self.config.n_layers * size, dtype=torch.bfloat16)
         self._run([tokens], None, cells, torch.empty(0, dtype=torch.int64), None)
-        return Prefix(len(tokens), cells)
+        return Prefix(len(tokens), self.parts, cells)
 
     def logits(self, texts: list[list[int]], places: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
         """Logits of the next token after some of the tokens.
@@ -154,7 +155,14 @@ class PrefillModel:
 
         Returns:
             (places, vocab) float32
+
+        Raises IndexError for tokens that are not in the vocabulary and places that are not in the texts, ValueError for a
+        text without tokens and a `past` of another precision.
         """
+        if not all(0 <= text < len(texts) and 0 <= token < len(texts[text]) for text, token in places):
+            raise IndexError("a place is in none of the texts")
+        if past is not None and past.parts != self.parts:
+            raise ValueError(f"a beginning in {past.parts} parts cannot be continued in {self.parts}")
         starts = [0, *itertools.accumulate(map(len, texts))]
         rows = torch.tensor([starts[text] + token for text, token in places])
         logits = torch.empty(_up(len(places)), self.weights.struct.vocab)
@@ -163,6 +171,10 @@ class PrefillModel:
 
     def _run(self, texts, past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None) -> None:
         tokens, lengths = torch.tensor([token for text in texts for token in text]), torch.tensor([*map(len, texts)])
+        if not lengths.numel() or not lengths.all():
+            raise ValueError("there is a text without tokens")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise IndexError(f"a token is not in the vocabulary of {self.config.vocab_size:,}")
         n_past = past.length if past else 0
         cos, sin = self.weights.rope(n_past + max(map(len, texts)))
         struct = _Model.from_buffer_copy(self.weights.struct)

@@ -151,6 +151,25 @@ def test_what_is_not_a_number_stays_that(parts):
         assert PrefillModel(PrefillWeights(broken), parts).logits(texts, [(0, 59)]).isnan().all()
 
 
+def test_what_would_be_read_from_elsewhere_is_refused():
+    weights = PrefillWeights(make(**SHAPES["narrow"]))
+    fast, finer = PrefillModel(weights), PrefillModel(weights, 2)
+    for texts, places in [
+        ([[1, 200]], [(0, 1)]),
+        ([[-1]], [(0, 0)]),
+        ([[1]], [(0, 1)]),
+        ([[1]], [(1, 0)]),
+        ([[1]], [(0, -1)]),
+    ]:
+        with pytest.raises(IndexError):
+            fast.logits(texts, places)
+    for texts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="without tokens"):
+            fast.logits(texts, [])
+    with pytest.raises(ValueError, match="in 2 parts cannot be continued in 1"):
+        fast.logits([[1]], [(0, 0)], finer.read([1]))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [(dict(use_moe=True), "dense models"), (dict(dim=64, n_heads=8, n_kv_heads=8), "64 features in 8 heads of 8")],
