@@ -142,6 +142,8 @@ def test_a_failed_step_costs_its_requests_and_no_others(caplog):
         with pytest.raises(EngineFailed, match="server's log"):
             await ids_of(engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=50)]))
         assert len((await ids_of(done))[0]) == 2  # finished before
+        while engine.decoder is None:  # it starts anew; until then it says so
+            await asyncio.sleep(0.01)
         assert len((await ids_of(engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=9)])))[0]) == 9
         assert engine.statistics.failures == 1 and not engine.failed
 
