@@ -373,6 +373,10 @@ def main() -> None:
     if failed:
         print(f"warning: {len(failed)} of {len(verdicts)} verdicts failed, the first: {failed[0]}")
     print(f"transcript: {args.output}")
+    if failed and len(failed) == len(verdicts):
+        raise UserError(
+            f"the judge gave no verdict at all: look at --judge_base_url and --judge_model {args.judge_model}"
+        )
 
 
 if __name__ == "__main__":

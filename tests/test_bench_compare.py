@@ -190,3 +190,13 @@ def test_bad_input(models, tmp_path, main, capsys):
             main(*args, "--output", output)
         assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_judge_that_is_not_there(models, tmp_path, main, capsys):
+    """The answers are kept, and the run does not count as done."""
+    question, output = tmp_path / "q.txt", tmp_path / "out.md"
+    question.write_text(QUESTIONS[0], encoding="utf-8")
+    judge = ["--judge_base_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_timeout", 1]
+    with pytest.raises(UserError, match="no verdict at all: look at --judge_base_url"):
+        main(*models[:2], "--questions", question, "--output", output, "--max_new_tokens", 2, *judge)
+    assert "1 of 1 verdicts failed" in capsys.readouterr().out and output.with_suffix(".json").is_file()

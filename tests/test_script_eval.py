@@ -154,7 +154,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(out, tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(f"/save {tmp_path / 'kept'}\n/exit\n".encode(), timeout=60)
     assert process.returncode == 0, errors
-    assert b"[stopped]" in output and b"appended 1 turns" in output
+    assert b"[stopped]" in output and b"appended 1 turn to" in output
 
 
 def test_adapter(out, tmp_path, call):

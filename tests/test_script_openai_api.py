@@ -229,7 +229,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(server):
         server.until("minimind_rows_running", 0)
         out, errors = process.communicate("/save /dev/null\n/exit\n", timeout=120)
         assert process.returncode == 0, errors
-        assert "[stopped]" in out and "appended 1 turns" in out
+        assert "[stopped]" in out and "appended 1 turn to" in out
 
 
 def test_clean_errors(chat, server):

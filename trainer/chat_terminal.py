@@ -56,4 +56,5 @@ def save(chat: Chat, name: str) -> None:
     except OSError as error:
         print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
     else:
-        print(f"appended {len(chat.turns) // 2} turns to {name}")
+        n = len(chat.turns) // 2
+        print(f"appended {n} turn{'s' * (n != 1)} to {name}")
