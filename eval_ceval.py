@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ def parse_args() -> argparse.Namespace:
         for name, value, least in (("max_seq_len", args.max_seq_len, 8), ("batch_tokens", args.batch_tokens, 1))
         if value is not None and value < least
     ]
+    nearest = next(path for path in (args.out_dir, *args.out_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        problems.append(f"--out_dir {args.out_dir}: {nearest} is not a folder that can be written to")
     if args.trust_remote_code and args.hf is None:
         problems.append("--trust_remote_code is for --hf")
     if problems:
@@ -151,7 +155,7 @@ def _open_folder(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--hf {folder} cannot be loaded: {reason}. If it comes with code of its own that you have read and "
@@ -262,6 +266,8 @@ def table(summary: dict) -> str:
 def write_results(out_dir: Path, answered: list[Answered], summary: dict) -> None:
     """Each file is written whole or not at all, and summary.json last: without it the folder is not a result."""
     (out_dir / "summary.json").unlink(missing_ok=True)
+    for old in out_dir.glob("*_result.csv"):  # of another run, with other subjects perhaps
+        old.unlink()
     for name, group in ceval.by_subject(answered).items():
         with atomic_write(out_dir / f"{name}_result.csv", encoding="utf-8-sig") as file:  # Excel needs the mark
             rows = csv.writer(file, lineterminator="\n")

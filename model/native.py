@@ -13,6 +13,7 @@ import hashlib
 import mmap
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -38,31 +39,34 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
     """
     if platform.system() == "Windows":
         raise KernelUnavailable("the kernel needs g++ or clang++, and has not been built on Windows")
-    compiler, source = os.environ.get("CXX", "g++"), HERE / f"{name}_kernel.cpp"
+    compiler, source = shlex.split(os.environ.get("CXX") or "g++"), HERE / f"{name}_kernel.cpp"
     options = [*FLAGS, *flags]
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
         # What -march=native means on this CPU: a home folder may be shared by several machines.
-        macros = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+        macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
         native = subprocess.run(macros, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise KernelUnavailable(f"no C++ compiler ({compiler}): {error}") from error
+        raise KernelUnavailable(f"no C++ compiler ({shlex.join(compiler)}): {error}") from error
     read = b"".join(path.read_bytes() for path in (source, HERE / "kernel.hpp"))
     key = hashlib.sha256(read + " ".join(options).encode() + version.encode() + native).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
+    except RuntimeError as error:  # a user without a home folder, as in some containers
+        raise KernelUnavailable(f"nowhere to keep the library: {error}; set XDG_CACHE_HOME") from error
     library = folder / f"{name}_{key}.so"
     if not library.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / "made.so"
-                command = [compiler, *options, str(source), "-o", str(made)]
+                command = [*compiler, *options, str(source), "-o", str(made)]
                 subprocess.run(command, capture_output=True, check=True, text=True)
                 os.replace(made, library)  # whole or not at all, whoever else compiles it at this moment
         except OSError as error:
             raise KernelUnavailable(f"cannot write to {folder}: {error}") from error
         except subprocess.CalledProcessError as error:
-            raise KernelUnavailable(f"{compiler} failed: {error.stderr.strip()[-500:]}") from error
+            raise KernelUnavailable(f"{shlex.join(compiler)} failed: {error.stderr.strip()[-500:]}") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:

@@ -104,9 +104,10 @@ class PrefillWeights:
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of at least so many positions, (positions, head_dim): of both features of a pair, and -sin, sin."""
-        if length > len(self._tables[0]):
-            self._tables = self._rope(length)
-        return self._tables
+        tables = self._tables  # another thread may replace them
+        if length > len(tables[0]):
+            self._tables = tables = self._rope(length)
+        return tables
 
     def _rope(self, length: int) -> tuple[Tensor, Tensor]:
         config = self.config

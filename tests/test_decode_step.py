@@ -226,6 +226,14 @@ def test_the_kernel_is_compiled_once(monkeypatch, tmp_path):
         (tmp_path / "minimind").write_text("in the way")
         with pytest.raises(KernelUnavailable, match="cannot write to"):
             load_library("decode")
+
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr("pathlib.Path.home", no_home)  # a user of a container
+        with pytest.raises(KernelUnavailable, match="set XDG_CACHE_HOME"):
+            load_library("decode")
     finally:
         load_library.cache_clear()
 

@@ -257,3 +257,18 @@ def test_other_model_of_transformers(quiz, tmp_path):
     ran = run("--hf", folder, "--data_dir", quiz, "--out_dir", out, "--subjects", "law")
     assert ran.returncode == 0, ran.stderr
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
+
+
+def test_a_subject_named_twice_counts_once_and_old_results_go(weights, quiz, tmp_path):
+    out = tmp_path / "out"
+    assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out).returncode == 0
+    assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--subjects", "law", "law").returncode == 0
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
+    assert [path.name for path in out.glob("*.csv")] == ["law_result.csv"]
+
+
+def test_an_out_dir_that_cannot_be_is_found_before_any_work(weights, quiz, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = run("--weights", weights, "--data_dir", quiz, "--out_dir", out)
+        assert result.returncode == 2 and result.stdout == "" and result.stderr.startswith(f"error: --out_dir {out}: ")

@@ -144,7 +144,7 @@ def read_questions(data_dir: Path, part: str, *, answers: bool, subjects: Sequen
 
     questions: list[Question] = []
     problems: list[str] = []
-    for subject in subjects or by_subject:
+    for subject in dict.fromkeys(subjects or by_subject):  # named twice counts once
         found = _read_subject(by_subject[subject], subject, answers, problems)
         questions += found
         if not found and not problems:

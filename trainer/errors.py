@@ -46,6 +46,8 @@ def run_script(main: Callable[[], int | None]) -> None:
             fail(f"no space left on the disk{where}: free some space and run the same command again")
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(f"no permission for {error.filename}: choose another folder or change its permissions")
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            fail(f"{error.filename} cannot be used ({os.strerror(error.errno)}): choose another path")
         raise
     except RuntimeError as error:
         if dist.is_initialized() and any(words in str(error) for words in _LOST):
