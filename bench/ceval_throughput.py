@@ -30,7 +30,7 @@ from model.scoring import Item, rough_copies, score, score_quickly  # noqa: E402
 from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E402
 from model.weights import load_checkpoint  # noqa: E402
 from trainer import ceval  # noqa: E402
-from trainer.errors import run_script  # noqa: E402
+from trainer.errors import UserError, run_script  # noqa: E402
 from trainer.parser import Parser  # noqa: E402
 
 
@@ -85,11 +85,16 @@ def main() -> None:
         help="one of the kinds (default: all)",
     )
     args = parser.parse_args()
+    if problems := [f"--{name} must be at least 1" for name in ("questions", "rounds") if getattr(args, name) < 1]:
+        parser.refuse(problems)
 
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     if args.weights:
-        model = load_checkpoint(args.weights, dtype=torch.float32).model
+        try:
+            model = load_checkpoint(args.weights, dtype=torch.float32).model
+        except ValueError as error:
+            raise UserError(str(error)) from error
     else:
         model = Transformer(preset("minimind-v1-small")).eval()
     print(f"{torch.get_num_threads()} threads, {args.questions} questions, best of {args.rounds} rounds")
