@@ -50,6 +50,7 @@ from trainer.errors import UserError, run_script
 from trainer.parser import Parser
 
 ROOT = Path(__file__).resolve().parent
+COLUMNS = ["id", "question", *"ABCD", "answer", "prediction", "correct", *(f"p_{letter}" for letter in "ABCD")]
 
 
 def parse_args() -> argparse.Namespace:
@@ -266,15 +267,19 @@ def table(summary: dict) -> str:
 def write_results(out_dir: Path, answered: list[Answered], summary: dict) -> None:
     """Each file is written whole or not at all, and summary.json last: without it the folder is not a result."""
     (out_dir / "summary.json").unlink(missing_ok=True)
-    for old in out_dir.glob("*_result.csv"):  # of another run, with other subjects perhaps
-        old.unlink()
-    for name, group in ceval.by_subject(answered).items():
+    subjects = ceval.by_subject(answered)
+    for name, group in subjects.items():
         with atomic_write(out_dir / f"{name}_result.csv", encoding="utf-8-sig") as file:  # Excel needs the mark
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["id", "question", *"ABCD", "answer", "prediction", "correct", *(f"p_{c}" for c in "ABCD")])
+            rows.writerow(COLUMNS)
             for one in group:
                 q, shares = one.question, [f"{p:.4f}" for p in one.probabilities]
                 rows.writerow([q.id, q.question, *q.options, q.answer, one.letter, int(one.correct), *shares])
+    for old in set(out_dir.glob("*_result.csv")) - {out_dir / f"{name}_result.csv" for name in subjects}:
+        with old.open(encoding="utf-8-sig", errors="replace") as file:
+            ours = file.readline().strip() == ",".join(COLUMNS)
+        if ours:  # of a run with other subjects: not what summary.json is about
+            old.unlink()
     draw(summary, out_dir / "ceval.png")
     with atomic_write(out_dir / "summary.json") as file:
         json.dump(summary, file, ensure_ascii=False, indent=2)

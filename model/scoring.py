@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -78,10 +79,6 @@ class SharedPrefix:
     def get_seq_length(self, layer: int = 0) -> int:
         return self.length
 
-    def before(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the beginning; None while it is being read."""
-        return self.layers[layer] if self.length else None
-
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         if not self.length:
             self.layers.append((k, v))
@@ -141,8 +138,8 @@ def rough_copies(model: PreTrainedModel, dtype: torch.dtype) -> list[PreTrainedM
         try:
             weights = PrefillWeights(model)
             return [PrefillModel(weights, parts=1), PrefillModel(weights, parts=2)]
-        except KernelUnavailable:
-            pass
+        except KernelUnavailable as error:
+            logging.getLogger("minimind").warning("scoring is slower than it could be: %s", error)
     return [copy.deepcopy(model).to(dtype)]
 
 

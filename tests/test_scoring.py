@@ -107,7 +107,7 @@ def test_what_is_read_and_what_is_predicted():
     assert mixed[1].targets == [(7, 2, 1, 6), (7, 2, 2, 7), (7, 2, 3, 8)]
 
 
-def test_rough_copies(monkeypatch):
+def test_rough_copies(monkeypatch, caplog):
     model, items = make_model(initializer_range=0.1), make_items()
     rough, finer = rough_copies(model, torch.bfloat16)
     assert (rough.parts, finer.parts) == (1, 2)
@@ -122,9 +122,11 @@ def test_rough_copies(monkeypatch):
     def no_kernel(model):
         raise KernelUnavailable("no compiler")
 
+    assert not caplog.records
     monkeypatch.setattr("model.scoring.PrefillWeights", no_kernel)
     (half,) = rough_copies(model, torch.bfloat16)
     assert isinstance(half, Transformer) and half.dtype == torch.bfloat16
+    assert "slower than it could be: no compiler" in caplog.text
 
 
 def test_scores_out_of_range_are_decided_in_float32():

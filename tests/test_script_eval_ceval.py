@@ -262,9 +262,10 @@ def test_other_model_of_transformers(quiz, tmp_path):
 def test_a_subject_named_twice_counts_once_and_old_results_go(weights, quiz, tmp_path):
     out = tmp_path / "out"
     assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out).returncode == 0
+    (out / "my_result.csv").write_text("not,one,of,ours\n")
     assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--subjects", "law", "law").returncode == 0
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
-    assert [path.name for path in out.glob("*.csv")] == ["law_result.csv"]
+    assert sorted(path.name for path in out.glob("*.csv")) == ["law_result.csv", "my_result.csv"]
 
 
 def test_an_out_dir_that_cannot_be_is_found_before_any_work(weights, quiz, tmp_path):

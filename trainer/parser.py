@@ -19,9 +19,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse found: said in its words, and with the flag that was probably meant."""
         message = message.removeprefix("argument ")
-        words = message.removeprefix("unrecognized arguments: ").split()
-        if len(words) < len(message.split()) and words[0].startswith("-"):
-            near = difflib.get_close_matches(words[0].split("=")[0], self._option_string_actions, 1)
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and unknown.startswith("-"):
+            flag = unknown.split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
         self.refuse([f"{message} (python {sys.argv[0]} --help lists the flags)"])
 
