@@ -377,13 +377,17 @@ class Browser:
     def sees(self, css: str, text: str) -> None:
         until(lambda: any(text in e.text for e in self.find(css)), f"{text!r} in {css}")
 
+    def has_messages(self, count: int) -> None:
+        """What a run of the page does not draw again goes only at its end: later than what it draws can be seen."""
+        until(lambda: len(self.find("[data-testid=stChatMessage]")) == count, f"{count} messages in the conversation")
+
     def ask(self, question: str) -> None:
         from selenium.webdriver.common.keys import Keys
 
         box = "[data-testid=stChatInput] textarea"
         until(lambda: self.find(box)[0].is_enabled(), "an input that takes a question")
         until(lambda: self.find(box)[0].send_keys(question) or True, "typing")
-        self.find(box)[0].send_keys(Keys.ENTER)
+        until(lambda: self.find(box)[0].send_keys(Keys.ENTER) or True, "sending")
 
     def answer(self) -> str:
         """The text of the last answer as it stands."""
@@ -450,7 +454,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     assert stopped.startswith(longer[:20]) and len(stopped) >= len(longer)
 
     # What was typed is shown and does nothing.
-    assert attack in [e.text for e in browser.find(".mm-text")]
+    until(lambda: attack in [e.text for e in browser.find(".mm-text")], "the question as it was typed")
     assert browser.driver.execute_script("return window.acted") is None and not browser.find(".mm-text img")
 
     # Another answer instead; a change of language while it is written does not disturb it.
@@ -464,7 +468,8 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.stop(ja["stop"])
     browser.idle()
     browser.sees(".mm-facts", ja["stopped"])
-    assert browser.answer() != stopped and len(browser.find("[data-testid=stChatMessage]")) == 2
+    assert browser.answer() != stopped
+    browser.has_messages(2)
 
     # Copy.
     browser.driver.execute_cdp_cmd(
@@ -500,7 +505,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.sees(".mm-facts", en["stopped"])
     browser.stop(en["stop"])
     browser.idle()
-    assert len(browser.find("[data-testid=stChatMessage]")) == 4
+    browser.has_messages(4)
 
     # Another tab is another conversation.
     own = browser.driver.current_window_handle
@@ -520,7 +525,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     until(offered, "a new model in the list")
     browser.click(".st-key-clear button", en["clear"])
     browser.sees(".mm-empty", en["hello_base"])
-    assert not browser.find("[data-testid=stChatMessage]")
+    browser.has_messages(0)
 
 
 def check_that_nothing_left_the_machine(browser: Browser) -> None:
