@@ -160,33 +160,36 @@ def score_quickly(
 ) -> tuple[list[Tensor], list[int]]:
     """`score` with the winners of the last of `models` and most of the work done by the first, a rough copy of it.
 
-    Every model scores some of the items of the one before it, evenly spaced. The most that a difference between two
-    options moved is the error seen so far; whatever was decided by less than `SAFETY` times that is scored by the finer
-    model too, which may raise the error seen, and so on until nothing is left in doubt.
+    Items evenly spaced are scored by every model. The most that a difference between two options moves from one model
+    to the next is that step's error. Whatever was decided by less than `SAFETY` times the errors of all steps still to
+    come is scored by the next model too, which may raise the error seen, and so on until nothing is left in doubt.
 
     Returns the scores, and how many items each model scored. No proof that all winners are the same: it would take one
     question with a rounding error `SAFETY` times as large as any that was measured.
     """
     scores = score(models[0], items, batch_tokens=batch_tokens, on_done=on_done)
-    scored, counts = list(range(len(items))), [len(items)]
-    for finer in models[1:]:
-        n_sample = min(len(scored), max(16, len(scored) // 64))
-        doubtful = sorted({scored[i * len(scored) // n_sample] for i in range(n_sample)})
-        checked: set[int] = set()
-        error = 0.0
-        while doubtful:
-            found = score(finer, [items[i] for i in doubtful], batch_tokens=batch_tokens)
-            for i, finer_scores in zip(doubtful, found, strict=True):
-                moved = finer_scores - scores[i]
-                error = max(error, float(moved.max() - moved.min()))
-                scores[i] = finer_scores
-            checked.update(doubtful)
-            doubtful = [
-                i for i in scored if i not in checked and not _margin(scores[i]) > SAFETY * error
-            ]  # NaN is doubtful
-        scored = sorted(checked)
-        counts.append(len(scored))
-    return scores, counts
+    step_of = [0] * len(items)  # the model whose scores an item has
+    errors = [0.0] * (len(models) - 1)  # from each model to the next
+
+    def lift(chosen: list[int], step: int) -> None:
+        """Let the next model score items that models[step] has scored."""
+        found = score(models[step + 1], [items[i] for i in chosen], batch_tokens=batch_tokens)
+        for i, finer in zip(chosen, found, strict=True):
+            moved = finer - scores[i]
+            errors[step] = max(errors[step], float(moved.max() - moved.min()))
+            scores[i], step_of[i] = finer, step + 1
+
+    n_sample = min(len(items), max(16, len(items) // 128))
+    for step in range(len(errors)):
+        lift([i * len(items) // n_sample for i in range(n_sample)], step)
+    step = 0
+    while step < len(errors):
+        safe = SAFETY * sum(errors[step:])
+        doubtful = [i for i, at in enumerate(step_of) if at == step and not _margin(scores[i]) > safe]  # NaN is, too
+        if doubtful:
+            lift(doubtful, step)
+        step = 0 if doubtful else step + 1
+    return scores, [sum(at >= step for at in step_of) for step in range(len(models))]
 
 
 def _margin(scores: Tensor) -> float:

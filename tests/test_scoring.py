@@ -148,15 +148,43 @@ def test_half_precision_does_not_change_the_answers():
     assert first == 100 and 16 <= third <= again < 100  # some were scored again, and not all
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("wrong", [[0], [1], [0, 1]])
 def test_a_rough_model_that_is_wrong_is_overruled(wrong):
-    """Error seen in the sample leads to all others being checked, at whichever step it comes in."""
+    """Error seen in the sample leads to all others being checked, at whichever step it comes in; in both, too."""
     model, items = make_model(), make_items(60)
     models = [*rough_copies(model, torch.bfloat16), model]
-    models[wrong] = make_model(initializer_range=0.4)
+    for i in wrong:
+        models[i] = make_model(initializer_range=0.4)
     scores, counts = score_quickly(models, items)
-    assert counts == ([60, 60, counts[2]] if wrong == 0 else [60, 60, 60])
+    assert counts == ([60, 60, counts[2]] if wrong == [0] else [60, 60, 60])
+    assert (counts[2] < 60) == (wrong == [0])
     assert all(torch.equal(a.argmax(), b.argmax()) for a, b in zip(scores, score(model, items), strict=True))
+
+
+def test_an_error_that_no_doubtful_item_shows_is_seen():
+    """The last step's sample is of all items: here both rough models agree wherever they are sure, and are wrong."""
+    model, items = make_model(), make_items(100)
+    exact = score(model, items)
+
+    class Told:
+        """A model that knows the scores of each item; asked through `score`, which is replaced."""
+
+        def __init__(self, scores):
+            self.scores = {id(item): one for item, one in zip(items, scores, strict=True)}
+
+    wrong = [one + torch.tensor([0.0, 30.0, 0.0, 0.0]) for one in exact]
+    wrong[::10] = exact[::10]
+    models = [Told(wrong), Told(wrong), Told(exact)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.scoring.score", lambda model, items, **_: [model.scores[id(item)] for item in items])
+        scores, counts = score_quickly(models, items)
+    assert [int(s.argmax()) for s in scores] == [int(s.argmax()) for s in exact] and counts[2] == 100
+
+
+def test_one_model_is_the_answer():
+    model, items = make_model(), make_items(5)
+    scores, counts = score_quickly([model], items)
+    assert counts == [5] and all(torch.equal(a, b) for a, b in zip(scores, score(model, items), strict=True))
 
 
 @pytest.mark.parametrize("item", [Item([], [[1]]), Item([1], []), Item([1], [[2], []])])
