@@ -27,7 +27,7 @@ from pathlib import Path
 
 from trainer.cleaning import STAGES, Options, clean, summary_table
 from trainer.errors import UserError, run_script
-from trainer.parser import Parser
+from trainer.parser import Parser, write_problems
 
 ROOT = Path(__file__).resolve().parent
 DUMPS = {
@@ -75,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     ]
     if not 0 <= args.min_chinese_ratio <= 1:
         problems.append(f"--min_chinese_ratio {args.min_chinese_ratio} is not between 0 and 1")
+    problems += write_problems("--out_dir", args.out_dir)
     if args.input and args.stage == "all":
         problems.append("--input needs one stage, not all")
     if problems:

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import json
-import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +47,16 @@ from trainer import ceval
 from trainer.arguments import DTYPES, resolve_device, resolve_dtype
 from trainer.ceval import Answered, Question
 from trainer.errors import UserError, run_script
-from trainer.parser import Parser
+from trainer.parser import Parser, write_problems
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ["id", "question", *"ABCD", "answer", "prediction", "correct", *(f"p_{letter}" for letter in "ABCD")]
+
+# Those that systems come with or offer; the first is the one to install.
+CHINESE_FONTS = [
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Microsoft YaHei", "SimHei",
+]  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,9 +85,7 @@ def parse_args() -> argparse.Namespace:
         for name, value, least in (("max_seq_len", args.max_seq_len, 8), ("batch_tokens", args.batch_tokens, 1))
         if value is not None and value < least
     ]
-    nearest = next(path for path in (args.out_dir, *args.out_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        problems.append(f"--out_dir {args.out_dir}: {nearest} is not a folder that can be written to")
+    problems += write_problems("--out_dir", args.out_dir)
     if args.trust_remote_code and args.hf is None:
         problems.append("--trust_remote_code is for --hf")
     if problems:
@@ -187,9 +191,7 @@ def make_item(
     question itself was cut from the left."""
     texts = ceval.answers_of(question, args.score)
     if not all(texts):
-        raise UserError(
-            f"{question.subject}, question {question.id}: an option is empty; --score text cannot compare it"
-        )
+        raise UserError(f"{question.where}: an option is empty; --score text cannot compare it")
     write = ceval.plain_prompt if args.plain else ceval.chat_prompt
     for dropped in range(len(examples) + 1):
         prompt = write(question, examples[dropped:], args.score)
@@ -288,7 +290,8 @@ def write_results(out_dir: Path, answered: list[Answered], summary: dict) -> Non
 
 def draw(summary: dict, path: Path) -> None:
     """Accuracy of every group and subject as bars with their standard errors, and the line of guessing."""
-    from matplotlib.figure import Figure  # slow to import, and no window is needed
+    from matplotlib import font_manager, rc_context  # slow to import
+    from matplotlib.figure import Figure  # no window is needed
 
     bars = [
         ("overall", summary["overall"], "black"),
@@ -296,18 +299,24 @@ def draw(summary: dict, path: Path) -> None:
     ]
     bars += [(name, one, "lightsteelblue") for name, one in summary["subjects"].items()]
     names, values, colours = zip(*bars, strict=True)
-    figure = Figure(figsize=(9, 1.2 + 0.22 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(
-        names, [100 * one["accuracy"] for one in values], xerr=[100 * one["standard_error"] for one in values],
-        color=colours, ecolor="grey",
-    )  # fmt: skip
-    axes.axvline(100 * ceval.CHANCE, color="tab:red", linestyle="--", label="guessing: 25%")
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="right answers, %", title=f"C-Eval: {Path(summary['model']).name}")
-    axes.legend(loc="lower right")
-    with atomic_write(path, "wb", encoding=None) as file:
-        figure.savefig(file, format="png", dpi=120)
+    # Subjects may be named in Chinese, and "$" in a name is no formula.
+    fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in font_manager.get_font_names())]
+    with rc_context({"font.family": fonts, "text.parse_math": False}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure = Figure(figsize=(9, 1.2 + 0.22 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(
+            names, [100 * one["accuracy"] for one in values], xerr=[100 * one["standard_error"] for one in values],
+            color=colours, ecolor="grey",
+        )  # fmt: skip
+        axes.axvline(100 * ceval.CHANCE, color="tab:red", linestyle="--", label="guessing: 25%")
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 100), xlabel="right answers, %", title=f"C-Eval: {Path(summary['model']).name}")
+        axes.legend(loc="lower right")
+        with atomic_write(path, "wb", encoding=None) as file:
+            figure.savefig(file, format="png", dpi=120)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print(f"note: no font on this machine has all characters of {path}; {CHINESE_FONTS[0]} has them")
 
 
 def main() -> None:
@@ -320,6 +329,10 @@ def main() -> None:
         raise UserError(str(error)) from error
     subject = open_model(args, device, DTYPES.get(args.dtype, torch.float32))
     print(f"{subject.name}: {len(questions):,} questions, {args.shots} examples each, by {args.score}, on {device}")
+    if args.max_seq_len is not None and args.max_seq_len > subject.context:
+        print(
+            f"note: trained at {subject.context} tokens; --max_seq_len {args.max_seq_len} lets prompts go beyond them"
+        )
     answered, facts = answer_all(subject, questions, args)
 
     if args.test:

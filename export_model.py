@@ -25,6 +25,8 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import transformers
@@ -45,7 +47,8 @@ from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from trainer.arguments import DTYPES, ROOT
 from trainer.errors import UserError, run_script
-from trainer.parser import Parser
+from trainer.parser import Parser, write_problems
+from trainer.run_lock import hold_name
 
 GGUF_TYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 ALIASES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -93,8 +96,16 @@ def parse_args() -> argparse.Namespace:
             problems.append("--format pth needs --weights FOLDER")
     if args.tolerance is not None and not args.tolerance >= 0:
         problems.append(f"--tolerance {args.tolerance} must not be negative")
-    if args.push_to_hub and args.push_to_hub.count("/") != 1:
+    if args.push_to_hub is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", args.push_to_hub):
         problems.append(f"--push_to_hub {args.push_to_hub}: give user/name")
+    if args.private and args.push_to_hub is None:
+        problems.append("--private is for --push_to_hub")
+    if args.output is None:
+        problems += write_problems("--out_dir", args.out_dir) if args.format != "pth" else []
+    else:
+        problems += write_problems("--output", args.output.parent)
+        if args.format == "pth" and args.output.suffix != ".pth":
+            problems.append(f"--output {args.output}: name a .pth file, which the other scripts find by this ending")
     if problems:
         parser.refuse(problems)
     return args
@@ -115,6 +126,8 @@ def main() -> None:
 
 def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
     """Weights into a folder that others load."""
+    if args.output is not None:
+        check_target(args.output, args.overwrite)  # before anything is loaded
     texts, ceval = read_texts(args.text), read_summary(args.ceval)
     tokenizer = load_tokenizer(args.tokenizer)
     source = open_source(args, tokenizer)
@@ -127,7 +140,7 @@ def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
     dtype = args.dtype or ("float16" if args.format == "gguf" else kept)
     description = describe(source, dtype)
     rows = sample_rows(tokenizer, texts, source.config)
-    with new_folder(target, args.overwrite) as folder:
+    with hold(target), new_folder(target, args.overwrite) as folder:
         if args.format == "gguf":
             from model.export_gguf import compare_gguf, modelfile, write_gguf
 
@@ -152,7 +165,9 @@ def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
 
 def to_pth(args: argparse.Namespace) -> tuple[Path, Agreement]:
     """An exported folder into a .pth."""
-    target = args.output or args.weights.with_name(f"{args.weights.name}.pth")
+    target = args.output or Path(f"{args.weights.resolve()}.pth")
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; choose another --output")
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
     source = read_folder(args.weights)
@@ -160,8 +175,15 @@ def to_pth(args: argparse.Namespace) -> tuple[Path, Agreement]:
     agreement = compare_folder(args.weights, source.model, rows, args.tolerance)
     agreement.check()
     dtype = DTYPES[args.dtype] if args.dtype else source.model.tok_embeddings.weight.dtype
-    save_checkpoint(target, source.model, dtype=dtype, info=source.info, overwrite=args.overwrite)
+    with hold(target):
+        save_checkpoint(target, source.model, dtype=dtype, info=source.info, overwrite=args.overwrite)
     return target, agreement
+
+
+def hold(target: Path) -> AbstractContextManager:
+    """Nobody else exports to `target` meanwhile, or trains what is saved there."""
+    busy = f"another process is writing {target} right now: wait for it, or choose another --output"
+    return hold_name(target.parent, target.stem if target.suffix == ".pth" else target.name, busy)
 
 
 def open_source(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:

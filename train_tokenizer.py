@@ -54,7 +54,7 @@ from model.tokenizer import (
 )
 from trainer.cleaning import Progress
 from trainer.errors import UserError, run_script
-from trainer.parser import Parser
+from trainer.parser import Parser, write_problems
 from trainer.readers import BadLine, check_readable, iter_records, total_bytes
 
 ROOT = Path(__file__).resolve().parent
@@ -126,10 +126,9 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def _out_dir_problems(out_dir: Path, overwrite: bool) -> list[str]:
-    if out_dir.exists() and not out_dir.is_dir():
-        return [f"--out_dir {out_dir} is a file; name a folder"]
-    if not out_dir.is_dir():
-        return []
+    problems = write_problems("--out_dir", out_dir) + write_problems("--out_dir", out_dir.parent)
+    if problems or not out_dir.exists():
+        return problems[:1]
     others = sorted(path.name for path in out_dir.iterdir() if path.name not in {*FILES, *KEPT_FILES})
     if others:
         return [f"--out_dir {out_dir} holds other files ({', '.join(others[:3])}); name an empty or a new folder"]

@@ -45,7 +45,7 @@ from model.generation import Sampling, fit_chat, generate  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 from trainer.errors import UserError, run_script  # noqa: E402
-from trainer.parser import Parser  # noqa: E402
+from trainer.parser import Parser, write_problems  # noqa: E402
 from trainer.sampling_flags import (  # noqa: E402
     add_sampling_flags,
     device_and_dtype,
@@ -125,6 +125,11 @@ def parse_args() -> argparse.Namespace:
         problems.append("a judge compares 2 to 26 models")
     if not args.judge_timeout > 0:
         problems.append(f"--judge_timeout {args.judge_timeout} must be more than 0")
+    if args.judge_base_url and not args.judge_base_url.startswith(("http://", "https://")):
+        problems.append(f"--judge_base_url {args.judge_base_url} must begin with http:// or https://")
+    problems += write_problems("--output", args.output.parent)
+    if args.output.is_dir():
+        problems.append(f"--output {args.output} is a folder: name the Markdown file")
     if args.output.suffix == ".json":
         problems.append(f"--output {args.output}: name the Markdown file; the .json is written beside it")
     if problems:

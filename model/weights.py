@@ -122,11 +122,13 @@ def save_checkpoint(
 
 
 def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False) -> None:
-    """Raise ValueError if `path` holds weights of another architecture than `config`, and `overwrite` is not given.
+    """Raise ValueError if `path` is a folder, or holds weights of another architecture than `config` without `overwrite`.
 
     For the start of a run, so that it does not find out at its first save.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and weights are written into a file: rename it")
     if overwrite or not path.exists():
         return
     advice = "give another --out_dir, or --overwrite to replace it"
@@ -270,9 +272,10 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
             "loaded because they can run code"
         ) from error
     except (*_DAMAGE, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or cut off ({_first_line(error)}); copy it again or save it anew"
-        ) from error
+        # torch explains over a whole paragraph, and recommends what runs code.
+        reason = _first_line(error).partition(". ")[0]
+        reason = "not written by torch.save" if "weights_only" in reason else reason
+        raise ValueError(f"{path} is damaged or cut off ({reason}); copy it again or save it anew") from error
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]

@@ -185,9 +185,12 @@ def test_bad_input(models, tmp_path, main, capsys):
     for message, args in {
         "belong together": [models[0], "--judge_model", "x"],
         "2 to 26 models": [models[0], "--judge_model", "x", "--judge_base_url", "http://127.0.0.1:9"],
+        "must begin with http://": [*models[:2], "--judge_model", "x", "--judge_base_url", "localhost:8000"],
+        "empty is a folder": [models[0], "--output", empty],
+        "broken.pth is not a folder": [models[0], "--output", broken / "a.md"],
     }.items():
         with pytest.raises(SystemExit):
-            main(*args, "--output", output)
+            main("--output", output, *args)
         assert message in capsys.readouterr().err
     assert not output.exists()
 

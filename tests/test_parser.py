@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.parser import Parser
+from trainer.parser import Parser, write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,6 +17,7 @@ def make() -> Parser:
     parser = Parser(description="d")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--format", choices=["llama", "gguf"])
+    parser.add_argument_group("more").add_argument("--folder", type=Path)
     return parser
 
 
@@ -29,6 +30,7 @@ def make() -> Parser:
         ("--batch 4", "unrecognized arguments: --batch 4; did you mean --batch_size? ("),  # nothing is abbreviated
         ("--batchsize=4", "unrecognized arguments: --batchsize=4; did you mean --batch_size? ("),
         ("--nothing_like_it", "unrecognized arguments: --nothing_like_it ("),
+        ("--folder=", "--folder: the path is empty ("),  # it would be the current folder
         ("more", "unrecognized arguments: more ("),
     ],
 )
@@ -39,6 +41,22 @@ def test_one_line(line, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}python ") and said.endswith(" --help lists the flags)\n")
     assert said.count("\n") == 1
+
+
+def test_paths_are_paths():
+    assert make().parse_args(["--folder", "a b"]).folder == Path("a b") and make().parse_args([]).folder is None
+
+
+def test_where_nothing_can_be_written(tmp_path, monkeypatch):
+    assert write_problems("--out", tmp_path) == write_problems("--out", tmp_path / "new" / "one") == []
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert write_problems("--out", path) == [f"--out {path}: {tmp_path / 'file'} is not a folder; choose another"]
+    (long,) = write_problems("--out", tmp_path / ("n" * 300))
+    assert "too long" in long
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (locked,) = write_problems("--out", tmp_path / "new")
+    assert locked == f"--out {tmp_path / 'new'}: no permission to write in {tmp_path}; choose another"
 
 
 def test_of_several_processes_the_first_speaks(capsys, monkeypatch):

@@ -241,7 +241,30 @@ def test_bad_input_leaves_nothing_behind(weights, quiz, tmp_path):
     broken.write_bytes(weights.read_bytes()[:5000])
     assert "broken.pth " in fails("--weights", broken, "--data_dir", quiz, "--out_dir", out)
     assert "no config.json" in fails("--hf", tmp_path, "--data_dir", quiz, "--out_dir", out)
+    rows = HEADER + "0,一？,甲,,丙,丁,A\n"
+    (quiz / "val" / "law_val.csv").write_text(rows, encoding="utf-8")
+    message = fails("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--score", "text")
+    assert "law_val.csv, line 2: an option is empty" in message
     assert not out.exists()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["fonts", "no fonts"])
+def test_chart_of_subjects_in_chinese(there, tmp_path, monkeypatch, capsys, recwarn):
+    """A font that has the characters is used where there is one; where there is none, that is said."""
+    from matplotlib import font_manager
+
+    import eval_ceval
+
+    installed = set(font_manager.get_font_names()) & set(eval_ceval.CHINESE_FONTS)
+    if there and not installed:
+        pytest.skip("no font with Chinese characters is installed")
+    if not there:
+        monkeypatch.setattr(font_manager, "get_font_names", lambda: ["DejaVu Sans"])
+    summary = summarise(answered("语文_$x_{$", 3, 1))
+    eval_ceval.draw({"model": "a.pth", **summary}, tmp_path / "ceval.png")
+    assert (tmp_path / "ceval.png").read_bytes().startswith(b"\x89PNG")
+    assert ("no font on this machine" in capsys.readouterr().out) == (not there)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_other_model_of_transformers(quiz, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def main(monkeypatch):
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """What is in a folder; the files that processes hold each other off with do not count."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,8 @@ def test_failures_leave_nothing(out, tmp_path, main):
     broken.write_bytes(good.read_bytes()[:100_000])
     empty = tmp_path / "empty"
     empty.mkdir()
+    folder = tmp_path / "out.pth"
+    folder.mkdir()
     before = names(tmp_path)
     for message, args in {
         "is damaged or cut off": ["--weights", broken],
@@ -143,10 +147,43 @@ def test_failures_leave_nothing(out, tmp_path, main):
         "no tokenizer.json": ["--weights", good, "--tokenizer", empty],
         "is a folder; name a .pth": ["--weights", empty],
         "no config.json": ["--weights", empty, "--format", "pth"],
+        "is not an exported model": ["--weights", tmp_path / "missing.pth", "--output", broken, "--overwrite"],
+        "out.pth is a folder": ["--weights", empty, "--format", "pth", "--output", folder, "--overwrite"],
     }.items():
         with pytest.raises(UserError, match=message):
             main("--out_dir", tmp_path, *args)
         assert names(tmp_path) == before and not names(empty)
+
+
+def test_what_a_killed_export_left_goes_and_two_do_not_meet(out, tmp_path, main, monkeypatch):
+    """SIGKILL while the folder is checked; then the lock of a process that is alive."""
+    weights, target = out / "full_sft_64.pth", tmp_path / "export"
+    killed = """
+import os, signal, sys, export_model
+export_model.compare_folder = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = ["export_model.py", *sys.argv[1:]]
+export_model.main()
+"""
+    command = [sys.executable, "-c", killed, "--weights", weights, "--output", target]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    (left,) = names(tmp_path)
+    assert left.endswith(".tmp") and "model.safetensors" in names(tmp_path / left)
+    (tmp_path / "export.of-mine.tmp").mkdir()  # not named by a machine
+    main("--weights", weights, "--output", target)
+    assert names(tmp_path) == {"export", "export.of-mine.tmp"}
+
+    monkeypatch.setattr("trainer.run_lock.WAIT_SECONDS", 0.3)
+    holder = "import sys, time\nfrom pathlib import Path\nfrom trainer.run_lock import hold_name\n"
+    holder += "with hold_name(Path(sys.argv[1]), 'export', ''):\n    print('held', flush=True)\n    time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing .*export right now"):
+            main("--weights", weights, "--output", target, "--overwrite")
+    finally:
+        process.kill()
+        process.communicate()
+    assert "model.safetensors" in names(target)
 
 
 def test_combinations_that_make_no_sense(main, capsys):
@@ -157,6 +194,9 @@ def test_combinations_that_make_no_sense(main, capsys):
             "not be negative",
         ],
         "--format pth --lora x": ["--lora is not for --format pth", "needs --weights FOLDER"],
+        "--private --output /dev/null/x/y": ["--private is for --push_to_hub", "/dev/null is not a folder"],
+        "--format pth --weights x --output x/y": ["name a .pth file"],
+        "--output=": ["--output: the path is empty"],
         "--format gguf --dtype bf16": ["--dtype bfloat16 is not for --format gguf: use float32, float16, q8_0"],
     }.items():
         with pytest.raises(SystemExit) as stopped:

@@ -28,7 +28,7 @@ from model.tokenizer import TOKENIZER_DIR
 from trainer.optim import OPTIMIZERS
 from trainer.zero_config import zero_problems
 
-from .parser import Parser
+from .parser import Parser, write_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -142,6 +142,8 @@ class TrainOptions:
             found.append(f"--keep {self.keep} must be at least 2: one state may be in the making when power fails")
         if self.resume is not None and self.overwrite:
             found.append("--resume continues a run and --overwrite replaces it: give one of them")
+        found += write_problems("--out_dir", self.out_dir)
+        found += write_problems("--cache_dir", self.cache_dir) if self.cache_dir is not None else []
         try:
             self.config()
         except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -111,6 +111,7 @@ class Question:
     question: str
     options: tuple[str, str, str, str]
     answer: str
+    where: str = field(default="", compare=False)  # file and line, for messages
 
 
 def read_questions(data_dir: Path, part: str, *, answers: bool, subjects: Sequence[str] = ()) -> list[Question]:
@@ -181,7 +182,8 @@ def _read_subject(path: Path, subject: str, answers: bool, problems: list[str]) 
         else:
             ids[row["id"]] = record.line
             options = tuple(row[letter].strip() for letter in LETTERS)
-            found.append(Question(subject, row["id"], row["question"].strip(), options, answer))
+            where = f"{path}, line {record.line}"
+            found.append(Question(subject, row["id"], row["question"].strip(), options, answer, where))
     return found
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -36,6 +39,10 @@ def run_script(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print Chinese must not end a run
     try:
         code = main()
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        code = ended.code
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -56,7 +63,22 @@ def run_script(main: Callable[[], int | None]) -> None:
                 "out of memory?): continue with --resume"
             )
         raise
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end_one_of_several(code or 0)
     sys.exit(code or 0)
+
+
+def _end_one_of_several(code: int) -> NoReturn:
+    """End as Python would, but before it takes itself apart.
+
+    PyTorch's communication threads may still have a tensor to give back then, find no interpreter, and abort the process
+    ("terminate called without an active exception"): a training that was done and saved would count as failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it is gone
+            stream.flush()
+    os._exit(code)
 
 
 def fail(message: str, code: int = 1, line: dist.Store | None = None) -> None:

@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -15,6 +16,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.register("type", Path, _path)  # what every flag with type=Path is read by
 
     def error(self, message: str) -> NoReturn:
         """What argparse found: said in its words, and with the flag that was probably meant."""
@@ -32,3 +34,23 @@ class Parser(argparse.ArgumentParser):
             time.sleep(5)  # a launcher ends the others when that one ends
             sys.exit(2)
         self.exit(2, "".join(f"error: {problem}\n" for problem in problems))
+
+
+def _path(text: str) -> Path:
+    """A path that was given. An empty one is a shell variable that was not set, and would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def write_problems(flag: str, folder: Path) -> list[str]:
+    """Why `folder`, which `flag` says and which need not exist yet, cannot take files; found before any work is done."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        return [f"{flag} {folder}: {error.strerror}; choose another"]
+    if not nearest.is_dir():
+        return [f"{flag} {folder}: {nearest} is not a folder; choose another"]
+    if not os.access(nearest, os.W_OK):
+        return [f"{flag} {folder}: no permission to write in {nearest}; choose another"]
+    return []

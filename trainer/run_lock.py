@@ -1,4 +1,4 @@
-"""One run of a name in a folder at a time, and no rubbish of runs that were killed."""
+"""One writer of a name in a folder at a time, and no rubbish of writers that were killed."""
 
 from __future__ import annotations
 
@@ -18,33 +18,46 @@ WAIT_SECONDS = 5.0  # a process that was just killed may still be dying
 
 @contextlib.contextmanager
 def hold_run(out_dir: Path, name: str) -> Iterator[None]:
-    """Be the only run called `name` in `out_dir` while in here; remove what a killed one left half-written.
+    """Be the only run called `name` in `out_dir` while in here; see `hold_name`."""
+    busy = (
+        f"another run is training {name} in {out_dir} right now (its process is named in "
+        f"{out_dir / 'logs' / name}.rank0.log): stop it, wait for it, or choose another --out_dir"
+    )
+    with hold_name(out_dir, name, busy):
+        yield
+
+
+@contextlib.contextmanager
+def hold_name(folder: Path, name: str, busy: str) -> Iterator[None]:
+    """Be the only one who writes `name` into `folder` while in here; remove what a killed one left half-written.
 
     The system's own lock on a file: it ends with the process, however that ends, so there is no stale one to delete by
-    hand. Raises UserError if another process holds it.
+    hand. Raises UserError with the message `busy` if another process holds it.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / f".{name}.lock", timeout=WAIT_SECONDS)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{name}.lock", timeout=WAIT_SECONDS)
     try:
         lock.acquire(poll_interval=0.1)
     except Timeout:
-        raise UserError(
-            f"another run is training {name} in {out_dir} right now (its process is named in "
-            f"{out_dir / 'logs' / name}.rank0.log): stop it, wait for it, or choose another --out_dir"
-        ) from None
+        raise UserError(busy) from None
     except (NotImplementedError, OSError) as error:
         # A file system without locks, as some network ones are. A folder that cannot be written is found out elsewhere.
-        print(f"WARNING: {out_dir} cannot be locked ({error}): do not start {name} there twice", file=sys.stderr)
+        print(f"WARNING: {folder} cannot be locked ({error}): do not start {name} there twice", file=sys.stderr)
     try:
-        _delete_leftovers(out_dir, name)
+        _delete_leftovers(folder, name)
         yield
     finally:
         lock.release()
 
 
-def _delete_leftovers(out_dir: Path, name: str) -> None:
-    """Temporary files and folders of `model.files.atomic_write` and `model.lora.save_adapter`: the lock makes them ours."""
-    for path in out_dir.glob(f".{glob.escape(name)}.*.tmp"):
+def _delete_leftovers(folder: Path, name: str) -> None:
+    """Temporary files and folders, all with eight random characters; the lock makes them ours.
+
+    Of `model.files.atomic_write` and `model.lora.save_adapter`, and the visible folders of `model.export.new_folder`.
+    """
+    hidden = folder.glob(f".{glob.escape(name)}.*.tmp")
+    exports = (path for path in folder.glob(f"{glob.escape(name)}.{'?' * 8}.tmp") if path.is_dir())
+    for path in [*hidden, *exports]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
