@@ -49,7 +49,7 @@ class Running:
 
     def call(self, method: str, path: str, body: bytes | dict | None = None, **headers: str):
         """(status, headers, bytes) of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         content = json.dumps(body).encode() if isinstance(body, dict) else body
         sent = {"Content-Type": "application/json"} if content is not None else {}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -88,7 +88,7 @@ class Running:
 
     def until(self, name: str, value: float) -> None:
         """Wait for a metric to have a value."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while (found := self.metric(name)) != value:
             assert time.monotonic() < end, f"{name} stays {found}"
             time.sleep(0.01)

@@ -141,7 +141,7 @@ def server(tmp_path):
                     with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
                         yield url, json.load(answer)["data"][0]["id"]
                         break
-                except urllib.error.URLError:
+                except OSError:  # not there yet, or too busy to answer
                     time.sleep(0.2)
             else:
                 pytest.fail("the server did not start")

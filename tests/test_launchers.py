@@ -73,7 +73,7 @@ class Launch:
         return found
 
     def alive(self) -> list[int]:
-        _, alive = psutil.wait_procs(self._family, timeout=20)
+        _, alive = psutil.wait_procs(self._family, timeout=60)
         return [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
     @property

@@ -540,7 +540,7 @@ def test_body_limit_holds_without_a_length(server):
         for _ in range(MAX_BODY // 10_000 + 2):
             yield b"x" * 10_000
 
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     connection.request("POST", "/v1/completions", chunks(), {"Content-Type": "application/json"}, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()

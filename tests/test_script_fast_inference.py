@@ -73,7 +73,7 @@ def open_page(monkeypatch) -> Callable[..., AppTest]:
 
     def start(*flags) -> AppTest:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
-        return AppTest.from_file(str(SCRIPT), default_timeout=60).run()
+        return AppTest.from_file(str(SCRIPT), default_timeout=300).run()
 
     return start
 

@@ -137,7 +137,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(texts, tmp_path, number):
         if line.startswith("step 3/"):
             break
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "continue with --resume" in out and "Traceback" not in err
     assert load_checkpoint(tmp_path / "pretrain_32.pth").info["step"] >= 3
