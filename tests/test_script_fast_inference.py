@@ -288,7 +288,7 @@ def test_started_like_any_other_script(monkeypatch, capsys):
     assert "--history_turns" in capsys.readouterr().out
     started = []
     monkeypatch.setattr("streamlit.web.cli.main", lambda: sys.exit(started.append(list(sys.argv))))
-    assert run("--top_p", 0.5) is None
+    assert run("--top_p", 0.5) == 0
     assert started == [["streamlit", "run", str(SCRIPT), "--", "--top_p", "0.5"]]
 
 
