@@ -195,4 +195,5 @@ def _up(n: int) -> int:
 
 def _padded(weight: Tensor) -> Tensor:
     """Rows of zeros added, up to a multiple of 32."""
-    return torch.cat([weight, weight.new_zeros(_up(len(weight)) - len(weight), weight.shape[1])]).contiguous()
+    missing = _up(len(weight)) - len(weight)
+    return torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]) if missing else weight.contiguous()
