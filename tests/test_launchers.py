@@ -214,21 +214,27 @@ def test_fsdp_ends_by_itself(data, one, tmp_path):
     assert_same_run(tmp_path, one)
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_a_later_stage_in_two_processes(data, tmp_path, script):
+SPREAD = {
+    "together": (torchrun, []),
+    "fsdp": (torchrun, ["--fsdp"]),
+    "zero3": (deepspeed, ["--deepspeed", ROOT / "configs" / "zero3_offload.json"]),
+}
+
+
+@pytest.mark.parametrize(
+    "script, how",
+    [
+        ("3-full_sft.py", "together"),
+        *((script, how) for script in ("4-lora_sft.py", "5-dpo_train.py") for how in SPREAD),
+    ],
+)
+def test_a_later_stage_in_two_processes(data, tmp_path, script, how):
     file, name, more = STAGES[script]
-    flags = [
-        *COMMON,
-        *more,
-        "--init_from",
-        data / "base.pth",
-        "--data_path",
-        data / file,
-        "--cache_dir",
-        data / "cache",
-    ]
+    places = ["--init_from", data / "base.pth", "--data_path", data / file, "--cache_dir", data / "cache"]
+    launcher, spread = SPREAD[how]
+    flags = [*COMMON, *more, *places]
     alone(script, *flags, "--batch_size", 4, "--out_dir", tmp_path / "one")
-    launch(*torchrun(2), script, *flags, "--batch_size", 2, "--out_dir", tmp_path / "two")
+    launch(*launcher(2), script, *flags, *spread, "--batch_size", 2, "--out_dir", tmp_path / "two")
     assert_same_run(tmp_path / "two", tmp_path / "one", name)
 
 

@@ -94,6 +94,13 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
     assert same(weights(model), weights(again))
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make a file")
+def test_a_folder_that_takes_no_files_is_not_called_busy(monkeypatch):
+    monkeypatch.setattr("trainer.run_lock.WAIT_SECONDS", 0.3)
+    with pytest.raises(UserError, match="nothing can be written into /proc"), hold_run(Path("/proc"), "tiny"):
+        pass
+
+
 def test_the_log_of_a_run_has_its_warnings_and_its_end(tmp_path, recwarn):
     import warnings
 

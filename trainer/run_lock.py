@@ -35,10 +35,13 @@ def hold_name(folder: Path, name: str, busy: str) -> Iterator[None]:
     hand. Raises UserError with the message `busy` if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{name}.lock", timeout=WAIT_SECONDS)
+    path = folder / f".{name}.lock"
+    lock = FileLock(path, timeout=WAIT_SECONDS)
     try:
         lock.acquire(poll_interval=0.1)
     except Timeout:
+        if not path.exists():  # no such file can be made there
+            busy = f"nothing can be written into {folder}: choose another folder"
         raise UserError(busy) from None
     except (NotImplementedError, OSError) as error:
         # A file system without locks, as some network ones are. A folder that cannot be written is found out elsewhere.
