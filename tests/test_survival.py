@@ -101,6 +101,19 @@ def test_a_folder_that_takes_no_files_is_not_called_busy(monkeypatch):
         pass
 
 
+def test_where_there_are_no_locks_nothing_is_deleted(tmp_path, monkeypatch, capsys):
+    """It may be of a run that is alive."""
+
+    def no_locks(*_, **__):
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr("trainer.run_lock.FileLock.acquire", no_locks)
+    (tmp_path / ".tiny.pth.12345678.tmp").write_text("half")
+    with hold_run(tmp_path, "tiny"):
+        assert (tmp_path / ".tiny.pth.12345678.tmp").exists()
+    assert "do not start tiny there twice" in capsys.readouterr().err
+
+
 def test_the_log_of_a_run_has_its_warnings_and_its_end(tmp_path, recwarn):
     import warnings
 

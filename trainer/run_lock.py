@@ -47,17 +47,16 @@ def hold_name(folder: Path, name: str, busy: str) -> Iterator[None]:
         # A file system without locks, as some network ones are. A folder that cannot be written is found out elsewhere.
         print(f"WARNING: {folder} cannot be locked ({error}): do not start {name} there twice", file=sys.stderr)
     try:
-        _delete_leftovers(folder, name)
+        if lock.is_locked:
+            _delete_leftovers(folder, name)
         yield
     finally:
         lock.release()
 
 
 def _delete_leftovers(folder: Path, name: str) -> None:
-    """Temporary files and folders, all with eight random characters; the lock makes them ours.
-
-    Of `model.files.atomic_write` and `model.lora.save_adapter`, and the visible folders of `model.export.new_folder`.
-    """
+    """Temporary files and folders of `model.files.atomic_write`, `model.lora.save_adapter` and, without a dot in front,
+    `model.export.new_folder`: the lock makes them ours."""
     hidden = folder.glob(f".{glob.escape(name)}.*.tmp")
     exports = (path for path in folder.glob(f"{glob.escape(name)}.{'?' * 8}.tmp") if path.is_dir())
     for path in [*hidden, *exports]:
