@@ -218,6 +218,9 @@ def answer_all(subject: Subject, questions: list[Question], args: argparse.Names
         few = [name for name in names if len(examples[name]) < args.shots]
         if few:
             raise UserError(f"--shots {args.shots}: fewer examples in {args.data_dir / 'dev'} for {', '.join(few)}")
+    empty = [question for question in questions if not all(question.options)]
+    if empty:
+        print(f"warning: {len(empty)} of {len(questions)} questions have an empty option, the first: {empty[0].where}")
     made = [make_item(subject, q, examples.get(q.subject, [])[: args.shots], args) for q in questions]
     items, dropped, cut = (
         [item for item, _, _ in made],

@@ -104,6 +104,8 @@ def parse_args() -> argparse.Namespace:
         problems += write_problems("--out_dir", args.out_dir) if args.format != "pth" else []
     else:
         problems += write_problems("--output", args.output.parent)
+        if not args.output.name:
+            problems.append(f"--output {args.output}: name what is to be made there")
         if args.format == "pth" and args.output.suffix != ".pth":
             problems.append(f"--output {args.output}: name a .pth file, which the other scripts find by this ending")
     if problems:

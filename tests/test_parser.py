@@ -54,9 +54,20 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
         assert write_problems("--out", path) == [f"--out {path}: {tmp_path / 'file'} is not a folder; choose another"]
     (long,) = write_problems("--out", tmp_path / ("n" * 300))
     assert "too long" in long
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    (locked,) = write_problems("--out", tmp_path / "new")
-    assert locked == f"--out {tmp_path / 'new'}: no permission to write in {tmp_path}; choose another"
+
+    def locked(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", locked)
+    (problem,) = write_problems("--out", tmp_path / "new")
+    where = f"--out {tmp_path / 'new'}: nothing can be written in {tmp_path}"
+    assert problem == f"{where} (Permission denied); choose another"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make a file")
+def test_a_folder_in_which_nobody_can_make_a_file():
+    (problem,) = write_problems("--out", Path("/proc/new/one"))
+    assert problem.startswith("--out /proc/new/one: nothing can be written in /proc (")
 
 
 def test_of_several_processes_the_first_speaks(capsys, monkeypatch):

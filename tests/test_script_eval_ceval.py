@@ -246,6 +246,9 @@ def test_bad_input_leaves_nothing_behind(weights, quiz, tmp_path):
     message = fails("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--score", "text")
     assert "law_val.csv, line 2: an option is empty" in message
     assert not out.exists()
+    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out)  # letters can be compared, and it is said
+    assert ran.returncode == 0 and "warning: 1 of 7 questions have an empty option, the first: " in ran.stdout
+    assert "law_val.csv, line 2\n" in ran.stdout
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["fonts", "no fonts"])

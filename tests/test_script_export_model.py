@@ -196,6 +196,7 @@ def test_combinations_that_make_no_sense(main, capsys):
         "--format pth --lora x": ["--lora is not for --format pth", "needs --weights FOLDER"],
         "--private --output /dev/null/x/y": ["--private is for --push_to_hub", "/dev/null is not a folder"],
         "--format pth --weights x --output x/y": ["name a .pth file"],
+        "--output . --overwrite": ["--output .: name what is to be made there"],
         "--output=": ["--output: the path is empty"],
         "--format gguf --dtype bf16": ["--dtype bfloat16 is not for --format gguf: use float32, float16, q8_0"],
     }.items():

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +52,8 @@ def write_problems(flag: str, folder: Path) -> list[str]:
         return [f"{flag} {folder}: {error.strerror}; choose another"]
     if not nearest.is_dir():
         return [f"{flag} {folder}: {nearest} is not a folder; choose another"]
-    if not os.access(nearest, os.W_OK):
-        return [f"{flag} {folder}: no permission to write in {nearest}; choose another"]
-    return []
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # permissions do not tell all: a disk may be read-only
+            return []
+    except OSError as error:
+        return [f"{flag} {folder}: nothing can be written in {nearest} ({error.strerror}); choose another"]
