@@ -213,7 +213,11 @@ def answer_all(subject: Subject, questions: list[Question], args: argparse.Names
     examples: dict[str, list[Question]] = {}
     if args.shots:
         names = list(ceval.by_subject([Answered(question, (0, 0, 0, 0)) for question in questions]))
-        for example in ceval.read_questions(args.data_dir, "dev", answers=True, subjects=names):
+        try:
+            found = ceval.read_questions(args.data_dir, "dev", answers=True, subjects=names)
+        except UserError as error:
+            raise UserError(f"--shots {args.shots} takes its examples from {args.data_dir / 'dev'}: {error}") from error
+        for example in found:
             examples.setdefault(example.subject, []).append(example)
         few = [name for name in names if len(examples[name]) < args.shots]
         if few:

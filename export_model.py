@@ -128,8 +128,9 @@ def main() -> None:
 
 def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
     """Weights into a folder that others load."""
-    if args.output is not None:
-        check_target(args.output, args.overwrite)  # before anything is loaded
+    if args.output is not None and args.output.parent.is_dir():
+        with hold(args.output):  # whose leftovers the check clears away, must not be at work
+            check_target(args.output, args.overwrite)  # before anything is loaded
     texts, ceval = read_texts(args.text), read_summary(args.ceval)
     tokenizer = load_tokenizer(args.tokenizer)
     source = open_source(args, tokenizer)
@@ -137,7 +138,6 @@ def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
         print(f"note: {note}")
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = args.output or args.out_dir / f"{name}-{args.format}"
-    check_target(target, args.overwrite)
     kept = str(source.model.tok_embeddings.weight.dtype).removeprefix("torch.")
     dtype = args.dtype or ("float16" if args.format == "gguf" else kept)
     description = describe(source, dtype)
@@ -168,18 +168,24 @@ def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
 def to_pth(args: argparse.Namespace) -> tuple[Path, Agreement]:
     """An exported folder into a .pth."""
     target = args.output or Path(f"{args.weights.resolve()}.pth")
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; choose another --output")
-    if target.exists() and not args.overwrite:
-        raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
+    check_file(target, args.overwrite)
     source = read_folder(args.weights)
     rows = sample_rows(load_tokenizer(args.weights), read_texts(args.text), source.config)
     agreement = compare_folder(args.weights, source.model, rows, args.tolerance)
     agreement.check()
     dtype = DTYPES[args.dtype] if args.dtype else source.model.tok_embeddings.weight.dtype
     with hold(target):
+        check_file(target, args.overwrite)  # somebody else may have written it meanwhile
         save_checkpoint(target, source.model, dtype=dtype, info=source.info, overwrite=args.overwrite)
     return target, agreement
+
+
+def check_file(target: Path, overwrite: bool) -> None:
+    """UserError if a .pth must not be written there."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; choose another --output")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
 
 
 def hold(target: Path) -> AbstractContextManager:

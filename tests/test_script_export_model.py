@@ -178,8 +178,12 @@ export_model.main()
     process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is writing .*export right now"):
-            main("--weights", weights, "--output", target, "--overwrite")
+        old = target.with_name(".export.old")  # as while a folder takes another's name
+        old.mkdir()
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(UserError, match="another process is writing .*export right now"):
+                main("--weights", weights, "--output", target, *more)
+        assert old.exists()
     finally:
         process.kill()
         process.communicate()
