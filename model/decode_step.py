@@ -6,8 +6,6 @@ function below through torch.compile (on a GPU with CUDA graphs). What it return
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,8 +50,7 @@ def fast_model(model: Transformer, compile: str = "auto", quantize: str = "none"
     if compile != "off" and on_cpu:
         try:
             return NativeModel(weights)
-        except KernelUnavailable as error:
-            logging.getLogger("minimind").warning("decoding is slower than it could be: %s", error)
+        except KernelUnavailable:
             if compile == "auto" and quantize == "none":
                 return None
     return TorchModel(weights, compiled=compile == "on")

@@ -180,7 +180,7 @@ def test_compiled_is_exact_and_compiles_few_graphs(kind):
 # ---- which way
 
 
-def test_what_is_chosen(monkeypatch, caplog):
+def test_what_is_chosen(monkeypatch):
     model = make()
     assert isinstance(fast_model(model), NativeModel)
     assert fast_model(model, compile="off") is None
@@ -203,9 +203,7 @@ def test_what_is_chosen(monkeypatch, caplog):
     try:
         with pytest.raises(KernelUnavailable, match="no C.. compiler .no-such-compiler"):
             load_library("decode")
-        caplog.clear()
         assert fast_model(model) is None
-        assert "decoding is slower than it could be: no C++ compiler (no-such-compiler)" in caplog.text
         assert isinstance(fast_model(model, compile="on"), TorchModel)
         assert isinstance(fast_model(model, quantize="int8"), TorchModel)
     finally:
