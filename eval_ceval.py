@@ -190,8 +190,6 @@ def make_item(
     """One question as token ids that fit into the context; how many examples were left out for that, and whether the
     question itself was cut from the left."""
     texts = ceval.answers_of(question, args.score)
-    if not all(texts):
-        raise UserError(f"{question.where}: an option is empty; --score text cannot compare it")
     write = ceval.plain_prompt if args.plain else ceval.chat_prompt
     for dropped in range(len(examples) + 1):
         prompt = write(question, examples[dropped:], args.score)
@@ -223,6 +221,8 @@ def answer_all(subject: Subject, questions: list[Question], args: argparse.Names
         if few:
             raise UserError(f"--shots {args.shots}: fewer examples in {args.data_dir / 'dev'} for {', '.join(few)}")
     empty = [question for question in questions if not all(question.options)]
+    if empty and args.score == "text":
+        raise UserError(f"{empty[0].where}: an option is empty; --score text cannot compare it")
     if empty:
         print(f"warning: {len(empty)} of {len(questions)} questions have an empty option, the first: {empty[0].where}")
     made = [make_item(subject, q, examples.get(q.subject, [])[: args.shots], args) for q in questions]
@@ -307,7 +307,8 @@ def draw(summary: dict, path: Path) -> None:
     bars += [(name, one, "lightsteelblue") for name, one in summary["subjects"].items()]
     names, values, colours = zip(*bars, strict=True)
     # Subjects may be named in Chinese, and "$" in a name is no formula.
-    fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in font_manager.get_font_names())]
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed)]
     with rc_context({"font.family": fonts, "text.parse_math": False}), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure = Figure(figsize=(9, 1.2 + 0.22 * len(bars)), layout="constrained")
@@ -322,7 +323,11 @@ def draw(summary: dict, path: Path) -> None:
         axes.legend(loc="lower right")
         with atomic_write(path, "wb", encoding=None) as file:
             figure.savefig(file, format="png", dpi=120)
-    if any("missing from font" in str(warning.message) for warning in caught):
+    missing = [warning for warning in caught if "missing from font" in str(warning.message)]
+    for other in caught:
+        if other not in missing:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if missing:  # said once, not for each character
         print(f"note: no font on this machine has all characters of {path}; {CHINESE_FONTS[0]} has them")
 
 

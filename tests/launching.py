@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,3 +38,26 @@ def node(port: int, *flags: object) -> list[str]:
 def deepspeed(n: int) -> list[str]:
     program = Path(sys.executable).parent / "deepspeed"
     return [str(program), "--num_gpus", str(n), "--master_port", str(free_port())]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from trainer.run_lock import hold_name
+with hold_name(Path(sys.argv[1]), sys.argv[2], ""):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def another_process_holds(folder: Path, name: str) -> Iterator[subprocess.Popen]:
+    """The lock on what is called `name` in `folder`, by a process that is killed in the end."""
+    command = [sys.executable, "-c", HOLDER, str(folder), name]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

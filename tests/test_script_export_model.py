@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+from launching import another_process_holds
 
 import export_model
 from model.LMConfig import LMConfig
@@ -61,7 +63,7 @@ def main(monkeypatch):
 
 def names(folder: Path) -> set[str]:
     """What is in a folder; the files that processes hold each other off with do not count."""
-    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    return {path.name for path in folder.iterdir() if not fnmatch(path.name, ".*.lock")}
 
 
 @pytest.fixture(scope="module")
@@ -173,20 +175,13 @@ export_model.main()
     assert names(tmp_path) == {"export", "export.of-mine.tmp"}
 
     monkeypatch.setattr("trainer.run_lock.WAIT_SECONDS", 0.3)
-    holder = "import sys, time\nfrom pathlib import Path\nfrom trainer.run_lock import hold_name\n"
-    holder += "with hold_name(Path(sys.argv[1]), 'export', ''):\n    print('held', flush=True)\n    time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert process.stdout.readline() == "held\n"
+    with another_process_holds(tmp_path, "export"):
         old = target.with_name(".export.old")  # as while a folder takes another's name
         old.mkdir()
         for more in ([], ["--overwrite"]):
             with pytest.raises(UserError, match="another process is writing .*export right now"):
                 main("--weights", weights, "--output", target, *more)
         assert old.exists()
-    finally:
-        process.kill()
-        process.communicate()
     assert "model.safetensors" in names(target)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import another_process_holds
 
 from tests.test_loop import options, same, train, weights
 from trainer.errors import UserError
@@ -75,18 +76,11 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
     """The lock of another process keeps us out, ends with that process however it ends, and is no matter for other names."""
     monkeypatch.setattr("trainer.run_lock.WAIT_SECONDS", 0.3)
-    holder = "import sys, time\nfrom pathlib import Path\nfrom trainer.run_lock import hold_run\n"
-    holder += "with hold_run(Path(sys.argv[1]), 'tiny'):\n    print('held', flush=True)\n    time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert process.stdout.readline() == "held\n"
+    with another_process_holds(tmp_path, "tiny") as process:
         with pytest.raises(UserError, match="another run is training tiny in .*--out_dir"):
             train(options(tmp_path))
         with hold_run(tmp_path, "other"):
             pass
-    finally:
-        process.kill()
-        process.communicate()
     assert process.returncode == -signal.SIGKILL
     monkeypatch.setattr("trainer.run_lock.WAIT_SECONDS", 10)
     model, _ = train(options(tmp_path))

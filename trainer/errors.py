@@ -39,7 +39,7 @@ def run_script(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print Chinese must not end a run
     try:
         code = main()
-    except SystemExit as ended:
+    except SystemExit as ended:  # a run that a signal ended has said and saved all it should: it ends as below
         if isinstance(ended.code, str):
             raise
         code = ended.code
