@@ -27,14 +27,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from model.decode_native import NativeModel
-from model.decode_step import TorchModel
-from model.generation import Sampling, generate
-from model.weights import Checkpoint, find_checkpoint
-from serving.conversation import text_prompt
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser
-from trainer.sampling_flags import (
+from common.cli import Parser
+from common.errors import UserError, run_script
+from inference.backends import TorchModel
+from inference.generator import SamplingParams, generate
+from inference.kernels.decode import NativeModel
+from inference.options import (
     add_model_flags,
     add_sampling_flags,
     context_length,
@@ -47,6 +45,8 @@ from trainer.sampling_flags import (
     use_utf8,
     visible,
 )
+from model.weights import Checkpoint, find_checkpoint
+from serving.chat_model import text_prompt
 
 PROMPTS = [
     "中国的首都是",
@@ -100,7 +100,7 @@ def continue_text(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerFast,
     text: str,
-    sampling: Sampling,
+    sampling: SamplingParams,
     context: int,
     fast: NativeModel | TorchModel | None,
 ) -> None:

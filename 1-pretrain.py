@@ -25,14 +25,17 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import flag, parse_options
+from common.errors import run_script
+from common.files import ROOT
+from data_pipeline.tokenize import tokenize_pretrain_data
+from model.device import resolve_device
 from model.model import describe_parameters
-from trainer.arguments import ROOT, TrainOptions, flag, parse_options, resolve_device
-from trainer.corpus import build_pretrain_corpus
-from trainer.distributed import join_world, leave_world, main_first
-from trainer.errors import run_script
-from trainer.loop import fit
+from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
 from trainer.losses import next_token_loss
-from trainer.stages import new_model, open_tokenizer, require_files, train_and_val, weights_run
+from trainer.options import TrainOptions
+from trainer.recipe import new_model, open_tokenizer, require_files, train_and_val, weights_run
+from trainer.trainer import fit
 
 
 @dataclass
@@ -46,15 +49,15 @@ class PretrainOptions(TrainOptions):
 
 def main() -> None:
     options = parse_options(PretrainOptions, __doc__)
-    world = join_world(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
     # What it learns from: texts, as tokens on disk.
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
     config = options.config()
     tokenizer = open_tokenizer(options, config)
     cache = options.cache_dir or options.out_dir / "cache"
-    with main_first(world, "tokens"):
-        corpus = build_pretrain_corpus(options.data_path, tokenizer, cache, text_field=options.text_field)
+    with main_process_first(dist_env, "tokens"):
+        corpus = tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field)
     train, val = train_and_val(corpus, options, config.max_seq_len)
 
     # What learns: a network that knows nothing.
@@ -63,8 +66,8 @@ def main() -> None:
     run = weights_run("pretrain", options, model, tokenizer)
 
     # Learning.
-    fit(model, next_token_loss, train, val, options, run, world)
-    leave_world(world)
+    fit(model, next_token_loss, train, val, options, run, dist_env)
+    cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
     print(f"done: {path}; now try: python 0-eval_pretrain.py --weights {path}")
 

@@ -25,15 +25,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from model.decode_native import NativeModel
-from model.decode_step import TorchModel
-from model.generation import Sampling, generate
-from model.weights import Checkpoint, find_checkpoint
-from serving.conversation import chat_prompt
-from trainer.chat_terminal import interact
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser
-from trainer.sampling_flags import (
+from common.cli import Parser
+from common.errors import UserError, run_script
+from inference.backends import TorchModel
+from inference.generator import SamplingParams, generate
+from inference.kernels.decode import NativeModel
+from inference.options import (
     add_model_flags,
     add_sampling_flags,
     context_length,
@@ -47,6 +44,9 @@ from trainer.sampling_flags import (
     use_utf8,
     visible,
 )
+from inference.terminal import interact
+from model.weights import Checkpoint, find_checkpoint
+from serving.chat_model import chat_prompt
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -118,7 +118,7 @@ class Chat:
         self,
         checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerFast,
-        sampling: Sampling,
+        sampling: SamplingParams,
         context: int,
         history_turns: int,
         system: str | None,

@@ -23,13 +23,16 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device
-from trainer.corpus import build_chat_corpus
-from trainer.distributed import join_world, leave_world, main_first
-from trainer.errors import run_script
-from trainer.loop import fit
+from common.cli import flag, parse_options
+from common.errors import run_script
+from common.files import ROOT
+from data_pipeline.tokenize import tokenize_chat_data
+from model.device import resolve_device
+from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
 from trainer.losses import next_token_loss
-from trainer.stages import open_tokenizer, require_files, show_sample, starting_model, train_and_val, weights_run
+from trainer.options import TuneOptions
+from trainer.recipe import open_tokenizer, require_files, show_sample, starting_model, train_and_val, weights_run
+from trainer.trainer import fit
 
 
 @dataclass
@@ -46,7 +49,7 @@ class SftOptions(TuneOptions):
 
 def main() -> None:
     options = parse_options(SftOptions, __doc__)
-    world = join_world(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
     # What learns: a model that knows the language.
     require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
@@ -55,17 +58,17 @@ def main() -> None:
     run = weights_run("full_sft", options, model, tokenizer, origin)
 
     # What it learns from: dialogues, with a mask over everything that the assistant does not say.
-    row_length = model.config.max_seq_len
+    seq_len = model.config.max_seq_len
     cache = options.cache_dir or options.out_dir / "cache"
-    with main_first(world, "tokens"):
-        corpus = build_chat_corpus(options.data_path, tokenizer, cache, max_tokens=row_length)
+    with main_process_first(dist_env, "tokens"):
+        corpus = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
     if options.show_sample:
         show_sample(corpus, tokenizer)
-    train, val = train_and_val(corpus, options, row_length)
+    train, val = train_and_val(corpus, options, seq_len)
 
     # Learning.
-    fit(model, next_token_loss, train, val, options, run, world)
-    leave_world(world)
+    fit(model, next_token_loss, train, val, options, run, dist_env)
+    cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
     print(f"done: {path}; now try: python 2-eval.py --weights {path}")
 

@@ -25,15 +25,17 @@ from pathlib import Path
 
 import torch
 
+from common.cli import flag, parse_options
+from common.errors import UserError, run_script
+from common.files import ROOT
+from data_pipeline.tokenize import tokenize_chat_data
+from model.device import DTYPES, resolve_device
 from model.lora import ALL_PROJECTIONS, add_adapter, merge, read_description, trainable_share
 from model.weights import save_checkpoint
-from trainer.arguments import DTYPES, ROOT, TuneOptions, flag, parse_options, resolve_device
-from trainer.corpus import build_chat_corpus
-from trainer.distributed import join_world, leave_world, main_first
-from trainer.errors import UserError, run_script
-from trainer.loop import fit
+from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
 from trainer.losses import next_token_loss
-from trainer.stages import (
+from trainer.options import TuneOptions
+from trainer.recipe import (
     adapter_run,
     open_tokenizer,
     require_files,
@@ -41,6 +43,7 @@ from trainer.stages import (
     starting_model,
     train_and_val,
 )
+from trainer.trainer import fit
 
 
 @dataclass
@@ -63,8 +66,8 @@ class LoraOptions(TuneOptions):
     epochs: float = flag(3.0, "passes over the data; may be a fraction")
     show_sample: bool = flag(False, "print one sample with what is learned of it marked")
 
-    def problems(self) -> list[str]:
-        found = super().problems()
+    def validate(self) -> list[str]:
+        found = super().validate()
         if not re.fullmatch(r"[A-Za-z0-9-]+", self.lora_name):
             found.append(f"--lora_name {self.lora_name!r} becomes part of a file name: use letters, digits and -")
         if self.rank < 1:
@@ -80,7 +83,7 @@ class LoraOptions(TuneOptions):
 
 def main() -> None:
     options = parse_options(LoraOptions, __doc__)
-    world = join_world(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
     # What learns: an adapter on frozen weights.
     require_files(options.data_path, "name a file of dialogues with --data_path")
@@ -101,22 +104,22 @@ def main() -> None:
     run = adapter_run(options.lora_name, options, adapted, tokenizer, base, merge=options.merge)
 
     # What it learns from: dialogues.
-    row_length = model.config.max_seq_len
+    seq_len = model.config.max_seq_len
     cache = options.cache_dir or options.out_dir / "cache"
-    with main_first(world, "tokens"):
-        corpus = build_chat_corpus(options.data_path, tokenizer, cache, max_tokens=row_length)
+    with main_process_first(dist_env, "tokens"):
+        corpus = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
     if options.show_sample:
         show_sample(corpus, tokenizer)
-    train, val = train_and_val(corpus, options, row_length)
+    train, val = train_and_val(corpus, options, seq_len)
 
     # Learning.
-    fit(adapted, next_token_loss, train, val, options, run, world)
-    if world.is_main and options.merge:
+    fit(adapted, next_token_loss, train, val, options, run, dist_env)
+    if dist_env.is_main and options.merge:
         path = options.out_dir / f"{run.name}.pth"
         info = read_description(options.out_dir / run.name) | {"merged_adapter": run.name}
         save_checkpoint(path, merge(adapted), dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
         print(f"merged into {path}")
-    leave_world(world)
+    cleanup_distributed(dist_env)
     print(f"done: {options.out_dir / run.name}; now try: python 2-eval.py --lora {options.out_dir / run.name}")
 
 

@@ -25,13 +25,16 @@ if __name__ == "__main__":
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.arguments import ROOT, TuneOptions, flag, parse_options, resolve_device, resolve_dtype
-from trainer.distributed import join_world, leave_world, main_first
-from trainer.errors import run_script
-from trainer.loop import fit
+from common.cli import flag, parse_options
+from common.errors import run_script
+from common.files import ROOT
+from data_pipeline.preferences import read_pairs, train_and_val_pairs
+from model.device import resolve_device, resolve_dtype
+from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
 from trainer.losses import dpo_loss
-from trainer.preferences import read_pairs, train_and_val_pairs
-from trainer.stages import open_tokenizer, require_files, starting_model, weights_run
+from trainer.options import TuneOptions
+from trainer.recipe import open_tokenizer, require_files, starting_model, weights_run
+from trainer.trainer import fit
 
 
 @dataclass
@@ -49,8 +52,8 @@ class DpoOptions(TuneOptions):
     val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")
     weight_decay: float = flag(0.0, "decay of matrices")
 
-    def problems(self) -> list[str]:
-        found = super().problems()
+    def validate(self) -> list[str]:
+        found = super().validate()
         if not self.beta > 0:
             found.append(f"--beta {self.beta} must be more than 0")
         if not 0 <= self.label_smoothing < 0.5:
@@ -65,7 +68,7 @@ class DpoOptions(TuneOptions):
 def main() -> None:
     options = parse_options(DpoOptions, __doc__)
     device = resolve_device(options.device)
-    world = join_world(device.type, options.timeout)
+    dist_env = init_distributed(device.type, options.timeout)
 
     # What learns: a model that answers.
     require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
@@ -78,7 +81,7 @@ def main() -> None:
     # What it learns from: pairs, and what the model thought of them before.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    with main_first(world, "the reference model's opinions"):
+    with main_process_first(dist_env, "the reference model's opinions"):
         for part in (train, val) if val else (train,):
             part.add_reference(
                 model,
@@ -90,8 +93,8 @@ def main() -> None:
             )
 
     # Learning.
-    fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, world)
-    leave_world(world)
+    fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, dist_env)
+    cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
     print(f"done: {path}; now try: python 2-eval.py --weights {path}")
 

@@ -24,11 +24,11 @@ import urllib.parse
 
 import openai
 
-from model.generation import Sampling
-from trainer.chat_terminal import interact
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser
-from trainer.sampling_flags import add_sampling_flags, use_utf8, visible
+from common.cli import Parser
+from common.errors import UserError, run_script
+from inference.generator import SamplingParams
+from inference.options import add_sampling_flags, use_utf8, visible
+from inference.terminal import interact
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
@@ -51,20 +51,20 @@ def parse_args() -> argparse.Namespace:
     undecided = dict.fromkeys([*STANDARD, *EXTENSIONS, "max_new_tokens"])
     add_sampling_flags(parser, **undecided)
     args = parser.parse_args()
-    problems = []
+    errors = []
     if args.history_turns < 0:
-        problems.append(f"--history_turns {args.history_turns} must not be negative")
+        errors.append(f"--history_turns {args.history_turns} must not be negative")
     if not args.timeout > 0:
-        problems.append(f"--timeout {args.timeout} must be above 0")
+        errors.append(f"--timeout {args.timeout} must be above 0")
     if not args.base_url.startswith(("http://", "https://")):
-        problems.append(f"--base_url {args.base_url} must begin with http:// or https://")
+        errors.append(f"--base_url {args.base_url} must begin with http:// or https://")
     given = {name: value for name in undecided if (value := getattr(args, name)) is not None}
     try:
-        Sampling(**given, stop=tuple(args.stop))
+        SamplingParams(**given, stop=tuple(args.stop))
     except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        parser.refuse(problems)
+        errors.append(str(error))
+    if errors:
+        parser.error(errors)
     return args
 
 

@@ -25,9 +25,9 @@ import argparse
 import os
 from pathlib import Path
 
-from trainer.cleaning import STAGES, Options, clean, summary_table
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser, write_problems
+from common.cli import Parser, validate_folder
+from common.errors import UserError, run_script
+from data_pipeline.cleaning import STAGES, Options, clean, summary_table
 
 ROOT = Path(__file__).resolve().parent
 DUMPS = {
@@ -70,16 +70,14 @@ def parse_args() -> argparse.Namespace:
         "is kept, in sft_data_single.csv; only: sft_data.csv gets nothing but dialogues")  # fmt: skip
     add("--dedupe", action=argparse.BooleanOptionalAction, default=True, help="drop exact duplicates (default: yes)")
     args = parser.parse_args()
-    problems = [
-        f"--{name} {value} is negative" for name, value in vars(args).items() if type(value) is int and value < 0
-    ]
+    errors = [f"--{name} {value} is negative" for name, value in vars(args).items() if type(value) is int and value < 0]
     if not 0 <= args.min_chinese_ratio <= 1:
-        problems.append(f"--min_chinese_ratio {args.min_chinese_ratio} is not between 0 and 1")
-    problems += write_problems("--out_dir", args.out_dir)
+        errors.append(f"--min_chinese_ratio {args.min_chinese_ratio} is not between 0 and 1")
+    errors += validate_folder("--out_dir", args.out_dir)
     if args.input and args.stage == "all":
-        problems.append("--input needs one stage, not all")
-    if problems:
-        parser.refuse(problems)
+        errors.append("--input needs one stage, not all")
+    if errors:
+        parser.error(errors)
     return args
 
 

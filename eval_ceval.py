@@ -39,15 +39,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from model.files import atomic_write
-from model.scoring import BATCH_TOKENS, Item, rough_copies, score, score_quickly
+from common.cli import Parser, validate_folder
+from common.errors import UserError, run_script
+from common.files import atomic_write
+from evaluation import ceval
+from evaluation.ceval import Answered, Question
+from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
+from model.device import DTYPES, resolve_device, resolve_dtype
 from model.tokenizer import BOS_ID, CHAT_TEMPLATE, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
 from model.weights import find_checkpoint, load_checkpoint
-from trainer import ceval
-from trainer.arguments import DTYPES, resolve_device, resolve_dtype
-from trainer.ceval import Answered, Question
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser, write_problems
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ["id", "question", *"ABCD", "answer", "prediction", "correct", *(f"p_{letter}" for letter in "ABCD")]
@@ -80,16 +80,16 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="precision, see above (default: auto)")
     args = parser.parse_args()
-    problems = [
+    errors = [
         f"--{name} {value} must be at least {least}"
         for name, value, least in (("max_seq_len", args.max_seq_len, 8), ("batch_tokens", args.batch_tokens, 1))
         if value is not None and value < least
     ]
-    problems += write_problems("--out_dir", args.out_dir)
+    errors += validate_folder("--out_dir", args.out_dir)
     if args.trust_remote_code and args.hf is None:
-        problems.append("--trust_remote_code is for --hf")
-    if problems:
-        parser.refuse(problems)
+        errors.append("--trust_remote_code is for --hf")
+    if errors:
+        parser.error(errors)
     return args
 
 
@@ -186,7 +186,7 @@ def _open_folder(args: argparse.Namespace, device: torch.device, dtype: torch.dt
 
 def make_item(
     subject: Subject, question: Question, examples: Sequence[Question], args: argparse.Namespace
-) -> tuple[Item, int, bool]:
+) -> tuple[MultipleChoice, int, bool]:
     """One question as token ids that fit into the context; how many examples were left out for that, and whether the
     question itself was cut from the left."""
     texts = ceval.answers_of(question, args.score)
@@ -203,7 +203,7 @@ def make_item(
         head = min(head, room - 1)
         ids = ids[:head] + ids[len(ids) - (room - head) :]
     lengths = [float(len(text.encode())) for text in texts] if args.score == "text" else None
-    return Item(ids, options, lengths), dropped, too_long
+    return MultipleChoice(ids, options, lengths), dropped, too_long
 
 
 def answer_all(subject: Subject, questions: list[Question], args: argparse.Namespace) -> tuple[list[Answered], dict]:
@@ -241,9 +241,9 @@ def answer_all(subject: Subject, questions: list[Question], args: argparse.Names
     half = resolve_dtype("auto", device)
     batch_tokens = args.batch_tokens or (BATCH_TOKENS if device.type == "cpu" else 16384)
     with tqdm(total=len(items), desc="C-Eval", unit="question", disable=None, leave=False) as bar:
-        rough = rough_copies(model, half) if args.dtype == "auto" and half != torch.float32 else []
+        rough = draft_models(model, half) if args.dtype == "auto" and half != torch.float32 else []
         if rough:
-            scores, counts = score_quickly([*rough, model], items, batch_tokens=batch_tokens, on_done=bar.update)
+            scores, counts = score_cascade([*rough, model], items, batch_tokens=batch_tokens, on_done=bar.update)
             precision = {"dtype": f"{str(half).removeprefix('torch.')} and float32", "decided_in_float32": counts[-1]}
         else:
             scores = score(model, items, batch_tokens=batch_tokens, on_done=bar.update)

@@ -32,7 +32,10 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from model.export import (
+from common.cli import Parser, validate_folder
+from common.errors import UserError, run_script
+from common.files import ROOT, exclusive
+from export.huggingface import (
     check_target,
     describe,
     new_folder,
@@ -41,14 +44,11 @@ from model.export import (
     write_llama,
     write_minimind,
 )
-from model.export_card import model_card
-from model.export_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
+from export.model_card import model_card
+from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
+from model.device import DTYPES
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
-from trainer.arguments import DTYPES, ROOT
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser, write_problems
-from trainer.run_lock import hold_name
 
 GGUF_TYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 ALIASES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -84,32 +84,32 @@ def parse_args() -> argparse.Namespace:
     add("--private", action="store_true", help="make the repository there a private one")
     args = parser.parse_args()
     args.dtype = ALIASES.get(args.dtype, args.dtype)
-    problems = []
+    errors = []
     if args.dtype and args.format == "gguf" and args.dtype not in GGUF_TYPES:
-        problems.append(f"--dtype {args.dtype} is not for --format gguf: use {', '.join(GGUF_TYPES)}")
+        errors.append(f"--dtype {args.dtype} is not for --format gguf: use {', '.join(GGUF_TYPES)}")
     if args.dtype == "q8_0" and args.format != "gguf":
-        problems.append("--dtype q8_0 needs --format gguf")
+        errors.append("--dtype q8_0 needs --format gguf")
     if args.format == "pth":
         unused = [name for name in ("lora", "push_to_hub", "ceval") if getattr(args, name)]
-        problems += [f"--{name} is not for --format pth" for name in unused]
+        errors += [f"--{name} is not for --format pth" for name in unused]
         if args.weights is None:
-            problems.append("--format pth needs --weights FOLDER")
+            errors.append("--format pth needs --weights FOLDER")
     if args.tolerance is not None and not args.tolerance >= 0:
-        problems.append(f"--tolerance {args.tolerance} must not be negative")
+        errors.append(f"--tolerance {args.tolerance} must not be negative")
     if args.push_to_hub is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", args.push_to_hub):
-        problems.append(f"--push_to_hub {args.push_to_hub}: give user/name")
+        errors.append(f"--push_to_hub {args.push_to_hub}: give user/name")
     if args.private and args.push_to_hub is None:
-        problems.append("--private is for --push_to_hub")
+        errors.append("--private is for --push_to_hub")
     if args.output is None:
-        problems += write_problems("--out_dir", args.out_dir) if args.format != "pth" else []
+        errors += validate_folder("--out_dir", args.out_dir) if args.format != "pth" else []
     else:
-        problems += write_problems("--output", args.output.parent)
+        errors += validate_folder("--output", args.output.parent)
         if not args.output.name:
-            problems.append(f"--output {args.output}: name what is to be made there")
+            errors.append(f"--output {args.output}: name what is to be made there")
         if args.format == "pth" and args.output.suffix != ".pth":
-            problems.append(f"--output {args.output}: name a .pth file, which the other scripts find by this ending")
-    if problems:
-        parser.refuse(problems)
+            errors.append(f"--output {args.output}: name a .pth file, which the other scripts find by this ending")
+    if errors:
+        parser.error(errors)
     return args
 
 
@@ -144,7 +144,7 @@ def to_folder(args: argparse.Namespace) -> tuple[Path, Agreement]:
     rows = sample_rows(tokenizer, texts, source.config)
     with hold(target), new_folder(target, args.overwrite) as folder:
         if args.format == "gguf":
-            from model.export_gguf import compare_gguf, modelfile, write_gguf
+            from export.gguf import compare_gguf, modelfile, write_gguf
 
             kind = GGUF_TYPES[dtype]
             file = folder / f"{name}.{kind}.gguf"
@@ -191,7 +191,7 @@ def check_file(target: Path, overwrite: bool) -> None:
 def hold(target: Path) -> AbstractContextManager:
     """Nobody else exports to `target` meanwhile, or trains what is saved there."""
     busy = f"another process is writing {target} right now: wait for it, or choose another --output"
-    return hold_name(target.parent, target.stem if target.suffix == ".pth" else target.name, busy)
+    return exclusive(target.parent, target.stem if target.suffix == ".pth" else target.name, busy)
 
 
 def open_source(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:

@@ -23,14 +23,25 @@ import torch
 from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedTokenizerFast
 
-from model.decode_native import NativeModel
-from model.decode_step import TorchModel
-from model.generation import Sampling
+from common.cli import Parser
+from common.errors import UserError, run_script
+from inference.backends import TorchModel
+from inference.generator import SamplingParams
+from inference.kernels.decode import NativeModel
+from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
+from inference.options import (
+    add_model_flags,
+    add_sampling_flags,
+    context_length,
+    fast_from_args,
+    open_model,
+    sampling_from_args,
+    visible,
+)
 from model.model import parameter_counts
 from model.weights import Checkpoint
-from serving.catalog import EXPORT, Entry, default_model, list_models, read_entry
-from serving.conversation import Answer, Conversation, Exchange, Writer
-from serving.web_page import (
+from serving.chat_model import Answer, ChatModel, Conversation, Exchange
+from serving.web.page import (
     COPY_CSS,
     COPY_HTML,
     COPY_JS,
@@ -44,18 +55,7 @@ from serving.web_page import (
     text_html,
     title_html,
 )
-from serving.web_texts import LANGUAGES, Texts, language_of
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser
-from trainer.sampling_flags import (
-    add_model_flags,
-    add_sampling_flags,
-    context_length,
-    fast_from_args,
-    open_model,
-    sampling_from_args,
-    visible,
-)
+from serving.web.texts import LANGUAGES, Texts, language_of
 
 LOOK_SECONDS = 3  # between looks into the folder of models
 DRAW_SECONDS = 0.05  # between two states of a growing answer
@@ -213,7 +213,9 @@ def show_facts(entry: Entry, loaded: Loaded | None, texts: Texts) -> None:
     st.html(facts_html(*map(visible, lines)))
 
 
-def choose_settings(args: argparse.Namespace, texts: Texts, context: int, chats: bool) -> tuple[Sampling, int, str]:
+def choose_settings(
+    args: argparse.Namespace, texts: Texts, context: int, chats: bool
+) -> tuple[SamplingParams, int, str]:
     """The sliders: how tokens are chosen, how many earlier turns are seen, the system message."""
 
     def ask(kind, key: str, **how):
@@ -264,7 +266,7 @@ def show_nothing_there(args: argparse.Namespace, texts: Texts) -> None:
     )
 
 
-def show_examples(writer: Writer, texts: Texts) -> str | None:
+def show_examples(writer: ChatModel, texts: Texts) -> str | None:
     """The page before the first question; the example that was clicked."""
     kind = "base" if writer.continues else "chat"
     st.html(empty_html(texts(f"hello_{kind}"), texts(f"hello_{kind}_more", name=writer.name)))
@@ -347,7 +349,7 @@ def main() -> None:
     writer = question = None
     if loaded is not None:
         name = entry.path.name
-        writer = Writer(
+        writer = ChatModel(
             loaded.checkpoint.model,
             loaded.tokenizer,
             loaded.context,

@@ -26,14 +26,10 @@ from pathlib import Path
 
 import uvicorn
 
-from model.generation import Decoder
-from model.weights import find_checkpoint
-from serving.engine import Engine
-from serving.http import STALL_SECONDS, Server
-from serving.openai_api import ServedModel, create_app
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser
-from trainer.sampling_flags import (
+from common.cli import Parser
+from common.errors import UserError, run_script
+from inference.generator import BatchGenerator
+from inference.options import (
     add_model_flags,
     add_sampling_flags,
     context_length,
@@ -42,6 +38,10 @@ from trainer.sampling_flags import (
     sampling_from_args,
     use_utf8,
 )
+from model.weights import find_checkpoint
+from serving.app import ServedModel, create_app
+from serving.engine import Engine
+from serving.responses import STALL_SECONDS, Server
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
@@ -80,23 +80,23 @@ def parse_args() -> argparse.Namespace:
     # What a request does not say. A limit that it does not give is what fits, unless --max_new_tokens says less.
     add_sampling_flags(parser, temperature=0.7, top_p=0.9, max_new_tokens=None)
     args = parser.parse_args()
-    problems = [
+    errors = [
         f"--{name} {getattr(args, name)} must be at least 1"
         for name in ("max_rows", "max_queue")
         if getattr(args, name) < 1
     ]
     if not 0 <= args.port <= 65535:
-        problems.append(f"--port {args.port} must be between 0 and 65535")
+        errors.append(f"--port {args.port} must be between 0 and 65535")
     if not 0 <= args.drain_seconds < 1e6:
-        problems.append(f"--drain_seconds {args.drain_seconds} must be 0 or more")
+        errors.append(f"--drain_seconds {args.drain_seconds} must be 0 or more")
     if args.api_key is None:
         args.api_key = os.environ.get(KEY_VARIABLE) or None
     elif not args.api_key.strip():
-        problems.append("--api_key is empty: leave it out if none is needed")
+        errors.append("--api_key is empty: leave it out if none is needed")
     if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable()):
-        problems.append("the key has characters that clients cannot send: use ASCII letters, digits and signs")
-    if problems:
-        parser.refuse(problems)
+        errors.append("the key has characters that clients cannot send: use ASCII letters, digits and signs")
+    if errors:
+        parser.error(errors)
     return args
 
 
@@ -144,7 +144,9 @@ def main() -> None:
         args.max_new_tokens = context
     defaults = sampling_from_args(args)
     fast = fast_from_args(args, checkpoint.model)
-    make_decoder = functools.partial(Decoder, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, fast=fast)
+    make_decoder = functools.partial(
+        BatchGenerator, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, fast=fast
+    )
     config = checkpoint.config
     try:
         engine = Engine(make_decoder, args.max_queue)

@@ -38,7 +38,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model.files import fsync_dir
+from common.cli import Parser, validate_folder
+from common.errors import UserError, run_script
+from common.files import fsync_dir
+from common.progress import Progress
+from data_pipeline.readers import BadLine, check_readable, iter_records, total_bytes
 from model.tokenizer import (
     BOS,
     BOS_ID,
@@ -52,10 +56,6 @@ from model.tokenizer import (
     load_tokenizer,
     tokenizer_hash,
 )
-from trainer.cleaning import Progress
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser, write_problems
-from trainer.readers import BadLine, check_readable, iter_records, total_bytes
 
 ROOT = Path(__file__).resolve().parent
 SMALLEST_VOCAB = 3 + 256  # the special tokens and the bytes
@@ -111,24 +111,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise one UserError with everything that is wrong, before any work."""
-    problems = []
+    errors = []
     if not SMALLEST_VOCAB <= args.vocab_size <= 65536:  # token caches are 16 bits wide
-        problems.append(f"--vocab_size {args.vocab_size} is not between {SMALLEST_VOCAB} and 65536")
+        errors.append(f"--vocab_size {args.vocab_size} is not between {SMALLEST_VOCAB} and 65536")
     if not 0 < args.held_out < 1:
-        problems.append(f"--held_out {args.held_out} is not between 0 and 1")
+        errors.append(f"--held_out {args.held_out} is not between 0 and 1")
     if args.max_bytes < 1:
-        problems.append(f"--max_bytes {args.max_bytes:g} is less than 1")
+        errors.append(f"--max_bytes {args.max_bytes:g} is less than 1")
     if args.min_frequency < 1:
-        problems.append(f"--min_frequency {args.min_frequency} is less than 1")
-    problems += _out_dir_problems(args.out_dir, args.overwrite)
-    if problems:
-        raise UserError("; ".join(problems))
+        errors.append(f"--min_frequency {args.min_frequency} is less than 1")
+    errors += _out_dir_problems(args.out_dir, args.overwrite)
+    if errors:
+        raise UserError("; ".join(errors))
 
 
 def _out_dir_problems(out_dir: Path, overwrite: bool) -> list[str]:
-    problems = write_problems("--out_dir", out_dir) + write_problems("--out_dir", out_dir.parent)
-    if problems or not out_dir.exists():
-        return problems[:1]
+    errors = validate_folder("--out_dir", out_dir) + validate_folder("--out_dir", out_dir.parent)
+    if errors or not out_dir.exists():
+        return errors[:1]
     others = sorted(path.name for path in out_dir.iterdir() if path.name not in {*FILES, *KEPT_FILES})
     if others:
         return [f"--out_dir {out_dir} holds other files ({', '.join(others[:3])}); name an empty or a new folder"]

@@ -3,7 +3,7 @@
     python bench/ceval_throughput.py --data_dir dataset/ceval/ceval-exam --weights out/full_sft_512.pth
 
 one at a time   float32, one forward pass for each sequence, logits only where they are needed
-batched         float32, `model.scoring.score`
+batched         float32, `evaluation.scoring.score`
 quick           what eval_ceval.py does on this CPU: half precision first, which includes making the copies for it, then
                 something finer for close calls, and float32 for what is still too close
 
@@ -24,17 +24,17 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.cli import Parser  # noqa: E402
+from common.errors import UserError, run_script  # noqa: E402
+from evaluation import ceval  # noqa: E402
+from evaluation.scoring import MultipleChoice, draft_models, score, score_cascade  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.scoring import Item, rough_copies, score, score_quickly  # noqa: E402
 from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E402
 from model.weights import load_checkpoint  # noqa: E402
-from trainer import ceval  # noqa: E402
-from trainer.errors import UserError, run_script  # noqa: E402
-from trainer.parser import Parser  # noqa: E402
 
 
-def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> list[Item]:
+def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> list[MultipleChoice]:
     """`n` questions, evenly spaced in the validation set; examples are left out where they do not fit in 512 tokens."""
     questions = ceval.read_questions(data_dir, "val", answers=True)
     # Whole subjects, as in a real run: examples are shared by the questions of a subject.
@@ -51,12 +51,12 @@ def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> lis
                 break
             own = own[1:]
         lengths = [float(len(text.encode())) for text in texts] if style == "text" else None
-        items.append(Item(ids, [encode_text(tokenizer, text) for text in texts], lengths))
+        items.append(MultipleChoice(ids, [encode_text(tokenizer, text) for text in texts], lengths))
     return items
 
 
 @torch.inference_mode()
-def one_at_a_time(model: Transformer, items: list[Item]) -> list[torch.Tensor]:
+def one_at_a_time(model: Transformer, items: list[MultipleChoice]) -> list[torch.Tensor]:
     results = []
     for item in items:
         if all(len(option) == 1 for option in item.options):  # one pass tells all
@@ -85,8 +85,8 @@ def main() -> None:
         help="one of the kinds (default: all)",
     )
     args = parser.parse_args()
-    if problems := [f"--{name} must be at least 1" for name in ("questions", "rounds") if getattr(args, name) < 1]:
-        parser.refuse(problems)
+    if errors := [f"--{name} must be at least 1" for name in ("questions", "rounds") if getattr(args, name) < 1]:
+        parser.error(errors)
 
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def main() -> None:
         modes = {
             "one at a time": lambda items=items: (one_at_a_time(model, items), []),
             "batched": lambda items=items: (score(model, items), []),
-            "quick": lambda items=items: score_quickly([*rough_copies(model, torch.bfloat16), model], items),
+            "quick": lambda items=items: score_cascade([*draft_models(model, torch.bfloat16), model], items),
         }
         walls: dict[str, list[float]] = {mode: [] for mode in modes}
         cpus: dict[str, list[float]] = {mode: [] for mode in modes}

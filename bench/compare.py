@@ -39,20 +39,20 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from model.export import read_folder  # noqa: E402
-from model.files import atomic_write  # noqa: E402
-from model.generation import Sampling, fit_chat, generate  # noqa: E402
-from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
-from model.weights import Checkpoint, load_checkpoint  # noqa: E402
-from trainer.errors import UserError, run_script  # noqa: E402
-from trainer.parser import Parser, write_problems  # noqa: E402
-from trainer.sampling_flags import (  # noqa: E402
+from common.cli import Parser, validate_folder  # noqa: E402
+from common.errors import UserError, run_script  # noqa: E402
+from common.files import atomic_write  # noqa: E402
+from export.huggingface import read_folder  # noqa: E402
+from inference.generator import SamplingParams, fit_chat, generate  # noqa: E402
+from inference.options import (  # noqa: E402
     add_sampling_flags,
     device_and_dtype,
     open_tokenizer,
     sampling_from_args,
     use_utf8,
 )
+from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
+from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -118,22 +118,22 @@ def parse_args() -> argparse.Namespace:
     add("--judge_timeout", type=float, default=120.0, help="seconds to wait for one verdict (default: 120)")
     add_sampling_flags(parser, seed=0)
     args = parser.parse_args()
-    problems = []
+    errors = []
     if bool(args.judge_base_url) != bool(args.judge_model):
-        problems.append("--judge_base_url and --judge_model belong together")
+        errors.append("--judge_base_url and --judge_model belong together")
     if args.judge_base_url and not 2 <= len(args.models) <= 26:
-        problems.append("a judge compares 2 to 26 models")
+        errors.append("a judge compares 2 to 26 models")
     if not args.judge_timeout > 0:
-        problems.append(f"--judge_timeout {args.judge_timeout} must be more than 0")
+        errors.append(f"--judge_timeout {args.judge_timeout} must be more than 0")
     if args.judge_base_url and not args.judge_base_url.startswith(("http://", "https://")):
-        problems.append(f"--judge_base_url {args.judge_base_url} must begin with http:// or https://")
-    problems += write_problems("--output", args.output.parent)
+        errors.append(f"--judge_base_url {args.judge_base_url} must begin with http:// or https://")
+    errors += validate_folder("--output", args.output.parent)
     if args.output.is_dir():
-        problems.append(f"--output {args.output} is a folder: name the Markdown file")
+        errors.append(f"--output {args.output} is a folder: name the Markdown file")
     if args.output.suffix == ".json":
-        problems.append(f"--output {args.output}: name the Markdown file; the .json is written beside it")
-    if problems:
-        parser.refuse(problems)
+        errors.append(f"--output {args.output}: name the Markdown file; the .json is written beside it")
+    if errors:
+        parser.error(errors)
     return args
 
 
@@ -192,7 +192,7 @@ def open_models(args: argparse.Namespace) -> list[Contestant]:
     return found
 
 
-def answer(contestant: Contestant, question: str, sampling: Sampling) -> Answer:
+def answer(contestant: Contestant, question: str, sampling: SamplingParams) -> Answer:
     """One answer. UserError for a question that does not fit into the model's context."""
     context = contestant.checkpoint.config.max_seq_len
     start = time.perf_counter()
@@ -346,7 +346,7 @@ def main() -> None:
     with tqdm(total=len(questions) * len(contestants), unit="answer", disable=None, leave=False) as bar:
         for one in contestants:
             torch.manual_seed(args.seed or 0)
-            answer(one, questions[0], Sampling(max_new_tokens=2))  # the first call prepares kernels: not measured
+            answer(one, questions[0], SamplingParams(max_new_tokens=2))  # the first call prepares kernels: not measured
             for question in questions:
                 one.answers.append(answer(one, question, sampling))
                 bar.update()

@@ -27,23 +27,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.decode_step import TorchModel, fast_model
-from model.decode_weights import DecodeWeights
-from model.export import write_llama
-from model.export_gguf import write_gguf
-from model.generation import Sampling, generate
+from common.cli import Parser  # noqa: E402
+from common.errors import run_script
+from export.gguf import write_gguf
+from export.huggingface import write_llama
+from inference.backends import TorchModel, fast_model
+from inference.generator import SamplingParams, generate
+from inference.kernels.decode_weights import DecodeWeights
 from model.LMConfig import PRESETS, LMConfig, preset
 from model.model import Transformer, describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
-from trainer.errors import run_script
-from trainer.parser import Parser  # noqa: E402
 
 Scheme = Callable[[list[list[int]], int], float]  # prompts, new tokens of each -> seconds
 
 
 def ours(model: Transformer, fast) -> Callable[[list[list[int]], int], None]:
     def run(prompts: list[list[int]], new_tokens: int) -> None:
-        for _ in generate(model, prompts, Sampling(max_new_tokens=new_tokens), eos_id=None, fast=fast):
+        for _ in generate(model, prompts, SamplingParams(max_new_tokens=new_tokens), eos_id=None, fast=fast):
             pass
 
     return run

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from common.cli import Parser  # noqa: E402
+from common.errors import UserError, run_script
+from data_pipeline.readers import iter_records
+from model.device import resolve_device, resolve_dtype
 from model.model import Transformer
 from model.rope import METHODS
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint
-from trainer.arguments import resolve_device, resolve_dtype
-from trainer.errors import UserError, run_script
-from trainer.parser import Parser  # noqa: E402
-from trainer.readers import iter_records
 
 
 def main() -> None:

@@ -17,19 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.files import atomic_write
-from model.generation import Sampling, generate_text
+from common.cli import Parser  # noqa: E402
+from common.errors import UserError, run_script
+from common.files import ROOT, atomic_write
+from data_pipeline.preferences import PreferencePairs, read_pairs
+from data_pipeline.records import iter_conversations
+from inference.generator import SamplingParams, generate_text
 from model.lora import load_adapter
 from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
 from model.weights import Checkpoint, find_checkpoint, load_checkpoint
-from trainer.arguments import ROOT
-from trainer.conversations import iter_conversations
-from trainer.errors import UserError, run_script
-from trainer.losses import answer_log_probs
-from trainer.parser import Parser  # noqa: E402
-from trainer.preferences import PreferencePairs, read_pairs
-from trainer.tracking import read_metrics
+from trainer.losses import sequence_logps
+from trainer.metrics import read_metrics
 
 OPENINGS = ["The capital of France is", "中国的首都是", "Once upon a time", "从前"]
 QUESTIONS = [
@@ -38,7 +37,7 @@ QUESTIONS = [
     ["Hello, my name is Anna.", "What is my name?"],
     ["你是谁？"],
 ]
-GREEDY = Sampling(max_new_tokens=48)
+GREEDY = SamplingParams(max_new_tokens=48)
 
 
 def ask(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[str]:
@@ -64,7 +63,7 @@ def preferred(model: Transformer, tokenizer: PreTrainedTokenizerFast, path: Path
     right = 0
     for begin in range(0, len(pairs), 32):
         batch = pairs.batch(range(begin, min(begin + 32, len(pairs))))
-        chosen, rejected = answer_log_probs(model, batch.inputs)[0].view(-1, 2).unbind(1)
+        chosen, rejected = sequence_logps(model, batch.inputs)[0].view(-1, 2).unbind(1)
         right += int((chosen > rejected).sum())
     return right / len(pairs)
 
@@ -163,7 +162,7 @@ def main() -> None:
         title = f"SFT: quiz of {quiz['questions']} questions, the likeliest of four answers (guessing: 25%)"
         figures.insert(2, (title, quiz["accuracy"]))
     prompts = [[BOS_ID, *encode_text(tokenizer, text)] for text in OPENINGS]
-    continuations = generate_text(base.model, tokenizer, prompts, Sampling(max_new_tokens=30))
+    continuations = generate_text(base.model, tokenizer, prompts, SamplingParams(max_new_tokens=30))
     names = [f"pretrain_{size}", f"full_sft_{size}", adapter_path.name, f"rl_{size}"]
     tokenizers = {"shipped": TOKENIZER_DIR}
     if (out / "tokenizer" / "training.json").exists():

@@ -31,10 +31,10 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.cli import Parser  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer, parameter_counts  # noqa: E402
-from trainer.parser import Parser  # noqa: E402
-from trainer.tracking import PEAK_FLOPS, training_flops  # noqa: E402
+from trainer.metrics import PEAK_FLOPS, training_flops  # noqa: E402
 
 PRESETS = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
 WORLDS = (8, 64, 512)
@@ -199,18 +199,18 @@ def worker(path: Path, steps: int) -> None:
     """Real steps of the real loop; times by its own log."""
     import numpy as np
 
-    from trainer.arguments import TrainOptions
-    from trainer.corpus import TokenCorpus
-    from trainer.datasets import PackedRows
-    from trainer.distributed import join_world, leave_world
-    from trainer.loop import Run, fit
+    from data_pipeline.datasets import PackedRows
+    from data_pipeline.tokenize import TokenizedDataset
+    from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
+    from trainer.options import TrainOptions
+    from trainer.trainer import Run, fit
 
-    world = join_world("cpu")
+    dist_env = init_distributed("cpu")
     config = preset("minimind-v1-small")
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, 512 * 2 * (steps + 1)).astype(np.uint16)
     n = len(tokens) // 512
-    corpus = TokenCorpus(
+    corpus = TokenizedDataset(
         tokens, None, np.arange(n + 1) * 512, np.full(n, 512), np.arange(n).astype(np.uint64), "random", {}
     )
     torch.manual_seed(0)
@@ -226,21 +226,21 @@ def worker(path: Path, steps: int) -> None:
         log_interval=1,
     )
     run = Run("pretrain", "scaling", config, {}, lambda info: None)
-    fit(model, next_token_loss, PackedRows(corpus, np.arange(n), 512, 0), None, options, run, world)
-    log = (out_dir / "logs" / f"scaling.rank{world.rank}.log").read_text()
+    fit(model, next_token_loss, PackedRows(corpus, np.arange(n), 512, 0), None, options, run, dist_env)
+    log = (out_dir / "logs" / f"scaling.rank{dist_env.rank}.log").read_text()
     times = [*map(float, re.findall(r" step \d+: ([\d.]+) s,", log)[1:])]  # the first one allocates
     works = [*map(float, re.findall(r" steps: ([\d.]+) s of work", log)[1:])]
     sums = []
-    if world.size > 1:
+    if dist_env.size > 1:
         flat = torch.zeros(parameter_counts(model)["total"])
         for _ in range(5):
             dist.barrier()
             start = time.perf_counter()
             dist.all_reduce(flat)
             sums.append(time.perf_counter() - start)
-    if world.is_main:
+    if dist_env.is_main:
         path.write_text(json.dumps([statistics.median(x) if x else 0.0 for x in (times, works, sums)]))
-    leave_world(world)
+    cleanup_distributed(dist_env)
 
 
 def put(page: Path, name: str, text: str) -> None:

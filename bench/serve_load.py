@@ -31,13 +31,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.generation import Sampling, TextStream, generate  # noqa: E402
+from common.cli import Parser  # noqa: E402
+from common.errors import UserError, run_script  # noqa: E402
+from inference.generator import Detokenizer, SamplingParams, generate  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
 from model.tokenizer import load_tokenizer, render_chat  # noqa: E402
 from model.weights import load_checkpoint, save_checkpoint  # noqa: E402
-from trainer.errors import UserError, run_script  # noqa: E402
-from trainer.parser import Parser  # noqa: E402
 
 QUESTIONS = [
     "你好",
@@ -71,14 +71,16 @@ class Reference:
         self.answers = []
         for question in QUESTIONS:
             ids = render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)[0]
-            self.answers.append(list(generate(model, [ids], Sampling(max_new_tokens=length), tokenizer=tokenizer)))
+            self.answers.append(
+                list(generate(model, [ids], SamplingParams(max_new_tokens=length), tokenizer=tokenizer))
+            )
 
     def text(self, question: int, limit: int) -> tuple[str, int, str]:
         """(text, tokens, finish_reason) of an answer of at most `limit` tokens."""
         events = self.answers[question][:limit]
         if events[-1].finish is not None:
             return "".join(event.text for event in events), len(events), events[-1].finish
-        stream = TextStream(self.tokenizer)
+        stream = Detokenizer(self.tokenizer)
         return "".join(stream.add(event.token) for event in events) + stream.finish(complete=False), limit, "length"
 
 

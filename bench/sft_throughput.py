@@ -20,15 +20,16 @@ import torch
 from peft import PeftModel
 
 from bench.throughput import PaddedRows, Scheme, add_flags, compare, describe, packed_loss, padded_loss
+from common.cli import Parser  # noqa: E402
+from common.errors import run_script
+from common.files import ROOT
+from data_pipeline.datasets import PackedRows
+from data_pipeline.tokenize import tokenize_chat_data
+from model.device import resolve_device, resolve_dtype
 from model.LMConfig import preset
 from model.lora import add_adapter, trainable_share
 from model.model import Transformer, describe_parameters
 from model.tokenizer import load_tokenizer
-from trainer.arguments import ROOT, resolve_device, resolve_dtype
-from trainer.corpus import build_chat_corpus
-from trainer.datasets import PackedRows
-from trainer.errors import run_script
-from trainer.parser import Parser  # noqa: E402
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, help="of the adapter (default: 8)")
     args = parser.parse_args()
     config, device = preset(args.preset), resolve_device(args.device)
-    corpus = build_chat_corpus(args.data_path, load_tokenizer(), args.cache_dir, max_tokens=config.max_seq_len)
+    corpus = tokenize_chat_data(args.data_path, load_tokenizer(), args.cache_dir, max_tokens=config.max_seq_len)
     packed = PackedRows(corpus, np.arange(len(corpus)), config.max_seq_len, seed=0)
     padded = PaddedRows(corpus, config.max_seq_len)
     half = resolve_dtype("auto", device)

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
+from common.files import ROOT
+from data_pipeline.datasets import Batch, PackedRows
+from data_pipeline.packing import sample_order
+from data_pipeline.tokenize import TokenizedDataset
+from model.device import resolve_device
 from model.LMConfig import PRESETS
 from model.model import Transformer, parameter_counts
-from trainer.arguments import ROOT, resolve_device
-from trainer.corpus import TokenCorpus
-from trainer.datasets import Batch, PackedRows
 from trainer.losses import next_token_loss
+from trainer.metrics import peak_flops, training_flops
 from trainer.optim import make_optimizers
-from trainer.packing import sample_order
-from trainer.tracking import peak_flops, training_flops
 
 
 def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
@@ -40,18 +41,18 @@ def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
 class PaddedRows:
     """One document a row, cut or padded to the row length: what the original does."""
 
-    def __init__(self, corpus: TokenCorpus, row_length: int) -> None:
-        self.corpus, self.row_length = corpus, row_length
+    def __init__(self, corpus: TokenizedDataset, seq_len: int) -> None:
+        self.corpus, self.seq_len = corpus, seq_len
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        ids = np.zeros((len(indices), self.row_length), np.int64)
+        ids = np.zeros((len(indices), self.seq_len), np.int64)
         labels = np.full_like(ids, -100)
         lengths = np.zeros(len(indices), np.int64)
         for row, i in enumerate(indices):
-            tokens = self.corpus.document(i)[: self.row_length].astype(np.int64)
+            tokens = self.corpus.document(i)[: self.seq_len].astype(np.int64)
             begin, n = int(self.corpus.offsets[i]), len(tokens)
             ids[row, :n], lengths[row] = tokens, n
             learned = tokens[1:]
@@ -159,5 +160,5 @@ def compare(schemes: Sequence[Scheme], args: argparse.Namespace, half: torch.dty
         print(f"{scheme.name:32} {statistics.median(scheme.rates):12,.0f} {words:>36} {mfu:>7}")
 
 
-def describe(packed: PackedRows, row_length: int, device: torch.device) -> str:
-    return f"rows of {row_length}: packed {packed.packing.fill:.1%} full; {os.cpu_count()} CPUs, {device}"
+def describe(packed: PackedRows, seq_len: int, device: torch.device) -> str:
+    return f"rows of {seq_len}: packed {packed.packing.fill:.1%} full; {os.cpu_count()} CPUs, {device}"

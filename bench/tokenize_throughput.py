@@ -2,7 +2,7 @@
 
     python bench/tokenize_throughput.py --data_path dataset/pretrain_data.csv
 
-ours       build_pretrain_corpus: read and parse the file, encode, hash, write and sync the arrays
+ours       tokenize_pretrain_data: read and parse the file, encode, hash, write and sync the arrays
 library    one call of its encode_batch_fast on texts that are in memory already; the result is thrown away
 
 The two take turns, and the best round of each counts: other work on the machine disturbs single rounds.
@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 from tokenizers import Tokenizer  # noqa: E402
 
+from common.cli import Parser  # noqa: E402
+from common.errors import run_script  # noqa: E402
+from data_pipeline.readers import iter_records  # noqa: E402
+from data_pipeline.tokenize import tokenize_pretrain_data  # noqa: E402
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer  # noqa: E402
-from trainer.corpus import build_pretrain_corpus  # noqa: E402
-from trainer.errors import run_script  # noqa: E402
-from trainer.parser import Parser  # noqa: E402
-from trainer.readers import iter_records  # noqa: E402
 
 
 def take_texts(path: Path, n_bytes: int) -> list[str]:
@@ -75,7 +75,7 @@ def main() -> None:
             csv.writer(file).writerows([["text"], *([text] for text in texts)])
         for i in range(args.rounds):
             cache = Path(folder) / str(i)
-            measure("ours", functools.partial(build_pretrain_corpus, [source], tokenizer, cache, log=quiet))
+            measure("ours", functools.partial(tokenize_pretrain_data, [source], tokenizer, cache, log=quiet))
             measure("library", functools.partial(library.encode_batch_fast, texts, add_special_tokens=False))
     print(f"{len(texts):,} texts, {n_bytes / 1e6:.1f} MB, {os.cpu_count()} CPUs, {args.rounds} rounds")
     print("| tokenising | best MB/s | ratio | CPU seconds per MB, least | ratio |")

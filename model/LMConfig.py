@@ -14,37 +14,12 @@ import math
 
 from transformers import PreTrainedConfig
 
-from .rope import Extension, Scaling, doublings
+from model.architecture import PRESETS, Architecture
+from model.rope import DynamicRopeScaling, Scaling, doublings
 
 
-class LMConfig(PreTrainedConfig):
-    """Shape and hyper-parameters of a dense or mixture-of-experts MiniMind.
-
-    Args:
-        dim: width of the residual stream (embedding size).
-        n_layers: number of Transformer blocks.
-        n_heads: number of query heads; `dim / n_heads` is the head dimension and must be even (RoPE rotates pairs).
-        n_kv_heads: number of key/value heads shared by the query heads (grouped-query attention,
-            https://arxiv.org/abs/2305.13245); must divide `n_heads`.
-        vocab_size: number of tokens.
-        hidden_dim: inner width of the SwiGLU feed-forward; None: 2/3 of 4 * dim rounded up to `multiple_of`.
-        multiple_of: what `hidden_dim` is rounded up to when it is computed.
-        norm_eps: epsilon of RMSNorm.
-        max_seq_len: context length the model is trained at, in tokens.
-        rope_theta: base of the rotary frequencies (https://arxiv.org/abs/2104.09864).
-        rope_scaling: train a longer context, as yarn:4 or linear:4: positions of texts of any length are scaled (see
-            `model.rope`), --max_seq_len is FACTOR times the length before. In Hugging Face's form, {"rope_type": "yarn",
-            "factor": 4.0, "original_max_position_embeddings": 512}.
-        dropout: probability of dropping activations while training (attention, residual outputs).
-        flash_attn: use fused attention kernels; False runs the slow reference path, which is the same mathematics.
-        use_moe: replace every feed-forward by a mixture of experts.
-        num_experts_per_tok: how many routed experts each token is sent to (top-k).
-        n_routed_experts: number of experts the gate chooses from.
-        n_shared_experts: width, in units of `hidden_dim`, of the MLP that every token passes; 0 for none.
-        aux_loss_alpha: weight of the sequence-level load-balancing loss; 0 switches it off.
-        norm_topk_prob: renormalise the top-k gate weights to sum 1 (never for top-1: see `model.moe.Gate`).
-        initializer_range: standard deviation of the initial weights.
-    """
+class LMConfig(Architecture, PreTrainedConfig):
+    """The fields of `Architecture`, which its docstring explains, as a configuration of Hugging Face's libraries."""
 
     model_type = "minimind"
     attribute_map = {
@@ -58,26 +33,6 @@ class LMConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "last_hidden_state"]
 
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 16
-    n_kv_heads: int = 8
-    vocab_size: int = 6400
-    hidden_dim: int | None = None
-    multiple_of: int = 64
-    norm_eps: float = 1e-5
-    max_seq_len: int = 512
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    dropout: float = 0.0
-    flash_attn: bool = True
-    use_moe: bool = False
-    num_experts_per_tok: int = 2
-    n_routed_experts: int = 4
-    n_shared_experts: int = 2
-    aux_loss_alpha: float = 0.01
-    norm_topk_prob: bool = True
-    initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
     unk_token_id: int | None = 0
@@ -92,9 +47,9 @@ class LMConfig(PreTrainedConfig):
         if isinstance(self.rope_scaling, dict):
             self.rope_scaling = self._whole_scaling(self.rope_scaling)
         super().__post_init__(**kwargs)
-        problems = self.problems()
-        if problems:
-            raise ValueError("this model cannot be built: " + "; ".join(problems))
+        errors = self.errors()
+        if errors:
+            raise ValueError("this model cannot be built: " + "; ".join(errors))
 
     def _whole_scaling(self, given: dict) -> dict:
         """A copy of `rope_scaling` with the original length in it, if that can be told."""
@@ -119,7 +74,7 @@ class LMConfig(PreTrainedConfig):
             return None
         return Scaling(given["rope_type"], given["factor"], given["original_max_position_embeddings"])
 
-    def extension(self, method: str, factor: float | None = None, max_len: int | None = None) -> Extension:
+    def extension(self, method: str, factor: float | None = None, max_len: int | None = None) -> DynamicRopeScaling:
         """How this model is to read texts longer than it was trained at.
 
         Args:
@@ -155,7 +110,7 @@ class LMConfig(PreTrainedConfig):
             raise ValueError(f"--rope_scaling ntk needs a head dimension of at least 4, not {self.head_dim}")
         if method == "yarn" and not self.rope_theta > 1:
             raise ValueError(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
-        return Extension(
+        return DynamicRopeScaling(
             method=method,
             original=given["original_max_position_embeddings"] if given else trained,
             trained=trained,
@@ -163,7 +118,7 @@ class LMConfig(PreTrainedConfig):
             factors=(float(factor),) if factor is not None else doublings(longest / trained),
         )
 
-    def problems(self) -> list[str]:
+    def errors(self) -> list[str]:
         """Everything that is wrong with this configuration, each in words that name the flag."""
         found = []
         sizes = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len"]
@@ -238,22 +193,17 @@ class LMConfig(PreTrainedConfig):
 
     def own_fields(self) -> dict:
         """Every field declared in this class (not the hundred that Hugging Face adds), for a readable JSON."""
-        return {name: getattr(self, name) for name in LMConfig.__annotations__}
+        return {name: getattr(self, name) for name in FIELD_TYPES}
+
+
+# name -> annotation of every field of ours, not of the hundred that Hugging Face adds
+FIELD_TYPES: dict[str, str] = {**Architecture.__annotations__, **LMConfig.__annotations__}
 
 
 def architecture_differences(ours: LMConfig, theirs: LMConfig) -> list[str]:
     """Lines `field: ours != theirs` for every architectural field that differs; empty if the weights fit."""
     a, b = ours.architecture(), theirs.architecture()
     return [f"{name}: {a.get(name)} != {b.get(name)}" for name in a | b if a.get(name) != b.get(name)]
-
-
-# The public contract: sizes of the published models, and one small enough to learn the sample data on a laptop.
-PRESETS: dict[str, dict] = {
-    "minimind-v1-small": dict(dim=512, n_layers=8),
-    "minimind-v1": dict(dim=768, n_layers=16),
-    "minimind-v1-moe": dict(dim=512, n_layers=8, use_moe=True, n_shared_experts=2, n_routed_experts=4),
-    "toy": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3),
-}
 
 
 def preset(name: str, **overrides) -> LMConfig:

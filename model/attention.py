@@ -1,6 +1,6 @@
 """Causal grouped-query attention kernels: one mathematics, the fastest exact path for each device and layout.
 
-`attend` serves batches and KV caches, `attend_packed` serves rows in which several documents stand one after another
+`attend` serves batches and KV caches, `varlen_attention` serves rows in which several documents stand one after another
 and must not see each other. Both have a slow reference path that the tests hold the fast ones against.
 """
 
@@ -43,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: flo
     return weights.to(v.dtype) @ v
 
 
-def attend_packed(
+def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, dropout: float = 0.0, flash: bool = True
 ) -> Tensor:
     """Causal attention inside each document of packed rows; nothing crosses a document boundary.

@@ -20,9 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from .files import fsync_dir
-from .model import Transformer
-from .weights import Checkpoint, load_checkpoint
+from common.files import fsync_dir
+from model.model import Transformer
+from model.weights import Checkpoint, load_checkpoint
 
 # Every linear map of attention and feed-forward; experts are linear maps too. The gate is not: it stays as it was.
 ALL_PROJECTIONS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")

@@ -17,10 +17,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .attention import attend, attend_packed, cu_seqlens_from_positions, document_ids
-from .LMConfig import LMConfig
-from .moe import FeedForward, Gate, MoEFeedForward, balance_loss
-from .rope import Extension, Scaling, apply_rope, rope_tables
+from model.attention import attend, cu_seqlens_from_positions, document_ids, varlen_attention
+from model.LMConfig import LMConfig
+from model.moe import FeedForward, Gate, MoEFeedForward, balance_loss
+from model.rope import DynamicRopeScaling, Scaling, apply_rope, rope_tables
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 @dataclass
-class Layout:
+class AttentionMetadata:
     """Who sees whom in this call: worked out once, used by every layer.
 
     `cu_seqlens` for packed documents, else `mask` (None: plain causal). `rope` holds the cosine and sine tables,
@@ -71,10 +71,10 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.wo.writes_residual = True
+        self.wo.is_residual_projection = True
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
+    def forward(self, x: Tensor, layout: AttentionMetadata, cache=None) -> Tensor:
         """x (batch, time, dim) -> (batch, time, dim). New keys and values are appended to `cache` if there is one."""
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, heads, head_dim)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, kv_heads, head_dim)
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *layout.rope), apply_rope(k, *layout.rope)
         dropout = self.dropout if self.training else 0.0
         if layout.cu_seqlens is not None:
-            out = attend_packed(q, k, v, layout.cu_seqlens, dropout=dropout, flash=self.flash)
+            out = varlen_attention(q, k, v, layout.cu_seqlens, dropout=dropout, flash=self.flash)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, time, head_dim)
             if cache is not None:
@@ -103,7 +103,9 @@ class TransformerBlock(GradientCheckpointingLayer):
             MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim, config.dropout)
         )
 
-    def forward(self, x: Tensor, layout: Layout, past_key_values=None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def forward(
+        self, x: Tensor, layout: AttentionMetadata, past_key_values=None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x (batch, time, dim) -> the same shape, and the gate's (probabilities, choices) if there is a gate."""
         x = x + self.attention(self.attention_norm(x), layout, past_key_values)
         hidden = self.ffn_norm(x)
@@ -131,7 +133,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.extension: Extension | None = None  # what a Decoder does beyond the trained length; None: nothing special
+        self.extension: DynamicRopeScaling | None = (
+            None  # what a Decoder does beyond the trained length; None: nothing special
+        )
         self.post_init()
 
     @torch.no_grad()
@@ -142,7 +146,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            if getattr(module, "writes_residual", False):
+            if getattr(module, "is_residual_projection", False):
                 std /= (2 * self.config.n_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, (nn.Embedding, Gate)):
@@ -193,7 +197,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 documents have none.
             logits_to_keep: compute logits of the last n positions only (0: all), or of the given indices.
             cu_seqlens: (documents + 1,) int32 boundaries of packed documents in flattened (batch * time) order, as
-                `model.attention.attend_packed` takes them; saves deriving them from `position_ids`.
+                `model.attention.varlen_attention` takes them; saves deriving them from `position_ids`.
             num_items_in_batch: divide the summed loss by this many targets instead of those in `labels`
                 (gradient accumulation over batches of different sizes).
             loss_only: return the loss without materialised logits.
@@ -247,7 +251,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
 
     def _layout(
         self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens, scaling: Scaling | None = None
-    ) -> Layout:
+    ) -> AttentionMetadata:
         """Positions, masks and document boundaries of this call."""
         batch, time = x.shape[:2]
         if cache is not None and cu_seqlens is not None:
@@ -268,18 +272,18 @@ class Transformer(PreTrainedModel, GenerationMixin):
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         valid = None if padding is None else padding[:, -time:].bool()
         if cu_seqlens is not None:
-            return Layout(rope, cu_seqlens=cu_seqlens, valid=valid)
+            return AttentionMetadata(rope, cu_seqlens=cu_seqlens, valid=valid)
         if attention_mask is not None and attention_mask.dim() == 4:
-            return Layout(rope, mask=attention_mask)
+            return AttentionMetadata(rope, mask=attention_mask)
         if padding is None and (past == 0 or time == 1):
-            return Layout(rope)  # plain causal, or one query that sees every key
+            return AttentionMetadata(rope)  # plain causal, or one query that sees every key
         query = torch.arange(time, device=x.device)[:, None] + past
         key = torch.arange(past + time, device=x.device)[None, :]
         mask = (key <= query)[None, None]  # (1, 1, time, past + time)
         if padding is not None:
             # Padding sees itself: a row with nothing to look at would turn into NaN and spread through the values.
             mask = mask & (padding[:, None, None, :].bool() | (key == query))
-        return Layout(rope, mask=mask, valid=valid)
+        return AttentionMetadata(rope, mask=mask, valid=valid)
 
     def _cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross entropy over all targets; the logits exist inside this one operation only."""
@@ -300,7 +304,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             logits = F.linear(hidden, weight).float()
             return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
-    def _balance_loss_sum(self, routings: list, layout: Layout, targets: Tensor) -> Tensor:
+    def _balance_loss_sum(self, routings: list, layout: AttentionMetadata, targets: Tensor) -> Tensor:
         """Balance loss of all layers, every document weighted by its number of targets.
 
         So weighted it adds up over micro-batches and ranks just like the cross entropy: the gradient does not depend
@@ -312,8 +316,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         else:
             n_documents = batch
             document = torch.arange(batch, device=targets.device).repeat_interleave(time)
-        is_target = (targets.flatten() != -100).float()
-        weight = is_target.new_zeros(n_documents).index_add(0, document, is_target)
+        loss_mask = (targets.flatten() != -100).float()
+        weight = loss_mask.new_zeros(n_documents).index_add(0, document, loss_mask)
         per_document = sum(balance_loss(*routing, document, n_documents) for routing in routings)
         return self.config.aux_loss_alpha * (per_document * weight).sum()
 

@@ -13,7 +13,7 @@ yarn    pairs that turn often within the trained length stay as they are, those 
         with a ramp between them; and attention gets sharper (YaRN, https://arxiv.org/abs/2309.00071, section 3).
 
 A factor of 1 changes nothing, to the bit. `Scaling` is for all positions of a text alike: keys that were rotated in one
-way cannot be compared with queries rotated in another. `Extension` decides which factor a text gets.
+way cannot be compared with queries rotated in another. `DynamicRopeScaling` decides which factor a text gets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 METHODS = ("linear", "ntk", "yarn")
-FAST_TURNS, SLOW_TURNS = 32, 1  # YaRN's beta and alpha: turns within the trained length, ends of its ramp
+BETA_FAST, BETA_SLOW = 32, 1  # YaRN's beta and alpha: turns within the trained length, ends of its ramp
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,12 @@ def rope_tables(
     if scaling is None:
         angles = position_ids[:, :, None, None].float() * inv_freq  # (batch, time, 1, head_dim / 2)
         return angles.cos(), angles.sin()
-    inv_freq, amplitude = scaled_frequencies(inv_freq, head_dim, theta, scaling)  # (rows, head_dim / 2), (rows, 1)
+    inv_freq, attention_factor = scaled_frequencies(
+        inv_freq, head_dim, theta, scaling
+    )  # (rows, head_dim / 2), (rows, 1)
     angles = position_ids[:, :, None, None].float() * inv_freq[:, None, None]
-    amplitude = amplitude[:, None, None]
-    return angles.cos() * amplitude, angles.sin() * amplitude
+    attention_factor = attention_factor[:, None, None]
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,7 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: S
     if not isinstance(factor, Tensor):
         factor = inv_freq.new_full((1,), factor)  # filled where it is needed: nothing is copied to a GPU
     factor = factor[:, None]
-    amplitude = torch.ones_like(factor)
+    attention_factor = torch.ones_like(factor)
     if scaling.method == "linear":
         scaled = inv_freq / factor
     elif scaling.method == "ntk":
@@ -94,11 +96,11 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: S
         ramp = yarn_ramp(head_dim, theta, scaling.original, inv_freq.device)
         scaled = inv_freq / factor * ramp + inv_freq * (1 - ramp)
         # Queries and keys alike: the scores grow by its square (equation 22 of the paper).
-        amplitude = 0.1 * factor.log() + 1
+        attention_factor = 0.1 * factor.log() + 1
     else:
         raise ValueError(f"unknown RoPE scaling {scaling.method!r}; known: {', '.join(METHODS)}")
     longer = factor > 1
-    return torch.where(longer, scaled, inv_freq), torch.where(longer, amplitude, 1.0)
+    return torch.where(longer, scaled, inv_freq), torch.where(longer, attention_factor, 1.0)
 
 
 def yarn_ramp(head_dim: int, theta: float, original: int, device: torch.device | str = "cpu") -> Tensor:
@@ -111,8 +113,8 @@ def yarn_ramp(head_dim: int, theta: float, original: int, device: torch.device |
         """Which pair makes so many turns within the original length."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_with(FAST_TURNS)), 0)
-    high = max(min(math.ceil(pair_with(SLOW_TURNS)), head_dim - 1), low + 0.001)
+    low = max(math.floor(pair_with(BETA_FAST)), 0)
+    high = max(min(math.ceil(pair_with(BETA_SLOW)), head_dim - 1), low + 0.001)
     number = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
     return ((number - low) / (high - low)).clamp(0, 1)
 
@@ -140,7 +142,7 @@ def parse_scaling(text: str) -> tuple[str, float | None]:
 
 
 @dataclass(frozen=True)
-class Extension:
+class DynamicRopeScaling:
     """How a model reads texts longer than those it was trained at, decided for every text by its length.
 
     Up to the trained length a text is computed as in training. Beyond it, all its positions are scaled, by the first of

@@ -2,7 +2,7 @@
 
     tokenizer = load_tokenizer()
     encode_text(tokenizer, "你好, a literal </s> is text")
-    ids, is_target = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
+    ids, loss_mask = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
 
 A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, a system message in front of it as bare text.
 
@@ -134,11 +134,11 @@ def render_chat(
     encoded = iter(encoded)
 
     ids: list[int] = []
-    is_target: list[bool] = []
+    loss_mask: list[bool] = []
 
     def add(new_ids: list[int], target: bool = False) -> None:
         ids.extend(new_ids)
-        is_target.extend([target] * len(new_ids))
+        loss_mask.extend([target] * len(new_ids))
 
     for message in messages:
         if message["role"] == "system":
@@ -152,7 +152,7 @@ def render_chat(
         add(newline)
     for header in encoded:  # of the answer to come
         add([BOS_ID, *header])
-    return ids, is_target
+    return ids, loss_mask
 
 
 def check_messages(messages: list[dict]) -> None:

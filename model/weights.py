@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .files import atomic_write
-from .LMConfig import PRESETS, LMConfig, architecture_differences, preset
-from .model import Transformer
-from .tokenizer import tokenizer_hash
+from common.files import atomic_write
+from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
+from model.model import Transformer
+from model.tokenizer import tokenizer_hash
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
 _TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt: old files carry them along
@@ -340,7 +340,7 @@ def _check_intact(path: Path, info: dict) -> None:
 
 
 def _config_from_json(info: dict, file: Path) -> LMConfig:
-    fields, types = info["config"], LMConfig.__annotations__
+    fields, types = info["config"], FIELD_TYPES
     unknown = sorted(set(fields) - set(types))
     if unknown:
         raise ValueError(f'{file}: unknown fields in "config": {_some(unknown)}; written by another version?')
@@ -406,7 +406,7 @@ def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor 
 
 
 def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
-    unknown = sorted(set(overrides) - set(LMConfig.__annotations__))
+    unknown = sorted(set(overrides) - set(FIELD_TYPES))
     if unknown:
         raise ValueError(f"unknown model fields: {', '.join(unknown)}")
     wanted = LMConfig(**(config.own_fields() | overrides))
@@ -440,22 +440,22 @@ def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Pa
     """Raise ValueError, naming the weights, unless exactly those of `config` are there in its shapes."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    problems = []
+    errors = []
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     if missing:
-        problems.append(f"missing: {_some(missing)}")
+        errors.append(f"missing: {_some(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {_some(unexpected)}")
+        errors.append(f"unexpected: {_some(unexpected)}")
     misshapen = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
     if misshapen:
-        problems.append(f"other shapes: {_some(misshapen)}")
-    if problems:
-        raise ValueError(f"{path}: the weights do not fit their architecture; {'; '.join(problems)}")
+        errors.append(f"other shapes: {_some(misshapen)}")
+    if errors:
+        raise ValueError(f"{path}: the weights do not fit their architecture; {'; '.join(errors)}")
 
 
 def _check_values(state: dict[str, Tensor], path: Path) -> None:

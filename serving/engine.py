@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.generation import Decoder, Event, Sampling
+from inference.generator import BatchGenerator, SamplingParams, TokenOutput
 
 PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (one prompt is always read)
 
@@ -70,7 +70,7 @@ class Stream:
 
     def __init__(self, engine: Engine, size: int) -> None:
         self._engine = engine
-        self._events: list[tuple[int, Event]] = []
+        self._events: list[tuple[int, TokenOutput]] = []
         self._waiter: asyncio.Future | None = None
         self._error: EngineError | None = None
         self.unfinished = size  # sequences whose last event has not come
@@ -84,7 +84,7 @@ class Stream:
     def __aiter__(self) -> Stream:
         return self
 
-    async def __anext__(self) -> list[tuple[int, Event]]:
+    async def __anext__(self) -> list[tuple[int, TokenOutput]]:
         """All (index of the sequence, event) that have come since the last call; waits for at least one.
 
         Raises EngineError if the engine gave the request up; the events before that have been returned then.
@@ -105,7 +105,7 @@ class Stream:
             self._engine._cancel(self)
             self._receive(ShuttingDown("the request was cancelled"))
 
-    def _receive(self, what: list[tuple[int, Event]] | EngineError) -> None:
+    def _receive(self, what: list[tuple[int, TokenOutput]] | EngineError) -> None:
         if isinstance(what, EngineError):
             if self.unfinished:
                 self._error = self._error or what
@@ -164,7 +164,7 @@ class _Sequence:
     owner: Stream
     index: int
     prompt: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParams
     key: int
     submitted: float
     joined: float = 0.0
@@ -197,7 +197,7 @@ class Statistics:
 class Engine:
     """Answers many requests with one model. All methods but `close` return at once; call them in the event loop."""
 
-    def __init__(self, make_decoder: Callable[[], Decoder], max_queue: int = 256) -> None:
+    def __init__(self, make_decoder: Callable[[], BatchGenerator], max_queue: int = 256) -> None:
         """
         Args:
             make_decoder: called by the thread that will use it (compiled models are particular about that), and again
@@ -218,10 +218,10 @@ class Engine:
         self._running: dict[int, _Sequence] = {}
         self._next_key = 0
         self.failed = False
-        made: Future[Decoder] = Future()
+        made: Future[BatchGenerator] = Future()
         self._thread = threading.Thread(target=self._run, args=(made,), name="engine", daemon=True)
         self._thread.start()
-        self.decoder: Decoder | None = made.result()
+        self.decoder: BatchGenerator | None = made.result()
         self.rows, self.max_len = self.decoder.capacity, self.decoder.max_len
 
     # -- for the event loop
@@ -244,14 +244,14 @@ class Engine:
     def closing(self) -> bool:
         return self._closing
 
-    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+    def check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
         """Raise ValueError for a prompt that cannot be decoded."""
         decoder = self.decoder
         if decoder is None:
             raise QueueFull("the engine starts anew after an error: try again", retry_after=1)
         decoder.check(prompt, sampling)
 
-    def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Stream:
+    def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream:
         """Queue sequences that belong together.
 
         Raises ValueError for a prompt that cannot be decoded, QueueFull, ShuttingDown, EngineFailed.
@@ -329,7 +329,7 @@ class Engine:
 
     # -- the thread
 
-    def _run(self, made: Future[Decoder]) -> None:
+    def _run(self, made: Future[BatchGenerator]) -> None:
         try:
             made.set_result(self._make_decoder())
         except BaseException as error:
@@ -380,7 +380,7 @@ class Engine:
             self.decoder = self._make_decoder()
         return True
 
-    def _join(self, items: list[_Sequence]) -> list[Event]:
+    def _join(self, items: list[_Sequence]) -> list[TokenOutput]:
         """Read the prompts of new sequences; their first tokens."""
         if not items:
             return []
@@ -393,9 +393,9 @@ class Engine:
         prompts, samplings, keys = zip(*[(item.prompt, item.sampling, item.key) for item in items], strict=True)
         return self.decoder.add(prompts, samplings, keys)
 
-    def _by_owner(self, events: list[Event]) -> dict[Stream, list[tuple[int, Event]]]:
+    def _by_owner(self, events: list[TokenOutput]) -> dict[Stream, list[tuple[int, TokenOutput]]]:
         """Who receives what; sequences that ended with it run no longer."""
-        news: dict[Stream, list[tuple[int, Event]]] = {}
+        news: dict[Stream, list[tuple[int, TokenOutput]]] = {}
         for event in events:
             item = self._running[event.key]
             if event.finish is not None:

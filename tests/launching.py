@@ -43,8 +43,8 @@ def deepspeed(n: int) -> list[str]:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trainer.run_lock import hold_name
-with hold_name(Path(sys.argv[1]), sys.argv[2], ""):
+from common.files import exclusive
+with exclusive(Path(sys.argv[1]), sys.argv[2], ""):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import torch
 import uvicorn
 
-from model.generation import Decoder, Sampling
+from inference.generator import BatchGenerator, SamplingParams
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
+from serving.app import Api, ServedModel, create_app
 from serving.engine import Engine
-from serving.http import Server
-from serving.openai_api import Api, ServedModel, create_app
+from serving.responses import Server
 
 TOKENIZER = load_tokenizer()
 NAME = "tiny"
@@ -99,8 +99,8 @@ def serving(
     *,
     rows: int = 8,
     max_queue: int = 200,
-    defaults: Sampling | None = None,
-    decoder=Decoder,
+    defaults: SamplingParams | None = None,
+    decoder=BatchGenerator,
     drain: float = 0,
     **settings,
 ) -> Iterator[Running]:
@@ -108,7 +108,7 @@ def serving(
     model = tiny_model()
     engine = Engine(lambda: decoder(model, rows, tokenizer=TOKENIZER), max_queue)
     served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc")
-    defaults = defaults or Sampling(max_new_tokens=CONTEXT)
+    defaults = defaults or SamplingParams(max_new_tokens=CONTEXT)
     app = create_app(engine, served, defaults, **settings)
     config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10)
     server = Server(config, engine, drain)

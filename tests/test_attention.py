@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.attention import attend, attend_packed, cu_seqlens_from_positions, document_ids, packed_mask
+from model.attention import attend, cu_seqlens_from_positions, document_ids, packed_mask, varlen_attention
 from model.rope import apply_rope, rope_tables
 
 BOUNDS = [0, 1, 8, 20, 33, 40]  # two rows of 20 tokens
@@ -45,24 +45,24 @@ def by_hand(q, k, v, cu_seqlens) -> torch.Tensor:
 def test_packed_attention_is_its_definition(flash, kv_heads):
     q, k, v = qkv(2, 20, kv_heads=kv_heads)
     cu = torch.tensor(BOUNDS, dtype=torch.int32)
-    got = results(q, k, v, attend_packed(q, k, v, cu, flash=flash))
+    got = results(q, k, v, varlen_attention(q, k, v, cu, flash=flash))
     torch.testing.assert_close(got, results(q, k, v, by_hand(q, k, v, BOUNDS)), atol=1e-5, rtol=1e-5)
 
 
 def test_empty_documents_are_passed_over():
     q, k, v = qkv(2, 20)
     with_empty = torch.tensor([0, 0, 1, 8, 20, 20, 33, 40, 40], dtype=torch.int32)
-    out = attend_packed(q, k, v, with_empty)
-    torch.testing.assert_close(out, attend_packed(q, k, v, torch.tensor(BOUNDS, dtype=torch.int32)))
+    out = varlen_attention(q, k, v, with_empty)
+    torch.testing.assert_close(out, varlen_attention(q, k, v, torch.tensor(BOUNDS, dtype=torch.int32)))
 
 
 def test_packed_attention_in_half_precision():
     q, k, v = qkv(2, 20, dtype=torch.bfloat16)
     cu = torch.tensor(BOUNDS, dtype=torch.int32)
-    got = results(q, k, v, attend_packed(q, k, v, cu))
+    got = results(q, k, v, varlen_attention(q, k, v, cu))
     assert all(x.dtype == torch.bfloat16 for x in got)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = results(*exact, attend_packed(*exact, cu, flash=False))
+    expected = results(*exact, varlen_attention(*exact, cu, flash=False))
     torch.testing.assert_close([x.float() for x in got], expected, atol=0.05, rtol=0.05)
 
 
@@ -84,7 +84,7 @@ def test_packed_attention_on_a_gpu(dtype):
     weight = torch.randn(q.shape, device="cuda").to(dtype)
     found = []
     for flash in (True, False):
-        out = attend_packed(q, k, v, cu, flash=flash)
+        out = varlen_attention(q, k, v, cu, flash=flash)
         found.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
     tolerance = 0.05 if dtype is torch.bfloat16 else 1e-4
     torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)

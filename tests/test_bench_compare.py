@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.export import describe, new_folder, write_llama
+from common.errors import UserError
+from export.huggingface import describe, new_folder, write_llama
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer, tokenizer_hash
 from model.weights import load_checkpoint, save_checkpoint
-from trainer.errors import UserError
 
 compare = importlib.import_module("bench.compare")
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96, initializer_range=0.3)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from trainer import checkpoint
 from trainer.checkpoint import complete_states, differences, load_state, save_state
-from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

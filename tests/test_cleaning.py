@@ -1,4 +1,4 @@
-"""trainer/cleaning.py and trainer/disk_set.py: what is kept, what is dropped and why, and that nothing is lost."""
+"""cleaning.py and disk_set.py: what is kept, what is dropped and why, and that nothing is lost."""
 
 import csv
 import errno
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import cleaning
-from trainer.cleaning import STAGES, Filtered, Malformed, Options, clean, dpo_row, pretrain_row, sft_row
-from trainer.disk_set import SLOTS, DiskSet, content_key
-from trainer.errors import UserError
+from common.errors import UserError
+from data_pipeline import cleaning
+from data_pipeline.cleaning import STAGES, Filtered, Malformed, Options, clean, dpo_row, pretrain_row, sft_row
+from data_pipeline.disk_set import SLOTS, DiskSet, content_key
 
 
 def fields(row):

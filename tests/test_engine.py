@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 from serving_helpers import TOKENIZER, tiny_model
 
-from model.generation import Decoder, Sampling, generate_ids
+from inference.generator import BatchGenerator, SamplingParams, generate_ids
 from serving import engine as engine_module
 from serving.engine import Engine, EngineFailed, QueueFull, ShuttingDown, Stream
 
@@ -16,7 +16,7 @@ MODEL = tiny_model()
 PROMPTS = [[1, 10 + i, *range(20, 20 + i % 5)] for i in range(20)]
 
 
-def make(rows: int = 4, max_queue: int = 100, decoder=Decoder) -> Engine:
+def make(rows: int = 4, max_queue: int = 100, decoder=BatchGenerator) -> Engine:
     return Engine(lambda: decoder(MODEL, rows, tokenizer=TOKENIZER), max_queue)
 
 
@@ -43,7 +43,7 @@ def run(scenario, engine: Engine) -> None:
 
 def test_answers_are_those_of_the_model_alone_and_wake_the_loop_once_a_step():
     engine = make()
-    samplings = [Sampling(max_new_tokens=3 + i) for i in range(20)]
+    samplings = [SamplingParams(max_new_tokens=3 + i) for i in range(20)]
 
     async def scenario():
         calls = 0
@@ -70,8 +70,8 @@ def test_an_unread_stream_keeps_its_answer_and_nothing_else():
     engine = make(rows=1)
 
     async def scenario():
-        unread = engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=50)])
-        other = await ids_of(engine.submit([PROMPTS[1]], [Sampling(max_new_tokens=5)]))  # needs the only row
+        unread = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=50)])
+        other = await ids_of(engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=5)]))  # needs the only row
         assert len(other[0]) == 5 and unread.unfinished == 0
         assert len(await anext(unread)) == 50
 
@@ -82,14 +82,14 @@ def test_leaving_a_stream_frees_its_rows_and_its_places_in_the_queue():
     engine = make(rows=2)
 
     async def scenario():
-        forever = Sampling(max_new_tokens=1400)
+        forever = SamplingParams(max_new_tokens=1400)
         async with engine.submit(PROMPTS[:6], [forever] * 6) as stream:
             await anext(stream)
             assert engine.running == 2 and engine.waiting == 4
         with pytest.raises(ShuttingDown, match="cancelled"):
             while True:
                 await anext(stream)
-        assert len((await ids_of(engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=2)])))[0]) == 2
+        assert len((await ids_of(engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=2)])))[0]) == 2
         assert engine.running == engine.waiting == 0 and engine.statistics.cancelled == 2
         reading = asyncio.ensure_future(engine.score([[1, 2, 3]]))
         await asyncio.sleep(0)
@@ -104,24 +104,24 @@ def test_the_queue_is_bounded():
 
     async def scenario():
         with pytest.raises(QueueFull):
-            engine.submit(PROMPTS[:4], [Sampling()] * 4)
-        streams = [engine.submit([p], [Sampling(max_new_tokens=1400)]) for p in PROMPTS[:1]]
+            engine.submit(PROMPTS[:4], [SamplingParams()] * 4)
+        streams = [engine.submit([p], [SamplingParams(max_new_tokens=1400)]) for p in PROMPTS[:1]]
         await anext(streams[0])
-        streams += [engine.submit([p], [Sampling(max_new_tokens=1)]) for p in PROMPTS[:2]]
+        streams += [engine.submit([p], [SamplingParams(max_new_tokens=1)]) for p in PROMPTS[:2]]
         with pytest.raises(QueueFull, match="1 sequences are running and 2 are waiting") as caught:
-            engine.submit([PROMPTS[0]], [Sampling()])
+            engine.submit([PROMPTS[0]], [SamplingParams()])
         assert 1 <= caught.value.retry_after <= 60
         with pytest.raises(QueueFull):
             await engine.embed([[1]])
         with pytest.raises(ValueError, match="the prompt is empty"):
-            engine.submit([[]], [Sampling()])
+            engine.submit([[]], [SamplingParams()])
         for stream in streams:
             stream.cancel()
 
     run(scenario, engine)
 
 
-class Failing(Decoder):
+class Failing(BatchGenerator):
     """Fails at its fifth step, as a device that is out of memory."""
 
     error: type[Exception] = RuntimeError
@@ -138,13 +138,13 @@ def test_a_failed_step_costs_its_requests_and_no_others(caplog):
     engine = make(decoder=type("Once", (Failing,), {}))
 
     async def scenario():
-        done = engine.submit([PROMPTS[1]], [Sampling(max_new_tokens=2)])
+        done = engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=2)])
         with pytest.raises(EngineFailed, match="server's log"):
-            await ids_of(engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=50)]))
+            await ids_of(engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=50)]))
         assert len((await ids_of(done))[0]) == 2  # finished before
         while engine.decoder is None:  # it starts anew; until then it says so
             await asyncio.sleep(0.01)
-        assert len((await ids_of(engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=9)])))[0]) == 9
+        assert len((await ids_of(engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=9)])))[0]) == 9
         assert engine.statistics.failures == 1 and not engine.failed
 
     run(scenario, engine)
@@ -156,12 +156,12 @@ def test_a_bug_ends_the_engine_and_everyone_is_told():
     engine = make(rows=1, decoder=type("Bug", (Failing,), {"error": KeyError}))
 
     async def scenario():
-        streams = [engine.submit([p], [Sampling(max_new_tokens=50)]) for p in PROMPTS[:3]]
+        streams = [engine.submit([p], [SamplingParams(max_new_tokens=50)]) for p in PROMPTS[:3]]
         for found in await asyncio.gather(*map(ids_of, streams), return_exceptions=True):
             assert isinstance(found, EngineFailed)
         assert engine.failed
         with pytest.raises(EngineFailed, match="restart"):
-            engine.submit([PROMPTS[0]], [Sampling()])
+            engine.submit([PROMPTS[0]], [SamplingParams()])
 
     run(scenario, engine)
 
@@ -170,12 +170,12 @@ def test_closing_finishes_what_runs_and_refuses_what_waits():
     engine = make(rows=1)
 
     async def scenario():
-        running = engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=30)])
+        running = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=30)])
         await anext(running)
-        waiting = engine.submit([PROMPTS[1]], [Sampling(max_new_tokens=30)])
+        waiting = engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=30)])
         engine.refuse_new()
         with pytest.raises(ShuttingDown):
-            engine.submit([PROMPTS[0]], [Sampling()])
+            engine.submit([PROMPTS[0]], [SamplingParams()])
         with pytest.raises(ShuttingDown):
             await ids_of(waiting)
         await engine.close(drain_seconds=60)
@@ -188,7 +188,7 @@ def test_closing_at_once_tells_those_that_run():
     engine = make(rows=1)
 
     async def scenario():
-        running = engine.submit([PROMPTS[0]], [Sampling(max_new_tokens=1400)])
+        running = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=1400)])
         await anext(running)
         await engine.close()
         with pytest.raises(ShuttingDown):
@@ -198,14 +198,14 @@ def test_closing_at_once_tells_those_that_run():
 
 
 def test_long_prompts_are_read_in_portions(monkeypatch):
-    class Item:
+    class MultipleChoice:
         def __init__(self, length: int, kind: int = 0) -> None:
             self.prompt, self.kind = [5] * length, kind
 
     monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 100)
 
     def portions(lengths, limit=10):
-        queue = deque(Item(n) for n in lengths)
+        queue = deque(MultipleChoice(n) for n in lengths)
         found = []
         while queue:
             found.append([len(item.prompt) for item in engine_module._take(queue, limit)])
@@ -215,7 +215,7 @@ def test_long_prompts_are_read_in_portions(monkeypatch):
     assert portions([10, 60, 10]) == [[10], [60], [10]]  # padded to 60 they would be 120
     assert portions([500, 1]) == [[500], [1]]
     assert portions([1, 1, 1], limit=2) == [[1, 1], [1]]
-    mixed = deque([Item(1), Item(1, kind=1), Item(1)])
+    mixed = deque([MultipleChoice(1), MultipleChoice(1, kind=1), MultipleChoice(1)])
     assert len(engine_module._take(mixed, 9, alike=lambda item: item.kind)) == 1
 
 

@@ -1,4 +1,4 @@
-"""trainer/errors.py: how a script ends."""
+"""common/errors.py: how a script ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import atexit, sys
-from trainer.errors import UserError, run_script
+from common.errors import UserError, run_script
 
 class Last:
     def __del__(self):

@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from model.export import (
+from export.gguf import (
+    check_splitting,
+    compare_gguf,
+    gguf_architecture,
+    modelfile,
+    rounded,
+    write_gguf,
+)
+from export.huggingface import (
     check_target,
     config_from_llama,
     describe,
@@ -27,8 +35,8 @@ from model.export import (
     write_llama,
     write_minimind,
 )
-from model.export_card import model_card
-from model.export_check import (
+from export.model_card import model_card
+from export.self_check import (
     SAMPLE_TEXTS,
     Agreement,
     compare_folder,
@@ -38,15 +46,7 @@ from model.export_check import (
     model_logits,
     sample_rows,
 )
-from model.export_gguf import (
-    check_splitting,
-    compare_gguf,
-    gguf_architecture,
-    modelfile,
-    rounded,
-    write_gguf,
-)
-from model.generation import Sampling, generate_ids
+from inference.generator import SamplingParams, generate_ids
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer, render_chat
@@ -178,7 +178,7 @@ def test_generation_is_the_same_everywhere(kind, tmp_path, tokenizer, rows):
         a = theirs.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
         b = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
         assert a.shape == (1, 52) and a.tolist() == b.tolist()
-    settings = Sampling(temperature=0, max_new_tokens=32)
+    settings = SamplingParams(temperature=0, max_new_tokens=32)
     for prompt, answer in zip(prompts, generate_ids(model, prompts, settings), strict=True):
         expected = greedy(theirs, prompt)
         expected = expected[: expected.index(2)] if 2 in expected else expected

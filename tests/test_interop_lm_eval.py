@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.export import describe, new_folder, write_llama
+from evaluation.scoring import MultipleChoice, score
+from export.huggingface import describe, new_folder, write_llama
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.scoring import Item, score
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
 from model.weights import Checkpoint, save_checkpoint
 
@@ -84,7 +84,7 @@ def our_scores(model: Transformer, start: list[int], docs: list[dict] = DOCS) ->
     for doc in docs:
         question = encode_text(tokenizer, doc["question"])
         both = [encode_text(tokenizer, doc["question"] + choice) for choice in doc["choices"]]
-        items.append(Item([*start, *question], [ids[len(question) :] for ids in both]))
+        items.append(MultipleChoice([*start, *question], [ids[len(question) :] for ids in both]))
     return score(model, items)
 
 

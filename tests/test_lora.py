@@ -14,18 +14,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from common.errors import UserError
+from data_pipeline.datasets import PackedRows
+from data_pipeline.tokenize import TokenizedDataset
 from model import lora
 from model.LMConfig import LMConfig
 from model.lora import ALL_PROJECTIONS, add_adapter, load_adapter, merge, put_on, save_adapter, trainable_share
 from model.model import Transformer
 from model.weights import load_checkpoint, save_checkpoint
-from trainer.arguments import TrainOptions
-from trainer.corpus import TokenCorpus
-from trainer.datasets import PackedRows
-from trainer.distributed import World
-from trainer.errors import UserError
-from trainer.loop import Run, fit
+from trainer.distributed import DistEnv
 from trainer.losses import next_token_loss
+from trainer.options import TrainOptions
+from trainer.trainer import Run, fit
 
 VOCAB, ROW = 48, 32
 kinds = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
@@ -334,7 +334,7 @@ def rows() -> PackedRows:
     rng = np.random.default_rng(0)
     documents = [3 + (rng.integers(0, 45) + np.arange(rng.integers(2, 50))) % 45 for _ in range(40)]
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
-    corpus = TokenCorpus(
+    corpus = TokenizedDataset(
         tokens=np.concatenate(documents).astype(np.uint16), targets=None, offsets=offsets, n_bytes=np.diff(offsets),
         keys=rng.integers(0, 2**63, 40).astype(np.uint64), fingerprint="corpus", info={},
     )  # fmt: skip
@@ -364,7 +364,7 @@ def run_loop(out_dir: Path, moe: bool, stop_after: int | None = None, targets=AL
         "lora", "lora_x_32", base.config, {"origin": base.fingerprint},
         lambda info: save_adapter(out_dir / "lora_x_32", adapted, base, info),
     )  # fmt: skip
-    metrics = fit(adapted, loss_fn, rows(), None, options, run, World())
+    metrics = fit(adapted, loss_fn, rows(), None, options, run, DistEnv())
     return adapted, metrics
 
 

@@ -13,14 +13,14 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from data_pipeline.datasets import PackedRows
+from data_pipeline.preferences import EncodedPair, PreferencePairs
+from data_pipeline.records import Preference
+from data_pipeline.tokenize import encode_preference, tokenize_chat_data
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, render_chat
-from trainer.conversations import Preference
-from trainer.corpus import build_chat_corpus, encode_preference
-from trainer.datasets import PackedRows
-from trainer.losses import answer_log_probs, dpo_loss, next_token_loss
-from trainer.preferences import EncodedPair, PreferencePairs
+from trainer.losses import dpo_loss, next_token_loss, sequence_logps
 
 CPU = torch.device("cpu")
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128)
@@ -83,7 +83,7 @@ def test_packed_sft_rows_cost_what_the_chats_cost_one_by_one(tokenizer, tmp_path
     chats = [messages([*prompt, chosen]) for prompt, chosen, _ in DIALOGUES]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(f'{{"messages": {m}}}\n'.replace("'", '"') for m in chats), encoding="utf-8")
-    corpus = build_chat_corpus([path], tokenizer, tmp_path / "cache", max_tokens=128, log=lambda _: None)
+    corpus = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=128, log=lambda _: None)
     rows = PackedRows(corpus, torch.arange(len(corpus)).numpy(), 128, seed=0)
     batch = rows.batch(range(len(rows)))
     model = make(use_moe=moe)  # in evaluation mode the optimised sum holds no balance loss
@@ -94,10 +94,10 @@ def test_packed_sft_rows_cost_what_the_chats_cost_one_by_one(tokenizer, tmp_path
     model.zero_grad()
     expected, count = torch.zeros(()), 0
     for chat in chats:
-        ids, is_target = render_chat(tokenizer, chat)
+        ids, loss_mask = render_chat(tokenizer, chat)
         log_probs = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
         for t in range(1, len(ids)):
-            if is_target[t]:
+            if loss_mask[t]:
                 expected = expected - log_probs[t - 1, ids[t]]
                 count += 1
     expected.backward()
@@ -132,7 +132,7 @@ def test_packed_answers_have_the_probabilities_of_single_ones(encoded):
     model = make()
     batch = PreferencePairs(encoded, "t").batch(range(len(encoded)))
     with torch.no_grad():
-        together, lengths = answer_log_probs(model, batch.inputs)
+        together, lengths = sequence_logps(model, batch.inputs)
         for i, (pair, answer) in enumerate((p, a) for p in encoded for a in (p.chosen, p.rejected)):
             ids = pair.prompt + answer
             log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)

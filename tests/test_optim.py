@@ -7,7 +7,7 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from trainer.optim import clip_gradients, gradient_norm, learning_rate, make_optimizers, parameter_groups
+from trainer.optim import clip_gradients, get_lr, gradient_norm, make_optimizers, parameter_groups
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
 
@@ -18,7 +18,7 @@ def tiny(**fields) -> Transformer:
 
 
 def test_schedule_warms_up_peaks_and_ends_at_a_tenth():
-    rates = [learning_rate(step, 100, 1.0, warmup_steps=10) for step in range(100)]
+    rates = [get_lr(step, 100, 1.0, warmup_steps=10) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1)
@@ -27,7 +27,7 @@ def test_schedule_warms_up_peaks_and_ends_at_a_tenth():
 
 
 def test_schedule_of_a_single_step_is_the_peak():
-    assert learning_rate(0, 1, 0.5) == 0.5
+    assert get_lr(0, 1, 0.5) == 0.5
 
 
 @pytest.mark.parametrize("use_moe", [False, True])

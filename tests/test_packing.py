@@ -7,23 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.packing import pack, sample_order
+from data_pipeline.packing import pack, sample_order
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=0, max_size=60)
 
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(2, 40), st.integers(0, 5))
-def test_every_target_stands_in_exactly_one_piece(lengths, row_length, seed):
-    packing = pack(np.arange(len(lengths)), np.array(lengths, np.int64), row_length, seed)
+def test_every_target_stands_in_exactly_one_piece(lengths, seq_len, seed):
+    packing = pack(np.arange(len(lengths)), np.array(lengths, np.int64), seq_len, seed)
     seen = [[] for _ in lengths]
     for document, start, length in zip(packing.document, packing.start, packing.length, strict=True):
-        assert 2 <= length <= row_length
+        assert 2 <= length <= seq_len
         seen[document] += range(start + 1, start + length)  # the first token of a piece is read, not predicted
     assert [sorted(tokens) for tokens in seen] == [list(range(1, n)) for n in lengths]
     assert packing.bounds[0] == 0 and packing.bounds[-1] == len(packing.document)
     for begin, end in zip(packing.bounds, packing.bounds[1:], strict=False):
-        assert 0 < packing.length[begin:end].sum() <= row_length
+        assert 0 < packing.length[begin:end].sum() <= seq_len
 
 
 def test_packing_is_a_pure_function_of_its_arguments():
@@ -40,7 +40,7 @@ def test_rows_are_nearly_full_on_short_documents():
 
 
 def test_windows_join_without_losing_a_row(monkeypatch):
-    monkeypatch.setattr("trainer.packing.WINDOW", 7)
+    monkeypatch.setattr("data_pipeline.packing.WINDOW", 7)
     lengths = np.random.default_rng(0).integers(2, 30, 50)
     packing = pack(np.arange(50), lengths, 32, seed=0)
     assert packing.length.sum() == lengths.sum()
@@ -49,10 +49,10 @@ def test_windows_join_without_losing_a_row(monkeypatch):
     assert max(rows) <= 32 and min(rows) > 0
 
 
-@pytest.mark.parametrize(("lengths", "row_length"), [([5, 1], 8), ([5], 1)])
-def test_what_cannot_be_packed_is_refused(lengths, row_length):
+@pytest.mark.parametrize(("lengths", "seq_len"), [([5, 1], 8), ([5], 1)])
+def test_what_cannot_be_packed_is_refused(lengths, seq_len):
     with pytest.raises(ValueError, match="nothing to predict"):
-        pack(np.arange(len(lengths)), np.array(lengths), row_length, seed=0)
+        pack(np.arange(len(lengths)), np.array(lengths), seq_len, seed=0)
 
 
 def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():

@@ -1,4 +1,4 @@
-"""trainer/preferences.py: only sound pairs are trained on, and the reference is computed once, for the right weights."""
+"""preferences.py: only sound pairs are trained on, and the reference is computed once, for the right weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
+from data_pipeline import preferences
+from data_pipeline.preferences import EncodedPair, PreferencePairs, read_pairs, train_and_val_pairs
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import EOS_ID, encode_text, load_tokenizer, render_chat
-from trainer import preferences
-from trainer.errors import UserError
-from trainer.preferences import EncodedPair, PreferencePairs, read_pairs, train_and_val_pairs
 
 CPU = torch.device("cpu")
 
@@ -188,8 +188,8 @@ def add_reference(data, model, cache, origin="one", **changed) -> np.ndarray:
 
 def test_the_reference_is_computed_once_for_each_model(tmp_path, monkeypatch):
     calls = []
-    original = preferences.answer_log_probs
-    monkeypatch.setattr(preferences, "answer_log_probs", lambda *args: calls.append(1) or original(*args))
+    original = preferences.sequence_logps
+    monkeypatch.setattr(preferences, "sequence_logps", lambda *args: calls.append(1) or original(*args))
     pairs, model = some_pairs(7), make()
     first = add_reference(PreferencePairs(pairs, "t"), model, tmp_path)
     assert len(calls) == 3 and first.shape == (7, 2) and first.dtype == np.float32 and (first < 0).all()

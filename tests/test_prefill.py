@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 
+from inference.kernels.loader import KernelUnavailable
+from inference.kernels.prefill import PrefillModel, PrefillWeights, load_kernel
 from model.LMConfig import preset
 from model.model import Transformer
-from model.native import KernelUnavailable
-from model.prefill import PrefillModel, PrefillWeights, load_kernel
 
 SHAPES = {
     "narrow": dict(dim=64, n_heads=4, n_kv_heads=2),  # heads of 16: half a tile

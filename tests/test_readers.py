@@ -1,4 +1,4 @@
-"""trainer/readers.py: every format, every kind of damage, at any block size."""
+"""data_pipeline/readers.py: every format, every kind of damage, at any block size."""
 
 import csv
 import gzip
@@ -16,9 +16,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer import readers
-from trainer.errors import UserError
-from trainer.readers import BadLine, Record, columns, iter_records, total_bytes
+from common.errors import UserError
+from data_pipeline import readers
+from data_pipeline.readers import BadLine, Record, columns, iter_records, total_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -278,7 +278,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
                 )
             file.write("]" * (suffix == ".json"))
         script = (
-            "from pathlib import Path; from trainer.readers import iter_records\n"
+            "from pathlib import Path; from data_pipeline.readers import iter_records\n"
             f"assert sum(1 for _ in iter_records(Path({str(path)!r}), None)) == {n_rows}\n"
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
         )

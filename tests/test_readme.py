@@ -15,9 +15,10 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from model.LMConfig import PRESETS, LMConfig, preset
+from common.cli import parse_options
+from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, preset
 from model.model import Transformer, parameter_counts
-from trainer.arguments import TrainOptions, parse_options
+from trainer.options import TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "README_zh.md", "README_jp.md", "docs/formats.md", "docs/scaling.md"]
@@ -138,7 +139,7 @@ def test_flag_tables(name):
     table = tables(page("README.md"))[name]
     if name == "LMConfig":
         actions = flags_of("1-pretrain.py")
-        own = [f"--{field}" for field in LMConfig.__annotations__ if f"--{field}" in actions]
+        own = [f"--{field}" for field in FIELD_TYPES if f"--{field}" in actions]
         assert list(table) == own
         defaults = {flag: getattr(LMConfig, flag[2:]) for flag in own}
     else:
@@ -150,7 +151,7 @@ def test_flag_tables(name):
         assert wrong == {}
         assert TrainOptions().config().own_fields() == preset("minimind-v1-small").own_fields()
         assert {flag for flag in actions if not flag.startswith(("--no-", "--help", "-h"))} - set(table) == {
-            f"--{field}" for field in LMConfig.__annotations__ if f"--{field}" in actions
+            f"--{field}" for field in FIELD_TYPES if f"--{field}" in actions
         }
     if name == "data_process.py":
         assert wrong == {"--num_workers": ("one per CPU", actions["--num_workers"].default)}
@@ -191,13 +192,26 @@ def test_files(name):
     for text in quoted:
         ours = text.startswith(("model/", "trainer/", "serving/", "bench/", "tests/", "docs/", "dataset/sample"))
         if ours or text.endswith((".py", ".sh")):
-            places = [ROOT / folder / text for folder in ("", "model", "trainer", "serving")]
+            places = [
+                ROOT / folder / text
+                for folder in (
+                    "",
+                    "common",
+                    "model",
+                    "data_pipeline",
+                    "export",
+                    "inference",
+                    "evaluation",
+                    "trainer",
+                    "serving",
+                )
+            ]
             assert any(place.exists() for place in places), f"{name}: {text}"
 
 
 def test_every_module_is_in_the_map():
     section = page("README.md").split("\n## Reading the code\n")[1].split("\n## ")[0]
-    packages = ("model", "trainer", "serving")
+    packages = ("common", "model", "data_pipeline", "export", "inference", "evaluation", "trainer", "serving")
     modules = [*ROOT.glob("*.py"), *(path for name in packages for path in ROOT.glob(f"{name}/*.py"))]
     assert [str(path) for path in modules if path.name != "__init__.py" and path.name not in section] == []
 

@@ -9,14 +9,14 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model.decode_step import TorchModel
-from model.decode_weights import DecodeWeights
-from model.export import read_folder, write_llama, write_minimind
-from model.export_check import compare_folder
-from model.generation import Decoder, Sampling, generate, generate_ids
+from export.huggingface import read_folder, write_llama, write_minimind
+from export.self_check import compare_folder
+from inference.backends import TorchModel
+from inference.generator import BatchGenerator, SamplingParams, generate, generate_ids
+from inference.kernels.decode_weights import DecodeWeights
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.rope import METHODS, Extension, Scaling, doublings, parse_scaling, rope_tables, scaled_frequencies
+from model.rope import METHODS, DynamicRopeScaling, Scaling, doublings, parse_scaling, rope_tables, scaled_frequencies
 from model.tokenizer import TOKENIZER_DIR
 from model.weights import load_checkpoint, save_checkpoint
 
@@ -68,10 +68,10 @@ def test_frequencies_are_those_of_transformers(method, factor, head_dim, theta, 
     )
     name = "dynamic" if method == "ntk" else method
     seq_len = round(original * factor) if method == "ntk" else None
-    expected, amplitude = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), seq_len=seq_len)
+    expected, attention_factor = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), seq_len=seq_len)
     ours, our_amplitude = frequencies(method, factor, original, head_dim, theta)
     torch.testing.assert_close(ours[0], expected, rtol=2e-6, atol=0)
-    assert our_amplitude.item() == pytest.approx(amplitude, rel=1e-6)
+    assert our_amplitude.item() == pytest.approx(attention_factor, rel=1e-6)
 
 
 def test_what_the_papers_say():
@@ -80,13 +80,13 @@ def test_what_the_papers_say():
     ntk = frequencies("ntk", 4.0, 512)[0][0]
     assert ntk[0] == plain[0]
     torch.testing.assert_close(ntk[-1], plain[-1] / 4)  # the exponent d / (d - 2) is chosen for that
-    scaled, amplitude = frequencies("yarn", 4.0, 512)
+    scaled, attention_factor = frequencies("yarn", 4.0, 512)
     turns = 512 * plain / (2 * math.pi)
     assert (scaled[0] == plain)[turns > 32].all()
     torch.testing.assert_close(scaled[0][turns < 1], plain[turns < 1] / 4)
     ratio = scaled[0] / plain
     assert (ratio.diff() <= 0).all() and ((ratio > 0.25) & (ratio < 1)).any()  # and a ramp between
-    assert amplitude.item() == pytest.approx(0.1 * math.log(4) + 1)  # sqrt(1 / t)
+    assert attention_factor.item() == pytest.approx(0.1 * math.log(4) + 1)  # sqrt(1 / t)
 
 
 @methods
@@ -121,7 +121,7 @@ def test_doublings():
 
 def test_the_factor_follows_the_length():
     extension = LMConfig(max_seq_len=512).extension("yarn", max_len=1500)
-    assert extension == Extension("yarn", 512, 512, 1.0, (2.0, 1500 / 512))
+    assert extension == DynamicRopeScaling("yarn", 512, 512, 1.0, (2.0, 1500 / 512))
     assert [extension.factor(n) for n in (1, 512, 513, 1024, 1025, 1500, 9999)] == [1, 1, 2, 2, *[1500 / 512] * 3]
     fixed = LMConfig(max_seq_len=512).extension("ntk", 4.0)
     assert [fixed.factor(n) for n in (512, 513, 2048, 5000)] == [1, 4, 4, 4]
@@ -169,10 +169,10 @@ def recompute(model: Transformer, prompt: list[int], n: int) -> tuple[list[int],
 @methods
 def test_cached_is_uncached_in_a_ragged_batch_that_outgrows_the_training(method, use_moe):
     model, prompts = make(use_moe), make_prompts(3, 17, 9, 16, 40, 70)
-    unscaled = generate_ids(model, prompts, Sampling(max_new_tokens=40), eos_id=None, max_len=100)
+    unscaled = generate_ids(model, prompts, SamplingParams(max_new_tokens=40), eos_id=None, max_len=100)
     model.extension = model.config.extension(method, max_len=100)
     plain = [recompute(model, prompt, 30) for prompt in prompts]
-    sampling = Sampling(max_new_tokens=30, logprobs=0)
+    sampling = SamplingParams(max_new_tokens=30, logprobs=0)
     # The fast step knows only the rotation of training: it has to leave the others to the model.
     fast = TorchModel(DecodeWeights(model), compiled=False)
     for max_rows, step in ((1, None), (2, None), (6, None), (2, fast)):
@@ -195,7 +195,7 @@ def test_fast_decoding_knows_the_scaling_of_the_training(method):
         LMConfig(**(make().config.own_fields() | {"rope_scaling": {"rope_type": method, "factor": 4.0}}))
     )
     model.eval()
-    prompts, sampling = make_prompts(3, 17), Sampling(max_new_tokens=12)
+    prompts, sampling = make_prompts(3, 17), SamplingParams(max_new_tokens=12)
     plain = generate_ids(model, prompts, sampling, eos_id=None, max_len=64)
     fast = TorchModel(DecodeWeights(model), compiled=False)
     assert generate_ids(model, prompts, sampling, eos_id=None, max_len=64, fast=fast) == plain
@@ -204,14 +204,14 @@ def test_fast_decoding_knows_the_scaling_of_the_training(method):
 @methods
 def test_short_texts_stay_as_they_are_to_the_bit(method):
     model, prompts = make(), make_prompts(2, 8, 6)
-    asked = Sampling(max_new_tokens=8, logprobs=5)
+    asked = SamplingParams(max_new_tokens=8, logprobs=5)
     plain = list(generate(model, prompts, asked, eos_id=None))
     model.extension = model.config.extension(method, max_len=64)
     assert list(generate(model, prompts, asked, eos_id=None, max_len=64)) == plain
 
     # Also beside a long one, whose rotations are others: the same events, up to the rounding of another batch size.
-    decoder = Decoder(model, 4, 64, eos_id=None)
-    events = decoder.add([*make_prompts(50), *prompts], [Sampling(max_new_tokens=9)] + [asked] * 3, [9, 0, 1, 2])
+    decoder = BatchGenerator(model, 4, 64, eos_id=None)
+    events = decoder.add([*make_prompts(50), *prompts], [SamplingParams(max_new_tokens=9)] + [asked] * 3, [9, 0, 1, 2])
     while decoder.rows:
         events += decoder.step()
     for key in range(3):
@@ -227,7 +227,7 @@ def test_a_row_is_computed_anew_only_where_its_factor_changes(monkeypatch):
     calls = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(k["input_ids"].shape[1]) or forward(*a, **k))
-    generate_ids(model, make_prompts(10), Sampling(max_new_tokens=50), eos_id=None, max_len=64)
+    generate_ids(model, make_prompts(10), SamplingParams(max_new_tokens=50), eos_id=None, max_len=64)
     assert [n for n in calls if n > 1] == [10, 16, 32]
 
 
@@ -272,7 +272,7 @@ def test_a_model_trained_with_scaling(method, tmp_path):
         packed = model(row, position_ids=positions, use_cache=False).logits
         apart = torch.cat([model(row[:, :12]).logits, model(row[:, 12:]).logits], 1)
         torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-5)
-        greedy = generate_ids(model, [ids], Sampling(max_new_tokens=20), eos_id=None)[0]
+        greedy = generate_ids(model, [ids], SamplingParams(max_new_tokens=20), eos_id=None)[0]
         whole = model(torch.tensor([ids + greedy]), use_cache=False).logits[0, 29:-1].argmax(-1)
         assert whole.tolist() == greedy
 
@@ -318,7 +318,7 @@ def test_exports_have_it(method, use_moe, tmp_path):
 
 
 def test_gguf_refuses_it_by_name(tmp_path):
-    from model.export_gguf import write_gguf
+    from export.gguf import write_gguf
 
     model = make(max_seq_len=64, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(ValueError, match="RoPE scaling .yarn., which is not exported to GGUF"):

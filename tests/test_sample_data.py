@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cleaning import STAGES, chinese_ratio, clean
-from trainer.cleaning import Options as CleaningOptions
+from data_pipeline.cleaning import STAGES, chinese_ratio, clean
+from data_pipeline.cleaning import Options as CleaningOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 DICE = [18, 68, 41, 75, 64, 13, 3, 84]

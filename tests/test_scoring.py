@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
+from evaluation.scoring import MIN_SHARED, MultipleChoice, _groups, _sequences, draft_models, score, score_cascade
+from inference.kernels.loader import KernelUnavailable
 from model.LMConfig import preset
 from model.model import Transformer
-from model.native import KernelUnavailable
-from model.scoring import MIN_SHARED, Item, _groups, _sequences, rough_copies, score, score_quickly
 
 
 def make_model(**fields) -> Transformer:
@@ -17,7 +17,7 @@ def make_model(**fields) -> Transformer:
     return Transformer(preset("toy", **(small | fields))).eval()
 
 
-def make_items(n: int = 40) -> list[Item]:
+def make_items(n: int = 40) -> list[MultipleChoice]:
     """Half of them share a long beginning; options of one to four tokens."""
     dice = random.Random(0)
 
@@ -26,7 +26,7 @@ def make_items(n: int = 40) -> list[Item]:
 
     examples = tokens(MIN_SHARED + 10)
     return [
-        Item(
+        MultipleChoice(
             (examples if i % 2 else []) + tokens(dice.randrange(1, 40)),
             [tokens(dice.choice([1, 1, 4])) for _ in range(4)],
         )
@@ -35,7 +35,7 @@ def make_items(n: int = 40) -> list[Item]:
 
 
 @torch.inference_mode()
-def by_hand(model, item: Item) -> torch.Tensor:
+def by_hand(model, item: MultipleChoice) -> torch.Tensor:
     """One pass for each option, the plain definition."""
     scores = []
     for option in item.options:
@@ -49,7 +49,7 @@ def by_hand(model, item: Item) -> torch.Tensor:
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
 def test_batches_and_groups_equal_one_at_a_time(moe, batch_tokens):
     model, items = make_model(use_moe=moe), make_items()
-    items.append(Item(items[0].prompt, [[5], [6, 7], [6, 8]], [1.0, 2.0, 3.0]))
+    items.append(MultipleChoice(items[0].prompt, [[5], [6, 7], [6, 8]], [1.0, 2.0, 3.0]))
     done = []
     scores = score(model, items, batch_tokens=batch_tokens, on_done=done.append)
     assert sum(done) == len(items)
@@ -100,31 +100,31 @@ def test_shared_beginnings_are_computed_once():
 
 
 def test_what_is_read_and_what_is_predicted():
-    letters = _sequences(0, Item([1, 2, 3], [[4], [5]]))
+    letters = _sequences(0, MultipleChoice([1, 2, 3], [[4], [5]]))
     assert [(one.tokens, one.targets) for one in letters] == [([1, 2, 3], [(0, 0, 2, 4), (0, 1, 2, 5)])]
-    mixed = _sequences(7, Item([1, 2], [[3, 4], [5], [6, 7, 8]]))
+    mixed = _sequences(7, MultipleChoice([1, 2], [[3, 4], [5], [6, 7, 8]]))
     assert [one.tokens for one in mixed] == [[1, 2, 3], [1, 2, 6, 7], [1, 2]]  # the last token need not be read
     assert mixed[1].targets == [(7, 2, 1, 6), (7, 2, 2, 7), (7, 2, 3, 8)]
 
 
 def test_rough_copies(monkeypatch, caplog):
     model, items = make_model(initializer_range=0.1), make_items()
-    rough, finer = rough_copies(model, torch.bfloat16)
+    rough, finer = draft_models(model, torch.bfloat16)
     assert (rough.parts, finer.parts) == (1, 2)
     exact = torch.cat(score(model, items))
     lengths = torch.tensor([float(len(option)) for item in items for option in item.options])
     for copy, close in ((rough, 0.02), (finer, 1e-4)):
         assert ((torch.cat(score(copy, items)) - exact).abs() / lengths).max() < close * exact.std()
-    (half,) = rough_copies(model, torch.float16)
+    (half,) = draft_models(model, torch.float16)
     assert isinstance(half, Transformer) and half.dtype == torch.float16 and model.dtype == torch.float32
-    assert rough_copies(make_model(use_moe=True), torch.bfloat16) == []
+    assert draft_models(make_model(use_moe=True), torch.bfloat16) == []
 
     def no_kernel(model):
         raise KernelUnavailable("no compiler")
 
     assert not caplog.records
-    monkeypatch.setattr("model.scoring.PrefillWeights", no_kernel)
-    (half,) = rough_copies(model, torch.bfloat16)
+    monkeypatch.setattr("evaluation.scoring.PrefillWeights", no_kernel)
+    (half,) = draft_models(model, torch.bfloat16)
     assert isinstance(half, Transformer) and half.dtype == torch.bfloat16
     assert "slower than it could be: no compiler" in caplog.text
 
@@ -134,7 +134,7 @@ def test_scores_out_of_range_are_decided_in_float32():
     model, items = make_model(), make_items(30)
     for block in model.layers:
         block.attention.wq.weight.data *= 1000
-    scores, counts = score_quickly([*rough_copies(model, torch.bfloat16), model], items)
+    scores, counts = score_cascade([*draft_models(model, torch.bfloat16), model], items)
     assert counts == [30, 30, 30]
     for found, item in zip(scores, items, strict=True):
         torch.testing.assert_close(found, by_hand(model, item), atol=1e-2, rtol=0)
@@ -143,7 +143,7 @@ def test_scores_out_of_range_are_decided_in_float32():
 def test_half_precision_does_not_change_the_answers():
     model, items = make_model(), make_items(100)
     exact = score(model, items)
-    scores, (first, again, third) = score_quickly([*rough_copies(model, torch.bfloat16), model], items)
+    scores, (first, again, third) = score_cascade([*draft_models(model, torch.bfloat16), model], items)
     assert [int(s.argmax()) for s in scores] == [int(s.argmax()) for s in exact]
     assert first == 100 and 16 <= third <= again < 100  # some were scored again, and not all
 
@@ -152,10 +152,10 @@ def test_half_precision_does_not_change_the_answers():
 def test_a_rough_model_that_is_wrong_is_overruled(wrong):
     """Error seen in the sample leads to all others being checked, at whichever step it comes in; in both, too."""
     model, items = make_model(), make_items(60)
-    models = [*rough_copies(model, torch.bfloat16), model]
+    models = [*draft_models(model, torch.bfloat16), model]
     for i in wrong:
         models[i] = make_model(initializer_range=0.4)
-    scores, counts = score_quickly(models, items)
+    scores, counts = score_cascade(models, items)
     assert counts == ([60, 60, counts[2]] if wrong == [0] else [60, 60, 60])
     assert (counts[2] < 60) == (wrong == [0])
     assert all(torch.equal(a.argmax(), b.argmax()) for a, b in zip(scores, score(model, items), strict=True))
@@ -176,18 +176,18 @@ def test_an_error_that_no_doubtful_item_shows_is_seen():
     wrong[::10] = exact[::10]
     models = [Told(wrong), Told(wrong), Told(exact)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.scoring.score", lambda model, items, **_: [model.scores[id(item)] for item in items])
-        scores, counts = score_quickly(models, items)
+        patch.setattr("evaluation.scoring.score", lambda model, items, **_: [model.scores[id(item)] for item in items])
+        scores, counts = score_cascade(models, items)
     assert [int(s.argmax()) for s in scores] == [int(s.argmax()) for s in exact] and counts[2] == 100
 
 
 def test_one_model_is_the_answer():
     model, items = make_model(), make_items(5)
-    scores, counts = score_quickly([model], items)
+    scores, counts = score_cascade([model], items)
     assert counts == [5] and all(torch.equal(a, b) for a, b in zip(scores, score(model, items), strict=True))
 
 
-@pytest.mark.parametrize("item", [Item([], [[1]]), Item([1], []), Item([1], [[2], []])])
+@pytest.mark.parametrize("item", [MultipleChoice([], [[1]]), MultipleChoice([1], []), MultipleChoice([1], [[2], []])])
 def test_nothing_to_score_is_an_error(item):
     with pytest.raises(ValueError, match="item 0 has an empty prompt or continuation"):
         score(make_model(), [item])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.generation import Sampling, fit_chat, generate_text
+from inference.generator import SamplingParams, fit_chat, generate_text
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -75,12 +75,12 @@ def conversation(path: Path, questions: list[str], history_turns: int, system: s
         turns.append({"role": "user", "content": question})
         seen = turns[max(0, len(turns) - 1 - 2 * history_turns) :]
         ids, _ = fit_chat(TOKENIZER, first + seen, 96 - 12)
-        (answer,) = generate_text(model, TOKENIZER, [ids], Sampling(max_new_tokens=12))
+        (answer,) = generate_text(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12))
         turns.append({"role": "assistant", "content": answer})
     return first + turns
 
 
-def test_conversation(out, tmp_path):
+def test_chat_model(out, tmp_path):
     saved = tmp_path / "kept.jsonl"
     questions = ["你好", "why?", "/help me?"]
     flags = ["--out_dir", out, *GREEDY, "--history_turns", 1, "--system", "简短。"]

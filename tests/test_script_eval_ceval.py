@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.LMConfig import preset
-from model.model import Transformer
-from model.tokenizer import encode_text, load_tokenizer, render_chat
-from model.weights import save_checkpoint
-from trainer.ceval import (
+from common.errors import UserError
+from evaluation.ceval import (
     CATEGORIES,
     HARD,
     Accuracy,
@@ -25,7 +22,10 @@ from trainer.ceval import (
     read_questions,
     summarise,
 )
-from trainer.errors import UserError
+from model.LMConfig import preset
+from model.model import Transformer
+from model.tokenizer import encode_text, load_tokenizer, render_chat
+from model.weights import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "id,question,A,B,C,D,answer\n"

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.generation import Sampling, generate_text
+from inference.generator import SamplingParams, generate_text
+from inference.options import visible
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint, save_checkpoint
-from trainer.sampling_flags import visible
 
 SCRIPT = Path(__file__).resolve().parents[1] / "0-eval_pretrain.py"
 TOKENIZER = load_tokenizer()
@@ -65,7 +65,7 @@ def out(tmp_path_factory) -> Path:
     return folder
 
 
-def expected(path: Path, text: str, sampling: Sampling, max_len: int | None = None) -> str:
+def expected(path: Path, text: str, sampling: SamplingParams, max_len: int | None = None) -> str:
     model = load_checkpoint(path, dtype=torch.float32).model
     prompt = [BOS_ID, *encode_text(TOKENIZER, text)]
     return text + generate_text(model, TOKENIZER, [prompt], sampling, max_len=max_len)[0]
@@ -87,7 +87,7 @@ def test_prompts_flags_and_text(out):
     result = run("--weights", weights, *CPU, *flags, "--prompt", "春天", "--prompt", "a literal </s>")
     assert result.returncode == 0, result.stderr
     assert "(pretrain, step 12, loss 8.7)" in result.stdout and "float32 on cpu" in result.stdout
-    sampling = Sampling(max_new_tokens=20, temperature=0.9, top_k=50, repetition_penalty=1.1, seed=3)
+    sampling = SamplingParams(max_new_tokens=20, temperature=0.9, top_k=50, repetition_penalty=1.1, seed=3)
     for text in ("春天", "a literal </s>"):
         written = expected(weights, text, sampling)
         assert len(written) > len(text) + 10
@@ -101,7 +101,7 @@ def test_file_and_too_long_prompts(out, tmp_path, call):
     greedy = ["--temperature", 0, "--repetition_penalty", 1]
     result = call("--weights", weights, "--prompt_file", file, *CPU, *greedy, "--max_new_tokens", 400)
     assert result.returncode == 0, result.stderr
-    assert expected(weights, "第一", Sampling(max_new_tokens=400))[:12] in result.stdout
+    assert expected(weights, "第一", SamplingParams(max_new_tokens=400))[:12] in result.stdout
     assert "[cut off: the context of 48 tokens is full; --max_seq_len gives more]" in result.stdout
     n_tokens = len(encode_text(TOKENIZER, "long " * 60))
     assert f"[the beginning has {n_tokens} tokens; the last 23 are used]" in result.stdout
@@ -128,16 +128,16 @@ def test_longer_than_trained(out, call):
         result = call(*flags, *length, "--max_new_tokens", 95, "--rope_scaling", given)
         assert told in result.stdout and "[95 tokens, " in result.stdout, result.stderr
         model.extension = model.config.extension(*arguments)
-        (text,) = generate_text(model, TOKENIZER, [prompt], Sampling(max_new_tokens=95), max_len=144)
+        (text,) = generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=95), max_len=144)
         assert f"\nx{visible(text)} [cut off" in result.stdout
         written[given] = text
         short = call(*flags, *length, "--max_new_tokens", 40, "--rope_scaling", given)
         assert (
-            f"\nx{visible(generate_text(model, TOKENIZER, [prompt], Sampling(max_new_tokens=40))[0])} [cut"
+            f"\nx{visible(generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=40))[0])} [cut"
             in short.stdout
         )
     model.extension = None
-    (unscaled,) = generate_text(model, TOKENIZER, [prompt], Sampling(max_new_tokens=95), max_len=144)
+    (unscaled,) = generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=95), max_len=144)
     assert len({unscaled, *written.values()}) == 3
     for given, wrong in (
         (["yarn"], "needs a length: give --max_seq_len"),

@@ -13,12 +13,12 @@ import torch
 from launching import another_process_holds
 
 import export_model
+from common.errors import UserError
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import load_checkpoint, save_checkpoint
-from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "export_model.py"
@@ -174,7 +174,7 @@ export_model.main()
     main("--weights", weights, "--output", target)
     assert names(tmp_path) == {"export", "export.of-mine.tmp"}
 
-    monkeypatch.setattr("trainer.run_lock.WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("common.run_lock.WAIT_SECONDS", 0.3)
     with another_process_holds(tmp_path, "export"):
         old = target.with_name(".export.old")  # as while a folder takes another's name
         old.mkdir()

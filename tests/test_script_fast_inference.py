@@ -20,15 +20,15 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
-from model.export import describe, new_folder, write_minimind
-from model.generation import Sampling, fit_chat, generate_text
+from export.huggingface import describe, new_folder, write_minimind
+from inference.generator import SamplingParams, fit_chat, generate_text
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import EOS_ID, TOKENIZER_DIR, load_tokenizer
 from model.weights import load_checkpoint, save_checkpoint
-from serving.conversation import Writer
-from serving.web_texts import TEXTS
+from serving.chat_model import ChatModel
+from serving.web.texts import TEXTS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "fast_inference.py"
 TOKENIZER = load_tokenizer()
@@ -98,7 +98,7 @@ def answer_of(path: Path, *texts: str) -> str:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     ids = fit_chat(TOKENIZER, messages, 84)[0]
     model = load_checkpoint(path, dtype=torch.float32).model
-    return generate_text(model, TOKENIZER, [ids], Sampling(max_new_tokens=12))[0]
+    return generate_text(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12))[0]
 
 
 def exchanges(page: AppTest) -> list:
@@ -134,7 +134,7 @@ def test_settings_reach_the_decoder(out, open_page):
         page.slider(key=key).set_value(value)
     ask(page, "hi")
     answer = exchanges(page)[0].answer
-    expected = Sampling(6, 1.25, 40, 0.8, 0.02, 1.3, seed=5)
+    expected = SamplingParams(6, 1.25, 40, 0.8, 0.02, 1.3, seed=5)
     assert answer.sampling == expected
     messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}]
     ids = fit_chat(TOKENIZER, messages, 90)[0]
@@ -253,12 +253,12 @@ def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
     settings = dict(sampling=whole.sampling, history_turns=0)
     load = dict(tokenizer=TOKENIZER, context=10**4)
     model = load_checkpoint(tmp_path / "full_sft_64.pth", dtype=torch.float32).model
-    half = conversation.again(Writer(model, **load), **settings)
+    half = conversation.again(ChatModel(model, **load), **settings)
     for _ in range(50):
         half.advance()
     page.run()
     assert (half.finish, half.tokens, half.text) == ("length", 200, whole.text)
-    half = conversation.again(Writer(model, **load), **settings)
+    half = conversation.again(ChatModel(model, **load), **settings)
     for _ in range(50):
         half.advance()
     conversation.stop()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.generation import Sampling, generate
+from inference.generator import SamplingParams, generate
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, render_chat, tokenizer_hash
@@ -165,7 +165,7 @@ def test_ten_samples_are_learned_by_heart_and_every_answer_stops(run, tmp_path, 
         messages = turns(*[text for pair in history for text in pair], question)
         prompts.append(render_chat(tokenizer, messages, add_generation_prompt=True)[0])
     answers, reasons = [""] * len(prompts), [None] * len(prompts)
-    for event in generate(checkpoint.model, prompts, Sampling(max_new_tokens=60), tokenizer=tokenizer):
+    for event in generate(checkpoint.model, prompts, SamplingParams(max_new_tokens=60), tokenizer=tokenizer):
         answers[event.key] += event.text
         reasons[event.key] = event.finish or reasons[event.key]
     assert answers == [answer for _, _, answer in samples]

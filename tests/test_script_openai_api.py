@@ -19,14 +19,14 @@ import pytest
 import torch
 from serving_helpers import NAME, TOKENIZER, serving
 
-from model.export import describe, write_llama
-from model.generation import Sampling
+from common.errors import UserError
+from export.huggingface import describe, write_llama
+from inference.generator import SamplingParams
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR
 from model.weights import load_checkpoint, save_checkpoint
-from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--device", "cpu", "--dtype", "float32"]
@@ -255,7 +255,7 @@ def test_clean_errors(chat, server):
 def test_a_server_that_goes_away_keeps_the_chat(tmp_path):
     command = [sys.executable, str(ROOT / "chat_openai_api.py"), "--temperature", "0", "--max_new_tokens", "5"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    with serving(defaults=Sampling(max_new_tokens=5)) as found:
+    with serving(defaults=SamplingParams(max_new_tokens=5)) as found:
         process = subprocess.Popen([*command, "--base_url", found.url], **pipes)
         process.stdin.write("one\n")
         process.stdin.flush()

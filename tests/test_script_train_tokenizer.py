@@ -15,6 +15,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 import train_tokenizer
+from common.errors import UserError
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from train_tokenizer import (
     MAX_TOKEN_BYTES,
@@ -31,7 +32,6 @@ from train_tokenizer import (
     unicode_samples,
     write_tokenizer,
 )
-from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

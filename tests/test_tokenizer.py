@@ -143,10 +143,10 @@ def test_the_format_of_the_published_models():
 @settings(max_examples=300, deadline=None)
 @given(chats(), st.booleans())
 def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prompt):
-    ids, is_target = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
-    assert len(ids) == len(is_target)
+    ids, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
+    assert len(ids) == len(loss_mask)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    masked = [i for i, target in zip(ids, is_target, strict=True) if target]
+    masked = [i for i, target in zip(ids, loss_mask, strict=True) if target]
     assert TOKENIZER.decode(masked) == "".join(f"{answer}</s>" for answer in answers)
     assert TOKENIZER.decode(ids) == as_text(messages, prompt)
     # Control tokens are those of the format, whatever the texts contain.
@@ -161,12 +161,12 @@ def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prom
 def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, answer):
     if messages[-1]["role"] == "assistant":
         messages = [*messages, {"role": "user", "content": "go on"}]
-    prompt, is_target = render_chat(TOKENIZER, messages, add_generation_prompt=True)
+    prompt, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=True)
     whole, whole_target = render_chat(TOKENIZER, [*messages, {"role": "assistant", "content": answer}])
     answer_ids = [*encode_text(TOKENIZER, answer), EOS_ID]
     n = len(prompt) + len(answer_ids)
     assert whole[:n] == prompt + answer_ids
-    assert whole_target[:n] == is_target + [True] * len(answer_ids)
+    assert whole_target[:n] == loss_mask + [True] * len(answer_ids)
 
 
 def without_control_tokens(text: str) -> bool:

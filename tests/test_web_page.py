@@ -1,4 +1,4 @@
-"""serving/web_page.py and serving/web_texts.py: text that stays text, and texts in every language."""
+"""serving/web/page.py and serving/web/texts.py: text that stays text, and texts in every language."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.generation import Sampling
-from serving.conversation import LENGTH, STOPPED, Answer, Prompt
-from serving.web_page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
-from serving.web_texts import LANGUAGES, TEXTS, Texts, language_of
+from inference.generator import SamplingParams
+from serving.chat_model import LENGTH, STOPPED, Answer, Prompt
+from serving.web.page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
+from serving.web.texts import LANGUAGES, TEXTS, Texts, language_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +85,7 @@ def test_sizes():
 
 def made(finish: str | None, prompt: Prompt) -> Answer:
     answer = Answer.__new__(Answer)
-    answer.prompt, answer.sampling, answer.context = prompt, Sampling(max_new_tokens=9), 64
+    answer.prompt, answer.sampling, answer.context = prompt, SamplingParams(max_new_tokens=9), 64
     answer.text, answer.tokens, answer.seconds, answer.finish = "x", 9, 3.0, finish
     return answer
 
@@ -124,7 +124,7 @@ def test_every_language_has_every_text(language):
 
 
 def test_every_text_is_used_and_every_used_one_exists():
-    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("fast_inference.py", "serving/web_page.py"))
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("fast_inference.py", "serving/web/page.py"))
     built = {f"stage_{stage}" for stage in ("pretrain", "full_sft", "rl", "lora")}
     built |= {
         f"{what}_{kind}{more}" for what in ("hello", "example") for kind in ("chat", "base") for more in ("", "_more")

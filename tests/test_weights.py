@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import files, weights
+from common import files
+from model import weights
 from model.LMConfig import LMConfig, preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash

@@ -13,27 +13,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError
 from model.model import Transformer
-from tests.test_loop import config, options, rows, run_for, short_of_memory, weights
-from trainer.distributed import World, join_world, leave_world
-from trainer.errors import UserError
-from trainer.loop import fit
+from tests.test_trainer import config, options, rows, run_for, short_of_memory, weights
+from trainer.distributed import DistEnv, cleanup_distributed, init_distributed
 from trainer.losses import next_token_loss
+from trainer.trainer import fit
 
 
-def train(world: World, folder: Path, loss_fn=next_token_loss, train_rows=None, **fields) -> dict:
+def train(dist_env: DistEnv, folder: Path, loss_fn=next_token_loss, train_rows=None, **fields) -> dict:
     """What `fit` did: its metrics and weights, or its error."""
     torch.manual_seed(0)
     model = Transformer(config())
     opts = options(folder, **{"batch_size": 4, "log_interval": 1, "save_interval": 100} | fields)
     try:
-        metrics = fit(model, loss_fn, train_rows or rows(), None, opts, run_for(model, opts), world)
+        metrics = fit(model, loss_fn, train_rows or rows(), None, opts, run_for(model, opts), dist_env)
     except UserError as error:
         return {"error": str(error)}
     return {"metrics": metrics, "weights": weights(model)}
 
 
-def poisoned(world: World):
+def poisoned(dist_env: DistEnv):
     """A loss that is nan in the sixth step, on rank 1 only."""
     steps = 0
 
@@ -41,14 +41,14 @@ def poisoned(world: World):
         nonlocal steps
         steps += 1
         loss, n, extras = next_token_loss(model, batch)
-        if steps == 6 and world.rank == 1:
+        if steps == 6 and dist_env.rank == 1:
             loss = loss * float("nan")
         return loss, n, extras
 
     return loss_fn
 
 
-def broken_rows(world: World):
+def broken_rows(dist_env: DistEnv):
     """Rows of which rank 1 cannot read some after a while."""
     data, n = rows(), 0
 
@@ -58,7 +58,7 @@ def broken_rows(world: World):
         def batch(self, indices):
             nonlocal n
             n += 1
-            if n >= 6 and world.rank == 1:
+            if n >= 6 and dist_env.rank == 1:
                 raise OSError(5, "Input/output error", "tokens.bin")
             return data.batch(indices)
 
@@ -67,19 +67,19 @@ def broken_rows(world: World):
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    world = join_world("cpu")
+    dist_env = init_distributed("cpu")
     results = {
-        "whole": train(world, folder / "whole"),
+        "whole": train(dist_env, folder / "whole"),
         "memory": train(
-            world,
+            dist_env,
             folder / "memory",
             auto_batch=True,
-            loss_fn=short_of_memory(2) if world.rank == 1 else next_token_loss,
+            loss_fn=short_of_memory(2) if dist_env.rank == 1 else next_token_loss,
         ),
-        "nan": train(world, folder / "nan", poisoned(world)),
-        "nan_resumed": train(world, folder / "nan", resume="newest"),
-        "data": train(world, folder / "data", train_rows=broken_rows(world)),
-        "data_resumed": train(world, folder / "data", resume="newest"),
+        "nan": train(dist_env, folder / "nan", poisoned(dist_env)),
+        "nan_resumed": train(dist_env, folder / "nan", resume="newest"),
+        "data": train(dist_env, folder / "data", train_rows=broken_rows(dist_env)),
+        "data_resumed": train(dist_env, folder / "data", resume="newest"),
     }
     whole = results["whole"]["weights"]
     facts = {}
@@ -88,8 +88,8 @@ def main() -> None:
         if "weights" in result:
             apart = [float((value - whole[key]).abs().max()) for key, value in result["weights"].items()]
             facts[name]["apart"] = max(apart)
-    (folder / f"rank{world.rank}.json").write_text(json.dumps(facts))
-    leave_world(world)
+    (folder / f"rank{dist_env.rank}.json").write_text(json.dumps(facts))
+    cleanup_distributed(dist_env)
 
 
 if __name__ == "__main__":

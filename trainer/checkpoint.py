@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 
-from model.files import fsync_dir
-from trainer.errors import UserError
+from common.errors import UserError
+from common.files import fsync_dir
 
 MARKER = "COMPLETE"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass
-class State:
+class TrainingCheckpoint:
     """A state read back: `tensors` is what was given to `save_state`, `run` the description beside it."""
 
     path: Path
@@ -82,7 +82,7 @@ def delete_state(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def load_state(path: Path) -> State:
+def load_state(path: Path) -> TrainingCheckpoint:
     """Read a state: `path` is a step folder, or a .resume folder, whose newest complete state is taken.
 
     Raises UserError when there is none, or it cannot be read.
@@ -105,7 +105,7 @@ def load_state(path: Path) -> State:
         raise UserError(
             f"--resume: {path} cannot be read ({reason}); delete it to continue from the state before"
         ) from error
-    return State(path, step, tensors, run)
+    return TrainingCheckpoint(path, step, tensors, run)
 
 
 def complete_states(folder: Path) -> list[Path]:

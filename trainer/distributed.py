@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.errors import UserError, fail, has_failed
+from common.errors import UserError, fail, has_failed
 
 BUCKET_BYTES = 32 << 20  # gradients are summed in flat pieces of about this size
 FOREVER = timedelta(days=365)
@@ -30,7 +30,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class World:
+class DistEnv:
     """Which of how many processes this is.
 
     Attributes:
@@ -42,31 +42,31 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    attempt: int = 0
-    launch: str = ""
-    watch: Watch | None = None
+    restart_count: int = 0
+    run_id: str = ""
+    watch: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def tick(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """Tell the watch that this process got on. Every process has to make the same calls in the same order."""
         if self.watch is not None:
-            self.watch.tick(doing)
+            self.watch.heartbeat(doing)
 
 
-def join_world(device_type: str, timeout: float = 600.0) -> World:
+def init_distributed(device_type: str, timeout: float = 600.0) -> DistEnv:
     """Join the processes started by a launcher (torchrun or deepspeed), or be alone.
 
     Launchers tell each process its place in RANK, WORLD_SIZE and LOCAL_RANK.
 
-    timeout: seconds to wait for another process before giving up (see `Watch`).
+    timeout: seconds to wait for another process before giving up (see `Watchdog`).
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if size == 1:
-        return World(attempt=attempt, launch=_launch_name())
+        return DistEnv(restart_count=restart_count, run_id=_run_id())
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -78,20 +78,20 @@ def join_world(device_type: str, timeout: float = 600.0) -> World:
     if not dist.is_initialized():
         # The watch speaks first, with the names of those who are missing; PyTorch's own time-out is behind it.
         backend = "nccl" if device_type == "cuda" else "gloo"
-        patience = timedelta(seconds=timeout + 120)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=patience))
+        suspend = timedelta(seconds=timeout + 120)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=suspend))
         name = _name_of_attempt(store, rank, size, timeout + 120)
         dist.init_process_group(
-            backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=patience
+            backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=suspend
         )
     if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks; errors of all are heard
-    watch = Watch(rank, size, timeout)
+    watch = Watchdog(rank, size, timeout)
     watch.start()
     # After a restart the launchers of several machines count differently: what happened on one happened to all.
     names: list = [None] * size
-    dist.all_gather_object(names, (attempt, _launch_name()))
-    return World(rank, size, local_rank, max(count for count, _ in names), names[0][1], watch)
+    dist.all_gather_object(names, (restart_count, _run_id()))
+    return DistEnv(rank, size, local_rank, max(count for count, _ in names), names[0][1], watch)
 
 
 def _name_of_attempt(store: dist.Store, rank: int, size: int, timeout: float) -> str:
@@ -125,15 +125,15 @@ def _name_of_attempt(store: dist.Store, rank: int, size: int, timeout: float) ->
     )
 
 
-def leave_world(world: World) -> None:
-    barrier(world)
-    if world.watch is not None:
-        world.watch.stop()
+def cleanup_distributed(dist_env: DistEnv) -> None:
+    barrier(dist_env)
+    if dist_env.watch is not None:
+        dist_env.watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _launch_name() -> str:
+def _run_id() -> str:
     """What torchrun calls this run; where that is not unique, its process, which outlives a restart."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if name != "none":
@@ -145,32 +145,32 @@ def _launch_name() -> str:
 # ---- talking
 
 
-def barrier(world: World) -> None:
+def barrier(dist_env: DistEnv) -> None:
     """Wait until every process has come here."""
-    if world.size > 1:
-        world.tick("meeting the others")
+    if dist_env.size > 1:
+        dist_env.heartbeat("meeting the others")
         dist.barrier()
 
 
-def sum_over_world(world: World, values: Iterable[float], device: torch.device) -> list[float]:
+def all_reduce_sum(dist_env: DistEnv, values: Iterable[float], device: torch.device) -> list[float]:
     """Each value summed over all processes, in double precision where the device has it."""
     values = list(values)
-    if world.size == 1:
+    if dist_env.size == 1:
         return values
-    world.tick(f"{world.watch.doing.partition(',')[0]}, adding up")
+    dist_env.heartbeat(f"{dist_env.watch.doing.partition(',')[0]}, adding up")
     dtype = torch.float32 if device.type == "mps" else torch.float64
     tensor = torch.tensor(values, dtype=dtype, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def ask_main(world: World, question: Callable[[], Answer]) -> Answer:
+def broadcast_object(dist_env: DistEnv, question: Callable[[], Answer]) -> Answer:
     """What rank 0 answers, on every process; a UserError there is raised everywhere. The answer is sent pickled."""
-    if world.size == 1:
+    if dist_env.size == 1:
         return question()
-    world.tick("asking rank 0")
+    dist_env.heartbeat("asking rank 0")
     answer: list = [None, None]
-    if world.is_main:
+    if dist_env.is_main:
         try:
             answer[0] = question()
         except UserError as error:
@@ -181,12 +181,12 @@ def ask_main(world: World, question: Callable[[], Answer]) -> Answer:
     return answer[0]
 
 
-def check_same(world: World, facts: dict) -> None:
+def assert_same_on_all_ranks(dist_env: DistEnv, facts: dict) -> None:
     """UserError if a process was given other data, weights or flags than rank 0; `facts` are JSON-friendly."""
-    if world.size == 1:
+    if dist_env.size == 1:
         return
-    world.tick("comparing data and flags")
-    everyone: list = [None] * world.size
+    dist_env.heartbeat("comparing data and flags")
+    everyone: list = [None] * dist_env.size
     dist.all_gather_object(everyone, (socket.gethostname(), facts))
     for rank, (host, theirs) in enumerate(everyone):
         odd = [name for name in facts if theirs.get(name) != everyone[0][1][name]]
@@ -199,7 +199,7 @@ def check_same(world: World, facts: dict) -> None:
 
 
 @contextlib.contextmanager
-def main_first(world: World, what: str) -> Iterator[None]:
+def main_process_first(dist_env: DistEnv, what: str) -> Iterator[None]:
     """Work that leaves files (tokens): rank 0 does the block first, then one process of every other machine, then all.
 
     So what the first one makes, the others find, whether or not the machines share a folder. Waiting here may take hours
@@ -207,39 +207,41 @@ def main_first(world: World, what: str) -> Iterator[None]:
 
     what: in words; different for every use.
     """
-    if world.size == 1:
+    if dist_env.size == 1:
         yield
         return
-    leader = world.rank - world.local_rank  # of this machine
-    waits_for = None if world.is_main else 0 if world.rank == leader else leader
-    with world.watch.patience(f"preparing {what}"):
+    leader = dist_env.rank - dist_env.local_rank  # of this machine
+    waits_for = None if dist_env.is_main else 0 if dist_env.rank == leader else leader
+    with dist_env.watch.suspend(f"preparing {what}"):
         if waits_for is not None:
-            world.watch.line.wait([f"done/{what}/{waits_for}"], FOREVER)
+            dist_env.watch.line.wait([f"done/{what}/{waits_for}"], FOREVER)
         yield
-        world.watch.line.set(f"done/{what}/{world.rank}", "")
+        dist_env.watch.line.set(f"done/{what}/{dist_env.rank}", "")
 
 
-def share_parameters(world: World, model: nn.Module, device: torch.device) -> None:
+def broadcast_parameters(dist_env: DistEnv, model: nn.Module, device: torch.device) -> None:
     """Give every process the parameters of rank 0. Only one of them at a time needs room on the device."""
-    if world.size == 1:
+    if dist_env.size == 1:
         return
-    world.tick("sharing the weights")
+    dist_env.heartbeat("sharing the weights")
     for parameter in model.parameters():
         value = parameter.data.to(device)
         dist.broadcast(value, src=0)
         parameter.data.copy_(value)
 
 
-def share_tensors(
-    world: World, tensors: dict[str, dict[str, Tensor]], device: torch.device
+def broadcast_tensors(
+    dist_env: DistEnv, tensors: dict[str, dict[str, Tensor]], device: torch.device
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(name, tensors) of rank 0 on every process, one name after the other; `tensors` counts on rank 0 only."""
     layout = {name: {key: (x.shape, x.dtype) for key, x in group.items()} for name, group in tensors.items()}
-    for name, group in ask_main(world, lambda: layout).items():
+    for name, group in broadcast_object(dist_env, lambda: layout).items():
         values = {}
         for key, (shape, dtype) in group.items():
-            value = tensors[name][key].to(device) if world.is_main else torch.empty(shape, dtype=dtype, device=device)
-            if world.size > 1:
+            value = (
+                tensors[name][key].to(device) if dist_env.is_main else torch.empty(shape, dtype=dtype, device=device)
+            )
+            if dist_env.size > 1:
                 dist.broadcast(value, src=0)
             values[key] = value
         yield name, values
@@ -313,12 +315,12 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
 # ---- noticing who does not come
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """A thread that notices processes which hang, names them, and ends this one.
 
     Where processes wait for each other, one that does not come would keep all the others forever. So each counts how
-    often it has got on (`tick`; all make the same calls) and writes it into the launcher's store. Whoever has not got on
-    for `timeout` seconds looks there who is behind.
+    often it has got on (`heartbeat`; all make the same calls) and writes it into the launcher's store. Whoever has not got
+    on for `timeout` seconds looks there who is behind.
     """
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
@@ -332,7 +334,7 @@ class Watch(threading.Thread):
         self._line = store.clone()
         self._line.set_timeout(timedelta(seconds=max(timeout, 10)))
 
-    def tick(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         self.doing, self.since = doing, time.monotonic()
         self.ticks += 1
 
@@ -341,13 +343,13 @@ class Watch(threading.Thread):
         self.join(timeout=1)
 
     @contextlib.contextmanager
-    def patience(self, doing: str) -> Iterator[None]:
+    def suspend(self, doing: str) -> Iterator[None]:
         """In here this process may take its time, or wait for another that does."""
-        self.tick(doing)
+        self.heartbeat(doing)
         self._patient = True
         yield
         self._patient = False
-        self.tick(doing)
+        self.heartbeat(doing)
 
     def run(self) -> None:
         interval = min(max(self.timeout / 20, 0.1), 2.0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.datasets import Batch
+from data_pipeline.datasets import Batch
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
@@ -33,10 +33,10 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[s
     return out.loss, n_targets, {"loss": language, "balance_loss": balance}
 
 
-def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probability of every answer given its prompt, and its number of tokens; each (sequences,) float32.
 
-    inputs: a batch of `trainer.preferences.PreferencePairs`. Logits are computed only where an answer is predicted.
+    inputs: a batch of `data_pipeline.preferences.PreferencePairs`. Logits are computed only where an answer is predicted.
     """
     logits = model(
         input_ids=inputs["input_ids"],
@@ -69,7 +69,7 @@ def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-        log_probs, n_tokens = answer_log_probs(model, batch.inputs)
+        log_probs, n_tokens = sequence_logps(model, batch.inputs)
         ratios = log_probs.view(-1, 2) - batch.inputs["reference"]  # (pairs, 2): chosen, rejected
         if kind == "ipo":
             means = ratios / n_tokens.view(-1, 2)

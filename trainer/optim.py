@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
-OPTIMIZERS = ("adamw", "muon")
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floor: float = 0.1) -> float:
+def get_lr(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floor: float = 0.1) -> float:
     """Linear warm-up to `peak`, then a cosine down to `floor * peak` at the last step: a pure function of the step.
 
     Args:
@@ -59,8 +58,8 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
     muon: Muon (https://kellerjordan.github.io/posts/muon/) for the matrices, scaled so that its updates have the size of
         AdamW's (https://arxiv.org/abs/2502.16982) and one learning rate serves both; AdamW for the rest.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+    if name not in ("adamw", "muon"):
+        raise ValueError(f"unknown optimizer {name!r}; known: adamw, muon")
     groups = {key: [parameter for _, parameter in pairs] for key, pairs in parameter_groups(model).items()}
     matrices = groups.pop("matrices")
     optimizers: list[torch.optim.Optimizer] = []

@@ -18,7 +18,7 @@ from typing import IO
 
 import torch
 
-from trainer.distributed import World
+from trainer.distributed import DistEnv
 
 
 class RankLog:
@@ -28,9 +28,9 @@ class RankLog:
     lines of the log and nothing else.
     """
 
-    def __init__(self, out_dir: Path, name: str, world: World) -> None:
-        self.path = out_dir / "logs" / f"{name}.rank{world.rank}.log"
-        self.world = world
+    def __init__(self, out_dir: Path, name: str, dist_env: DistEnv) -> None:
+        self.path = out_dir / "logs" / f"{name}.rank{dist_env.rank}.log"
+        self.dist_env = dist_env
         self._file: IO[str] | None = None
         self._undo = contextlib.ExitStack()
 
@@ -40,7 +40,7 @@ class RankLog:
         self._undo.callback(self._close)
         self._undo.enter_context(self._warnings())
         self.write(
-            f"--- started: process {os.getpid()} on {platform.node()}, rank {self.world.rank} of {self.world.size}, "
+            f"--- started: process {os.getpid()} on {platform.node()}, rank {self.dist_env.rank} of {self.dist_env.size}, "
             f"PyTorch {torch.__version__}"
         )
         return self
@@ -72,7 +72,7 @@ class RankLog:
 
         def record(message, category, filename, lineno, file=None, line=None) -> None:
             self.write(f"WARNING {category.__name__}: {message} ({filename}, line {lineno})")
-            if self.world.is_main:
+            if self.dist_env.is_main:
                 show(message, category, filename, lineno, file, line)
 
         handler = _Handler(self)
@@ -94,7 +94,7 @@ class _Handler(logging.Handler):
         self.log.write(f"{record.levelname} {record.name}: {record.getMessage()}")
 
 
-class WorkClock:
+class StepTimer:
     """How long this process works by itself: waiting for its data, and forward and backward up to where all meet.
 
     Processes that train together end every step at the same time, the slowest one's. What each did before tells which

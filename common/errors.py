@@ -1,0 +1,117 @@
+"""Errors that a user can fix: one clear line and a non-zero exit code, no traceback."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+_LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "recvBytes",
+    "failed to recv",
+    "remote process exited",
+)
+
+
+class UserError(ValueError):
+    """Something that the user can fix. The message says what was wrong, where, and what to do."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main()`; turn an error that a user can fix into one line on stderr and exit code 1.
+
+    A bug still ends in its traceback: hiding it would help nobody.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print Chinese must not end a run
+    code: Any = 0
+    try:
+        code = main()
+    except SystemExit as ended:  # a run that was stopped by a signal has said and saved everything: it ends as below
+        if isinstance(ended.code, str):
+            raise
+        code = ended.code
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = f" while writing {error.filename}" if error.filename else ""
+            fail(f"no space left on the disk{where}: free some space and run the same command again")
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            fail(f"no permission for {error.filename}: choose another folder or change its permissions")
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            fail(f"{error.filename} cannot be used ({os.strerror(error.errno)}): choose another path")
+        raise
+    except RuntimeError as error:
+        dist = _distributed()
+        if dist is not None and any(words in str(error) for words in _LOST_CONNECTION):
+            fail(
+                f"rank {dist.get_rank()} lost the connection to another process, which exited without an error message "
+                "(killed, or out of memory?): continue with --resume"
+            )
+        raise
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _exit_without_teardown(code or 0)
+    sys.exit(code or 0)
+
+
+def _distributed() -> ModuleType | None:
+    """Return torch.distributed if this process has joined a process group. Scripts without torch do not import it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def _exit_without_teardown(code: int) -> NoReturn:
+    """Exit as Python would, but before it takes the interpreter apart.
+
+    PyTorch's communication threads may still hold a tensor then, find no interpreter, and abort the process ("terminate
+    called without an active exception"): a training that was finished and saved would count as failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader of a pipe may be gone
+            stream.flush()
+    os._exit(code)
+
+
+def fail(message: str, code: int = 1, store: Any = None) -> NoReturn:
+    """Print `error: message` on stderr and exit with `code`. Of several processes only the first to fail prints it.
+
+    store: the process group's key-value store, for a thread that has a connection of its own.
+    """
+    dist = _distributed()
+    if dist is None or _is_first_to_fail(dist, store):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if dist is not None:  # at once: no process may be kept waiting by a connection to one that is gone
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def has_failed(store: Any) -> bool:
+    """Return whether a process has already printed why it exits; `store` is the process group's key-value store."""
+    return store.check(["failed"])
+
+
+def _is_first_to_fail(dist: ModuleType, store: Any) -> bool:
+    try:
+        return (store or dist.distributed_c10d._get_default_store()).add("failed", 1) == 1
+    except RuntimeError:  # the store is gone, and with it rank 0, which has printed its own message
+        return dist.get_rank() == 0
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end the process as Ctrl-C does, so that temporary files are removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

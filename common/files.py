@@ -1,0 +1,154 @@
+"""Files and folders that are either the old one or the new one, never half of one; and one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
+WAIT_SECONDS = 5.0  # a process that was just killed may still be exiting
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut. Windows cannot open folders and needs no such call."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "w", encoding: str | None = "utf-8") -> Iterator[IO]:
+    """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
+
+    If the block raises (a full disk, Ctrl-C) or the process is killed, `path` keeps its old content.
+    Text is written with "\\n" line ends on every system.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    binary = "b" in mode
+    try:
+        with os.fdopen(fd, mode, encoding=None if binary else encoding, newline=None if binary else "") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(tmp, 0o666 & ~_umask())  # mkstemp makes files private
+        os.replace(tmp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
+        raise
+    fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path | str, *, hidden: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success flush it to disk and rename it to `target`.
+
+    If the block raises, `target` stays as it was. Two folders cannot be exchanged in one step: an old `target` has the
+    name `.<name>.old` for a moment, and `recover_folder` gives it its name back if the process was killed just then.
+
+    hidden: start the temporary name with a dot. (transformers makes a module name of a folder that holds code, which
+        must not start with one.)
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f"{'.' * hidden}{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield tmp
+        for path in tmp.rglob("*"):
+            if path.is_dir():
+                fsync_dir(path)
+                continue
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        fsync_dir(tmp)
+        tmp.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
+        recover_folder(target)
+        old = _old_name(target)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(tmp, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    fsync_dir(target.parent)
+
+
+def recover_folder(target: Path) -> None:
+    """Finish or undo a replacement of `target` by `atomic_folder` that was killed half-way."""
+    old = _old_name(target)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, target)
+
+
+def _old_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _umask() -> int:
+    umask = os.umask(0)  # it cannot be read without being set
+    os.umask(umask)
+    return umask
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, name: str, busy: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Be the only process that writes `name` into `folder`; remove what a killed one left half-written.
+
+    The lock is the operating system's: it ends with the process, however that ends, so no stale one has to be deleted by
+    hand.
+
+    Args:
+        busy: the message of the UserError if another process holds the lock.
+        wait: seconds to wait for that process; -1: as long as it takes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{name}.lock"
+    lock = FileLock(path, timeout=wait)
+    try:
+        lock.acquire(poll_interval=0.1)
+    except Timeout:
+        if not path.exists():  # no such file can be created there
+            busy = f"nothing can be written into {folder}: choose another folder"
+        raise UserError(busy) from None
+    except (NotImplementedError, OSError) as error:
+        # A file system without locks, as some network ones are. A folder that cannot be written is reported elsewhere.
+        print(f"WARNING: {folder} cannot be locked ({error}): do not start {name} there twice", file=sys.stderr)
+    try:
+        if lock.is_locked:
+            delete_leftovers(folder, name)
+        yield
+    finally:
+        lock.release()
+
+
+def delete_leftovers(folder: Path, name: str) -> None:
+    """Delete the temporary files and folders of killed writers of `name`. Only the holder of the lock may call this."""
+    hidden = folder.glob(f".{glob.escape(name)}.*.tmp")
+    visible = (path for path in folder.glob(f"{glob.escape(name)}.{'?' * 8}.tmp") if path.is_dir())
+    for path in [*hidden, *visible]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -1,0 +1,109 @@
+"""Put documents of any length into rows of one length, so that almost no computation is spent on padding.
+
+A row holds several documents; attention never crosses from one to the next (see `model.attention.varlen_attention`).
+Padding every document to the row length instead would leave three quarters of the work on Chinese web text to padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW = 1 << 16  # pieces packed together: enough for full rows, and memory stays bounded
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which pieces of documents stand in which row.
+
+    Row r holds the pieces bounds[r]:bounds[r + 1]; piece i is `length[i]` tokens of document `document[i]`, from its
+    token `start[i]` on.
+    """
+
+    seq_len: int
+    document: np.ndarray  # (pieces,) int64
+    start: np.ndarray  # (pieces,) int64
+    length: np.ndarray  # (pieces,) int32
+    bounds: np.ndarray  # (rows + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' tokens that are not padding."""
+        return float(self.length.sum(dtype=np.int64)) / max(len(self) * self.seq_len, 1)
+
+
+def pack(documents: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) -> Packing:
+    """Pack documents into rows, deterministically.
+
+    A document longer than a row is cut into pieces that overlap by one token: the last token of a piece is read again
+    as the first of the next, so that every token but a document's first is predicted exactly once.
+
+    Args:
+        documents: (n,) indices of the documents.
+        lengths: (n,) their lengths in tokens; each at least 2 (a single token predicts nothing).
+        seq_len: tokens in a row, at least 2.
+        seed: documents are shuffled before packing, so that neighbours in the file do not share rows.
+    """
+    if seq_len < 2:
+        raise ValueError(f"rows of {seq_len} token(s) have nothing to predict: at least 2 are needed")
+    if len(lengths) and lengths.min() < 2:
+        raise ValueError("a document of fewer than 2 tokens has nothing to predict; leave it out")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    documents, lengths = np.asarray(documents, np.int64)[order], np.asarray(lengths, np.int64)[order]
+
+    step = seq_len - 1  # tokens predicted by a full piece
+    n_pieces = np.maximum((lengths - 1 + step - 1) // step, 1)
+    document = np.repeat(documents, n_pieces)
+    first = np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+    start = (np.arange(len(document)) - first) * step
+    length = np.minimum(np.repeat(lengths, n_pieces) - start, seq_len).astype(np.int32)
+
+    row_of = np.empty(len(document), np.int64)
+    n_rows = 0
+    for begin in range(0, len(document), WINDOW):
+        window = slice(begin, begin + WINDOW)
+        rows, used = _best_fit(length[window], seq_len)
+        row_of[window] = rows + n_rows
+        n_rows += used
+    by_row = np.argsort(row_of, kind="stable")
+    bounds = np.zeros(n_rows + 1, np.int64)
+    np.cumsum(np.bincount(row_of, minlength=n_rows), out=bounds[1:])
+    return Packing(seq_len, document[by_row], start[by_row], length[by_row], bounds)
+
+
+def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
+    """Best-fit decreasing: longest piece first, each into the fullest row it fits. Returns row per piece, rows used.
+
+    Open rows are kept by the room they have left, and bit r of `rooms` says that there is a row with room r: the best
+    row is found by one bit trick instead of a search.
+    """
+    row_of = np.empty(len(lengths), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    rooms = 0
+    used = 0
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = seq_len, used
+            used += 1
+        row_of[i] = row
+        left = room - length
+        if left:
+            open_rows[left].append(row)
+            rooms |= 1 << left
+    return row_of, used
+
+
+def sample_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits its samples: a pure function of (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(n_samples)

@@ -1,0 +1,289 @@
+"""Chats and preference pairs in every format users have, read into messages; tokens come later, in tokenize.py.
+
+    for chat in iter_conversations(Path("sft_data.csv"), on_bad=print):
+        chat.line, chat.messages            # [{"role": "user", "content": ...}, {"role": "assistant", ...}]
+
+A chat is a row of `history,q,a`, {"messages": [{"role","content"}]}, {"conversations": [{"from","value"}]} or
+{"instruction","input","output","history"}; a pair has a prompt, `chosen` and `rejected`. Roles are read, never guessed
+from the place: a row in which they are unknown or out of order is reported with its line, and nothing is trained on it.
+
+Texts are left as they are, to the last blank.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from data_pipeline.readers import BadLine, columns, file_format, iter_records
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# A CSV or Parquet file needs all columns of one of these.
+CHAT_COLUMNS = (("q", "a"), ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
+PREFERENCE_COLUMNS = (("chosen", "rejected"),)
+
+Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+
+
+class Malformed(Exception):
+    """A row that is not what it should be. The text says what is wrong, for the list of bad lines."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A sound chat: perhaps a system message, then user and assistant in turn; the assistant speaks last."""
+
+    line: int
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two different answers to one prompt: perhaps a system message, then user and assistant in turn, the user last."""
+
+    line: int
+    prompt_messages: list[Message]
+    chosen: str
+    rejected: str
+
+
+def iter_conversations(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Conversation]:
+    """Yield the chats of `path` in constant memory; rows that are no sound chat go to `on_bad`.
+
+    on_bad=None makes the first such row a UserError naming file, line and reason.
+    Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a chat.
+    """
+    check_columns(path, CHAT_COLUMNS)
+    for line, messages in _parsed_rows(path, parse_conversation, on_bad):
+        yield Conversation(line, messages)
+
+
+def iter_preferences(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Preference]:
+    """Yield the preference pairs of `path`. Arguments and errors as `iter_conversations`."""
+    check_columns(path, PREFERENCE_COLUMNS)
+    for line, (prompt, chosen, rejected) in _parsed_rows(path, parse_preference, on_bad):
+        yield Preference(line, prompt, chosen, rejected)
+
+
+def parse_conversation(data: dict) -> list[Message]:
+    """The messages of a row, ready to be rendered; Malformed if they are no sound chat."""
+    messages = read_messages(data)
+    for message in messages:
+        if not message["content"].strip():
+            raise Malformed(f"an empty {message['role']} message")
+    check_order(messages, last="assistant")
+    return messages
+
+
+def parse_preference(data: dict) -> tuple[list[Message], str, str]:
+    """(prompt, chosen, rejected) of a row; Malformed if it is no sound pair.
+
+    The prompt is `conversations`, `messages`, `prompt` (a text or messages) or `instruction` + `input`; the answers are
+    texts, messages, or whole dialogues that repeat the prompt.
+    """
+    chosen_prompt, chosen = _answer(data, "chosen")
+    rejected_prompt, rejected = _answer(data, "rejected")
+    prompt = next((data[name] for name in ("conversations", "messages", "prompt") if data.get(name)), None)
+    if prompt is not None and prompt is data.get("prompt") and not _is_dialogue(prompt):
+        messages = [_user(_text(data, "prompt"))]
+    elif prompt is not None:
+        messages = _dialogue(prompt)
+    elif instruction := _instruction(data):
+        messages = [*_history(data.get("history")), _user(instruction)]
+    else:
+        messages = chosen_prompt
+    messages = _with_system(data, messages)
+    for given in (chosen_prompt, rejected_prompt):
+        if given and _stripped(given) != _stripped(messages):
+            raise Malformed("the answers repeat another prompt than the row's")
+    check_order(messages, last="user")
+    if not messages[-1]["content"].strip():
+        raise Malformed("the prompt is empty")
+    if chosen.strip() == rejected.strip():
+        raise Malformed("chosen and rejected are the same")
+    return messages, chosen, rejected
+
+
+def read_messages(data: dict) -> list[Message]:
+    """The messages of a row as they stand in it: their order is unchecked, and the last q and a may be empty."""
+    dialogue = data.get("messages") or data.get("conversations")
+    if dialogue:
+        return _with_system(data, _dialogue(dialogue))
+    if "q" in data or "a" in data:
+        question, answer = _text(data, "q"), _text(data, "a")
+    elif "output" in data:
+        question, answer = _instruction(data), _text(data, "output")
+    else:
+        raise Malformed(f"no question and answer; the fields are {field_names(data)}")
+    turns = [*_history(data.get("history")), _user(question), {"role": "assistant", "content": answer}]
+    return _with_system(data, turns)
+
+
+def check_order(messages: list[Message], last: str) -> None:
+    """Malformed unless: perhaps a system message, then user and assistant in turn, and `last` speaks last."""
+    roles = [message["role"] for message in messages]
+    first = 1 if roles[:1] == ["system"] else 0
+    wrong = next((i for i in range(first, len(roles)) if roles[i] != ("user", "assistant")[(i - first) % 2]), None)
+    if wrong is None and len(roles) > first and roles[-1] == last:
+        return
+    shown = " ".join(roles[:8]) + (" ..." if len(roles) > 8 else "")
+    where = "" if wrong is None else f" (message {wrong + 1} is not)"
+    raise Malformed(f"roles out of order: {shown}; expected user and assistant in turn, {last} last{where}")
+
+
+def text_of(data: dict, name: str, required: bool = False) -> str:
+    """The stripped text under `name`; "" for null, and for a missing field that is not required."""
+    return _text(data, name, required).strip()
+
+
+def field_names(data: dict) -> str:
+    """The first names of the fields of a row, for messages."""
+    return ", ".join(map(str, list(data)[:8])) or "none"
+
+
+def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:
+    """UserError if `path` is of a format with a header that has none of the `needed` sets of columns, or plain text."""
+    sets = " or ".join(",".join(names) for names in needed)
+    if file_format(path) == ".txt":
+        raise UserError(f"{path}: plain text has no fields, but {sets} is needed; use .jsonl, .csv or .parquet")
+    found = columns(path)
+    if found is not None and not any(set(names) <= set(found) for names in needed):
+        raise UserError(f"{path}: needs the columns {sets}, but this file has {', '.join(found)}; rename them")
+
+
+def _parsed_rows(path: Path, parse: Callable, on_bad: Callable[[BadLine], None] | None) -> Iterator[tuple]:
+    for record in iter_records(path, on_bad):
+        try:
+            parsed = parse(record.data)
+        except Malformed as reason:
+            if on_bad is None:
+                raise UserError(f"{path}, line {record.line}: {reason}") from None
+            on_bad(BadLine(record.line, str(reason)))
+            continue
+        yield record.line, parsed
+
+
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _with_system(data: dict, messages: list[Message]) -> list[Message]:
+    """The messages, after the row's own `system` field if it has one."""
+    system = _text(data, "system")
+    return [{"role": "system", "content": system}, *messages] if system.strip() else messages
+
+
+def _stripped(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
+def _is_dialogue(prompt: object) -> bool:
+    """Whether a prompt holds messages; in a CSV they are written as text, and "[1, 2]: what is it?" is just text."""
+    if not isinstance(prompt, str):
+        return True
+    with contextlib.suppress(Malformed):
+        value = _parsed(prompt, "prompt") if prompt.lstrip().startswith("[") else None
+        return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+    return False
+
+
+def _history(value: object) -> list[Message]:
+    history = _parsed(value, "history") or []
+    messages = []
+    for turn in history if isinstance(history, list) else [None]:
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise Malformed("the history is not a list of [question, answer] pairs")
+        if not all(text.strip() for text in turn):
+            raise Malformed("an empty turn in the history")
+        _check_text("".join(turn), "history")
+        messages += [_user(turn[0]), {"role": "assistant", "content": turn[1]}]
+    return messages
+
+
+def _dialogue(value: object) -> list[Message]:
+    """[{"role","content"}] or [{"from","value"}] with the roles of this project. An empty system message is none."""
+    value = _parsed(value, "dialogue")
+    if not isinstance(value, list) or not value:
+        raise Malformed("the dialogue is not a list of messages")
+    messages = [_message(message) for message in value]
+    for i, message in enumerate(messages):
+        if not message["content"].strip() and (message["role"] != "system" or i > 0):
+            raise Malformed(f"an empty {message['role']} message")
+    return messages if messages[0]["content"].strip() else messages[1:]
+
+
+def _message(message: object) -> Message:
+    if not isinstance(message, dict):
+        raise Malformed("a message is not an object with a role and a text")
+    role, content = ("role", "content") if "role" in message else ("from", "value")
+    name = message.get(role)
+    if not isinstance(name, str) or name not in ROLES:
+        raise Malformed(f"unknown role {name!r:.80}; known are {', '.join(ROLES)}")
+    return {"role": ROLES[name], "content": _text(message, content, required=True)}
+
+
+def _answer(data: dict, name: str) -> tuple[list[Message], str]:
+    """The answer under `name`, and the prompt that it repeats, if it does."""
+    value = data.get(name)
+    if isinstance(value, str) and _is_dialogue(value):
+        value = _parsed(value, name)
+    if isinstance(value, list) and value:
+        *prompt, last = _dialogue(value) or [_user("")]
+    elif isinstance(value, dict):
+        prompt, last = [], _message(value)
+    else:
+        prompt, last = [], {"role": "assistant", "content": _text(data, name, required=True)}
+    if last["role"] != "assistant":
+        raise Malformed(f"{name} is a {last['role']} message, not an assistant's")
+    if not last["content"].strip():
+        raise Malformed(f"{name} is empty")
+    return prompt, last["content"]
+
+
+def _instruction(data: dict) -> str:
+    return "\n".join(part for part in (text_of(data, "instruction"), text_of(data, "input")) if part)
+
+
+def _text(data: dict, name: str, required: bool = False) -> str:
+    if required and name not in data:
+        raise Malformed(f"no {name}; the fields are {field_names(data)}")
+    value = data.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Malformed(f"{name} is not a text but {type(value).__name__}")
+    _check_text(value, name)
+    return value
+
+
+def _check_text(text: str, name: str) -> None:
+    if "\0" in text:
+        raise Malformed(f"a NUL character in {name}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # the reader looks at its rows, but a text may hold JSON with escapes of its own
+        raise Malformed(f"half of a surrogate pair in {name}, which is not a character") from None
+
+
+def _parsed(value: object, name: str) -> object:
+    """A list as it is, or written as JSON, or (in files of the original MiniMind) as a Python literal."""
+    if isinstance(value, float) and value != value:  # pandas writes an empty field as NaN
+        return None
+    if not isinstance(value, str):
+        return value or None
+    if value.strip().lower() in ("", "nan", "none", "null"):
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value)
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise Malformed(f"{name} is neither JSON nor a Python list") from None

@@ -1,0 +1,267 @@
+"""A MiniMind as a GGUF file for llama.cpp, Ollama and what is built on them.
+
+    write_gguf(path, model, tokenizer, "q8_0", name="my-minimind")
+    model = read_gguf(path)          # back again, in float32, to check what was written
+
+llama.cpp rotates interleaved pairs in all three architectures used here, as we do, so no rows are re-ordered:
+
+dense                                               llama
+mixture of experts, weights renormalised            ernie4_5-moe (any number of shared experts)
+mixture of experts, weights as they are             deepseek (at least one shared expert)
+
+Another architecture's name on a mixture of experts is no problem: it only tells llama.cpp what to compute.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, TokenType
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from export.huggingface import build, export_state, renormalises
+from export.self_check import MAX_KL, Agreement, measure, model_logits
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.weights import EMBEDDING
+
+# name: (type of the matrices, what the file says it is)
+TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+BLOCK = 32  # weights of a row that share a scale in q8_0
+
+# What llama.cpp does under the name "qwen2", and train_tokenizer.py with its SPLIT.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def gguf_architecture(config: LMConfig) -> str:
+    """The architecture of llama.cpp that computes what this model does. Raises ValueError if none does."""
+    if not config.use_moe:
+        return "llama"
+    if renormalises(config):
+        return "ernie4_5-moe"
+    if config.n_shared_experts:
+        return "deepseek"
+    raise ValueError(
+        "llama.cpp has no architecture for this mixture of experts: its weights are not renormalised "
+        f"(num_experts_per_tok {config.num_experts_per_tok}, norm_topk_prob {config.norm_topk_prob}), which deepseek "
+        "can compute, but only with shared experts; use --format llama or minimind"
+    )
+
+
+def gguf_names(config: LMConfig) -> dict[str, str | list[str]]:
+    """GGUF's name of every tensor -> ours, or the list of ours that are stacked in it (experts)."""
+    names: dict[str, str | list[str]] = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight"}
+    projections = {"w1": "gate", "w2": "down", "w3": "up"}
+    for i in range(config.n_layers):
+        block, ours = f"blk.{i}.", f"layers.{i}."
+        names[f"{block}attn_norm.weight"] = f"{ours}attention_norm.weight"
+        names[f"{block}ffn_norm.weight"] = f"{ours}ffn_norm.weight"
+        for letter, part in zip("qkvo", ("q", "k", "v", "output"), strict=True):
+            names[f"{block}attn_{part}.weight"] = f"{ours}attention.w{letter}.weight"
+        ours += "feed_forward."
+        for w, part in projections.items():
+            if not config.use_moe:
+                names[f"{block}ffn_{part}.weight"] = f"{ours}{w}.weight"
+                continue
+            experts = [f"{ours}experts.{j}.{w}.weight" for j in range(config.n_routed_experts)]
+            names[f"{block}ffn_{part}_exps.weight"] = experts
+            if config.n_shared_experts:
+                names[f"{block}ffn_{part}_shexp.weight"] = f"{ours}shared_experts.{w}.weight"
+        if config.use_moe:
+            names[f"{block}ffn_gate_inp.weight"] = f"{ours}gate.weight"
+    return names
+
+
+def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
+    """How a tensor is stored in a file of type `kind`: small ones stay float32, rows that do not fill blocks float16."""
+    wanted = TYPES[kind][0]
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+        return GGMLQuantizationType.F32
+    if wanted == GGMLQuantizationType.Q8_0 and shape[-1] % BLOCK:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def write_gguf(path: Path, model: Transformer, tokenizer: PreTrainedTokenizerFast, kind: str, name: str) -> None:
+    """Write weights, vocabulary and chat template to one file.
+
+    Args:
+        kind: f32, f16 or q8_0 (8 bits and a scale for every 32 weights).
+        name: what programs show.
+
+    Raises:
+        ValueError: an architecture, a tokenizer or a weight that the file or llama.cpp cannot hold.
+    """
+    config = model.config
+    _check_scaling(config)
+    architecture = gguf_architecture(config)
+    # float32 first: numpy has no bfloat16. Going through float16 says what would overflow there.
+    state = export_state(model, torch.float32)
+    if kind != "f32":
+        export_state(model, torch.float16)
+    writer = GGUFWriter(path, architecture)
+    try:
+        _add_settings(writer, config, architecture, kind, name)
+        _add_vocabulary(writer, tokenizer, config)
+        for theirs, ours in gguf_names(config).items():
+            array = _stacked(state, ours).numpy()
+            stored = tensor_type(theirs, array.shape, kind)
+            writer.add_tensor(theirs, gguf.quantize(array, stored), raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _check_scaling(config: LMConfig) -> None:
+    if config.rope_scaling is not None:
+        raise ValueError(
+            f"this model was trained with RoPE scaling ({config.rope_scaling['rope_type']}), which is not exported to "
+            "GGUF; the formats llama and minimind have it"
+        )
+
+
+def _add_settings(writer: GGUFWriter, config: LMConfig, architecture: str, kind: str, name: str) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(TYPES[kind][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if not config.use_moe:
+        return
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.hidden_dim)
+    writer.add_leading_dense_block_count(0)
+    if architecture == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(1)
+        if config.n_shared_experts:
+            writer.add_expert_shared_feed_forward_length(config.hidden_dim * config.n_shared_experts)
+    else:
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_expert_weights_scale(1.0)
+
+
+def _add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, config: LMConfig) -> None:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    check_splitting(content)
+    added = {token["id"]: token for token in content["added_tokens"]}
+    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    types = [TokenType.NORMAL] * len(tokens)
+    for i, token in added.items():
+        types[i] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)  # the chat template writes it
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_splitting(content: dict) -> None:
+    """Raise ValueError unless llama.cpp can split text as this tokenizer (its JSON) does, which it does by name only."""
+    pieces = content.get("pre_tokenizer") or {}
+    pieces = pieces.get("pretokenizers", [pieces])
+    patterns = [piece["pattern"].get("Regex") for piece in pieces if piece.get("type") == "Split"]
+    bytes_only = [piece for piece in pieces if piece.get("type") == "ByteLevel"]
+    plain = len(bytes_only) == 1 and not (bytes_only[0]["use_regex"] or bytes_only[0]["add_prefix_space"])
+    if content["model"]["type"] != "BPE" or content.get("normalizer") or patterns != [QWEN2_SPLIT] or not plain:
+        raise ValueError(
+            "llama.cpp cannot split text as this tokenizer does: it has to be a byte-level BPE with Qwen2's splitting, as "
+            "train_tokenizer.py makes them; use --format llama or minimind"
+        )
+
+
+def _stacked(state: dict[str, Tensor], names: str | list[str]) -> Tensor:
+    return state[names] if isinstance(names, str) else torch.stack([state[name] for name in names])
+
+
+# ---- reading back
+
+
+def read_gguf(path: Path, config: LMConfig) -> Transformer:
+    """The weights of a GGUF file, dequantised to float32, in a model of `config`. ValueError if they do not fit."""
+    state = {}
+    names = gguf_names(config)
+    for tensor in GGUFReader(path).tensors:
+        if tensor.name not in names:
+            raise ValueError(f"{path}: unexpected tensor {tensor.name}")
+        weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        ours = names[tensor.name]
+        if isinstance(ours, str):
+            state[ours] = weight
+        else:
+            state |= dict(zip(ours, weight.unbind(0), strict=True))
+    return build(state, config, path)
+
+
+def rounded(model: Transformer, kind: str) -> Transformer:
+    """`model` in float32 with the values a file of type `kind` can hold, computed without a file."""
+    state = export_state(model, torch.float32)
+    for theirs, ours in gguf_names(model.config).items():
+        for name in [ours] if isinstance(ours, str) else ours:
+            stored = tensor_type(theirs, tuple(state[name].shape), kind)
+            array = gguf.dequantize(gguf.quantize(state[name].numpy(), stored), stored)
+            state[name] = torch.from_numpy(np.array(array, dtype=np.float32))
+    return build(state, model.config, f"{kind} of {model.config.dim}")
+
+
+def compare_gguf(
+    path: Path, model: Transformer, kind: str, rows: list[list[int]], tolerance: float | None = None
+) -> Agreement:
+    """Logits of a file of type `kind`, read back into our model, beside those of `model`, its source.
+
+    This shows that the file holds what it should, to the last bit; that llama.cpp computes the same from it is for the
+    tests to show.
+    """
+    theirs, stored = model_logits(read_gguf(path, model.config), rows), model_logits(rounded(model, kind), rows)
+    source = model_logits(copy.deepcopy(model).float(), rows) if kind in MAX_KL else None
+    return measure(theirs, stored, source, tolerance=tolerance or 0.0, max_kl=MAX_KL.get(kind))
+
+
+# ---- Ollama
+
+_MODELFILE = '''# ollama create {name} -f Modelfile && ollama run {name}
+FROM ./{file}
+TEMPLATE """{{{{- range .Messages }}}}{{{{ if eq .Role "system" }}}}{{{{ .Content }}}}{{{{ else }}}}<s>{{{{ .Role }}}}
+{{{{ .Content }}}}</s>
+{{{{ end }}}}{{{{ end }}}}<s>assistant
+"""
+PARAMETER stop "</s>"
+PARAMETER stop "<s>"
+PARAMETER num_ctx {context}
+'''
+
+
+def modelfile(file: str, name: str, config: LMConfig) -> str:
+    """The Modelfile with which Ollama makes a model of a GGUF file, with our chat format in Go's template language."""
+    return _MODELFILE.format(file=file, name=name, context=config.max_seq_len)

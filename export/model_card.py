@@ -1,0 +1,147 @@
+"""The model card of an export: what the model is, how it was made, how to run it."""
+
+from __future__ import annotations
+
+from export.huggingface import renormalises
+from export.self_check import Agreement
+from model.model import Transformer, parameter_counts
+from model.weights import Checkpoint
+
+_CODE = {
+    "llama": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})
+model = AutoModelForCausalLM.from_pretrained("{name}"{remote})
+chat = [{{"role": "user", "content": "你好"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.9)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```""",
+    "gguf": """```sh
+llama-cli -m {file} --jinja -cnv          # llama.cpp
+ollama create {name} -f Modelfile && ollama run {name}
+```""",
+}
+_INFO_ROWS = {
+    "stage": "stage",
+    "step": "optimizer steps",
+    "tokens": "tokens trained on",
+    "base": "adapter trained on",
+    "train_data": "fingerprint of the data",
+    "tokenizer_hash": "tokenizer",
+}
+_METRICS = ("loss", "bits_per_byte", "accuracy", "margin")  # not the speed, nor the memory
+_OPTION_ROWS = (
+    "data_path",
+    "epochs",
+    "batch_size",
+    "accumulation_steps",
+    "learning_rate",
+    "optimizer",
+    "dtype",
+    "seed",
+)
+
+
+def model_card(
+    name: str,
+    checkpoint: Checkpoint,
+    description: dict,
+    form: str,
+    agreement: Agreement,
+    file: str = "",
+    ceval: dict | None = None,
+) -> str:
+    """README.md of an export, in Markdown with the header that Hugging Face reads.
+
+    Args:
+        name: of the folder, or user/name where it is published.
+        description: of `export.huggingface.describe`: the card tells nothing that is not in it.
+        form: llama, minimind or gguf.
+        file: name of the GGUF file.
+        ceval: `summary.json` of eval_ceval.py.
+    """
+    library = "gguf" if form == "gguf" else "transformers"
+    header = (
+        f"---\nlanguage:\n- zh\n- en\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- minimind\n---"
+    )
+    counts = parameter_counts(checkpoint.model)
+    active = f", {counts['active'] / 1e6:.2f}M of them active per token" if checkpoint.config.use_moe else ""
+    remote = ", trust_remote_code=True" if form == "minimind" else ""
+    run_as = name.rsplit("/", 1)[-1] if form == "gguf" else name
+    code = _CODE["gguf" if form == "gguf" else "llama"].format(name=run_as, remote=remote, file=file)
+    sections = [
+        header,
+        f"# {name}",
+        f"A small Chinese and English language model of {counts['total'] / 1e6:.2f}M parameters{active}, trained from "
+        "nothing with MiniMind. It is made for learning how language models work: what it says may be wrong.",
+        "## Running it",
+        code,
+        "A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, a system message in front of it as bare text; the chat "
+        f"template is included. It was trained at {checkpoint.config.max_seq_len} tokens of context.",
+        "## What it is",
+        _table(_architecture(checkpoint.model, form)),
+        "## How it was made",
+        _table(_training(description)) or "Nothing is recorded about the training of these weights.",
+    ]
+    if ceval is not None:
+        sections += ["## C-Eval", _table(_ceval(ceval))]
+    sections += ["## How near it is to its source", f"Checked when it was exported: {agreement.describe()}."]
+    return "\n\n".join(sections) + "\n"
+
+
+def _architecture(model: Transformer, form: str) -> dict:
+    config = model.config
+    rows = {
+        "architecture": {"llama": "Ernie 4.5 MoE" if config.use_moe else "Llama"}.get(form, "MiniMind"),
+        "layers": config.n_layers,
+        "width": config.dim,
+        "query heads / key-value heads": f"{config.n_heads} / {config.n_kv_heads}",
+        "feed-forward width": config.hidden_dim,
+        "vocabulary": config.vocab_size,
+        "context": config.max_seq_len,
+        "rotary base": config.rope_theta,
+        "embeddings": "input and output tied",
+    }
+    if config.use_moe:
+        weights = "renormalised" if renormalises(config) else "not renormalised"
+        rows["experts"] = (
+            f"{config.num_experts_per_tok} of {config.n_routed_experts} per token ({weights}), and shared ones of "
+            f"{config.n_shared_experts} times the width"
+        )
+    return rows
+
+
+def _training(description: dict) -> dict:
+    rows = {label: description[key] for key, label in _INFO_ROWS.items() if description.get(key) is not None}
+    metrics = description.get("metrics")
+    for key, value in (metrics if isinstance(metrics, dict) else {}).items():
+        if isinstance(value, (int, float)) and any(word in key for word in _METRICS):
+            rows[key.replace("_", " ")] = f"{value:.4g}"
+    options = description.get("options")
+    for key in _OPTION_ROWS if isinstance(options, dict) else ():
+        if options.get(key) is not None:
+            value = options[key]
+            rows[f"--{key}"] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return rows
+
+
+def _ceval(summary: dict) -> dict:
+    """Accuracies in a summary: overall, and of the categories if there are any."""
+    groups = {"overall": summary.get("overall")} | (summary.get("categories") or {})
+    rows = {}
+    for name, group in groups.items():
+        if isinstance(group, dict) and isinstance(group.get("accuracy"), (int, float)):
+            questions = f" of {group['questions']} questions" if "questions" in group else ""
+            rows[name] = f"{group['accuracy']:.1%}{questions} (chance: 25%)"
+    if not rows:
+        raise ValueError("no accuracy in the summary of C-Eval: name the summary.json that eval_ceval.py writes")
+    return rows
+
+
+def _table(rows: dict) -> str:
+    if not rows:
+        return ""
+    cells = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *cells])

@@ -1,0 +1,208 @@
+"""Whether an export computes what its source does: logits of both, on real text.
+
+rows = sample_rows(tokenizer, SAMPLE_TEXTS, config)
+agreement = compare_folder(folder, model, rows)
+agreement.check()          # ValueError if the export is wrong
+print(agreement.describe())
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from export.huggingface import CONFIG, read_json, read_weights
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.tokenizer import BOS_ID, EOS_ID, encode_texts
+
+# Nats per token that a lower precision may change the predictions by. Real models lose a tenth of that.
+MAX_KL = {"f16": 1e-3, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 5e-2}
+
+# What an export is compared on unless there is a better text: both languages, a chat, digits, code, rare characters.
+SAMPLE_TEXTS = (
+    "春天来了，河边的柳树长出了新的叶子，孩子们在草地上放风筝，老人坐在长椅上晒太阳。",
+    "The library opens at nine in the morning; on rainy days the reading room is full before ten.",
+    "北京是中华人民共和国的首都，有三千多年的历史，故宫和长城每年吸引许多游客。",
+    "Water boils at 100 degrees Celsius at sea level, and at about 93 degrees on a mountain 2,000 metres high.",
+    "请用简单的话解释什么是神经网络。\n神经网络由许多相连的小单元组成，通过例子调整连接的强弱来学习。",
+    "user\nWhat is 17 + 25?\nassistant\n17 + 25 = 42, because 17 + 20 = 37 and 37 + 5 = 42.",
+    "他说：“明天如果不下雨，我们就一起去爬山。”她笑了笑，没有回答。",
+    "def area(width, height):\n    return width * height\n\nprint(area(3, 4))  # 12",
+    "元素周期表中，氢的原子序数是1，氧是8，铁是26，金是79。",
+    "Once upon a time a small fox lived at the edge of a forest, and every evening it watched the lights of the town.",
+    "人工智能 (AI) 在2024年继续发展，GPU 的价格上涨了约15%。",
+    "naïve café, Straße, 東京, Привет, 🙂 and a tab\there.",
+)
+
+
+def sample_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: LMConfig) -> list[list[int]]:
+    """Each text as `<s>`text`</s>`, cut to the length the model was trained at."""
+    return [[BOS_ID, *ids, EOS_ID][: config.max_seq_len] for ids in encode_texts(tokenizer, texts)]
+
+
+@torch.no_grad()
+def model_logits(model: torch.nn.Module, rows: list[list[int]]) -> list[Tensor]:
+    """Logits (time, vocab_size) in float32 of each row of ids, one row at a time: nothing is padded."""
+    return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+
+
+def folder_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
+    """What others compute from an exported folder: `llama` in float32 by transformers itself, `minimind` in the stored
+    precision by the code in the folder, in a process of its own that cannot see this one.
+
+    Raises ValueError if transformers does not find exactly the weights it looks for.
+    """
+    if is_minimind(folder):
+        return _logits_elsewhere(folder, rows)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
+    errors = {what: sorted(map(str, names)) for what, names in found.items() if names}
+    if errors:
+        raise ValueError(f"transformers does not find the weights it looks for in {folder}: {errors}")
+    return model_logits(model.eval(), rows)
+
+
+_ELSEWHERE = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+folder, task, result = sys.argv[1:]
+task = json.load(open(task))
+torch.set_num_threads(task["threads"])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True, dtype="auto").eval()
+with torch.no_grad():
+    rows = [model(input_ids=torch.tensor([row])).logits[0].float().contiguous() for row in task["rows"]]
+save_file({str(i): row for i, row in enumerate(rows)}, result)
+"""
+
+
+def _logits_elsewhere(folder: Path, rows: list[list[int]]) -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        task, result = Path(scratch) / "task.json", Path(scratch) / "logits.safetensors"
+        task.write_text(json.dumps({"rows": rows, "threads": torch.get_num_threads()}))
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), str(task), str(result)]
+        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            raise ValueError(f"the model in {folder} does not load by itself: {last[0]}")
+        logits = read_weights(result)
+    return [logits[str(i)] for i in range(len(rows))]
+
+
+@dataclass
+class Agreement:
+    """How near an export is to its source.
+
+    `largest`: largest difference of a logit from those of the source in the precision stored; above `tolerance` the
+    export is wrong. `rounding` and `kl`: largest difference of a logit, and Kullback-Leibler divergence of the next
+    token's distribution in nats per token, caused by a precision that is lower than the source's (None: it is not).
+    A mixture of experts can choose another expert after rounding, so there only the divergence means something.
+    """
+
+    tokens: int
+    largest: float
+    tolerance: float
+    rounding: float | None = None
+    kl: float | None = None
+    max_kl: float | None = None
+
+    def describe(self) -> str:
+        text = f"largest difference of logits over {self.tokens:,} tokens of real text: {self.largest:.2g}"
+        text += f" (allowed: {self.tolerance:g})"
+        if self.kl is not None:
+            text += (
+                f"; the lower precision changes logits by up to {self.rounding:.2g} and the prediction of a token by "
+            )
+            text += f"{self.kl:.2g} nats on average (allowed: {self.max_kl:g})"
+        return text
+
+    def check(self) -> None:
+        """Raise ValueError if the export must not be used."""
+        if not self.largest <= self.tolerance:
+            raise ValueError(f"the export does not compute what its source does, so it was not kept: {self.describe()}")
+        if self.kl is not None and not self.kl <= self.max_kl:
+            raise ValueError(
+                f"too much is lost in this precision, so the export was not kept: {self.describe()}; use a higher --dtype"
+            )
+
+
+def measure(
+    theirs: list[Tensor],
+    stored: list[Tensor],
+    source: list[Tensor] | None,
+    *,
+    tolerance: float,
+    max_kl: float | None = None,
+) -> Agreement:
+    """Compare the logits of an export with those of its source.
+
+    Args:
+        theirs: of the export, (time, vocab_size) for every row.
+        stored: of the source with its weights rounded to what the export stores.
+        source: of the source as it is; None if the export stores the same precision.
+    """
+    agreement = Agreement(sum(map(len, theirs)), largest_difference(stored, theirs), tolerance)
+    if source is not None:
+        agreement.rounding, agreement.kl = largest_difference(source, theirs), divergence(source, theirs)
+        agreement.max_kl = max_kl
+    return agreement
+
+
+def compare_folder(
+    folder: Path, model: Transformer, rows: list[list[int]], tolerance: float | None = None
+) -> Agreement:
+    """Logits of an exported folder, computed as its users will, beside those of `model`, its source.
+
+    tolerance: largest difference of a logit; None: 1e-4 for transformers' own code, which is compared in float32, and 0
+    for ours, which is compared in the precision stored.
+    """
+    ours = is_minimind(folder)
+    dtype = getattr(torch, read_json(folder / CONFIG)["dtype"])
+    stored = copy.deepcopy(model).to(dtype)
+    reference = model_logits(stored if ours else stored.float(), rows)
+    lossy = dtype not in (torch.float32, model.tok_embeddings.weight.dtype)
+    source = model_logits(copy.deepcopy(model).float(), rows) if lossy else None
+    if tolerance is None:
+        tolerance = 0.0 if ours else 1e-4
+    return measure(
+        folder_logits(folder, rows), reference, source, tolerance=tolerance, max_kl=MAX_KL.get(str(dtype)[6:])
+    )
+
+
+def is_minimind(folder: Path) -> bool:
+    """Whether the folder runs our own code, not an architecture of transformers."""
+    return read_json(folder / CONFIG).get("model_type") == LMConfig.model_type
+
+
+def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest |a - b| over all logits of all rows; infinite for what cannot be compared."""
+    largest = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or not b.isfinite().all():
+            return float("inf")
+        largest = max(largest, (a - b).abs().max().item())
+    return largest
+
+
+def divergence(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Mean over all positions of KL(ours || theirs), in nats per token."""
+    total = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = a.log_softmax(-1), b.log_softmax(-1)
+        total += (a.exp() * (a - b)).sum().item()
+    return max(total, 0.0) / sum(map(len, ours))

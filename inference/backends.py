@@ -1,0 +1,163 @@
+"""One step of decoding as a pure function of tokens, positions and cache, and the fast ways to run it.
+
+`fast_model` chooses one: on a CPU with a C++ compiler the kernel of `inference.kernels.decode`; elsewhere, if asked for, the
+function below through torch.compile (on a GPU with CUDA graphs). What it returns goes into `Decoder(..., fast=...)`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.kernels.decode import KernelUnavailable, NativeModel
+from inference.kernels.decode_weights import QUANTIZATIONS, DecodeLayer, DecodeWeights
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.rope import apply_rope
+
+COMPILE = ("auto", "on", "off")
+VISIBLE = 64  # attention looks at a multiple of so many places: one CUDA graph for each
+
+
+def fast_model(model: Transformer, compile: str = "auto", quantize: str = "none") -> NativeModel | TorchModel | None:
+    """The fastest way to decode with a model, or None: then `BatchGenerator` calls the model itself.
+
+    Args:
+        model: what comes out has a copy of its weights, and does not follow later changes.
+        compile: "auto": where it takes seconds at most, which is on a CPU with a C++ compiler; "on": also by
+            torch.compile, which takes a minute or so; "off": neither.
+        quantize: "int8" rounds the weights (half the memory of bfloat16; on a CPU that much faster), "none" does not.
+
+    Raises ValueError: unknown words, or a model whose weights cannot be laid out (one with an adapter).
+    """
+    if compile not in COMPILE:
+        raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"unknown quantization {quantize!r}; known: {', '.join(QUANTIZATIONS)}")
+    if compile == "off" and quantize == "none":
+        return None
+    if type(model) is not Transformer:
+        if compile == "auto" and quantize == "none":
+            return None
+        raise ValueError(
+            "fast decoding is for a plain model, and this one has an adapter: merge it into the weights first"
+        )
+    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
+    if compile == "auto" and quantize == "none" and not on_cpu:
+        return None
+    weights = DecodeWeights(model, quantize)
+    if compile != "off" and on_cpu:
+        try:
+            return NativeModel(weights)
+        except KernelUnavailable:
+            if compile == "auto" and quantize == "none":
+                return None
+    return TorchModel(weights, compiled=compile == "on")
+
+
+class TorchModel:
+    """The step in PyTorch."""
+
+    def __init__(self, weights: DecodeWeights, compiled: bool) -> None:
+        self.weights, self.config, self.compiled = weights, weights.config, compiled
+        self.function = decode_step
+        if compiled:
+            cuda = weights.embedding.device.type == "cuda"
+            self.function = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
+            for tensor in weights.tensors():
+                torch._dynamo.mark_static_address(tensor)  # or a CUDA graph would copy it each time
+
+    def describe(self) -> str:
+        return "PyTorch, compiled" if self.compiled else "PyTorch"
+
+    def bind(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
+        """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
+        return TorchStep(self, keys, values)
+
+
+class TorchStep:
+    """A step on a cache: the newest tokens of its first slots, at their positions -> logits of the next ones."""
+
+    reads_prompts = False
+
+    def __init__(self, model: TorchModel, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.model, self.keys, self.values = model, keys, values
+        self.max_len = keys[0].shape[2]
+        self.rope = model.weights.rope(self.max_len)
+        self.places = torch.arange(self.max_len, device=keys[0].device)
+        if model.compiled:
+            for tensor in (*keys, *values):
+                torch._dynamo.mark_static_address(tensor)
+                for dim in (0, 2):  # one graph for caches of every size
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            for tensor in self.rope:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """tokens, positions (rows,), of which the largest is `longest` -> logits (rows, vocab)."""
+        places = self.places[: min((longest // VISIBLE + 1) * VISIBLE, self.max_len)]
+        if self.model.compiled:
+            torch._dynamo.maybe_mark_dynamic(places, 0)
+            if len(tokens) > 1:
+                for tensor in (tokens, positions):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return self.model.function(self.model.weights, self.rope, tokens, positions, places, self.keys, self.values)
+
+
+def decode_step(
+    weights: DecodeWeights,
+    rope: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    positions: Tensor,
+    places: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Tensor:
+    """One token of each row through the model.
+
+    Args:
+        rope: cosine and sine of every place in the cache, (max_len, head_dim / 2) each.
+        tokens, positions: (rows,), the newest token of each row and where it stands. Its key and value go there.
+        places: 0, 1, ...: the part of the cache that is looked at, at least up to the largest position.
+        keys, values: of each layer (slots, kv_heads, max_len, head_dim); row i has slot i.
+
+    Returns:
+        (rows, vocab) logits.
+    """
+    config, rows = weights.config, len(tokens)
+    cos, sin = (table[positions][:, None, None] for table in rope)  # (rows, 1, 1, head_dim / 2)
+    mask = (places <= positions[:, None])[:, None, None]  # (rows, 1, 1, places)
+    slot = torch.arange(rows, device=tokens.device)[:, None]
+    head = torch.arange(config.n_kv_heads, device=tokens.device)[None]
+    x = weights.embedding[tokens]  # (rows, dim)
+    for layer, k_cells, v_cells in zip(weights.layers, keys, values, strict=True):
+        qkv = layer.qkv(rms_norm(x, layer.attention_norm, config)).view(rows, 1, -1, config.head_dim)
+        q, k, v = qkv.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k_cells.index_put_((slot, head, positions[:, None]), k[:, 0])
+        v_cells.index_put_((slot, head, positions[:, None]), v[:, 0])
+        seen = (cells[:rows, :, : len(places)] for cells in (k_cells, v_cells))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), *seen, attn_mask=mask, enable_gqa=True)
+        x = x + layer.wo(out.flatten(1))
+        x = x + feed_forward(rms_norm(x, layer.ffn_norm, config), layer, config, weights.renormalise)
+    return weights.output(rms_norm(x, weights.norm, config))
+
+
+def rms_norm(x: Tensor, weight: Tensor, config: LMConfig) -> Tensor:
+    """As `model.model.RMSNorm`."""
+    xf = x.float()
+    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + config.norm_eps)).to(x.dtype) * weight
+
+
+def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: bool) -> Tensor:
+    """x (rows, dim) -> (rows, dim). All experts see all rows: which of them count is not known when a graph is recorded."""
+    out = 0 if layer.shared is None else layer.shared(x)
+    if layer.gate is None:
+        return out
+    probabilities = F.linear(x.float(), layer.gate).softmax(-1)
+    mixing, chosen = probabilities.topk(config.num_experts_per_tok, dim=-1)
+    if renormalise:
+        mixing = mixing / (mixing.sum(-1, keepdim=True) + 1e-20)
+    mixing = torch.zeros_like(probabilities).scatter(1, chosen, mixing).to(x.dtype)  # (rows, experts)
+    return out + sum(expert(x) * mixing[:, i : i + 1] for i, expert in enumerate(layer.routed))

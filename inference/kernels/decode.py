@@ -1,0 +1,195 @@
+"""The decoding step in C++ for CPUs: laying out weights for `decode_kernel.cpp`, and calling it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inference.kernels.decode_weights import DecodeLayer, DecodeWeights, Matrix, SwiGLU
+from inference.kernels.loader import KernelUnavailable, Memory, load_library
+
+LANES = 16
+MAX_ROWS = 256
+MAX_LAYERS = 146  # 7 phases each and 2 more, of 1,024
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+# ---- the structs of decode_kernel.cpp
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p)] + [
+        (name, ctypes.c_int32) for name in ("kind", "blocks", "inputs", "unused")
+    ]
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = [("w1", _Matrix), ("w3", _Matrix), ("w2", _Matrix)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", ctypes.c_void_p), ("ffn_norm", ctypes.c_void_p), ("qkv", _Matrix), ("wo", _Matrix),
+        ("gate", ctypes.c_void_p), ("routed", ctypes.POINTER(_Experts)), ("shared", _Experts),
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("embedding", "norm", "cos", "sin")],
+        ("layers", ctypes.POINTER(_Layer)), ("output", _Matrix),
+        *[(name, ctypes.c_int32) for name in (
+            "embedding_kind", "cache_kind", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_len",
+            "n_routed", "top_k", "renormalise",
+        )],
+        ("eps", ctypes.c_float), ("scratch", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+# ---- the library
+
+
+def load_kernel() -> ctypes.CDLL:
+    """The compiled library; compiled first if need be. Raises KernelUnavailable."""
+    kernel = load_library("decode")
+    kernel.scratch_floats.restype = ctypes.c_size_t
+    kernel.scratch_floats.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
+    kernel.decode_step.restype = None
+    kernel.decode_step.argtypes = [
+        ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
+    ]  # fmt: skip
+    return kernel
+
+
+def in_blocks(weight: Tensor) -> Tensor:
+    """(outputs, inputs) -> (outputs / 16, inputs, 16), the last block filled up with zeros."""
+    outputs, inputs = weight.shape
+    padded = weight.new_zeros(-(-outputs // LANES) * LANES, inputs)
+    padded[:outputs] = weight
+    return padded.view(-1, LANES, inputs).transpose(1, 2).contiguous()
+
+
+class NativeModel:
+    """A model's weights laid out for the kernel: a copy, which does not follow later changes of the model."""
+
+    def __init__(self, weights: DecodeWeights, threads: int | None = None) -> None:
+        """
+        Raises KernelUnavailable: no kernel, or none for this model.
+
+        Args:
+            threads: of a step; None: as many as PyTorch uses.
+        """
+        config = weights.config
+        if weights.norm.device.type != "cpu":
+            raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.norm.device}")
+        if weights.dtype not in (torch.float32, torch.bfloat16):
+            raise KernelUnavailable(f"the kernel computes float32, bfloat16 and int8, not {weights.dtype}")
+        if config.head_dim // LANES not in (1, 2, 3, 4, 6, 8) or config.head_dim % LANES:
+            raise KernelUnavailable(f"the kernel has no attention for a head dimension of {config.head_dim}")
+        if config.n_layers > MAX_LAYERS:
+            raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
+        self.kernel, self.config, self.dtype, self.threads = load_kernel(), config, weights.dtype, threads
+        self._memory = Memory()  # what the structs point to
+        self._arrays: list[ctypes.Array] = []
+        self.rope = weights.rope
+        self._layers = [self._layer(layer) for layer in weights.layers]
+        self.struct = _Model(
+            embedding=self._memory.keep(weights.embedding), embedding_kind=_KINDS[weights.dtype],
+            cache_kind=_KINDS[weights.dtype], norm=self._floats(weights.norm), output=self._matrix(weights.output),
+            dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim, n_routed=config.n_routed_experts if config.use_moe else 0,
+            top_k=config.num_experts_per_tok, renormalise=weights.renormalise, eps=config.norm_eps,
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        return f"C++, {self.threads or torch.get_num_threads()} threads"
+
+    def bind(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
+        """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
+        return NativeStep(self, keys, values)
+
+    def layers(self, keys: list[Tensor], values: list[Tensor]) -> ctypes.Array:
+        layers = (_Layer * len(keys))(*self._layers)
+        for layer, key, value in zip(layers, keys, values, strict=True):
+            layer.keys, layer.values = key.data_ptr(), value.data_ptr()
+        return layers
+
+    def _layer(self, layer: DecodeLayer) -> _Layer:
+        struct = _Layer(
+            attention_norm=self._floats(layer.attention_norm), ffn_norm=self._floats(layer.ffn_norm),
+            qkv=self._matrix(layer.qkv), wo=self._matrix(layer.wo),
+        )  # fmt: skip
+        if layer.shared is not None:
+            struct.shared = self._experts(layer.shared)
+        if layer.gate is not None:
+            struct.gate = self._floats(layer.gate)
+            routed = (_Experts * len(layer.routed))(*[self._experts(expert) for expert in layer.routed])
+            self._arrays.append(routed)
+            struct.routed = routed
+        return struct
+
+    def _experts(self, expert: SwiGLU) -> _Experts:
+        w1, w3 = expert.w13.split(len(expert.w13.weight) // 2)
+        return _Experts(self._matrix(w1), self._matrix(w3), self._matrix(expert.w2))
+
+    def _matrix(self, matrix: Matrix) -> _Matrix:
+        data = in_blocks(matrix.weight)
+        scale = None
+        if matrix.scale is not None:
+            scale = self._floats(torch.nn.functional.pad(matrix.scale, (0, len(data) * LANES - len(matrix.scale))))
+        return _Matrix(self._memory.keep(data), scale, _KINDS[data.dtype], data.shape[0], data.shape[1], 0)
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._memory.keep(tensor.float())
+
+
+class NativeStep:
+    """A step on a cache, like `decode_step.TorchStep`; this one also reads prompts."""
+
+    reads_prompts = True
+
+    def __init__(self, native: NativeModel, keys: list[Tensor], values: list[Tensor]) -> None:
+        slots, _, max_len, _ = keys[0].shape
+        self.threads = native.threads or torch.get_num_threads()
+        cos, sin = native.rope(max_len)
+        layers = native.layers(keys, values)
+        model = _Model.from_buffer_copy(native.struct)
+        model.cos, model.sin, model.max_len, model.layers = cos.data_ptr(), sin.data_ptr(), max_len, layers
+        scratch = torch.empty(native.kernel.scratch_floats(ctypes.byref(model), MAX_ROWS, self.threads))
+        model.scratch = scratch.data_ptr()
+        self._model, self._run = ctypes.pointer(model), native.kernel.decode_step
+        self._width, self._vocab_size = model.output.blocks * LANES, native.config.vocab_size
+        self._all = torch.arange(max(slots, max_len))
+        self._alive = (native, keys, values, layers, model, cos, sin, scratch)  # what the struct points to
+
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """The newest tokens of the slots 0, 1, ... (rows,) at their positions -> logits (rows, vocab) in float32."""
+        if len(tokens) <= MAX_ROWS:
+            return self._rows(tokens, positions, self._all, self._all[: len(tokens)])
+        parts = zip(*(part.split(MAX_ROWS) for part in (tokens, positions, self._all[: len(tokens)])), strict=True)
+        return torch.cat([self._rows(*part, self._all[: len(part[0])]) for part in parts])
+
+    def read(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        """Prompts for the slots from `first` on -> logits (prompts, vocab) of what comes after each."""
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        positions = torch.cat([self._all[: len(prompt)] for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        slots = torch.arange(first, first + len(prompts)).repeat_interleave(lengths)
+        ends, parts = lengths.cumsum(0) - 1, []
+        for i, part in enumerate(zip(*(row.split(MAX_ROWS) for row in (tokens, positions, slots)), strict=True)):
+            here = ends - i * MAX_ROWS
+            parts.append(self._rows(*part, here[(here >= 0) & (here < MAX_ROWS)]))
+        return torch.cat(parts)
+
+    def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
+        logits = torch.empty(len(ends), self._width)
+        self._run(
+            self._model, len(tokens), tokens.data_ptr(), positions.data_ptr(), slots.data_ptr(),
+            len(ends), ends.data_ptr(), logits.data_ptr(), self.threads,
+        )  # fmt: skip
+        return logits[:, : self._vocab_size]

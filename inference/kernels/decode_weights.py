@@ -1,0 +1,130 @@
+"""A model's weights laid out for decoding: fused, optionally rounded to int8. `inference.backends` uses them.
+
+`Transformer` keeps the weights as the files have them, for training and for other libraries. A step of decoding reads
+every one of them for a single token of each sequence: fewer and larger matrices, and smaller numbers, make it faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.model import Transformer
+from model.moe import FeedForward, MoEFeedForward
+from model.rope import rope_tables
+
+QUANTIZATIONS = ("none", "int8")
+
+
+@dataclass
+class Matrix:
+    """A weight (outputs, inputs); int8 ones are to be multiplied by `scale` (outputs,)."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs)."""
+        if self.scale is None:
+            return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+    def split(self, size: int) -> tuple[Matrix, Matrix]:
+        """The first `size` outputs, and the others."""
+        scales = (None, None) if self.scale is None else (self.scale[:size], self.scale[size:])
+        return Matrix(self.weight[:size], scales[0]), Matrix(self.weight[size:], scales[1])
+
+
+def quantize_int8(weight: Tensor) -> Matrix:
+    """Round each output's weights to 255 steps between minus and plus its largest one (symmetric, per channel)."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    return Matrix((weight / scale[:, None]).round().to(torch.int8), scale)
+
+
+@dataclass
+class SwiGLU:
+    """w2(silu(w1 x) * w3 x), w1 and w3 as one matrix."""
+
+    w13: Matrix
+    w2: Matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+@dataclass
+class DecodeLayer:
+    """The weights of a block. A dense one has only `shared`: the feed-forward that every token passes."""
+
+    attention_norm: Tensor
+    qkv: Matrix
+    wo: Matrix
+    ffn_norm: Tensor
+    shared: SwiGLU | None
+    gate: Tensor | None = None  # (experts, dim) float32
+    routed: list[SwiGLU] | None = None
+
+
+class DecodeWeights:
+    """A model's weights laid out for decoding: a copy, which does not follow later changes of the model.
+
+    int8 is for the matrices; norms, gates and the embedding (of which a step reads one row per sequence) stay.
+    """
+
+    def __init__(self, model: Transformer, quantize: str = "none") -> None:
+        if quantize not in QUANTIZATIONS:
+            raise ValueError(f"unknown quantization {quantize!r}; known: {', '.join(QUANTIZATIONS)}")
+        self.config, self.quantize = model.config, quantize
+        self.embedding = model.tok_embeddings.weight.detach()
+        self.dtype = self.embedding.dtype
+        self.norm = model.norm.weight.detach()
+        self.output = self._matrix(model.output.weight)
+        self.renormalise = False
+        self.layers = [self._layer(block) for block in model.layers]
+
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the positions 0 to `length` - 1, (length, head_dim / 2) each."""
+        positions = torch.arange(length, device=self.embedding.device)[None]
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.scaling)
+        return cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous()
+
+    def _matrix(self, *weights: Tensor) -> Matrix:
+        """The weights one above the other."""
+        weight = torch.cat([weight.detach() for weight in weights])
+        return quantize_int8(weight) if self.quantize == "int8" else Matrix(weight)
+
+    def _layer(self, block) -> DecodeLayer:
+        attention, feed_forward = block.attention, block.feed_forward
+        gate = routed = None
+        shared = feed_forward
+        if isinstance(feed_forward, MoEFeedForward):
+            shared = feed_forward.shared_experts
+            gate = feed_forward.gate.weight.detach().float()
+            routed = [self._swiglu(expert) for expert in feed_forward.experts]
+            self.renormalise = feed_forward.gate.renormalise
+        return DecodeLayer(
+            attention_norm=block.attention_norm.weight.detach(),
+            qkv=self._matrix(attention.wq.weight, attention.wk.weight, attention.wv.weight),
+            wo=self._matrix(attention.wo.weight),
+            ffn_norm=block.ffn_norm.weight.detach(),
+            shared=None if shared is None else self._swiglu(shared),
+            gate=gate,
+            routed=routed,
+        )
+
+    def _swiglu(self, mlp: FeedForward) -> SwiGLU:
+        return SwiGLU(self._matrix(mlp.w1.weight, mlp.w3.weight), self._matrix(mlp.w2.weight))
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        mlps = [mlp for layer in self.layers for mlp in (layer.shared, *(layer.routed or ())) if mlp is not None]
+        matrices = [self.output, *(m for layer in self.layers for m in (layer.qkv, layer.wo))]
+        matrices += [matrix for mlp in mlps for matrix in (mlp.w13, mlp.w2)]
+        found = [self.embedding, self.norm, *(m.weight for m in matrices), *(m.scale for m in matrices)]
+        found += [t for layer in self.layers for t in (layer.attention_norm, layer.ffn_norm, layer.gate)]
+        return [tensor for tensor in found if tensor is not None]

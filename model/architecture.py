@@ -1,0 +1,78 @@
+"""The shape of a MiniMind: its fields and the named presets, readable without loading torch or transformers.
+
+`model.LMConfig` builds the configuration of a model from them; command lines take a flag for each field.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKENIZER_DIR = Path(__file__).resolve().parent / "minimind_tokenizer"  # the tokenizer that the project ships
+
+# The public contract: sizes of the published models, and one small enough to learn the sample data on a laptop.
+PRESETS: dict[str, dict] = {
+    "minimind-v1-small": dict(dim=512, n_layers=8),
+    "minimind-v1": dict(dim=768, n_layers=16),
+    "minimind-v1-moe": dict(dim=512, n_layers=8, use_moe=True, n_shared_experts=2, n_routed_experts=4),
+    "toy": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3),
+}
+
+
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
+class Architecture:
+    """Shape and hyper-parameters of a dense or mixture-of-experts MiniMind.
+
+    Args:
+        dim: width of the residual stream (embedding size).
+        n_layers: number of Transformer blocks.
+        n_heads: number of query heads; `dim / n_heads` is the head dimension and must be even (RoPE rotates pairs).
+        n_kv_heads: number of key/value heads shared by the query heads (grouped-query attention,
+            https://arxiv.org/abs/2305.13245); must divide `n_heads`.
+        vocab_size: number of tokens.
+        hidden_dim: inner width of the SwiGLU feed-forward; None: 2/3 of 4 * dim rounded up to `multiple_of`.
+        multiple_of: what `hidden_dim` is rounded up to when it is computed.
+        norm_eps: epsilon of RMSNorm.
+        max_seq_len: context length the model is trained at, in tokens.
+        rope_theta: base of the rotary frequencies (https://arxiv.org/abs/2104.09864).
+        rope_scaling: train a longer context, as yarn:4 or linear:4: positions of texts of any length are scaled (see
+            `model.rope`), `max_seq_len` is FACTOR times the length before. In Hugging Face's form, {"rope_type": "yarn",
+            "factor": 4.0, "original_max_position_embeddings": 512}.
+        dropout: probability of dropping activations while training (attention, residual outputs).
+        flash_attn: use fused attention kernels; False runs the slow reference path, which is the same mathematics.
+        use_moe: replace every feed-forward by a mixture of experts.
+        num_experts_per_tok: how many routed experts each token is sent to (top-k).
+        n_routed_experts: number of experts the gate chooses from.
+        n_shared_experts: width, in units of `hidden_dim`, of the MLP that every token passes; 0 for none.
+        aux_loss_alpha: weight of the sequence-level load-balancing loss; 0 switches it off.
+        norm_topk_prob: renormalise the top-k gate weights to sum 1 (never for top-1: see `model.moe.Gate`).
+        initializer_range: standard deviation of the initial weights.
+    """
+
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 16
+    n_kv_heads: int = 8
+    vocab_size: int = 6400
+    hidden_dim: int | None = None
+    multiple_of: int = 64
+    norm_eps: float = 1e-5
+    max_seq_len: int = 512
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    dropout: float = 0.0
+    flash_attn: bool = True
+    use_moe: bool = False
+    num_experts_per_tok: int = 2
+    n_routed_experts: int = 4
+    n_shared_experts: int = 2
+    aux_loss_alpha: float = 0.01
+    norm_topk_prob: bool = True
+    initializer_range: float = 0.02
+
+
+def field_descriptions() -> dict[str, str]:
+    """Return the description of every field, from the docstring of `Architecture`: each is written there, once."""
+    found = re.findall(r"^ {4}    (\w+): (.+(?:\n {12}.+)*)", Architecture.__doc__ or "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}

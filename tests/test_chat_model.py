@@ -1,0 +1,163 @@
+"""serving/chat_model.py: prompts that fit, answers that can be left, taken up again and stopped."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from inference.generator import SamplingParams, fit_chat, generate_text
+from model.LMConfig import preset
+from model.model import Transformer
+from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
+from serving.chat_model import (
+    CONTEXT,
+    ENDED,
+    LENGTH,
+    STOPPED,
+    Answer,
+    ChatModel,
+    Conversation,
+    Prompt,
+    chat_prompt,
+    text_prompt,
+)
+
+TOKENIZER = load_tokenizer()
+GREEDY = SamplingParams(max_new_tokens=12)
+
+
+def make_model(endless: bool = False) -> Transformer:
+    torch.manual_seed(0)
+    config = preset("toy", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96, initializer_range=0.2)
+    model = Transformer(config).eval()
+    if endless:
+        with torch.no_grad():
+            model.output.weight[EOS_ID] = 0  # never the likeliest
+    return model
+
+
+@pytest.fixture(scope="module")
+def writer() -> ChatModel:
+    return ChatModel(make_model(endless=True), TOKENIZER, 96, "tiny")
+
+
+def finish(answer: Answer) -> str:
+    while answer.advance():
+        pass
+    return answer.text
+
+
+def chat(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_chat_prompt_takes_the_turns_it_may():
+    turns = chat("a", "b", "c", "d", "e", "f")
+    limits = dict(context=96, max_new_tokens=12)
+    for n, seen in ((0, []), (1, turns[4:]), (2, turns[2:]), (9, turns)):
+        prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=n, system="short", **limits)
+        messages = [{"role": "system", "content": "short"}, *seen, {"role": "user", "content": "last"}]
+        assert prompt == Prompt(fit_chat(TOKENIZER, messages, 84)[0], turns_seen=len(seen) // 2)
+
+
+def test_chat_prompt_leaves_out_what_does_not_fit():
+    turns = chat("word " * 70, "b", "c", "d")
+    prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=5, context=96, max_new_tokens=12)
+    assert (prompt.turns_seen, prompt.turns_left_out) == (1, 1) and len(prompt.ids) <= 84
+    with pytest.raises(ValueError, match="48 is the limit"):  # half of the context is for the prompt
+        chat_prompt(TOKENIZER, [], "word " * 60, history_turns=5, context=96, max_new_tokens=90)
+
+
+def test_text_prompt_keeps_the_end():
+    text = "one two three " * 30
+    ids = encode_text(TOKENIZER, text)
+    prompt = text_prompt(TOKENIZER, text, context=96, max_new_tokens=12)
+    assert prompt.ids == [BOS_ID, *ids[-83:]] and prompt.tokens_left_out == len(ids) - 83
+    assert text_prompt(TOKENIZER, "one", context=96, max_new_tokens=12).tokens_left_out == 0
+
+
+def test_an_answer_is_that_of_the_decoder(writer):
+    conversation = Conversation()
+    first = finish(conversation.ask("one", writer, GREEDY, history_turns=3))
+    second = finish(conversation.ask("two", writer, GREEDY, history_turns=3))
+    ids = [fit_chat(TOKENIZER, messages, 84)[0] for messages in (chat("one"), chat("one", first, "two"))]
+    assert [first, second] == generate_text(writer.model, TOKENIZER, ids, GREEDY)
+    assert conversation.turns() == chat("one", first, "two", second)
+
+
+def test_why_it_ended(writer):
+    answer = Conversation().ask("hi", writer, GREEDY)
+    finish(answer)
+    assert (answer.finish, answer.tokens, answer.rate > 0) == (LENGTH, 12, True)
+    assert not answer.advance() and answer.tokens == 12
+    answer = Conversation().ask("hi", writer, SamplingParams(max_new_tokens=1000))
+    finish(answer)
+    assert answer.finish == CONTEXT and answer.tokens + len(answer.prompt.ids) == 96
+    answer = Conversation().ask("hi", writer, SamplingParams(max_new_tokens=90, stop=(answer.text[5:8],)))
+    finish(answer)
+    assert answer.finish == ENDED and 0 < answer.tokens < 90
+
+
+def test_stop_keeps_what_was_written(writer):
+    conversation = Conversation()
+    answer = conversation.ask("hi", writer, SamplingParams(max_new_tokens=50))
+    assert conversation.running is answer and answer.tokens == 0
+    for _ in range(8):
+        answer.advance()
+    text = answer.text
+    conversation.stop()
+    assert answer.finish == STOPPED and conversation.running is None
+    assert not answer.advance() and (answer.text, answer.tokens) == (text, 8) and text
+    assert conversation.turns() == chat("hi", text)
+    conversation.stop()
+    assert answer.finish == STOPPED
+
+
+def test_again_replaces_the_last_answer(writer):
+    conversation = Conversation()
+    first = finish(conversation.ask("one", writer, GREEDY))
+    half = conversation.ask("two", writer, GREEDY, history_turns=1)
+    half.advance()
+    again = conversation.again(writer, GREEDY, history_turns=1)
+    assert half.finish == STOPPED and len(conversation.exchanges) == 2
+    finish(again)
+    assert conversation.turns() == chat("one", first, "two", again.text)
+    alone = conversation.again(writer, GREEDY, history_turns=0)
+    assert len(alone.prompt.ids) < len(again.prompt.ids)
+    conversation.clear()
+    assert conversation.exchanges == [] and conversation.running is None and alone.finish == STOPPED
+
+
+def test_no_answer_is_no_part_of_what_was_said(writer):
+    conversation = Conversation()
+    assert conversation.ask("word " * 300, writer, GREEDY) is None
+    assert "84 is the limit" in conversation.exchanges[0].problem
+    assert conversation.turns() == [] and conversation.running is None
+    assert conversation.ask("half \ud800", writer, GREEDY) is None
+    assert "not Unicode" in conversation.exchanges[1].problem
+    assert finish(conversation.ask("hi", writer, GREEDY, history_turns=5))
+
+
+def test_a_base_model_goes_on_with_the_text(writer):
+    base = ChatModel(writer.model, TOKENIZER, 96, "base", continues=True)
+    conversation = Conversation()
+    finish(conversation.ask("hi", writer, GREEDY))
+    said = conversation.turns()
+    text = finish(conversation.ask("The sun", base, GREEDY, history_turns=5, system="be kind"))
+    ids = [BOS_ID, *encode_text(TOKENIZER, "The sun")]
+    assert [text] == generate_text(base.model, TOKENIZER, [ids], GREEDY)
+    assert conversation.turns() == said  # no dialogue
+
+
+def test_two_conversations_at_once_do_not_mix(writer):
+    """Answers of one model taken in turn, token by token, in the one decoding thread."""
+    alone = [finish(Conversation().ask(q, writer, GREEDY)) for q in ("one", "two two")]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        shared = ChatModel(writer.model, TOKENIZER, 96, thread=thread)
+        answers = [Conversation().ask(q, shared, GREEDY) for q in ("one", "two two")]
+        for _ in range(12):
+            for answer in answers:
+                answer.advance()
+    assert [answer.text for answer in answers] == alone

@@ -1,0 +1,271 @@
+"""Several processes, really launched, against one: the same losses and weights, however the model is spread.
+
+Many cases share a launch, because starting a process takes longer than training these models.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import train
+from launching import deepspeed, environment, torchrun
+from test_trainer import options
+
+from common.errors import UserError
+from trainer.distributed import DistEnv
+from trainer.parallel.zero_config import validate_zero_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+ENGINES = {
+    "plain": {},
+    "fsdp": {"fsdp": True},
+    "zero1": {"deepspeed": str(CONFIGS / "zero1.json")},
+    "zero2": {"deepspeed": str(CONFIGS / "zero2.json")},
+    "zero2_offload": {"deepspeed": str(CONFIGS / "zero2_offload.json")},
+    "zero3": {},  # with a file of the test's own: every parameter is spread, however small
+    "zero3_offload": {"deepspeed": str(CONFIGS / "zero3_offload.json")},
+}
+MODELS = {"dense": {}, "moe": {"use_moe": True}}
+STEPS = {"max_steps": 6, "save_interval": 3, "log_interval": 1}
+ONE = STEPS | {"batch_size": 4, "accumulation_steps": 2}  # 8 samples a step
+TWO = STEPS | {"batch_size": 2, "accumulation_steps": 2}
+# Whose state after 3 of 6 steps is resumed by which engine of two processes.
+RESUMED = [
+    ("one", "plain"), ("one", "fsdp"), ("plain", "fsdp"), ("fsdp", "fsdp"), ("fsdp", "plain"), ("plain", "plain"),
+    ("one", "zero3"), ("plain", "zero1"), ("plain", "zero2"), ("plain", "zero3"), ("fsdp", "zero2"), ("zero1", "zero1"),
+    ("zero2", "zero2"), ("zero3", "zero3"), ("zero1", "zero3"),
+]  # fmt: skip
+BACK_TO_ONE = ["plain", "fsdp", "zero1", "zero2", "zero3"]
+
+
+def launch(command: list[str], cases: list[dict], folder: Path) -> subprocess.CompletedProcess:
+    """Do `cases` in the processes of a launcher."""
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    command = [*command, str(ROOT / "tests" / "distributed_worker.py"), str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment(), cwd=ROOT)
+
+
+def halfway(folder: Path) -> str:
+    return str(folder / "tiny.resume" / "step_00000003")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder of runs: {engine}_{model} by two processes and one_{model} by this one, of the same 8 samples a step;
+    {engine}_after_{engine}, begun by the latter; {engine}_nan, whose gradient is not finite in the fourth step."""
+    folder = tmp_path_factory.mktemp("world")
+    zero3 = folder / "zero3.json"
+    zero3.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    engines = ENGINES | {"zero3": {"deepspeed": str(zero3)}}
+    for model, fields in MODELS.items():
+        train({"out_dir": str(folder / f"one_{model}"), "options": ONE, "model": fields}, DistEnv())
+    case = {"out_dir": str(folder / "one_bfloat16"), "options": ONE | {"dtype": "bfloat16"}, "model": {"use_moe": True}}
+    train(case, DistEnv())
+    for command, group in (
+        (torchrun(2), ["plain", "fsdp"]),
+        (deepspeed(2), ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]),
+    ):
+        cases = [
+            {"out_dir": str(folder / f"{engine}_{model}"), "options": TWO | engines[engine], "model": fields}
+            for model, fields in MODELS.items()
+            for engine in group
+        ]
+        for source, engine in RESUMED:
+            if engine in group:
+                settings = TWO | engines[engine] | {"resume": halfway(folder / f"{source}_dense")}
+                cases.append({"out_dir": str(folder / f"{engine}_after_{source}"), "options": settings})
+        for engine in group:
+            for kind in ("nan", "inf"):
+                case = {"out_dir": str(folder / f"{engine}_{kind}"), "options": TWO | engines[engine]}
+                cases.append(case | {"spoil": [kind, 7], "fails": True})  # the seventh of two batches a step
+        for engine in group:  # last: DeepSpeed remembers the precision for the whole process
+            settings = TWO | engines[engine] | {"dtype": "bfloat16"}
+            cases.append(
+                {"out_dir": str(folder / f"{engine}_bfloat16"), "options": settings, "model": {"use_moe": True}}
+            )
+        case = {"out_dir": str(folder / "odd"), "options": TWO, "odd": {"learning_rate": 0.5, "seed": 1}, "fails": True}
+        result = launch(command, [*cases, case], folder)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (folder / f"{group[0]}.txt").write_text(result.stdout)
+    return folder
+
+
+def results(folder: Path, step: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict]]:
+    """The weights, the state of the optimizer, and the lines of the metrics."""
+    weights = torch.load(folder / "tiny.pth", weights_only=True)
+    state = torch.load(folder / "tiny.resume" / f"step_{step:08d}" / "state.pt", weights_only=True)
+    moments = {f"{name}.{key}": x for name, group in state["optimizer"].items() for key, x in group.items()}
+    return weights, moments, [json.loads(line) for line in (folder / "tiny.metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name].float(), b[name].float(), **tolerance, msg=lambda words, name=name: f"{name}: {words}"
+        )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_what_one_trains(trained, engine, model):
+    expected, found = results(trained / f"one_{model}"), results(trained / f"{engine}_{model}")
+    assert_close(found[0], expected[0], atol=5e-5, rtol=0)
+    assert_close(found[1], expected[1], atol=1e-5, rtol=1e-3)
+    assert len(expected[2]) == len(found[2]) == 6
+    for a, b in zip(expected[2], found[2], strict=True):
+        assert ("val_loss" in a) == ("val_loss" in b)
+        for name in {"loss", "grad_norm", "val_loss", "lr", "tokens"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_half_precision_is_for_the_computation_only(trained, engine):
+    expected, found = results(trained / "one_bfloat16"), results(trained / f"{engine}_bfloat16")
+    exact = results(trained / "one_moe")
+    assert found[2][0]["loss"] != exact[2][0]["loss"]  # it was asked for
+    for a, b in zip(expected[2], found[2], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=3e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=3e-2)
+    state = torch.load(trained / f"{engine}_bfloat16" / "tiny.resume" / "step_00000006" / "state.pt", weights_only=True)
+    tensors = [*state["model"].values(), *found[1].values()]
+    assert {x.dtype for x in tensors} == {torch.float32}
+    # Not what bfloat16 could hold, rounded up again.
+    assert any((x != x.bfloat16()).any() for x in state["model"].values())
+
+
+@pytest.mark.parametrize("source, engine", RESUMED)
+def test_what_one_engine_began_another_ends(trained, source, engine):
+    """With the optimizer's state: a run in one go comes to the same."""
+    folder = trained / f"{engine}_after_{source}"
+    found, expected = results(folder), results(trained / f"{engine}_dense")
+    if source == engine:
+        assert all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
+        assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+    assert_close(found[0], expected[0], atol=5e-5, rtol=0)
+    assert_close(found[1], expected[1], atol=1e-5, rtol=1e-3)
+    assert [line["step"] for line in found[2]] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("source", BACK_TO_ONE)
+def test_one_process_ends_what_two_began(trained, source, tmp_path):
+    settings = ONE | {"resume": halfway(trained / f"{source}_dense")}
+    train({"out_dir": str(tmp_path), "options": settings}, DistEnv())
+    found, expected = results(tmp_path), results(trained / "one_dense")
+    assert_close(found[0], expected[0], atol=5e-5, rtol=0)
+    assert_close(found[1], expected[1], atol=1e-5, rtol=1e-3)
+
+
+def test_without_the_optimizers_state_it_would_not_come_to_the_same(trained, tmp_path):
+    """What the tests before this one rely on."""
+    state = tmp_path / "step_00000003"
+    shutil.copytree(halfway(trained / "one_dense"), state)
+    tensors = torch.load(state / "state.pt", weights_only=True)
+    torch.save(tensors | {"optimizer": {}}, state / "state.pt")
+    train({"out_dir": str(tmp_path / "out"), "options": ONE | {"resume": str(state)}}, DistEnv())
+    found, expected = results(tmp_path / "out"), results(trained / "one_dense")
+    assert max(float((found[0][name] - expected[0][name]).abs().max()) for name in expected[0]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight(trained, engine, kind):
+    folder = trained / f"{engine}_{kind}"
+    errors = [(folder / f"error.rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1] and "step 4: grad_norm is " in errors[0]
+    assert sorted(path.name for path in (folder / "tiny.resume").iterdir()) == ["step_00000003"]
+    whole = torch.load(halfway(trained / f"{engine}_dense") + "/state.pt", weights_only=True)
+    saved = torch.load(halfway(folder) + "/state.pt", weights_only=True)
+    assert all(torch.equal(saved["model"][name], whole["model"][name]) for name in whole["model"])
+
+
+def test_processes_with_other_flags_are_refused_by_name(trained):
+    errors = [(trained / "odd" / f"error.rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "rank 1 (on " in errors[0] and "seed is 1 there and 1337 here" in errors[0]
+
+
+def test_three_processes_and_one_that_fails(tmp_path):
+    """With an uneven last step; in the end an error of one process ends all three, and is told once."""
+    settings = {"max_steps": None, "epochs": 1.4, "log_interval": 1}
+    cases = [
+        {
+            "out_dir": str(tmp_path / f"{engine}_{model}"),
+            "options": settings | {"batch_size": 2} | flags,
+            "model": fields,
+        }
+        for model, fields in MODELS.items()
+        for engine, flags in (("plain", {}), ("fsdp", {"fsdp": True}))
+    ]
+    cases.append({"out_dir": str(tmp_path / "fails"), "options": {"batch_size": 2}, "spoil": ["error", 3]})
+    result = launch(torchrun(3), cases, tmp_path)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ["error: this process has a reason to stop"], result.stderr
+    assert "Traceback" not in result.stderr.partition("error: ")[0], result.stderr
+    for model, fields in MODELS.items():
+        train(
+            {"out_dir": str(tmp_path / f"one_{model}"), "options": settings | {"batch_size": 6}, "model": fields},
+            DistEnv(),
+        )
+        expected = json_and_weights(tmp_path / f"one_{model}")
+        for engine in ("plain", "fsdp"):
+            found = json_and_weights(tmp_path / f"{engine}_{model}")
+            assert_close(found[0], expected[0], atol=5e-5, rtol=0)
+            assert [x["tokens"] for x in found[1]] == [x["tokens"] for x in expected[1]]
+            assert found[1][-1]["val_loss"] == pytest.approx(expected[1][-1]["val_loss"], rel=1e-4)
+
+
+def json_and_weights(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    lines = [json.loads(line) for line in (folder / "tiny.metrics.jsonl").read_text().splitlines()]
+    return torch.load(folder / "tiny.pth", weights_only=True), lines
+
+
+def test_a_state_of_an_older_version_is_refused_by_name(tmp_path):
+    """It has its optimizers under another name: going on without them would be another run."""
+    train({"out_dir": str(tmp_path), "options": ONE | {"max_steps": 3}}, DistEnv())
+    path = tmp_path / "tiny.resume" / "step_00000003" / "state.pt"
+    tensors = torch.load(path, weights_only=True)
+    tensors["optimizers"] = [tensors.pop("optimizer")]
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match='cannot resume .*step_00000003.*older version.*"optimizer"'):
+        train({"out_dir": str(tmp_path), "options": ONE | {"resume": "newest"}}, DistEnv())
+
+
+@pytest.mark.parametrize("spread", [{"fsdp": True}, {"deepspeed": CONFIGS / "zero1.json"}], ids=["fsdp", "deepspeed"])
+def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, spread):
+    for fields, word in (
+        ({"optimizer": "muon"}, "muon"),
+        ({"dtype": "float16"}, "float16"),
+        ({"auto_batch": True}, "--auto_batch"),
+    ):
+        found = options(tmp_path, **spread | fields).validate()
+        assert len(found) == 1 and word in found[0]
+    assert not options(tmp_path, **spread).validate()
+    assert "two ways" in options(tmp_path, fsdp=True, deepspeed=CONFIGS / "zero1.json").validate()[0]
+    assert "--compile" in options(tmp_path, compile=True, deepspeed=CONFIGS / "zero1.json").validate()[0]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_files_that_come_along_fit_any_flags(tmp_path, path):
+    assert not options(tmp_path, deepspeed=path, grad_clip=0.3, batch_size=5, dtype="bfloat16").validate()
+
+
+def test_a_deepspeed_file_that_contradicts_the_flags_is_refused_by_name(tmp_path):
+    path = tmp_path / "zero.json"
+    content = {"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "train_micro_batch_size_per_gpu": "auto"}
+    content |= {"fp16": {"enabled": True}, "scheduler": {}, "optimizer": {"type": "AdamW", "params": {"lr": 3.0}}}
+    path.write_text(json.dumps(content))
+    found = "\n".join(validate_zero_config(path, options(tmp_path), "float32"))
+    for words in ('"gradient_clipping" is 5.0, but --grad_clip', '"fp16" is True, but --dtype', "scheduler", "lr of"):
+        assert words in found
+    assert "train_micro_batch" not in found
+    path.write_text('{"zero_optimization": {"stage": 0}}')
+    assert "stage" in validate_zero_config(path, options(tmp_path), "float32")[0]

@@ -1,0 +1,569 @@
+"""tokenize.py: the tokens are right, the cache is never stale or half, and memory does not grow with the data."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from data_pipeline import tokenize as module
+from data_pipeline.records import Preference
+from data_pipeline.tokenize import (
+    ANSWER_CUT,
+    SYSTEM_CUT,
+    TURNS_CUT,
+    TokenizedDataset,
+    Unusable,
+    encode_preference,
+    fit_chat,
+    tokenize_chat_data,
+    tokenize_pretrain_data,
+)
+from model.tokenizer import TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ["春眠不觉晓，处处闻啼鸟。", "a literal </s> and <s> are text", " two\n\nlines ", "🙂 \u200d café"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def quiet(message):
+    pass
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def texts_file(path: Path, texts=TEXTS) -> Path:
+    return write_jsonl(path, ({"text": text} for text in texts))
+
+
+def folders(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+def chat(*texts, system=None):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+# --- documents ---
+
+
+def test_documents_of_every_format(tokenizer, tmp_path):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    texts_file(tmp_path / "a.jsonl")
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(TEXTS)])
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    expected = [[1, *encode_text(tokenizer, text), 2] for text in TEXTS]
+    for name in ("a.jsonl", "a.csv", "a.json", "a.parquet", "a.jsonl.gz"):
+        corpus = tokenize_pretrain_data([tmp_path / name], tokenizer, tmp_path / "cache", log=quiet)
+        assert [corpus.document(i).tolist() for i in range(len(corpus))] == expected, name
+        assert corpus.n_bytes.tolist() == [len(text.encode()) for text in TEXTS]
+        assert corpus.lengths.tolist() == list(map(len, expected))
+        assert corpus.targets is None and corpus.tokens.dtype == np.uint16
+        assert corpus.info["targets"] == sum(map(len, expected)) - len(TEXTS)
+        assert tokenizer.decode(corpus.document(1)[1:-1]) == TEXTS[1]
+        with pytest.raises(IndexError):
+            corpus.document(len(corpus))
+    assert len(folders(tmp_path / "cache")) == 5
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    corpus = tokenize_pretrain_data([tmp_path / "a.txt"], tokenizer, tmp_path / "c", text_field="body", log=quiet)
+    assert len(corpus) == 2
+
+
+def test_several_files_and_many_blocks_keep_their_order(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.readers.BLOCK_BYTES", 200)
+    texts = [f"text {i} " + "春" * (i % 7) for i in range(300)]
+    paths = [texts_file(tmp_path / "a.jsonl", texts[:100]), texts_file(tmp_path / "b.jsonl", texts[100:])]
+    seen = []
+    for workers in (1, 3):
+        corpus = tokenize_pretrain_data(paths, tokenizer, tmp_path / f"c{workers}", num_workers=workers, log=quiet)
+        seen.append([tokenizer.decode(corpus.document(i)[1:-1]) for i in range(len(corpus))])
+    assert seen[0] == seen[1] == texts
+    assert [source["rows"] for source in corpus.info["sources"]] == [100, 200]
+
+
+def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            {"text": "good"},
+            '{"text": "cut',
+            {"body": "x"},
+            {"text": 3},
+            {"text": " \n"},
+            {"text": None},
+            {"text": "ok"},
+        ],
+    )
+    with path.open("ab") as file:
+        file.write(b'{"text": "\xff"}\n')
+    said = []
+    corpus = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", log=said.append)
+    assert len(corpus) == 2
+    assert corpus.info["skipped"] == {"cannot be read": 2, "no text": 2, "empty text": 2}
+    with (Path(corpus.info["folder"]) / "skipped.jsonl").open(encoding="utf-8") as file:
+        listed = [json.loads(line) for line in file]
+    assert sorted(row["line"] for row in listed) == [2, 3, 4, 5, 6, 8]
+    assert {row["file"] for row in listed} == {str(path)}
+    assert "a.jsonl:2: invalid JSON: Unterminated string" in said[0]
+    assert "a.jsonl:8: invalid UTF-8 at byte 11" in said[0]
+    assert "a.jsonl:3: no text; the fields are body" in said[0]
+
+
+def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
+    cache = tmp_path / "cache"
+
+    def attempt(name, content, reason):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+
+    attempt("a.csv", b"a,b\n1,2\n", r"a\.csv: no column text, this file has a, b")
+    attempt("a.jsonl", b"", "the file is empty")
+    attempt("a.jsonl", b"\n\n", "no rows in it")
+    attempt("a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 cannot be read, 1 empty text.*a\.jsonl:1")
+    attempt("a.xyz", b"x", "cannot tell its format")
+    with pytest.raises(UserError, match="no such file"):
+        tokenize_pretrain_data([tmp_path / "none.jsonl"], tokenizer, cache, log=quiet)
+    with pytest.raises(UserError, match="no data files"):
+        tokenize_pretrain_data([], tokenizer, cache, log=quiet)
+    assert folders(cache) == []
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="choose another folder"):
+        tokenize_pretrain_data([texts_file(tmp_path / "a.jsonl")], tokenizer, tmp_path / "file" / "c", log=quiet)
+
+    class Large:
+        def __len__(self):
+            return 65_537
+
+    with pytest.raises(UserError, match="65,537 does not fit in 16 bits"):
+        tokenize_pretrain_data([tmp_path / "a.jsonl"], Large(), cache, log=quiet)
+
+
+# --- the cache ---
+
+
+def test_the_cache_is_used_when_nothing_changed_and_only_then(tokenizer, tmp_path, monkeypatch):
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
+    build = lambda tok=tokenizer, **kw: tokenize_pretrain_data([path], tok, cache, log=quiet, **kw)  # noqa: E731
+    first = build()
+    other = load_tokenizer()
+    other.chat_template += " "  # stands for any change of the tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_texts", None)  # whoever encodes now fails
+        again = build()
+        assert again.fingerprint == first.fingerprint
+        assert np.array_equal(again.tokens, first.tokens) and again.info == first.info
+        moved = path.rename(tmp_path / "b.jsonl")  # the content counts, not where it lies
+        assert len(tokenize_pretrain_data([moved], tokenizer, cache, log=quiet)) == len(first)
+        path = moved.rename(path)
+        with pytest.raises(TypeError):
+            build(other)
+        with pytest.raises(TypeError):
+            build(text_field="body")
+        patch.setattr(module, "VERSION", module.VERSION + 1)
+        with pytest.raises(TypeError):
+            build()
+    assert len({first.fingerprint, build(other).fingerprint}) == 2
+    pair = [path, texts_file(tmp_path / "c.jsonl", ["another"])]
+    fingerprints = {tokenize_pretrain_data(p, tokenizer, cache, log=quiet).fingerprint for p in (pair, pair[::-1])}
+    assert len(fingerprints | {first.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("age", [0, 100])
+def test_a_changed_file_is_noticed(tokenizer, tmp_path, monkeypatch, age):
+    """Even with the size and time of before, and however soon after."""
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl", ["aaaa"])
+    now = time.time_ns()
+    monkeypatch.setattr(module.time, "time_ns", lambda: now + age * 10**9)
+    os.utime(path, ns=(1, 10**18))
+    first = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    remembered = json.loads((cache / "hashes.json").read_text(encoding="utf-8"))
+    assert len(remembered) == (1 if age else 0)
+    time.sleep(0.02)
+    texts_file(path, ["bbbb"])
+    os.utime(path, ns=(1, 10**18))
+    second = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    assert second.fingerprint != first.fingerprint
+    assert tokenizer.decode(second.document(0)[1:-1]) == "bbbb"
+
+
+def test_files_are_not_read_again_to_be_recognised(tokenizer, tmp_path, monkeypatch):
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
+    real = time.time_ns
+    monkeypatch.setattr(module.time, "time_ns", lambda: real() + 10**10)
+    module.content_hashes([path], tmp_path)
+    monkeypatch.setattr(module.hashlib, "blake2b", None)
+    assert len(module.content_hashes([path], tmp_path)) == 1
+    monkeypatch.undo()
+    (tmp_path / "hashes.json").write_text("[dam", encoding="utf-8")
+    assert len(module.content_hashes([path, path], tmp_path)) == 2
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["no info", "short tokens", "bad info"])
+def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, damage):
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
+    folder = Path(tokenize_pretrain_data([path], tokenizer, cache, log=quiet).info["folder"])
+    if damage == "no info":
+        (folder / "info.json").unlink()
+    elif damage == "bad info":
+        (folder / "info.json").write_text("{", encoding="utf-8")
+    else:
+        (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
+    corpus = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    assert tokenizer.decode(corpus.document(3)[1:-1]) == TEXTS[3]
+    assert folders(cache) == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+        (OSError(errno.EIO, "bad disk"), OSError),
+    ],
+)
+def test_an_interrupted_build_leaves_nothing(tokenizer, tmp_path, monkeypatch, raised, expected):
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
+    add = module._Writer.add
+
+    def fail(self, *args):
+        add(self, *args)
+        raise raised
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Writer, "add", fail)
+        with pytest.raises(expected) as caught:
+            tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    if expected is UserError:
+        assert f"no space left in {cache}" in str(caught.value)
+    assert folders(cache) == [] and os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    assert len(tokenize_pretrain_data([path], tokenizer, cache, log=quiet)) == len(TEXTS)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tokenizer, tmp_path, monkeypatch):
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
+    add = module._Writer.add
+
+    def grow(self, *args):
+        add(self, *args)
+        with path.open("a", encoding="utf-8") as file:
+            file.write('{"text": "more"}\n')
+
+    monkeypatch.setattr(module._Writer, "add", grow)
+    with pytest.raises(UserError, match="the file changed while it was read"):
+        tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    assert folders(cache) == []
+
+
+# Builds a corpus and prints what came of it. HANG: encodes one block, says so and waits for its end.
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from model.tokenizer import load_tokenizer
+from data_pipeline import readers, tokenize
+if os.environ.get("HANG"):
+    readers.BLOCK_BYTES = 1000
+    add = tokenize._Writer.add
+    def hang(self, *args):
+        add(self, *args)
+        self.files["tokens"].flush()
+        print("hanging", flush=True)
+        time.sleep(60)
+    tokenize._Writer.add = hang
+made = tokenize.tokenize_pretrain_data([Path(sys.argv[1])], load_tokenizer(), Path(sys.argv[2]), log=lambda s: None)
+peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0] if os.path.exists("/proc/self/status") else 0
+print(len(made), int(made.tokens.sum(dtype="int64")), peak)
+"""
+
+
+def start(source: Path, cache: Path, **env) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, str(source), str(cache)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and folder locks")
+def test_a_killed_build_does_no_harm(tokenizer, tmp_path):
+    source, cache = texts_file(tmp_path / "a.jsonl", [f"text {i}" for i in range(500)]), tmp_path / "cache"
+    process = start(source, cache, HANG="1")
+    try:
+        assert process.stdout.readline() == "hanging\n"
+        (left,) = folders(cache)
+        os.utime(cache / left, (1, 1))  # long ago
+        module.remove_stale_builds(cache)
+        assert folders(cache) == [left]  # its owner lives
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert left.startswith(".") and left.endswith(".tmp")
+    corpus = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
+    assert len(corpus) == 500 and tokenizer.decode(corpus.document(499)[1:-1]) == "text 499"
+    assert folders(cache) == [Path(corpus.info["folder"]).name]  # what the killed one left is gone
+
+
+def test_two_builds_at_once(tokenizer, tmp_path):
+    source, cache = texts_file(tmp_path / "a.jsonl", [f"text {i} " * 20 for i in range(3000)]), tmp_path / "cache"
+    processes = [start(source, cache) for _ in range(2)]
+    results = [process.communicate()[0].split()[:2] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    corpus = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
+    assert results[0] == results[1] == ["3000", str(int(corpus.tokens.sum(dtype=np.int64)))]
+    assert folders(cache) == [Path(corpus.info["folder"]).name]
+
+
+def test_the_slower_of_two_builds_takes_the_other_ones_result(tokenizer, tmp_path, monkeypatch):
+    cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
+    move = module._move_into_place
+
+    def late(tmp, folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_move_into_place", move)
+            tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+        move(tmp, folder)
+
+    monkeypatch.setattr(module, "_move_into_place", late)
+    corpus = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    assert len(corpus) == len(TEXTS) and folders(cache) == [Path(corpus.info["folder"]).name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    def peak(n_rows: int) -> int:
+        source = texts_file(tmp_path / f"{n_rows}.jsonl", (f"{i} " + "春眠不觉晓，" * 15 for i in range(n_rows)))
+        process = start(source, tmp_path / "cache")
+        n_documents, _, kilobytes = process.communicate()[0].split()
+        assert int(n_documents) == n_rows
+        return int(kilobytes)
+
+    small, large = peak(8_000), peak(80_000)  # 2.3 MB and 23 MB
+    assert 0 < large < 1.2 * small, (small, large)
+    assert large - small < 15_000  # kB: the imports take so much that 20% of them could hide most of the text
+
+
+# --- the split ---
+
+
+def corpus_of(keys) -> TokenizedDataset:
+    keys = np.array(keys, np.uint64)
+    empty = np.zeros(0, np.uint16)
+    return TokenizedDataset(empty, None, np.zeros(len(keys) + 1, np.int64), np.zeros(len(keys), np.int64), keys, "", {})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 2**64 - 1]), min_size=1, max_size=40),
+    st.floats(0, 0.999),
+    st.randoms(),
+)
+def test_split(keys, fraction, random):
+    train, val = corpus_of(keys).split(fraction)
+    assert sorted([*train, *val]) == list(range(len(keys)))
+    train_keys, val_keys = ({keys[i] for i in part} for part in (train, val))
+    assert not train_keys & val_keys and train_keys
+    assert bool(val_keys) == (fraction > 0 and len(set(keys)) > 1)
+    shuffled = random.sample(keys, len(keys))
+    assert {shuffled[i] for i in corpus_of(shuffled).split(fraction)[1]} == val_keys
+
+
+def test_split_shares_and_arguments():
+    keys = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    train, val = corpus_of(keys).split(0.1)
+    assert 0.09 < len(val) / 20_000 < 0.11
+    longer = corpus_of([*keys[::-1], 5, 6]).split(0.1)[1]  # others come, and the order changes
+    assert {int(keys[i]) for i in val} <= {int(keys[::-1][i]) for i in longer if i < 20_000}
+    for wrong in (-0.1, 1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="val_fraction"):
+            corpus_of(keys).split(wrong)
+
+
+def test_duplicates_share_a_key_across_files(tokenizer, tmp_path):
+    paths = [texts_file(tmp_path / "a.jsonl", ["x", "y", "x"]), texts_file(tmp_path / "b.jsonl", ["y"])]
+    keys = tokenize_pretrain_data(paths, tokenizer, tmp_path / "cache", log=quiet).keys
+    assert keys[0] == keys[2] != keys[1] == keys[3]
+    rows = [{"messages": chat("q", "a " * 30)}, {"q": "q", "a": "a " * 30}, {"q": "q", "a": "b"}]
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    found = [tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=n, log=quiet).keys for n in (20, 99)]
+    assert found[0][0] == found[0][1] != found[0][2]
+    assert np.array_equal(*found)  # the split does not depend on where chats are cut
+
+
+# --- chats ---
+
+
+def learned(tokenizer, ids, loss_mask) -> list[str]:
+    """The text of each run of targets."""
+    runs, inside = [], False
+    for token, target in zip(ids, loss_mask, strict=True):
+        if target and not inside:
+            runs.append([])
+        if target:
+            runs[-1].append(int(token))
+        inside = target
+    return [tokenizer.decode(run) for run in runs]
+
+
+words = st.lists(
+    st.sampled_from(["春眠", "</s>", "<s>", "\n", " ", "🙂", "code()", "assistant\n", "a", "é"]), min_size=1, max_size=8
+).map("".join).filter(str.strip)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.none() | words, st.lists(st.tuples(words, words), min_size=1, max_size=5), st.integers(2, 120))
+def test_targets_are_the_answers_however_a_chat_is_cut(tokenizer, system, turns, max_tokens):
+    messages = chat(*(text for turn in turns for text in turn), system=system)
+    answers = [answer for _, answer in turns]
+    whole, _ = render_chat(tokenizer, messages)
+    last, last_mask = render_chat(tokenizer, messages[-2:])
+    try:
+        fitted = fit_chat(tokenizer, messages, max_tokens)
+    except Unusable:
+        assert last_mask.index(True) >= max_tokens
+        return
+    found = learned(tokenizer, fitted.ids, fitted.loss_mask)
+    assert len(fitted.ids) == len(fitted.loss_mask) <= max_tokens and found
+    if ANSWER_CUT in fitted.cuts:
+        assert len(last) - 1 > max_tokens == len(fitted.ids)
+        assert fitted.ids == last[:max_tokens] and 2 not in fitted.ids[last_mask.index(True) :]
+        (text,) = found
+        kept = text.encode().rstrip("\ufffd".encode())  # a character may be cut in the middle
+        assert answers[-1].encode().startswith(kept) and len(kept) <= fitted.n_bytes < len(kept) + 4
+        return
+    assert found == [answer + "</s>" for answer in answers[-len(found) :]]
+    assert fitted.n_bytes == sum(len(answer.encode()) for answer in answers[-len(found) :])
+    assert (TURNS_CUT in fitted.cuts) == (len(found) < len(answers))
+    kept = messages[-2 * len(found) :]
+    if system and SYSTEM_CUT not in fitted.cuts:
+        kept = [messages[0], *kept]
+    expected = render_chat(tokenizer, kept)
+    assert (fitted.ids, fitted.loss_mask) == (expected[0][:max_tokens], expected[1][:max_tokens])
+    assert len(expected[0]) <= max_tokens + 1  # at most the line end at the end is missing
+    if not fitted.cuts:
+        assert fitted.ids == whole[:max_tokens]
+    else:  # nothing more would have fitted
+        more = messages[-2 * len(found) - 2 :] if TURNS_CUT in fitted.cuts else messages
+        if system and SYSTEM_CUT in fitted.cuts:
+            assert len(render_chat(tokenizer, [messages[0], *messages[-2:]])[0]) - 1 > max_tokens
+        elif system and more[0]["role"] != "system":
+            more = [messages[0], *more]
+        if TURNS_CUT in fitted.cuts:
+            assert len(render_chat(tokenizer, more)[0]) - 1 > max_tokens
+
+
+def test_chat_corpus_of_every_format(tokenizer, tmp_path):
+    from tests.test_records import FORMATS
+
+    chats = [chat("q", "a"), chat("</s>x", "<s>y", "春", " 眠\n"), chat("1", "2 " * 30, "3", "4 " * 30, "5", "6 " * 30)]
+    rows = [make(messages) for make in FORMATS.values() for messages in chats]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for max_tokens, n_answers, cuts in [
+        (512, (1, 2, 3), {}),
+        (150, (1, 2, 2), {TURNS_CUT: len(FORMATS)}),
+        (40, (1, 2, 1), {TURNS_CUT: len(FORMATS), ANSWER_CUT: len(FORMATS)}),
+    ]:
+        corpus = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=max_tokens, log=quiet)
+        assert len(corpus) == len(rows) and corpus.info["cut"] == cuts
+        for i in range(len(corpus)):
+            messages, kept = chats[i % 3], n_answers[i % 3]
+            span = slice(corpus.offsets[i], corpus.offsets[i + 1])
+            found = learned(tokenizer, corpus.tokens[span], corpus.targets[span])
+            answers = [m["content"] + "</s>" for m in messages if m["role"] == "assistant"][-kept:]
+            if max_tokens == 40 and i % 3 == 2:
+                assert answers[0].startswith(found[0]) and len(found) == 1
+                assert corpus.n_bytes[i] == len(found[0].encode())
+            else:
+                assert found == answers
+                assert corpus.n_bytes[i] == sum(len(answer.encode()) - 4 for answer in answers)
+        assert corpus.info["targets"] == int(np.asarray(corpus.targets).sum())
+        assert corpus.targets.dtype == np.bool_ and not corpus.targets[corpus.offsets[:-1]].any()
+    assert len(folders(tmp_path / "cache")) == 3
+
+
+def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
+    twice = [chat("secret")[0], chat("secret")[0]]
+    rows = [{"q": "q", "a": "a"}, {"messages": twice}, '{"cut', {"q": "q", "a": ""}, {"messages": chat("q", "a", "r")}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    said = []
+    corpus = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=64, log=said.append)
+    assert len(corpus) == 1 and corpus.info["skipped"] == {"no sound chat": 3, "cannot be read": 1}
+    assert "a.jsonl:2: roles out of order: user user" in said[0] and "a.jsonl:3: invalid JSON" in said[0]
+    for content, reason in [
+        (rows[1:], r"no usable row: 3 no sound chat, 1 cannot be read; the first is a\.jsonl:1: roles out of order"),
+        ([{"text": "pretraining data"}], "no question and answer; the fields are text"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            tokenize_chat_data([write_jsonl(path, content)], tokenizer, tmp_path / "cache", max_tokens=64, log=quiet)
+    (tmp_path / "a.csv").write_text("text\nx\n", encoding="utf-8")
+    with pytest.raises(UserError, match="needs the columns q,a or"):
+        tokenize_chat_data([tmp_path / "a.csv"], tokenizer, tmp_path / "cache", max_tokens=64, log=quiet)
+    with pytest.raises(UserError, match="nothing to learn"):
+        tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=1, log=quiet)
+
+
+def test_more_than_one_percent_without_a_target_is_an_error(tokenizer, tmp_path):
+    good, long = {"q": "q", "a": "a"}, {"q": "long question " * 20, "a": "a"}
+    for n_long, fails in ((1, False), (2, True)):
+        path = write_jsonl(tmp_path / "a.jsonl", [good] * (100 - n_long) + [long] * n_long)
+        build = lambda: tokenize_chat_data([path], tokenizer, tmp_path / "c", max_tokens=32, log=quiet)  # noqa: B023, E731
+        if fails:
+            with pytest.raises(UserError, match=r"nothing can be learned from 2 of 100 chats, more than 1%.*jsonl:99"):
+                build()
+        else:
+            assert build().info["dropped"] == {module.QUESTION_TOO_LONG: 1}
+    assert len(folders(tmp_path / "c")) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.none() | words, st.lists(st.tuples(words, words), max_size=3), words, words, words, st.integers(2, 100))
+def test_encode_preference(tokenizer, system, turns, question, chosen, rejected, max_tokens):
+    assume(chosen != rejected)
+    before = chat(*(text for turn in turns for text in turn), system=system)
+    prompt = [*before, {"role": "user", "content": question}]
+    pair = Preference(1, prompt, chosen, rejected)
+    header = render_chat(tokenizer, prompt[-1:], add_generation_prompt=True)[0]
+    whole = [[*encode_text(tokenizer, text), 2] for text in (chosen, rejected)]
+    room = max_tokens - len(header)
+    try:
+        prompt_ids, *answers = encode_preference(tokenizer, pair, max_tokens)
+    except Unusable:
+        assert room <= 0 or whole[0][:room] == whole[1][:room]
+        return
+    assert answers == [answer[:room] for answer in whole]
+    assert len(prompt_ids) + max(map(len, answers)) <= max_tokens
+    assert prompt_ids[len(prompt_ids) - len(header) :] == header
+    if max_tokens == 100 and len(turns) < 2:
+        assert prompt_ids == render_chat(tokenizer, prompt, add_generation_prompt=True)[0] or answers == whole
+
+
+def test_the_default_tokenizer_is_byte_level():
+    """What counts the bytes of a cut answer relies on it."""
+    content = json.loads((TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8"))
+    assert "ByteLevel" in json.dumps(content["decoder"])
