@@ -45,8 +45,9 @@ from common.files import atomic_write
 from evaluation import ceval
 from evaluation.ceval import Answered, Question
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
+from model.chat_format import CHAT_TEMPLATE, render_chat
 from model.device import DTYPES, resolve_device, resolve_dtype
-from model.tokenizer import BOS_ID, CHAT_TEMPLATE, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
+from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
 from model.weights import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent

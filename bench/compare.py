@@ -43,7 +43,7 @@ from common.cli import Parser, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from common.files import atomic_write  # noqa: E402
 from export.huggingface import read_folder  # noqa: E402
-from inference.generator import SamplingParams, fit_chat, generate  # noqa: E402
+from inference.generator import SamplingParams, generate  # noqa: E402
 from inference.options import (  # noqa: E402
     add_sampling_flags,
     device_and_dtype,
@@ -51,6 +51,7 @@ from inference.options import (  # noqa: E402
     sampling_from_args,
     use_utf8,
 )
+from model.chat_format import truncate_chat  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 
@@ -197,7 +198,7 @@ def answer(contestant: Contestant, question: str, sampling: SamplingParams) -> A
     context = contestant.checkpoint.config.max_seq_len
     start = time.perf_counter()
     try:
-        prompt, _ = fit_chat(contestant.tokenizer, [{"role": "user", "content": question}], context - 1)
+        prompt = truncate_chat(contestant.tokenizer, [{"role": "user", "content": question}], context - 1).ids
         events = list(
             generate(contestant.checkpoint.model, [prompt], sampling, max_len=context, tokenizer=contestant.tokenizer)
         )

@@ -35,7 +35,8 @@ from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerFast
 
 from inference.generator import SamplingParams, TokenOutput, token_bytes
-from model.tokenizer import BOS_ID, check_messages, encode_text, encode_texts, render_chat
+from model.chat_format import render_chat
+from model.tokenizer import BOS_ID, encode_texts
 from serving import protocol
 from serving.engine import Engine, EngineError, QueueFull, Scores, ShuttingDown, Stream
 from serving.responses import (
@@ -323,11 +324,7 @@ class Api:
 
     def _chat_prompt(self, messages: list[dict]) -> list[int]:
         """The ids that training has seen up to where the answer begins; if it has begun, up to its end so far."""
-        tokenizer = self.model.tokenizer
-        check_messages(messages)
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return render_chat(tokenizer, asked, add_generation_prompt=True)[0] + encode_text(tokenizer, begun)
+        return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
 
     # -- completions
 

@@ -26,7 +26,8 @@ from schemathesis.specs.openapi.checks import (
 from serving_helpers import CONTEXT, NAME, TOKENIZER, Running, serving
 
 from inference.generator import SamplingParams, generate, generate_text
-from model.tokenizer import BOS_ID, EOS_ID, encode_text, render_chat
+from model.chat_format import render_chat
+from model.tokenizer import BOS_ID, EOS_ID, encode_text
 from serving import protocol
 from serving import responses as serving_http
 from serving.responses import MAX_BODY

@@ -47,9 +47,10 @@ from export.self_check import (
     sample_rows,
 )
 from inference.generator import SamplingParams, generate_ids
+from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import TOKENIZER_DIR, load_tokenizer, render_chat
+from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,9 +22,10 @@ from evaluation.ceval import (
     read_questions,
     summarise,
 )
+from model.chat_format import render_chat
 from model.LMConfig import preset
 from model.model import Transformer
-from model.tokenizer import encode_text, load_tokenizer, render_chat
+from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
