@@ -34,7 +34,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerFast
 
-from inference.generator import SamplingParams, TokenOutput, token_bytes
+from inference.detokenizer import token_bytes
+from inference.generator import TokenOutput
+from inference.options import SamplingParams
 from model.chat_format import render_chat
 from model.tokenizer import BOS_ID, encode_texts
 from serving import protocol

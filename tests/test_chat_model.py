@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from inference.generator import SamplingParams, generate_text
+from inference.generator import generate_text
+from inference.options import SamplingParams
 from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer

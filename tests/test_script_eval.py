@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.generator import SamplingParams, generate_text
+from inference.generator import generate_text
+from inference.options import SamplingParams
 from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
