@@ -155,7 +155,7 @@ def test_stop(server, client):
 def test_the_end_token_ends_and_counts(server, client, monkeypatch):
     events = list(generate(server.model, [prompt_of(HELLO)], SamplingParams(max_new_tokens=6), tokenizer=TOKENIZER))
     last = events[3].token
-    monkeypatch.setattr(server.engine.decoder, "eos_id", last)
+    monkeypatch.setattr(server.engine.generator, "eos_id", last)
     count = 1 + next(i for i, event in enumerate(events) if event.token == last)
     answer = client.chat.completions.create(model=NAME, messages=HELLO, **GREEDY, logprobs=True)
     assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == count
