@@ -39,9 +39,10 @@ from inference.options import (
     use_utf8,
 )
 from model.weights import find_checkpoint
-from serving.app import ServedModel, create_app
+from serving.app import create_app
+from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.responses import STALL_SECONDS, Server
+from serving.http import STALL_SECONDS, Server
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
