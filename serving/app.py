@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from inference.generator import SamplingParams
+from inference.options import SamplingParams
 from serving import protocol
 from serving.chat import ChatEndpoint
 from serving.completions import CompletionEndpoint

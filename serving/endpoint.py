@@ -21,7 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerFast
 
-from inference.generator import SamplingParams, TokenOutput, token_bytes
+from inference.detokenizer import token_bytes
+from inference.generator import TokenOutput
+from inference.options import SamplingParams
 from model.tokenizer import BOS_ID, encode_texts
 from serving import protocol
 from serving.engine import Engine, EngineError, Scores, Stream

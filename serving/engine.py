@@ -31,7 +31,8 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from inference.generator import BatchGenerator, SamplingParams, TokenOutput
+from inference.generator import BatchGenerator, TokenOutput
+from inference.options import SamplingParams
 
 PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (at least one prompt is read)
 
