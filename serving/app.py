@@ -34,7 +34,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerFast
 
-from inference.generator import SamplingParams, TokenOutput, token_bytes
+from inference.detokenizer import token_bytes
+from inference.generator import TokenOutput
+from inference.options import SamplingParams
 from model.tokenizer import BOS_ID, check_messages, encode_text, encode_texts, render_chat
 from serving import protocol
 from serving.engine import Engine, EngineError, QueueFull, Scores, ShuttingDown, Stream

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inference.generator import BatchGenerator, SamplingParams, TokenOutput
+from inference.generator import BatchGenerator, TokenOutput
+from inference.options import SamplingParams
 
 PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (one prompt is always read)
 

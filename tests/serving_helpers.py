@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 import uvicorn
 
-from inference.generator import BatchGenerator, SamplingParams
+from inference.generator import BatchGenerator
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer

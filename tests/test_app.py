@@ -25,7 +25,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from serving_helpers import CONTEXT, NAME, TOKENIZER, Running, serving
 
-from inference.generator import SamplingParams, generate, generate_text
+from inference.generator import generate, generate_text
+from inference.options import SamplingParams
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, render_chat
 from serving import protocol
 from serving import responses as serving_http

@@ -8,7 +8,8 @@ from collections import deque
 import pytest
 from serving_helpers import TOKENIZER, tiny_model
 
-from inference.generator import BatchGenerator, SamplingParams, generate_ids
+from inference.generator import BatchGenerator, generate_ids
+from inference.options import SamplingParams
 from serving import engine as engine_module
 from serving.engine import Engine, EngineFailed, QueueFull, ShuttingDown, Stream
 
