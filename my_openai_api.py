@@ -33,9 +33,10 @@ from inference.model_loader import backend_from_args, context_length, open_model
 from inference.options import add_model_flags, add_sampling_flags, sampling_from_args
 from inference.terminal import use_utf8
 from model.weights import find_checkpoint
-from serving.app import ServedModel, create_app
+from serving.app import create_app
+from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.responses import STALL_SECONDS, Server
+from serving.http import STALL_SECONDS, Server
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
