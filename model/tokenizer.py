@@ -21,6 +21,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from common.files import recover_folder
+
 TOKENIZER_DIR = Path(__file__).resolve().parent / "minimind_tokenizer"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -47,6 +49,8 @@ def load_tokenizer(path: Path | str = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     Raises ValueError if the folder is not a tokenizer, or one whose <unk>, <s>, </s> are not the ids 0, 1, 2.
     """
     path = Path(path)
+    if not path.exists():
+        recover_folder(path)  # a process that replaced it was killed between two renames
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path}: no tokenizer.json in it; name a tokenizer folder, or make one: train_tokenizer.py")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -16,6 +16,8 @@ from jinja2 import TemplateError
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from data_pipeline.bpe import measure
+from data_pipeline.tokenizer_data import is_held_out
 from model.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -26,7 +28,6 @@ from model.tokenizer import (
     render_chat,
     tokenizer_hash,
 )
-from train_tokenizer import is_held_out, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("MINIMIND_DATA", ROOT.parent / "shared" / "data"))
