@@ -12,10 +12,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from model.chat_format import CHAT_TEMPLATE
 from model.tokenizer import (
     BOS,
     BOS_ID,
-    CHAT_TEMPLATE,
     EOS,
     EOS_ID,
     UNK,
