@@ -24,7 +24,7 @@ from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedTokenizerFast
 
 from common.cli import Parser
-from common.errors import UserError, run_script
+from common.errors import UserError, name_flags, run_script
 from inference.backends import Backend
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
 from inference.model_loader import backend_from_args, context_length, open_model
@@ -180,7 +180,7 @@ def loaded_model(entry: Entry, args: argparse.Namespace, texts: Texts) -> Loaded
         with st.spinner(literal(texts("loading", name=entry.path.name))):
             return load(args, entry.path, entry.stamp, str(vars(args)))
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        reason = visible(str(error)).strip().partition("\n")[0]
+        reason = visible(name_flags(str(error))).strip().partition("\n")[0]
         st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
         return None
 
@@ -323,7 +323,7 @@ def main() -> None:
     try:
         args = parse_args()
     except UserError as error:
-        st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=str(error))))
+        st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=name_flags(str(error)))))
         st.stop()
     conversation: Conversation = st.session_state.setdefault("conversation", Conversation())
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from inference.backends import Backend, choose_backend
+from model.architecture import parse_rope_scaling
 from model.device import resolve_device, resolve_dtype
 from model.model import describe_parameters
-from model.rope import parse_scaling
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, load_checkpoint
 
@@ -103,7 +103,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
 def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
     """Tokens of prompt and answer together; says so if they are more than the model was trained at.
 
-    With --rope_scaling the model gets its `extension`, which every `BatchGenerator` of it then follows.
+    With --rope_scaling the model gets its `dynamic_rope_scaling`, which every `BatchGenerator` of it then follows.
     """
     trained = checkpoint.config.max_seq_len
     if args.max_seq_len is not None and args.max_seq_len < 2:
@@ -114,13 +114,13 @@ def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
             print(f"note: trained at {trained} tokens; what comes after them may be poor (--rope_scaling may help)")
         return context
     try:
-        method, factor = parse_scaling(args.rope_scaling)
-        extension = checkpoint.config.extension(method, factor, args.max_seq_len)
+        method, factor = parse_rope_scaling(args.rope_scaling)
+        dynamic = checkpoint.config.dynamic_rope_scaling(method, factor, args.max_seq_len)
     except ValueError as error:
         raise UserError(str(error)) from error
-    checkpoint.model.extension = extension
+    checkpoint.model.dynamic_rope_scaling = dynamic
     context = args.max_seq_len or int(trained * factor)
-    factors = " or ".join(f"{step:g}" for step in extension.factors)
+    factors = " or ".join(f"{step:g}" for step in dynamic.factors)
     print(
         f"context of {context} tokens: texts beyond the {trained} of the training are scaled ({method}, {factors} times)"
     )

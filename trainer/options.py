@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import flag, flag_group, validate_folder
 from common.files import ROOT
-from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions
+from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions, parse_rope_scaling
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +40,8 @@ def _model_flags() -> dict[str, tuple[Any, str]]:
 
 def _scaling(text: str) -> dict:
     """Read METHOD:FACTOR, such as yarn:4, as LMConfig has it."""
-    from model.rope import parse_scaling  # loads torch
-
     try:
-        method, factor = parse_scaling(text)
+        method, factor = parse_rope_scaling(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if factor is None:
