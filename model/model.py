@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,8 @@ class TransformerBlock(GradientCheckpointingLayer):
 class Transformer(PreTrainedModel, GenerationMixin):
     """A MiniMind language model, dense or mixture of experts."""
 
+    if TYPE_CHECKING:
+        config: LMConfig
     config_class = LMConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True

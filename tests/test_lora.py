@@ -272,7 +272,7 @@ def test_a_failed_save_keeps_the_old_adapter(saved, base_path, monkeypatch, mome
     if moment == "weights":
         monkeypatch.setattr(PeftModel, "save_pretrained", fail)
     elif moment == "description":
-        monkeypatch.setattr(lora, "fsync_dir", fail)
+        monkeypatch.setattr(lora, "_set_base_name", fail)
     else:
         replace = os.replace
 
