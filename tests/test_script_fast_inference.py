@@ -20,7 +20,8 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
-from export.huggingface import describe, new_folder, write_minimind
+from common.files import atomic_folder
+from export.huggingface import describe, write_minimind
 from inference.generator import fit_chat, generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
@@ -64,7 +65,7 @@ def out(tmp_path_factory) -> Path:
             torch.nn.init.normal_(parameter)
     save_adapter(folder / "lora_x_64", adapted, base, {"stage": "lora"})
     source = load_checkpoint(folder / "rl_64.pth")
-    with new_folder(folder / "rl_64-minimind") as target:
+    with atomic_folder(folder / "rl_64-minimind", hidden=False) as target:
         write_minimind(target, source.model, TOKENIZER_DIR, torch.float32, describe(source, "float32"))
     return folder
 
