@@ -44,7 +44,7 @@ class Options:
     max_rows: int = flag(32, "answers that are decoded at the same time", min=1, metavar="N")
     max_queue: int = flag(256, "answers that may wait; more are rejected", min=1, metavar="N")
     drain_seconds: float = flag(30, "time for running answers to finish at the end", min=0, max=1e6, metavar="SECONDS")
-    log_level: str = flag("info", "of the server", choices=["error", "warning", "info", "debug"])
+    log_level: str = flag("info", "how much the server logs", choices=["error", "warning", "info", "debug"])
     model: ModelOptions = model_options()
     # For what a request does not set. Without --max_new_tokens, a request that sets no limit gets as much as fits.
     sampling: SamplingParams = sampling_options(temperature=0.7, top_p=0.9, max_new_tokens=None)

@@ -286,8 +286,8 @@ def test_started_like_any_other_script(monkeypatch, capsys):
             runpy.run_path(str(SCRIPT), run_name="__main__")
         return end.value.code
 
-    assert run("--history_turns", -1) == 1
-    assert capsys.readouterr().err == "error: --history_turns -1 must not be negative\n"
+    assert run("--history_turns", -1) == 2
+    assert capsys.readouterr().err == "error: --history_turns -1 must be at least 0\n"
     assert run("--help") == 0
     assert "--history_turns" in capsys.readouterr().out
     started = []

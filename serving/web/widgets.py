@@ -155,8 +155,8 @@ def choose_settings(
 ) -> dict[str, Any]:
     """Show the sliders, which begin at the given values; return the arguments of `Conversation.ask`."""
 
-    def ask(widget: Any, key: str, value: Any, **settings: Any) -> Any:
-        st.session_state.setdefault(key, value)
+    def ask(widget: Any, key: str, start_value: Any, **settings: Any) -> Any:
+        st.session_state.setdefault(key, start_value)
         return widget(texts(key), key=key, help=texts(f"{key}_help"), **settings)
 
     def slide(key: str, value: float, low: float, high: float, step: float) -> Any:
