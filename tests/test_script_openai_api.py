@@ -89,9 +89,10 @@ def stream_from(port: int, **fields):
     sock.sendall(head.encode() + body)
     file = sock.makefile("rb")
     assert b" 200 " in file.readline()
-    while b'"delta": {"content"' not in file.readline():  # the first text
-        pass
-    return file
+    for line in file:
+        if b'"delta": {"content"' in line:  # the first text
+            return file
+    raise AssertionError("the stream ended before the first text")
 
 
 def test_sigterm_lets_answers_finish(out):
