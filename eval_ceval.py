@@ -45,9 +45,10 @@ from common.files import atomic_write
 from evaluation import ceval
 from evaluation.ceval import Answered, Question
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
+from inference.model_finder import find_model
 from model.device import DTYPES, resolve_device, resolve_dtype
 from model.tokenizer import BOS_ID, CHAT_TEMPLATE, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
-from model.weights import find_checkpoint, load_checkpoint
+from model.weights import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ["id", "question", *"ABCD", "answer", "prediction", "correct", *(f"p_{letter}" for letter in "ABCD")]
@@ -139,7 +140,7 @@ def open_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
             found = load_adapter(args.lora, device, tokenizer=tokenizer)
         else:
-            path = args.weights or find_checkpoint(ROOT / "out", ["rl", "full_sft"])
+            path = args.weights or find_model(ROOT / "out", ["rl", "full_sft"])
             if path is None:
                 raise UserError("no rl_*.pth or full_sft_*.pth in out: train one, or name a file with --weights")
             found = load_checkpoint(path, device, dtype, tokenizer)

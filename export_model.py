@@ -46,9 +46,10 @@ from export.huggingface import (
 )
 from export.model_card import model_card
 from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
+from inference.model_finder import find_model
 from model.device import DTYPES
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
-from model.weights import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from model.weights import Checkpoint, load_checkpoint, save_checkpoint
 
 GGUF_TYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 ALIASES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -200,7 +201,7 @@ def open_source(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         from model.lora import load_adapter  # peft takes seconds to import
 
         return load_adapter(args.lora, tokenizer=tokenizer, base=args.weights)
-    path = args.weights or find_checkpoint(args.out_dir, ["rl", "full_sft", "pretrain"])
+    path = args.weights or find_model(args.out_dir, ["rl", "full_sft", "pretrain"])
     if path is None:
         raise UserError(f"no checkpoint in {args.out_dir}: train one, or name it with --weights FILE")
     return load_checkpoint(path, tokenizer=tokenizer)
