@@ -32,9 +32,10 @@ from inference.model_finder import CHAT_STAGES, require_model
 from inference.model_loader import load_text_generator
 from inference.options import add_model_flags, add_sampling_flags, sampling_from_args
 from inference.terminal import use_utf8
-from serving.app import ServedModel, create_app
+from serving.app import create_app
+from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.responses import STALL_SECONDS, Server
+from serving.http import STALL_SECONDS, Server
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 

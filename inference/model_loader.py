@@ -64,8 +64,6 @@ def open_model(
                 checkpoint = load_adapter(lora, device, dtype, loaded, path)
             else:
                 checkpoint = load_checkpoint(path, device, dtype, loaded)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     except OSError as error:  # from torch, for some damaged files
         raise UserError(f"{lora or path} cannot be read ({error}): copy it again or save it anew") from error
     checkpoint.model.eval()

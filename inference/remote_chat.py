@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import openai
 
 from common.errors import UserError
 from inference.terminal import Chat, print_pieces
+from model.chat_format import split_turns
 
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty")  # not OpenAI's
 
@@ -49,9 +51,10 @@ class RemoteChat(Chat):
             self.settings["max_tokens"] = limit
 
     def reply(self, question: str) -> str:
+        history = split_turns(self.turns)[1][-self.history_turns :] if self.history_turns else []
         left_out = 0
         while True:
-            messages = [*self.system, *self.history[2 * left_out :], {"role": "user", "content": question}]
+            messages = [*self.system, *itertools.chain(*history[left_out:]), {"role": "user", "content": question}]
             try:
                 chunks = self.client.chat.completions.create(
                     model=self.model, messages=messages, stream=True, stream_options={"include_usage": True},
@@ -59,7 +62,7 @@ class RemoteChat(Chat):
                 )  # fmt: skip
                 break
             except openai.BadRequestError as error:
-                if error.code != "context_length_exceeded" or 2 * left_out >= len(self.history):
+                if error.code != "context_length_exceeded" or left_out == len(history):
                     raise ValueError(self.explain(error)) from error
                 left_out += 1
             except openai.APIError as error:
@@ -69,7 +72,7 @@ class RemoteChat(Chat):
             except KeyboardInterrupt:
                 raise ValueError("stopped") from None
         if left_out:
-            print(f"[the context is full: {left_out} of {len(self.history) // 2} earlier turns left out]")
+            print(f"[the context is full: {left_out} of {len(history)} earlier turns left out]")
         return self.print(chunks)
 
     def print(self, chunks: openai.Stream) -> str:

@@ -47,11 +47,6 @@ class Chat:
         text = self.reply(question)
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
 
-    @property
-    def history(self) -> list[dict]:
-        """The earlier turns that the next answer may see."""
-        return self.turns[-2 * self.history_turns :] if self.history_turns else []
-
     def run(self) -> None:
         """Read questions and commands until /exit or the end of the input."""
         print(f"ask something, or:\n{HELP}\n")
