@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize import TokenizedDataset
+from inference.model_finder import checkpoint_name, find_model
 from model.device import DTYPES
 from model.LMConfig import PRESETS, LMConfig, architecture_differences
 from model.lora import read_description, save_adapter
@@ -23,8 +24,6 @@ from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import (
     Checkpoint,
     check_can_write,
-    checkpoint_name,
-    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -79,7 +78,7 @@ def starting_model(
     if options.init_from is not None:
         path = Path(options.init_from)
     else:
-        path = find_checkpoint(options.out_dir, stages, options.config() if options.preset else None)
+        path = find_model(options.out_dir, stages, options.config() if options.preset else None)
         if path is None:
             size = f" of the size of {options.preset}" if options.preset else ""
             raise UserError(
