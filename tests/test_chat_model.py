@@ -11,6 +11,7 @@ import torch
 from inference.generator import generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
+from inference.prompts import Prompt, chat_prompt, text_prompt
 from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
@@ -24,9 +25,6 @@ from serving.chat_model import (
     Answer,
     ChatModel,
     Conversation,
-    Prompt,
-    chat_prompt,
-    text_prompt,
 )
 
 TOKENIZER = load_tokenizer()

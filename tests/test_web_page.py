@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.options import SamplingParams
-from serving.chat_model import LENGTH, STOPPED, Answer, Prompt
+from inference.prompts import Prompt
+from serving.chat_model import LENGTH, STOPPED, Answer
 from serving.web.page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
 from serving.web.texts import LANGUAGES, TEXTS, Texts, language_of
 from serving.web.widgets import STAGES

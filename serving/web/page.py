@@ -28,7 +28,8 @@ def blocks(text: str) -> list[tuple[str | None, str]]:
             found.append((fence["language"].strip(), []))
         else:
             found.append((None, []))
-    return [(language, "\n".join(lines)) for language, lines in found if language is not None or any(lines)]
+    joined = [(language, "\n".join(lines)) for language, lines in found]
+    return [(language, block) for language, block in joined if language is not None or block]
 
 
 def text_html(text: str, *, beginning: str = "", writing: bool = False) -> str:
