@@ -29,22 +29,11 @@ from transformers import PreTrainedTokenizerFast
 
 from common.cli import Parser
 from common.errors import UserError, run_script
-from inference.backends import TorchModel
-from inference.generator import SamplingParams, generate
-from inference.kernels.decode import NativeModel
-from inference.options import (
-    add_model_flags,
-    add_sampling_flags,
-    context_length,
-    ending,
-    fast_from_args,
-    open_checkpoint,
-    open_tokenizer,
-    read_line,
-    sampling_from_args,
-    use_utf8,
-    visible,
-)
+from inference.backends import Backend
+from inference.generator import ending, generate
+from inference.model_loader import backend_from_args, context_length, open_checkpoint, open_tokenizer
+from inference.options import SamplingParams, add_model_flags, add_sampling_flags, sampling_from_args
+from inference.terminal import read_line, use_utf8, visible
 from model.weights import Checkpoint, find_checkpoint
 from serving.chat_model import text_prompt
 
@@ -102,7 +91,7 @@ def continue_text(
     text: str,
     sampling: SamplingParams,
     context: int,
-    fast: NativeModel | TorchModel | None,
+    backend: Backend | None,
 ) -> None:
     """Print `text` and, as it comes, what the model makes of it."""
     prompt = text_prompt(tokenizer, text, context=context, max_new_tokens=sampling.max_new_tokens)
@@ -111,7 +100,9 @@ def continue_text(
         print(f"[the beginning has {used + left_out} tokens; the last {used} are used]")
     print(text, end="", flush=True)
     started, made = time.perf_counter(), 0
-    for event in generate(checkpoint.model, [prompt.ids], sampling, tokenizer=tokenizer, max_len=context, fast=fast):
+    for event in generate(
+        checkpoint.model, [prompt.ids], sampling, tokenizer=tokenizer, max_len=context, backend=backend
+    ):
         made += 1
         print(visible(event.text), end="", flush=True)
     seconds = time.perf_counter() - started
@@ -127,10 +118,10 @@ def main() -> None:
     if path is None:
         raise UserError(f"no pretrain_*.pth in {args.out_dir}: run 1-pretrain.py, or name a file with --weights")
     checkpoint = open_checkpoint(path, args, tokenizer)
-    context, fast = context_length(checkpoint, args), fast_from_args(args, checkpoint.model)
+    context, backend = context_length(checkpoint, args), backend_from_args(args, checkpoint.model)
     for text in read_prompts(args):
         try:
-            continue_text(checkpoint, tokenizer, text, sampling, context, fast)
+            continue_text(checkpoint, tokenizer, text, sampling, context, backend)
         except ValueError as error:  # not Unicode: broken bytes from the command line or the terminal
             if not args.interactive:
                 raise UserError(str(error)) from error

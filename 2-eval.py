@@ -27,24 +27,18 @@ from transformers import PreTrainedTokenizerFast
 
 from common.cli import Parser
 from common.errors import UserError, run_script
-from inference.backends import TorchModel
-from inference.generator import SamplingParams, generate
-from inference.kernels.decode import NativeModel
-from inference.options import (
-    add_model_flags,
-    add_sampling_flags,
+from inference.backends import Backend
+from inference.generator import ending, generate
+from inference.model_loader import (
+    backend_from_args,
     context_length,
     describe_checkpoint,
     device_and_dtype,
-    ending,
-    fast_from_args,
     open_checkpoint,
     open_tokenizer,
-    sampling_from_args,
-    use_utf8,
-    visible,
 )
-from inference.terminal import interact
+from inference.options import SamplingParams, add_model_flags, add_sampling_flags, sampling_from_args
+from inference.terminal import interact, use_utf8, visible
 from model.weights import Checkpoint, find_checkpoint
 from serving.chat_model import chat_prompt
 
@@ -122,10 +116,10 @@ class Chat:
         context: int,
         history_turns: int,
         system: str | None,
-        fast: NativeModel | TorchModel | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.context = checkpoint.model, tokenizer, sampling, context
-        self.history_turns, self.fast = history_turns, fast
+        self.history_turns, self.backend = history_turns, backend
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict] = []  # user and assistant in turn
 
@@ -145,7 +139,12 @@ class Chat:
         started, made, text, end = time.perf_counter(), 0, "", ""
         try:
             for event in generate(
-                self.model, [prompt.ids], self.sampling, tokenizer=self.tokenizer, max_len=self.context, fast=self.fast
+                self.model,
+                [prompt.ids],
+                self.sampling,
+                tokenizer=self.tokenizer,
+                max_len=self.context,
+                backend=self.backend,
             ):
                 made, text = made + 1, text + event.text
                 print(visible(event.text), end="", flush=True)
@@ -165,8 +164,8 @@ def main() -> None:
     context = context_length(checkpoint, args)
     if checkpoint.info.get("stage") == "pretrain":
         print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
-    fast = fast_from_args(args, checkpoint.model)
-    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system, fast)
+    backend = backend_from_args(args, checkpoint.model)
+    chat = Chat(checkpoint, tokenizer, sampling, context, args.history_turns, args.system, backend)
     if not args.auto:
         interact(chat)
         return

@@ -26,9 +26,8 @@ import openai
 
 from common.cli import Parser
 from common.errors import UserError, run_script
-from inference.generator import SamplingParams
-from inference.options import add_sampling_flags, use_utf8, visible
-from inference.terminal import interact
+from inference.options import SamplingParams, add_sampling_flags
+from inference.terminal import interact, use_utf8, visible
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")

@@ -25,19 +25,11 @@ from transformers import PreTrainedTokenizerFast
 
 from common.cli import Parser
 from common.errors import UserError, run_script
-from inference.backends import TorchModel
-from inference.generator import SamplingParams
-from inference.kernels.decode import NativeModel
+from inference.backends import Backend
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
-from inference.options import (
-    add_model_flags,
-    add_sampling_flags,
-    context_length,
-    fast_from_args,
-    open_model,
-    sampling_from_args,
-    visible,
-)
+from inference.model_loader import backend_from_args, context_length, open_model
+from inference.options import SamplingParams, add_model_flags, add_sampling_flags, sampling_from_args
+from inference.terminal import visible
 from model.model import parameter_counts
 from model.weights import Checkpoint
 from serving.chat_model import Answer, ChatModel, Conversation, Exchange
@@ -119,7 +111,7 @@ class Loaded:
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerFast
     context: int
-    fast: NativeModel | TorchModel | None
+    backend: Backend | None
 
 
 @st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
@@ -129,8 +121,8 @@ def load(_args: argparse.Namespace, path: Path, stamp: tuple, flags: str) -> Loa
     Raises UserError or OSError with what is wrong with it.
     """
     checkpoint, tokenizer = open_model(path, _args)
-    fast = fast_from_args(_args, checkpoint.model)
-    return Loaded(checkpoint, tokenizer, context_length(checkpoint, _args), fast)
+    backend = backend_from_args(_args, checkpoint.model)
+    return Loaded(checkpoint, tokenizer, context_length(checkpoint, _args), backend)
 
 
 @st.cache_resource(show_spinner=False)
@@ -356,7 +348,7 @@ def main() -> None:
             name,
             entry.continues,
             decoding_thread(),
-            loaded.fast,
+            loaded.backend,
         )
         with st.sidebar:
             sampling, history_turns, system = choose_settings(args, texts, writer.context, not writer.continues)

@@ -29,19 +29,14 @@ import uvicorn
 from common.cli import Parser
 from common.errors import UserError, run_script
 from inference.generator import BatchGenerator
-from inference.options import (
-    add_model_flags,
-    add_sampling_flags,
-    context_length,
-    fast_from_args,
-    open_model,
-    sampling_from_args,
-    use_utf8,
-)
+from inference.model_loader import backend_from_args, context_length, open_model
+from inference.options import add_model_flags, add_sampling_flags, sampling_from_args
+from inference.terminal import use_utf8
 from model.weights import find_checkpoint
-from serving.app import ServedModel, create_app
+from serving.app import create_app
+from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.responses import STALL_SECONDS, Server
+from serving.http import STALL_SECONDS, Server
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
@@ -143,9 +138,9 @@ def main() -> None:
     if args.max_new_tokens is None:
         args.max_new_tokens = context
     defaults = sampling_from_args(args)
-    fast = fast_from_args(args, checkpoint.model)
+    backend = backend_from_args(args, checkpoint.model)
     make_decoder = functools.partial(
-        BatchGenerator, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, fast=fast
+        BatchGenerator, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, backend=backend
     )
     config = checkpoint.config
     try:

@@ -3,11 +3,12 @@
 set -euo pipefail
 requirements=$1
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: Python 3.10 or newer is needed, $("$python" --version) was found; set PYTHON=/path/to/python3" >&2
+supported='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+"$python" -c "$supported" || {
+    echo "error: Python 3.11, 3.12 or 3.13 is needed, $("$python" --version) was found; set PYTHON=/path/to/python3" >&2
     exit 1
 }
-.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv || {
+.venv/bin/python -c "import pip; $supported" > /dev/null 2>&1 || "$python" -m venv --clear .venv || {
     echo "error: no virtual environment could be made in .venv; on Debian and Ubuntu: apt install python3-venv" >&2
     exit 1
 }

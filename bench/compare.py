@@ -43,14 +43,10 @@ from common.cli import Parser, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from common.files import atomic_write  # noqa: E402
 from export.huggingface import read_folder  # noqa: E402
-from inference.generator import SamplingParams, fit_chat, generate  # noqa: E402
-from inference.options import (  # noqa: E402
-    add_sampling_flags,
-    device_and_dtype,
-    open_tokenizer,
-    sampling_from_args,
-    use_utf8,
-)
+from inference.generator import fit_chat, generate  # noqa: E402
+from inference.model_loader import device_and_dtype, open_tokenizer  # noqa: E402
+from inference.options import SamplingParams, add_sampling_flags, sampling_from_args  # noqa: E402
+from inference.terminal import use_utf8  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 

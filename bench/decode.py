@@ -31,9 +31,10 @@ from common.cli import Parser  # noqa: E402
 from common.errors import run_script
 from export.gguf import write_gguf
 from export.huggingface import write_llama
-from inference.backends import TorchModel, fast_model
-from inference.generator import SamplingParams, generate
+from inference.backends import TorchModel, choose_backend
+from inference.generator import generate
 from inference.kernels.decode_weights import DecodeWeights
+from inference.options import SamplingParams
 from model.LMConfig import PRESETS, LMConfig, preset
 from model.model import Transformer, describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
@@ -41,9 +42,9 @@ from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 Scheme = Callable[[list[list[int]], int], float]  # prompts, new tokens of each -> seconds
 
 
-def ours(model: Transformer, fast) -> Callable[[list[list[int]], int], None]:
+def ours(model: Transformer, backend) -> Callable[[list[list[int]], int], None]:
     def run(prompts: list[list[int]], new_tokens: int) -> None:
-        for _ in generate(model, prompts, SamplingParams(max_new_tokens=new_tokens), eos_id=None, fast=fast):
+        for _ in generate(model, prompts, SamplingParams(max_new_tokens=new_tokens), eos_id=None, backend=backend):
             pass
 
     return run
@@ -148,9 +149,9 @@ def schemes(config: LMConfig, rows: int, folder: Path, args: argparse.Namespace)
     runs = {
         "eager, float32": ours(model, None),
         "eager, bfloat16": ours(half, None),
-        "fast, float32": ours(model, fast_model(model)),
-        "fast, bfloat16": ours(half, fast_model(half)),
-        "fast, int8": ours(half, fast_model(half, quantize="int8")),
+        "fast, float32": ours(model, choose_backend(model)),
+        "fast, bfloat16": ours(half, choose_backend(half)),
+        "fast, int8": ours(half, choose_backend(half, quantize="int8")),
     }
     if args.inductor:
         runs["torch.compile, bfloat16"] = ours(half, TorchModel(DecodeWeights(half), compiled=True))

@@ -22,7 +22,8 @@ from common.errors import UserError, run_script
 from common.files import ROOT, atomic_write
 from data_pipeline.preferences import PreferencePairs, read_pairs
 from data_pipeline.records import iter_conversations
-from inference.generator import SamplingParams, generate_text
+from inference.generator import generate_text
+from inference.options import SamplingParams
 from model.lora import load_adapter
 from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat

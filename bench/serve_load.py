@@ -33,7 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
-from inference.generator import Detokenizer, SamplingParams, generate  # noqa: E402
+from inference.detokenizer import Detokenizer  # noqa: E402
+from inference.generator import generate  # noqa: E402
+from inference.options import SamplingParams  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
 from model.tokenizer import load_tokenizer, render_chat  # noqa: E402

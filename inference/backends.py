@@ -1,7 +1,7 @@
 """One step of decoding as a pure function of tokens, positions and cache, and the fast ways to run it.
 
-`fast_model` chooses one: on a CPU with a C++ compiler the kernel of `inference.kernels.decode`; elsewhere, if asked for, the
-function below through torch.compile (on a GPU with CUDA graphs). What it returns goes into `Decoder(..., fast=...)`.
+`choose_backend` selects one: on a CPU with a C++ compiler the kernel of `inference.kernels.decode`; elsewhere, if asked for,
+the function below through torch.compile (on a GPU with CUDA graphs). It goes into `BatchGenerator(..., backend=...)`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.kernels.decode import KernelUnavailable, NativeModel
-from inference.kernels.decode_weights import QUANTIZATIONS, DecodeLayer, DecodeWeights
+from inference.kernels.decode_weights import DecodeLayer, DecodeWeights
+from inference.options import COMPILE, QUANTIZATIONS
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import apply_rope
 
-COMPILE = ("auto", "on", "off")
 VISIBLE = 64  # attention looks at a multiple of so many places: one CUDA graph for each
 
 
-def fast_model(model: Transformer, compile: str = "auto", quantize: str = "none") -> NativeModel | TorchModel | None:
+def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "none") -> Backend | None:
     """The fastest way to decode with a model, or None: then `BatchGenerator` calls the model itself.
 
     Args:
@@ -71,7 +71,7 @@ class TorchModel:
     def describe(self) -> str:
         return "PyTorch, compiled" if self.compiled else "PyTorch"
 
-    def bind(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
+    def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
         """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
         return TorchStep(self, keys, values)
 
@@ -79,7 +79,7 @@ class TorchModel:
 class TorchStep:
     """A step on a cache: the newest tokens of its first slots, at their positions -> logits of the next ones."""
 
-    reads_prompts = False
+    supports_prefill = False
 
     def __init__(self, model: TorchModel, keys: list[Tensor], values: list[Tensor]) -> None:
         self.model, self.keys, self.values = model, keys, values
@@ -161,3 +161,6 @@ def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: b
         mixing = mixing / (mixing.sum(-1, keepdim=True) + 1e-20)
     mixing = torch.zeros_like(probabilities).scatter(1, chosen, mixing).to(x.dtype)  # (rows, experts)
     return out + sum(expert(x) * mixing[:, i : i + 1] for i, expert in enumerate(layer.routed))
+
+
+Backend = NativeModel | TorchModel

@@ -1,25 +1,114 @@
-"""Flags of the scripts that let a model write, declared once: which weights, on what device, how tokens are chosen."""
+"""Options of the scripts that generate text, declared once: which model, where it runs, how tokens are chosen.
+
+Nothing here imports torch: `--help` and clients of a server need no more than this.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import math
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.files import ROOT
-from inference.backends import COMPILE, TorchModel, fast_model
-from inference.generator import SamplingParams, TokenOutput
-from inference.kernels.decode import NativeModel
-from inference.kernels.decode_weights import QUANTIZATIONS
-from model.device import DTYPES, resolve_device, resolve_dtype
-from model.model import describe_parameters
-from model.rope import parse_scaling
-from model.tokenizer import TOKENIZER_DIR, load_tokenizer
-from model.weights import Checkpoint, load_checkpoint
+from model.architecture import TOKENIZER_DIR
+
+COMPILE = ("auto", "on", "off")
+QUANTIZATIONS = ("none", "int8")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MAX_LOGPROBS = 20  # alternatives that can be reported for each token: OpenAI's limit
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next tokens are chosen, and when to stop. The defaults are greedy: always the likeliest token.
+
+    Args:
+        max_new_tokens: end after so many tokens.
+        temperature: divides the logits; below 1 bolder differences, above 1 flatter; 0 is greedy.
+        top_k: choose among the k likeliest tokens only; 0 for no limit.
+        top_p: choose among the likeliest tokens that together have at least this probability (nucleus sampling,
+            https://arxiv.org/abs/1904.09751), counted after top_k; 1 for no limit.
+        min_p: leave out tokens less likely than this share of the likeliest (https://arxiv.org/abs/2407.01082).
+        repetition_penalty: makes all tokens of the prompt and the answer less likely: positive logits are divided by
+            it, negative ones multiplied (https://arxiv.org/abs/1909.05858); 1 changes nothing.
+        presence_penalty: subtracted from the logit of every token that the answer has already.
+        frequency_penalty: the same, times how often the answer has it.
+        seed: of the random choices; the same seed gives the same choices whatever else is decoded at that time. None:
+            a new one each time.
+        stop: end before any of these texts appears.
+        logprobs: report the log-probability of each new token and of so many of the likeliest tokens, at most
+            `MAX_LOGPROBS`; 0: of the new token only; None: report nothing. These are the model's own (log-softmax of
+            its logits), before temperature, limits and penalties, as OpenAI-style servers report them: the same
+            whatever the other fields say.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        errors = self.validate()
+        if errors:
+            raise ValueError("; ".join(errors))
+
+    def validate(self) -> list[str]:
+        """Everything that is wrong, each in words that name the flag."""
+        found = []
+        if self.max_new_tokens < 1:
+            found.append(f"--max_new_tokens {self.max_new_tokens} must be at least 1")
+        if self.top_k < 0:
+            found.append(f"--top_k {self.top_k} must not be negative (0: no limit)")
+        # Written so that NaN is refused too.
+        if not 0 <= self.temperature < math.inf:
+            found.append(f"--temperature {self.temperature} must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            found.append(f"--top_p {self.top_p} must be above 0 and at most 1 (1: no limit)")
+        if not 0 <= self.min_p <= 1:
+            found.append(f"--min_p {self.min_p} must be between 0 and 1 (0: no limit)")
+        if not 0 < self.repetition_penalty < math.inf:
+            found.append(f"--repetition_penalty {self.repetition_penalty} must be above 0 (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                found.append(f"--{name} {getattr(self, name)} must be a number (0: none)")
+        if self.seed is not None and self.seed < 0:
+            found.append(f"--seed {self.seed} must not be negative")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            found.append("--stop must not be empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            found.append(f"--logprobs {self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+        return found
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def sorts(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def kind(self) -> tuple:
+        """Rows of the same kind run the same operations, with numbers of their own."""
+        if self.greedy:
+            return (True, self.penalises)
+        return (False, self.penalises, self.top_k, self.sorts, self.top_p < 1)
+
 
 # name: (type, help); the defaults are those of Sampling, unless a script has its own.
 _FLAGS = {
@@ -77,7 +166,7 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: str) -> None:
     )  # fmt: skip
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES],
+        "--dtype", default="auto", choices=DTYPES,
         help="precision of the computation; auto: bfloat16 where the hardware has it (default: auto)",
     )  # fmt: skip
     group.add_argument(
@@ -89,151 +178,3 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: str) -> None:
         "--quantize", default="none", choices=QUANTIZATIONS,
         help="int8: decode with the weights rounded to 8 bits, which is faster and a little less exact (default: none)",
     )  # fmt: skip
-
-
-def fast_from_args(args: argparse.Namespace, model: torch.nn.Module) -> NativeModel | TorchModel | None:
-    """What --compile and --quantize mean for this model, for `BatchGenerator` and `generate`. UserError if it cannot be."""
-    try:
-        return fast_model(model, args.compile, args.quantize)
-    except ValueError as error:
-        raise UserError(f"--compile {args.compile} --quantize {args.quantize}: {error}") from error
-
-
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype mean here. UserError for a device that is not there."""
-    try:
-        device = resolve_device(args.device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return device, resolve_dtype(args.dtype, device)
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder. UserError if there is none."""
-    try:
-        return load_tokenizer(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def open_checkpoint(path: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
-    """The model in a file, ready to write. UserError if it cannot be."""
-    device, dtype = device_and_dtype(args)
-    try:
-        checkpoint = load_checkpoint(path, device=device, dtype=dtype, tokenizer=tokenizer)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(describe_checkpoint(checkpoint))
-    return checkpoint
-
-
-def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
-    """The model in a file, an adapter folder or an exported folder, ready to write, and its tokenizer.
-
-    An export has its tokenizer with it; an adapter has its base beside it. UserError if it cannot be used.
-    """
-    if not path.is_dir():
-        tokenizer = open_tokenizer(args.tokenizer)
-        return open_checkpoint(path, args, tokenizer), tokenizer
-    device, dtype = device_and_dtype(args)
-    try:
-        if (path / "adapter_config.json").is_file():
-            from model.lora import load_adapter  # peft takes seconds to import
-
-            tokenizer = open_tokenizer(args.tokenizer)
-            checkpoint = load_adapter(path, device, dtype, tokenizer)
-        else:
-            from export.huggingface import read_folder
-
-            tokenizer = open_tokenizer(path if args.tokenizer == TOKENIZER_DIR else args.tokenizer)
-            checkpoint = read_folder(path)
-            if checkpoint.config.vocab_size != len(tokenizer):
-                raise UserError(
-                    f"{path}: the model has {checkpoint.config.vocab_size} tokens, the tokenizer {len(tokenizer)}: "
-                    "use the one it was exported with"
-                )
-            checkpoint.model.to(device, dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(describe_checkpoint(checkpoint))
-    return checkpoint, tokenizer
-
-
-def describe_checkpoint(checkpoint: Checkpoint) -> str:
-    """Which weights these are and how they were made, in a few lines."""
-    config, info = checkpoint.config, checkpoint.info
-    weight = checkpoint.model.get_input_embeddings().weight
-    origin = [str(info["stage"])] if "stage" in info else []
-    origin += [f"step {info['step']}"] if "step" in info else []
-    origin += [f"loss {info['loss']:.4g}"] if isinstance(info.get("loss"), float) else []
-    lines = [f"{checkpoint.path}" + (f" ({', '.join(origin)})" if origin else "")]
-    lines += [f"  note: {note}" for note in checkpoint.notes]
-    lines.append(f"  {describe_parameters(checkpoint.model)}")
-    dtype = str(weight.dtype).removeprefix("torch.")
-    lines.append(f"  trained at {config.max_seq_len} tokens; {dtype} on {weight.device}\n")
-    return "\n".join(lines)
-
-
-def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
-    """Tokens of prompt and answer together; says so if they are more than the model was trained at.
-
-    With --rope_scaling the model gets its `extension`, which every `BatchGenerator` of it then follows.
-    """
-    trained = checkpoint.config.max_seq_len
-    if args.max_seq_len is not None and args.max_seq_len < 2:
-        raise UserError(f"--max_seq_len {args.max_seq_len} leaves no room: give at least 2")
-    if args.rope_scaling == "none":
-        context = args.max_seq_len or trained
-        if context > trained:
-            print(f"note: trained at {trained} tokens; what comes after them may be poor (--rope_scaling may help)")
-        return context
-    try:
-        method, factor = parse_scaling(args.rope_scaling)
-        extension = checkpoint.config.extension(method, factor, args.max_seq_len)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    checkpoint.model.extension = extension
-    context = args.max_seq_len or int(trained * factor)
-    factors = " or ".join(f"{step:g}" for step in extension.factors)
-    print(
-        f"context of {context} tokens: texts beyond the {trained} of the training are scaled ({method}, {factors} times)"
-    )
-    return context
-
-
-def ending(event: TokenOutput, sampling: SamplingParams, made: int, context: int) -> str:
-    """Why an answer of `made` tokens was cut off, in words; "" if the model ended it."""
-    if event.finish != "length":
-        return ""
-    if made >= sampling.max_new_tokens:
-        return f" [cut off: --max_new_tokens {sampling.max_new_tokens}]"
-    return f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"
-
-
-def use_utf8() -> None:
-    """Read and write UTF-8 whatever the terminal's settings: the default elsewhere cannot print Chinese."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
-
-
-def read_line(prompt: str) -> str | None:
-    """A line from the user, with line editing where there is any; None at the end of the input or Ctrl-C."""
-    try:
-        import readline  # noqa: F401  gives input() its arrow keys; not there on Windows
-    except ImportError:
-        pass
-    try:
-        return input(prompt)
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-
-
-def visible(text: str) -> str:
-    """`text` with control characters as pictures (U+2400...): a model must not steer the terminal."""
-    return text.translate(_PICTURES)
-
-
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(range(128, 160), 65533)

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from inference.options import read_line
-
 HELP = """\
   /clear       forget the conversation
   /save FILE   append it to FILE, as one line of {"messages": [...]}
@@ -58,3 +56,32 @@ def save(chat: Chat, name: str) -> None:
     else:
         n = len(chat.turns) // 2
         print(f"appended {n} turn{'s' * (n != 1)} to {name}")
+
+
+def use_utf8() -> None:
+    """Read and write UTF-8 whatever the terminal's settings: the default elsewhere cannot print Chinese."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+
+
+def read_line(prompt: str) -> str | None:
+    """A line from the user, with line editing where there is any; None at the end of the input or Ctrl-C."""
+    try:
+        import readline  # noqa: F401  gives input() its arrow keys; not there on Windows
+    except ImportError:
+        pass
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as pictures (U+2400...): a model must not steer the terminal."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(128, 160), 65533)

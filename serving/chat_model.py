@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
-from inference.backends import TorchModel
-from inference.generator import SamplingParams, TokenOutput, fit_chat, generate
-from inference.kernels.decode import NativeModel
+from inference.backends import Backend
+from inference.generator import TokenOutput, fit_chat, generate
+from inference.options import SamplingParams
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text
 
@@ -84,7 +84,7 @@ class ChatModel:
     continues: it goes on with a text instead of answering.
     thread: where the computing is done; None: wherever `advance` is called. With one thread for all, conversations that
         go on at the same time take turns token by token, and do not fight for the same cores.
-    fast: what `inference.backends.fast_model` made of the model, if anything.
+    backend: what `inference.backends.choose_backend` made of the model, if anything.
     """
 
     model: Transformer
@@ -93,7 +93,7 @@ class ChatModel:
     name: str = ""
     continues: bool = False
     thread: Executor | None = None
-    fast: NativeModel | TorchModel | None = None
+    backend: Backend | None = None
 
 
 class Answer:
@@ -111,7 +111,12 @@ class Answer:
         self.finish: str | None = None
         self._thread = writer.thread
         self._events: Iterator[TokenOutput] | None = generate(
-            writer.model, [prompt.ids], sampling, tokenizer=writer.tokenizer, max_len=writer.context, fast=writer.fast
+            writer.model,
+            [prompt.ids],
+            sampling,
+            tokenizer=writer.tokenizer,
+            max_len=writer.context,
+            backend=writer.backend,
         )
 
     def advance(self) -> bool:

@@ -1,18 +1,18 @@
 """Continuous batching: one thread owns the model, and requests join and leave its running batch at any step.
 
-    engine = Engine(lambda: Decoder(model, rows=32, tokenizer=tokenizer), max_queue=256)
+    engine = Engine(lambda: BatchGenerator(model, 32, tokenizer=tokenizer), max_queue=256)
     engine.start()                                   # in the event loop that will read the answers
-    async with engine.submit([ids], [Sampling(max_new_tokens=64)]) as stream:
-        async for events in stream:                  # [(0, Event), ...]: what came since the last look
+    async with engine.submit([ids], [SamplingParams(max_new_tokens=64)]) as stream:
+        async for outputs in stream:                 # [(0, TokenOutput), ...]: everything new since the last iteration
             ...
     await engine.close(drain_seconds=30)
 
-**Nobody waits for a reader.** The thread hands each step's tokens to the event loop in one call and goes on. What a slow
-client has not read yet lies in its `Stream`, which can never hold more than the answer (`max_new_tokens` events a
-sequence); its row of the batch is free as soon as the answer is complete.
+**The batch never waits for a reader.** The thread hands the tokens of each step to the event loop in one call and
+continues. What a slow client has not read yet stays in its `Stream`, which never holds more than the answer
+(`max_new_tokens` outputs per sequence); its row of the batch is free as soon as the answer is complete.
 
-**Nobody pays for a long prompt alone.** Prompts are read between two steps, at most `PROMPT_TOKENS` at a time, so that
-running answers stall for a bounded time.
+**A long prompt does not block the others.** Prompts are read between two steps, at most `PROMPT_TOKENS` at a time, so
+that running answers pause for a bounded time only.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from inference.generator import BatchGenerator, SamplingParams, TokenOutput
+from inference.generator import BatchGenerator, TokenOutput
+from inference.options import SamplingParams
 
-PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (one prompt is always read)
+PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (at least one prompt is read)
 
-MAX_READINGS = 64  # texts that are only read (scored, embedded) in one pass
+MAX_PASS_TEXTS = 64  # texts that are scored or embedded in one forward pass
 
 log = logging.getLogger("minimind")
+T = TypeVar("T")
 
 
 class EngineError(Exception):
-    """Why a request was not, or not wholly, carried out."""
+    """A request was not carried out, or not to its end; the message says why."""
 
 
 class QueueFull(EngineError):
-    """Too many are waiting. `retry_after`: in how many seconds there will probably be room."""
+    """Too many requests are waiting. `retry_after`: in how many seconds there will probably be room."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -52,106 +55,84 @@ class QueueFull(EngineError):
 
 
 class ShuttingDown(EngineError):
-    """The engine takes no more work, or had to let this request go."""
+    """The engine accepts no more work, or dropped this request."""
 
 
 class EngineFailed(EngineError):
-    """The computation broke down (for example: out of memory)."""
+    """The computation failed (for example: out of memory)."""
 
 
 # ---- what callers hold
 
 
-class Stream:
-    """The answers to one request: one or more sequences, whose events come interleaved.
+class Stream(Generic[T]):
+    """The results of one request of one or more items (sequences to continue, texts to read), interleaved as they come.
 
-    Belongs to the event loop. Leave it by `async with`, or call `cancel`: then its rows are free before the next step.
+    Belongs to the event loop. Leave it by `async with`, or call `cancel`: its rows are then free before the next step.
     """
 
-    def __init__(self, engine: Engine, size: int) -> None:
-        self._engine = engine
-        self._events: list[tuple[int, TokenOutput]] = []
+    def __init__(self, engine: Engine, size: int, is_last: Callable[[T], bool]) -> None:
+        """
+        Args:
+            size: items of the request.
+            is_last: whether a result is the last of its item.
+        """
+        self._engine, self._is_last = engine, is_last
+        self._results: list[tuple[int, T]] = []
         self._waiter: asyncio.Future | None = None
         self._error: EngineError | None = None
-        self.unfinished = size  # sequences whose last event has not come
+        self.unfinished = size  # items whose last result has not come
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> list[tuple[int, TokenOutput]]:
-        """All (index of the sequence, event) that have come since the last call; waits for at least one.
+    async def __anext__(self) -> list[tuple[int, T]]:
+        """Return all (index of the item, result) that came since the last call; wait for at least one.
 
-        Raises EngineError if the engine gave the request up; the events before that have been returned then.
+        Raises EngineError if the engine dropped the request, after returning the results that came before.
         """
-        while not self._events:
+        while not self._results:
             if self._error is not None:
                 raise self._error
             if not self.unfinished:
                 raise StopAsyncIteration
             self._waiter = self._engine.loop.create_future()
             await self._waiter
-        events, self._events = self._events, []
-        return events
+        results, self._results = self._results, []
+        return results
 
     def cancel(self) -> None:
-        """Give up what is not finished."""
+        """Drop what is not finished."""
         if self.unfinished and self._error is None:
             self._engine._cancel(self)
             self._receive(ShuttingDown("the request was cancelled"))
 
-    def _receive(self, what: list[tuple[int, TokenOutput]] | EngineError) -> None:
-        if isinstance(what, EngineError):
+    def _receive(self, news: list[tuple[int, T]] | EngineError) -> None:
+        if isinstance(news, EngineError):
             if self.unfinished:
-                self._error = self._error or what
+                self._error = self._error or news
         elif self._error is None:
-            self._events += what
-            self.unfinished -= sum(event.finish is not None for _, event in what)
+            self._results += news
+            self.unfinished -= sum(self._is_last(result) for _, result in news)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
 @dataclass
 class Scores:
-    """How probable a model finds the tokens of a text.
+    """Log-probabilities of the tokens of a text.
 
-    Position t says how probable token t is after those before it, so there is none for the first token.
+    Position t holds that of token t given those before it, so there is none for the first token.
     """
 
     logprobs: list[float | None]
-    top: list[list[tuple[int, float]] | None]  # the likeliest tokens there, from the likeliest down
-
-
-class _Readings:
-    """Texts of one request that are only read (scored, embedded); the results come together."""
-
-    def __init__(self, engine: Engine, size: int) -> None:
-        self.engine, self.results, self.missing = engine, [None] * size, size
-        self.done: asyncio.Future = engine.loop.create_future()
-
-    async def wait(self) -> list:
-        try:
-            return await self.done
-        finally:
-            if self.missing:
-                self.engine._cancel(self)
-
-    def _receive(self, what: list[tuple[int, object]] | EngineError) -> None:
-        if self.done.done():
-            return
-        if isinstance(what, EngineError):
-            self.done.set_exception(what)
-            return
-        for index, result in what:
-            self.results[index] = result
-        self.missing -= len(what)
-        if not self.missing:
-            self.done.set_result(self.results)
+    top: list[list[tuple[int, float]] | None]  # the most probable tokens at each position, most probable first
 
 
 # ---- what waits and what runs
@@ -159,9 +140,9 @@ class _Readings:
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
-    """A prompt to be continued."""
+    """A prompt to continue."""
 
-    owner: Stream
+    owner: Stream[TokenOutput]
     index: int
     prompt: Sequence[int]
     sampling: SamplingParams
@@ -171,10 +152,10 @@ class _Sequence:
 
 
 @dataclass(slots=True, eq=False)
-class _Reading:
-    """A text to be read, and what is made of it: `embedding`, or Scores with the `top` likeliest tokens."""
+class _Text:
+    """A text to read: for its embedding, or for its Scores with the `top` most probable tokens."""
 
-    owner: _Readings
+    owner: Stream
     index: int
     prompt: Sequence[int]
     top: int
@@ -183,36 +164,36 @@ class _Reading:
 
 @dataclass
 class Statistics:
-    """Totals since the start, and durations in seconds for whoever listens; written by the thread alone."""
+    """Totals since the start; written by the thread alone."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
     cancelled: int = 0
     failures: int = 0
-    mean_seconds: float = 0.0  # that a sequence runs, lately
-    on_joined: Callable[[float], None] = field(default=lambda seconds: None)  # waited so long for its row
+    mean_seconds: float = 0.0  # moving average of how long a sequence runs
+    on_joined: Callable[[float], None] = field(default=lambda seconds: None)  # called with how long a sequence waited
 
 
 class Engine:
-    """Answers many requests with one model. All methods but `close` return at once; call them in the event loop."""
+    """Answer many requests with one model. All methods but `close` return at once; call them in the event loop."""
 
-    def __init__(self, make_decoder: Callable[[], BatchGenerator], max_queue: int = 256) -> None:
+    def __init__(self, make_generator: Callable[[], BatchGenerator], max_queue: int = 256) -> None:
         """
         Args:
-            make_decoder: called by the thread that will use it (compiled models are particular about that), and again
-                after a failure. What it raises, this constructor raises.
+            make_generator: called by the thread that will use it (compiled models require that), and again after a
+                failure. This constructor raises what it raises.
             max_queue: sequences and texts that may wait while all rows are taken.
         """
         if max_queue < 1:
             raise ValueError(f"--max_queue {max_queue} must be at least 1")
-        self._make_decoder, self.max_queue = make_decoder, max_queue
+        self._make_generator, self.max_queue = make_generator, max_queue
         self.statistics = Statistics()
         self._wakeup = threading.Condition()
         # Guarded by _wakeup:
         self._waiting: deque[_Sequence] = deque()
-        self._readings: deque[_Reading] = deque()
-        self._cancelled: set[Stream | _Readings] = set()
+        self._texts: deque[_Text] = deque()
+        self._cancelled: set[Stream] = set()
         self._closing = self._stopping = False
         # The thread's own:
         self._running: dict[int, _Sequence] = {}
@@ -221,13 +202,13 @@ class Engine:
         made: Future[BatchGenerator] = Future()
         self._thread = threading.Thread(target=self._run, args=(made,), name="engine", daemon=True)
         self._thread.start()
-        self.decoder: BatchGenerator | None = made.result()
-        self.rows, self.max_len = self.decoder.capacity, self.decoder.max_len
+        self.generator: BatchGenerator | None = made.result()
+        self.rows, self.max_len = self.generator.capacity, self.generator.max_len
 
     # -- for the event loop
 
     def start(self) -> None:
-        """Call this once, in the event loop that will submit requests and read the answers."""
+        """Bind the engine to the running event loop, which will submit requests and read the answers. Call it once."""
         self.loop = asyncio.get_running_loop()
 
     @property
@@ -238,29 +219,26 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Sequences and texts that wait for their turn."""
-        return len(self._waiting) + len(self._readings)
+        return len(self._waiting) + len(self._texts)
 
     @property
     def closing(self) -> bool:
         return self._closing
 
-    def check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """Raise ValueError for a prompt that cannot be decoded."""
-        decoder = self.decoder
-        if decoder is None:
-            raise QueueFull("the engine starts anew after an error: try again", retry_after=1)
-        decoder.check(prompt, sampling)
-
-    def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream:
+    def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
         """Queue sequences that belong together.
 
         Raises ValueError for a prompt that cannot be decoded, QueueFull, ShuttingDown, EngineFailed.
         """
+        generator = self.generator
+        if generator is None:
+            raise QueueFull("the engine is restarting after an error: try again", retry_after=1)
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            self.check(prompt, sampling)
-        stream, now = Stream(self, len(prompts)), time.perf_counter()
+            generator.check(prompt, sampling)
+        stream: Stream[TokenOutput] = Stream(self, len(prompts), is_last=lambda output: output.finish is not None)
+        now = time.perf_counter()
         with self._wakeup:
-            self._admit(len(prompts))
+            self._check_room(len(prompts))
             for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
                 self._waiting.append(_Sequence(stream, index, prompt, sampling, self._next_key, now))
                 self._next_key += 1
@@ -268,24 +246,26 @@ class Engine:
         return stream
 
     async def score(self, texts: Sequence[Sequence[int]], top: int = 0) -> list[Scores]:
-        """How probable the tokens of each text are, with the `top` likeliest at each position. Raises like `submit`."""
-        return await self._queue_readings(texts, top, embedding=False)
+        """Return the scores of each text, with the `top` most probable tokens at each position. Raises like `submit`."""
+        return await self._read_texts(texts, top, embedding=False)
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """(dim,) float32 each: the mean over the text of the final hidden states. Raises like `submit`."""
-        return await self._queue_readings(texts, 0, embedding=True)
+        """Return (dim,) float32 for each text: the mean of its final hidden states. Raises like `submit`."""
+        return await self._read_texts(texts, 0, embedding=True)
 
-    async def _queue_readings(self, texts: Sequence[Sequence[int]], top: int, embedding: bool) -> list:
-        if not texts:
-            return []
-        readings = _Readings(self, len(texts))
+    async def _read_texts(self, texts: Sequence[Sequence[int]], top: int, embedding: bool) -> list:
+        stream: Stream = Stream(self, len(texts), is_last=lambda _: True)
         with self._wakeup:
-            self._admit(len(texts))
-            self._readings += [_Reading(readings, i, text, top, embedding) for i, text in enumerate(texts)]
+            self._check_room(len(texts))
+            self._texts += [_Text(stream, i, text, top, embedding) for i, text in enumerate(texts)]
             self._wakeup.notify()
-        return await readings.wait()
+        found: dict[int, Any] = {}
+        async with stream:
+            async for results in stream:
+                found.update(results)
+        return [found[i] for i in range(len(texts))]
 
-    def _admit(self, new: int) -> None:
+    def _check_room(self, new: int) -> None:
         """Raise unless `new` more may wait."""
         if self.failed:
             raise EngineFailed("the engine has stopped after an error: restart the server")
@@ -293,97 +273,99 @@ class Engine:
             raise ShuttingDown("the server is shutting down")
         room = self.max_queue + max(self.rows - self.running, 0) - self.waiting
         if new > room:
+            seconds = math.ceil(self.statistics.mean_seconds * (new - room) / self.rows)  # until there may be room
             raise QueueFull(
                 f"{self.running} sequences are running and {self.waiting} are waiting, of at most {self.rows} and "
                 f"{self.max_queue}: try again later",
-                retry_after=self._seconds_until_room(new - room),
+                retry_after=min(max(seconds, 1), 60),
             )
 
-    def _seconds_until_room(self, places: int) -> int:
-        """An estimate from how long sequences ran lately."""
-        return min(max(math.ceil(self.statistics.mean_seconds * places / self.rows), 1), 60)
-
-    def _cancel(self, owner: Stream | _Readings) -> None:
+    def _cancel(self, owner: Stream) -> None:
         with self._wakeup:
             self._cancelled.add(owner)
             self._wakeup.notify()
 
-    def refuse_new(self) -> None:
-        """From now on take nothing new; what waits for its row is given up, what runs goes on. Any thread."""
+    def start_draining(self) -> None:
+        """Accept nothing new from now on and drop what waits for a row; what runs continues. Any thread may call this."""
         with self._wakeup:
             self._closing = True
             self._wakeup.notify()
 
     async def close(self, drain_seconds: float = 0.0) -> None:
-        """Let what runs finish, for at most so long; give up the rest, and end the thread."""
-        self.refuse_new()
+        """Let what runs finish, for at most `drain_seconds`; drop the rest, and end the thread."""
+        self.start_draining()
         deadline = time.monotonic() + drain_seconds
         while self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify()
-        while self._thread.is_alive():  # it finishes the step it is in, and tells everyone
+        while self._thread.is_alive():  # it finishes its current step, and notifies every stream
             await asyncio.sleep(0.005)
-        await asyncio.sleep(0)  # its last words are already scheduled in this loop
+        await asyncio.sleep(0)  # those notifications are already scheduled in this loop
 
     # -- the thread
 
     def _run(self, made: Future[BatchGenerator]) -> None:
         try:
-            made.set_result(self._make_decoder())
+            made.set_result(self._make_generator())
         except BaseException as error:
             made.set_exception(error)
             return
         try:
-            while self._turn():
+            while self._step():
                 pass
             log.debug("engine ended")
-            self._give_up(ShuttingDown("the server is shutting down"), everything=True)
+            self._fail_requests(ShuttingDown("the server is shutting down"), waiting_too=True)
         except BaseException:
             self.failed = True
-            self._give_up(EngineFailed("the engine has stopped after an error: restart the server"), everything=True)
+            self._fail_requests(
+                EngineFailed("the engine has stopped after an error: restart the server"), waiting_too=True
+            )
             raise
 
-    def _turn(self) -> bool:
-        """One step of everything; False at the end."""
+    def _step(self) -> bool:
+        """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
         with self._wakeup:
-            while not (self._waiting or self._readings or self._cancelled or self._running or self._closing):
+            while not (self._waiting or self._texts or self._cancelled or self._running or self._closing):
                 self._wakeup.wait()
             gone, self._cancelled = self._cancelled, set()
             if gone:
                 self._waiting = deque(item for item in self._waiting if item.owner not in gone)
-                self._readings = deque(item for item in self._readings if item.owner not in gone)
-            refused = []
+                self._texts = deque(item for item in self._texts if item.owner not in gone)
+            rejected: list[_Sequence | _Text] = []
             if self._closing:
-                refused = [*self._waiting, *self._readings]
+                rejected = [*self._waiting, *self._texts]
                 self._waiting.clear()
-                self._readings.clear()
+                self._texts.clear()
             stopping = self._stopping
-        self._drop([key for key, item in self._running.items() if item.owner in gone])
-        self._tell({item.owner: ShuttingDown("the server is shutting down") for item in refused})
+        for key in [key for key, item in self._running.items() if item.owner in gone]:
+            self.generator.cancel(key)
+            del self._running[key]
+            self.statistics.cancelled += 1
+        self._publish({item.owner: ShuttingDown("the server is shutting down") for item in rejected})
         if stopping or (self._closing and not self._running):
             return False
         with self._wakeup:
-            joining = _take(self._waiting, self.decoder.free)
-            reading = _take(self._readings, MAX_READINGS, alike=lambda item: (item.top, item.embedding))
+            joining = _next_batch(self._waiting, self.generator.free)
+            texts = _next_batch(self._texts, MAX_PASS_TEXTS, group=lambda item: (item.top, item.embedding))
         try:
-            self._tell(self._read(reading))
-            self._tell(self._by_owner(self._join(joining)))
-            self._tell(self._by_owner(self.decoder.step()))
+            if texts:
+                self._publish(_by_owner(zip(texts, self._read(texts), strict=True)))
+            if joining:
+                self._publish_tokens(self._join(joining))
+            self._publish_tokens(self.generator.step())
             self.statistics.steps += 1
-        except RuntimeError:  # of PyTorch: out of memory, a broken device
-            log.exception("a step failed; its requests are given up")
+        except RuntimeError:  # from PyTorch: out of memory, a broken device
+            log.exception("a step failed; its requests are dropped")
             self.statistics.failures += 1
-            self._give_up(EngineFailed("the computation failed: see the server's log"), extra=[*joining, *reading])
-            self.decoder = None  # its memory has to go before that of the next is taken
-            self.decoder = self._make_decoder()
+            self._fail_requests(EngineFailed("the computation failed: see the server's log"), [*joining, *texts])
+            self.generator = None  # its memory must be free before the next one allocates its own
+            self.generator = self._make_generator()
         return True
 
     def _join(self, items: list[_Sequence]) -> list[TokenOutput]:
-        """Read the prompts of new sequences; their first tokens."""
-        if not items:
-            return []
+        """Read the prompts of new sequences; return their first tokens."""
         now = time.perf_counter()
         for item in items:
             item.joined = now
@@ -391,46 +373,35 @@ class Engine:
             self.statistics.on_joined(now - item.submitted)
             self.statistics.prompt_tokens += len(item.prompt)
         prompts, samplings, keys = zip(*[(item.prompt, item.sampling, item.key) for item in items], strict=True)
-        return self.decoder.add(prompts, samplings, keys)
+        return self.generator.add(prompts, samplings, keys)
 
-    def _by_owner(self, events: list[TokenOutput]) -> dict[Stream, list[tuple[int, TokenOutput]]]:
-        """Who receives what; sequences that ended with it run no longer."""
-        news: dict[Stream, list[tuple[int, TokenOutput]]] = {}
-        for event in events:
-            item = self._running[event.key]
-            if event.finish is not None:
-                del self._running[event.key]
-                seconds = time.perf_counter() - item.joined
-                mean = self.statistics.mean_seconds
+    def _publish_tokens(self, outputs: list[TokenOutput]) -> None:
+        """Deliver new tokens; sequences that ended with them no longer run."""
+        items = [self._running[output.key] for output in outputs]
+        for item, output in zip(items, outputs, strict=True):
+            if output.finish is not None:
+                del self._running[output.key]
+                seconds, mean = time.perf_counter() - item.joined, self.statistics.mean_seconds
                 self.statistics.mean_seconds = mean + 0.1 * (seconds - mean) if mean else seconds
-            news.setdefault(item.owner, []).append((item.index, event))
-        self.statistics.generated_tokens += len(events)
-        return news
-
-    def _read(self, items: list[_Reading]) -> dict[_Readings, list[tuple[int, object]]]:
-        """Read texts that are not continued: {owner: [(index, result)]}."""
-        news: dict[_Readings, list[tuple[int, object]]] = {}
-        for item, result in zip(items, self._results(items) if items else [], strict=True):
-            news.setdefault(item.owner, []).append((item.index, result))
-        return news
+        self.statistics.generated_tokens += len(outputs)
+        self._publish(_by_owner(zip(items, outputs, strict=True)))
 
     @torch.inference_mode()
-    def _results(self, items: list[_Reading]) -> list[Scores] | list[Tensor]:
-        """One pass over texts of any length; on the right they are filled up, which causal attention never sees."""
-        model, device = self.decoder.model, self.decoder.device
+    def _read(self, items: list[_Text]) -> list[Scores] | list[Tensor]:
+        """Run one forward pass over texts of any lengths, padded on the right, where causal attention never looks."""
+        model, device = self.generator.model, self.generator.device
         lengths = [len(item.prompt) for item in items]
         longest = max(lengths)
         ids = torch.tensor([[*item.prompt, *[0] * (longest - len(item.prompt))] for item in items], device=device)
         self.statistics.prompt_tokens += sum(lengths)
         if items[0].embedding:
-            hidden = model(input_ids=ids, use_cache=False, logits_to_keep=1, output_hidden_states=True).hidden_states[
-                -1
-            ]
+            output = model(input_ids=ids, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+            hidden = output.hidden_states[-1]  # (texts, longest, dim)
             return [states[:length].float().mean(0).cpu() for states, length in zip(hidden, lengths, strict=True)]
         logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0].tolist()
+        chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0].tolist()  # (texts, longest - 1)
         top = min(items[0].top, logprobs.shape[-1])
-        values, tokens = (part.tolist() for part in logprobs.topk(top))
+        values, tokens = (part.tolist() for part in logprobs.topk(top))  # (texts, longest - 1, top)
         return [
             Scores(
                 [None, *chosen[i][: length - 1]],
@@ -439,26 +410,22 @@ class Engine:
             for i, length in enumerate(lengths)
         ]
 
-    def _drop(self, keys: list[int]) -> None:
-        for key in keys:
-            self.decoder.cancel(key)
-            del self._running[key]
-        self.statistics.cancelled += len(keys)
-
-    def _give_up(self, error: EngineError, extra: Iterable = (), everything: bool = False) -> None:
-        """Tell all that run (and `extra`, and with `everything` all that wait) that it was for nothing."""
+    def _fail_requests(
+        self, error: EngineError, extra: Iterable[_Sequence | _Text] = (), waiting_too: bool = False
+    ) -> None:
+        """End all running requests and `extra` with an error; with `waiting_too` also those that wait."""
         owners = {item.owner for item in (*self._running.values(), *extra)}
         self._running.clear()
-        if everything:
+        if waiting_too:
             with self._wakeup:
                 self._closing = True
-                owners |= {item.owner for item in (*self._waiting, *self._readings)}
+                owners |= {item.owner for item in (*self._waiting, *self._texts)}
                 self._waiting.clear()
-                self._readings.clear()
-        self._tell(dict.fromkeys(owners, error))
+                self._texts.clear()
+        self._publish(dict.fromkeys(owners, error))
 
-    def _tell(self, news: dict) -> None:
-        """Bring news to their owners: one call into the event loop, however many there are."""
+    def _publish(self, news: dict[Stream, Any]) -> None:
+        """Deliver results or errors to their streams: one call into the event loop, however many there are."""
         if news:
             try:
                 self.loop.call_soon_threadsafe(_deliver, news)
@@ -466,11 +433,18 @@ class Engine:
                 log.debug("the event loop has ended")
 
 
-def _take(queue: deque, limit: int, alike: Callable = lambda item: None) -> list:
-    """Remove the next items that can be read together: at most `limit`, `alike`, and not too long."""
+def _by_owner(results: Iterable[tuple[_Sequence | _Text, Any]]) -> dict[Stream, Any]:
+    news: dict[Stream, list[tuple[int, Any]]] = {}
+    for item, result in results:
+        news.setdefault(item.owner, []).append((item.index, result))
+    return news
+
+
+def _next_batch(queue: deque, limit: int, group: Callable[[Any], object] = lambda item: None) -> list:
+    """Remove the next items that can be read in one pass: at most `limit`, of one `group`, and not too long."""
     taken: list = []
     longest = 0
-    while queue and len(taken) < limit and (not taken or alike(queue[0]) == alike(taken[0])):
+    while queue and len(taken) < limit and (not taken or group(queue[0]) == group(taken[0])):
         longest = max(longest, len(queue[0].prompt))
         if taken and longest * (len(taken) + 1) > PROMPT_TOKENS:
             break
@@ -478,6 +452,6 @@ def _take(queue: deque, limit: int, alike: Callable = lambda item: None) -> list
     return taken
 
 
-def _deliver(news: dict) -> None:
+def _deliver(news: dict[Stream, Any]) -> None:
     for owner, what in news.items():
         owner._receive(what)

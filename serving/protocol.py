@@ -161,7 +161,7 @@ class ChatChoice(Shape):
     finish_reason: Literal["stop", "length"]
 
 
-class ChatAnswer(Shape):
+class ChatCompletion(Shape):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -185,7 +185,7 @@ class CompletionChoice(Shape):
     finish_reason: Literal["stop", "length"]
 
 
-class CompletionAnswer(Shape):
+class Completion(Shape):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -206,7 +206,7 @@ class EmbeddingUsage(Shape):
     total_tokens: int
 
 
-class EmbeddingAnswer(Shape):
+class EmbeddingList(Shape):
     object: Literal["list"]
     model: str
     data: list[Embedding]

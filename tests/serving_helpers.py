@@ -15,13 +15,16 @@ from collections.abc import Iterator
 import torch
 import uvicorn
 
-from inference.generator import BatchGenerator, SamplingParams
+from inference.generator import BatchGenerator
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
-from serving.app import Api, ServedModel, create_app
+from serving.app import create_app
+from serving.chat import ChatEndpoint
+from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.responses import Server
+from serving.http import Server
 
 TOKENIZER = load_tokenizer()
 NAME = "tiny"
@@ -40,7 +43,7 @@ class Running:
 
     model: Transformer
     engine: Engine
-    api: Api
+    chat_endpoint: ChatEndpoint
     port: int
 
     @property
@@ -100,13 +103,13 @@ def serving(
     rows: int = 8,
     max_queue: int = 200,
     defaults: SamplingParams | None = None,
-    decoder=BatchGenerator,
+    generator=BatchGenerator,
     drain: float = 0,
     **settings,
 ) -> Iterator[Running]:
     """A running server; it is shut down in the end."""
     model = tiny_model()
-    engine = Engine(lambda: decoder(model, rows, tokenizer=TOKENIZER), max_queue)
+    engine = Engine(lambda: generator(model, rows, tokenizer=TOKENIZER), max_queue)
     served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc")
     defaults = defaults or SamplingParams(max_new_tokens=CONTEXT)
     app = create_app(engine, served, defaults, **settings)
@@ -119,7 +122,7 @@ def serving(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(model, engine, Api(engine, served, defaults), port)
+        yield Running(model, engine, ChatEndpoint(engine, served, defaults), port)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from test_generator import TOKENIZER, kinds, make, make_prompts, recompute
 
-from inference.backends import TorchModel, fast_model
-from inference.generator import BatchGenerator, KVCache, SamplingParams, generate, generate_ids
+from inference.backends import TorchModel, choose_backend
+from inference.generator import BatchGenerator, generate, generate_ids
 from inference.kernels import decode
 from inference.kernels.decode import NativeModel
 from inference.kernels.decode_weights import DecodeWeights, quantize_int8
 from inference.kernels.loader import KernelUnavailable, load_library, zeros
+from inference.kv_cache import KVCache
+from inference.options import SamplingParams
 from model.lora import add_adapter
 from model.tokenizer import BOS_ID, encode_text
 
@@ -27,14 +29,14 @@ SHAPES = {
 }
 
 
-def logits_of(model, fast, prompts: list[list[int]], keep: bool = False) -> torch.Tensor:
+def logits_of(model, backend, prompts: list[list[int]], keep: bool = False) -> torch.Tensor:
     """The prompts through the cache: all but the last token read by the model or the kernel, the last by the step."""
     cache = KVCache(model.config, len(prompts), 64, dtype=model.dtype)
-    step = fast.bind(cache.keys, cache.values)
+    step = backend.with_cache(cache.keys, cache.values)
     with torch.inference_mode():
         for row, prompt in enumerate(prompts):
-            if step.reads_prompts:
-                step.read([prompt[:-1]], row)
+            if step.supports_prefill:
+                step.prefill([prompt[:-1]], row)
             else:
                 cache.select(slice(row, row + 1), 0)
                 model(torch.tensor([prompt[:-1]]), past_key_values=cache)
@@ -77,9 +79,9 @@ def test_greedy_is_full_recomputation(way, kind):
     lengths = [24, 3, 20, 9, 14, 1]
     plain = [recompute(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
     samplings = [SamplingParams(max_new_tokens=n) for n in lengths]
-    fast = WAYS[way](model)
+    backend = WAYS[way](model)
     for max_rows in (1, 2, 6):
-        assert generate_ids(model, prompts, samplings, eos_id=None, max_rows=max_rows, fast=fast) == plain
+        assert generate_ids(model, prompts, samplings, eos_id=None, max_rows=max_rows, backend=backend) == plain
 
 
 @kinds
@@ -88,22 +90,22 @@ def test_greedy_is_full_recomputation(way, kind):
 def test_no_row_depends_on_others_to_the_bit(kind, dtype, quantize):
     """Whatever is read and decoded beside it; else a near tie could be decided by who else is there."""
     model = make(kind, hidden_dim=1100).to(dtype)  # inputs of w2 in several slabs
-    fast = WAYS["native"](model, quantize)
+    backend = WAYS["native"](model, quantize)
     prompts = make_prompts(3, 29, 8, 14, 14, 2, 21, 40, 5, 6, 7, 9, 11, 30, 31, 32, 33, 34, 20, 19, 18)
-    alone = torch.cat([logits_of(model, fast, [prompt]) for prompt in prompts])
+    alone = torch.cat([logits_of(model, backend, [prompt]) for prompt in prompts])
     for n in (2, 3, 4, 7, 8, 15, 16, 17, 21):
-        assert torch.equal(logits_of(model, fast, prompts[:n]), alone[:n]), n
+        assert torch.equal(logits_of(model, backend, prompts[:n]), alone[:n]), n
     # Prompts read together, and tokens one after another instead of as a prompt.
     cache = KVCache(model.config, 21, 64, dtype=dtype)
-    step = fast.bind(cache.keys, cache.values)
-    assert torch.equal(step.read(prompts, 0), alone)
+    step = backend.with_cache(cache.keys, cache.values)
+    assert torch.equal(step.prefill(prompts, 0), alone)
     slow = [step(torch.tensor([token]), torch.tensor([place]), place) for place, token in enumerate(prompts[1])]
     assert torch.equal(slow[-1], alone[1:2])
 
 
 def test_streams_are_the_same_in_any_company():
     model, prompts = make("moe").bfloat16(), make_prompts(9, 4, 6, 12, 3, 8)
-    fast = WAYS["native"](model)
+    backend = WAYS["native"](model)
     fields = [
         dict(max_new_tokens=4, repetition_penalty=1.5),
         dict(max_new_tokens=25, presence_penalty=2.0),
@@ -113,30 +115,35 @@ def test_streams_are_the_same_in_any_company():
         dict(max_new_tokens=20, temperature=0.9, min_p=0.1, seed=4),
     ]
     samplings = [SamplingParams(**each) for each in fields]
-    alone = [generate_ids(model, [p], s, eos_id=None, fast=fast)[0] for p, s in zip(prompts, samplings, strict=True)]
+    alone = [
+        generate_ids(model, [p], s, eos_id=None, backend=backend)[0] for p, s in zip(prompts, samplings, strict=True)
+    ]
     for max_rows in (2, 3, 6):
-        assert generate_ids(model, prompts, samplings, eos_id=None, max_rows=max_rows, fast=fast) == alone
+        assert generate_ids(model, prompts, samplings, eos_id=None, max_rows=max_rows, backend=backend) == alone
 
 
 def test_rows_beyond_what_one_call_takes(monkeypatch):
     monkeypatch.setattr(decode, "MAX_ROWS", 5)
     model, prompts = make(), make_prompts(12, 3, 5, 6, 1, 2, 9)
-    assert generate_ids(model, prompts, SamplingParams(max_new_tokens=9), eos_id=None, fast=WAYS["native"](model)) == [
-        recompute(model, prompt, 9) for prompt in prompts
-    ]
+    assert generate_ids(
+        model, prompts, SamplingParams(max_new_tokens=9), eos_id=None, backend=WAYS["native"](model)
+    ) == [recompute(model, prompt, 9) for prompt in prompts]
 
 
 @ways
 def test_the_cache_full_and_stop_strings(way):
     model = make(vocab_size=len(TOKENIZER))
-    fast, prompt = WAYS[way](model), [BOS_ID, *encode_text(TOKENIZER, "你好")]
+    backend, prompt = WAYS[way](model), [BOS_ID, *encode_text(TOKENIZER, "你好")]
     for sampling in (SamplingParams(max_new_tokens=500), SamplingParams(max_new_tokens=60, temperature=1.0, seed=4)):
         usual = dict(tokenizer=TOKENIZER, eos_id=None, max_len=32)
         plain = list(generate(model, [prompt], sampling, **usual))
-        assert list(generate(model, [prompt], sampling, fast=fast, **usual)) == plain and plain[-1].finish == "length"
+        assert (
+            list(generate(model, [prompt], sampling, backend=backend, **usual)) == plain
+            and plain[-1].finish == "length"
+        )
         stop = "".join(event.text for event in plain)[5:8]
         stopped = list(
-            generate(model, [prompt], SamplingParams(**{**vars(sampling), "stop": (stop,)}), fast=fast, **usual)
+            generate(model, [prompt], SamplingParams(**{**vars(sampling), "stop": (stop,)}), backend=backend, **usual)
         )
         assert stopped[-1].finish == "stop" and len(stopped) < len(plain)
 
@@ -146,8 +153,8 @@ def test_the_cache_full_and_stop_strings(way):
 def test_int8(way, kind):
     """Close to the model, and exactly what a model with those weights computes."""
     model, prompts = make(kind), make_prompts(6, 20, 9)
-    fast = WAYS[way](model, "int8")
-    found = logits_of(model, fast, prompts)
+    backend = WAYS[way](model, "int8")
+    found = logits_of(model, backend, prompts)
     exact = plain_logits(model, prompts)
     rounded = make(kind)
     with torch.no_grad():
@@ -171,11 +178,11 @@ def test_compiled_is_exact_and_compiles_few_graphs(kind):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, prompts = make(kind, n_layers=1, max_seq_len=256), make_prompts(1, 60, 5, 124, 30, 3)
-    fast = TorchModel(DecodeWeights(model), compiled=True)
+    backend = TorchModel(DecodeWeights(model), compiled=True)
     plain = [recompute(model, prompt, 12) for prompt in prompts]
     greedy = SamplingParams(max_new_tokens=12)
     for max_rows in (1, 2, 3, 6):
-        assert generate_ids(model, prompts, greedy, eos_id=None, max_rows=max_rows, fast=fast) == plain
+        assert generate_ids(model, prompts, greedy, eos_id=None, max_rows=max_rows, backend=backend) == plain
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
@@ -184,30 +191,30 @@ def test_compiled_is_exact_and_compiles_few_graphs(kind):
 
 def test_what_is_chosen(monkeypatch):
     model = make()
-    assert isinstance(fast_model(model), NativeModel)
-    assert fast_model(model, compile="off") is None
-    assert isinstance(fast_model(model, compile="off", quantize="int8"), TorchModel)
+    assert isinstance(choose_backend(model), NativeModel)
+    assert choose_backend(model, compile="off") is None
+    assert isinstance(choose_backend(model, compile="off", quantize="int8"), TorchModel)
     with pytest.raises(ValueError, match="unknown quantization 'int4'"):
-        fast_model(model, quantize="int4")
+        choose_backend(model, quantize="int4")
     with pytest.raises(ValueError, match="unknown value 'yes' of compile"):
-        fast_model(model, compile="yes")
+        choose_backend(model, compile="yes")
     adapted = add_adapter(make(), rank=2, alpha=4.0, dropout=0.0).eval()
-    assert fast_model(adapted) is None
+    assert choose_backend(adapted) is None
     with pytest.raises(ValueError, match="this one has an adapter: merge it"):
-        fast_model(adapted, quantize="int8")
-    with pytest.raises(ValueError, match="made of another model"):
-        BatchGenerator(make(), 1, fast=fast_model(model))
+        choose_backend(adapted, quantize="int8")
+    with pytest.raises(ValueError, match="made from another model"):
+        BatchGenerator(make(), 1, backend=choose_backend(model))
 
-    assert fast_model(make(n_heads=8)) is None  # heads of 8: the kernel has none
-    assert fast_model(make().half()) is None
+    assert choose_backend(make(n_heads=8)) is None  # heads of 8: the kernel has none
+    assert choose_backend(make().half()) is None
     monkeypatch.setenv("CXX", "no-such-compiler")
     load_library.cache_clear()
     try:
         with pytest.raises(KernelUnavailable, match="no C.. compiler .no-such-compiler"):
             load_library("decode")
-        assert fast_model(model) is None
-        assert isinstance(fast_model(model, compile="on"), TorchModel)
-        assert isinstance(fast_model(model, quantize="int8"), TorchModel)
+        assert choose_backend(model) is None
+        assert isinstance(choose_backend(model, compile="on"), TorchModel)
+        assert isinstance(choose_backend(model, quantize="int8"), TorchModel)
     finally:
         load_library.cache_clear()
 

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from inference.generator import SamplingParams, fit_chat, generate_text
+from inference.generator import fit_chat, generate_text
+from inference.options import SamplingParams
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer

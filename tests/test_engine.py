@@ -8,7 +8,8 @@ from collections import deque
 import pytest
 from serving_helpers import TOKENIZER, tiny_model
 
-from inference.generator import BatchGenerator, SamplingParams, generate_ids
+from inference.generator import BatchGenerator, generate_ids
+from inference.options import SamplingParams
 from serving import engine as engine_module
 from serving.engine import Engine, EngineFailed, QueueFull, ShuttingDown, Stream
 
@@ -16,8 +17,8 @@ MODEL = tiny_model()
 PROMPTS = [[1, 10 + i, *range(20, 20 + i % 5)] for i in range(20)]
 
 
-def make(rows: int = 4, max_queue: int = 100, decoder=BatchGenerator) -> Engine:
-    return Engine(lambda: decoder(MODEL, rows, tokenizer=TOKENIZER), max_queue)
+def make(rows: int = 4, max_queue: int = 100, generator=BatchGenerator) -> Engine:
+    return Engine(lambda: generator(MODEL, rows, tokenizer=TOKENIZER), max_queue)
 
 
 async def ids_of(stream: Stream) -> list[list[int]]:
@@ -135,14 +136,14 @@ class Failing(BatchGenerator):
 
 
 def test_a_failed_step_costs_its_requests_and_no_others(caplog):
-    engine = make(decoder=type("Once", (Failing,), {}))
+    engine = make(generator=type("Once", (Failing,), {}))
 
     async def scenario():
         done = engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=2)])
         with pytest.raises(EngineFailed, match="server's log"):
             await ids_of(engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=50)]))
         assert len((await ids_of(done))[0]) == 2  # finished before
-        while engine.decoder is None:  # it starts anew; until then it says so
+        while engine.generator is None:  # it restarts; until then it refuses requests
             await asyncio.sleep(0.01)
         assert len((await ids_of(engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=9)])))[0]) == 9
         assert engine.statistics.failures == 1 and not engine.failed
@@ -153,7 +154,7 @@ def test_a_failed_step_costs_its_requests_and_no_others(caplog):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_ends_the_engine_and_everyone_is_told():
-    engine = make(rows=1, decoder=type("Bug", (Failing,), {"error": KeyError}))
+    engine = make(rows=1, generator=type("Bug", (Failing,), {"error": KeyError}))
 
     async def scenario():
         streams = [engine.submit([p], [SamplingParams(max_new_tokens=50)]) for p in PROMPTS[:3]]
@@ -173,7 +174,7 @@ def test_closing_finishes_what_runs_and_refuses_what_waits():
         running = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=30)])
         await anext(running)
         waiting = engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=30)])
-        engine.refuse_new()
+        engine.start_draining()
         with pytest.raises(ShuttingDown):
             engine.submit([PROMPTS[0]], [SamplingParams()])
         with pytest.raises(ShuttingDown):
@@ -208,7 +209,7 @@ def test_long_prompts_are_read_in_portions(monkeypatch):
         queue = deque(MultipleChoice(n) for n in lengths)
         found = []
         while queue:
-            found.append([len(item.prompt) for item in engine_module._take(queue, limit)])
+            found.append([len(item.prompt) for item in engine_module._next_batch(queue, limit)])
         return found
 
     assert portions([10] * 12) == [[10] * 10, [10] * 2]
@@ -216,7 +217,7 @@ def test_long_prompts_are_read_in_portions(monkeypatch):
     assert portions([500, 1]) == [[500], [1]]
     assert portions([1, 1, 1], limit=2) == [[1, 1], [1]]
     mixed = deque([MultipleChoice(1), MultipleChoice(1, kind=1), MultipleChoice(1)])
-    assert len(engine_module._take(mixed, 9, alike=lambda item: item.kind)) == 1
+    assert len(engine_module._next_batch(mixed, 9, group=lambda item: item.kind)) == 1
 
 
 def test_a_decoder_that_cannot_be_made_is_an_error_at_once():

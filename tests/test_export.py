@@ -46,7 +46,8 @@ from export.self_check import (
     model_logits,
     sample_rows,
 )
-from inference.generator import SamplingParams, generate_ids
+from inference.generator import generate_ids
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer, render_chat

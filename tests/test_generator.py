@@ -10,20 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.generator import (
-    BatchedSamplingParams,
-    BatchGenerator,
-    Detokenizer,
-    KVCache,
-    SamplingParams,
-    _byte_of_character,
-    fit_chat,
-    generate,
-    generate_ids,
-    generate_text,
-    log_probabilities,
-    sample_next,
-)
+from inference.detokenizer import Detokenizer, _byte_of_character
+from inference.generator import BatchGenerator, fit_chat, generate, generate_ids, generate_text
+from inference.kv_cache import KVCache
+from inference.options import SamplingParams
+from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer, render_chat

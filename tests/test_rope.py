@@ -12,8 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from export.huggingface import read_folder, write_llama, write_minimind
 from export.self_check import compare_folder
 from inference.backends import TorchModel
-from inference.generator import BatchGenerator, SamplingParams, generate, generate_ids
+from inference.generator import BatchGenerator, generate, generate_ids
 from inference.kernels.decode_weights import DecodeWeights
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import METHODS, DynamicRopeScaling, Scaling, doublings, parse_scaling, rope_tables, scaled_frequencies
@@ -174,9 +175,9 @@ def test_cached_is_uncached_in_a_ragged_batch_that_outgrows_the_training(method,
     plain = [recompute(model, prompt, 30) for prompt in prompts]
     sampling = SamplingParams(max_new_tokens=30, logprobs=0)
     # The fast step knows only the rotation of training: it has to leave the others to the model.
-    fast = TorchModel(DecodeWeights(model), compiled=False)
-    for max_rows, step in ((1, None), (2, None), (6, None), (2, fast)):
-        events = list(generate(model, prompts, sampling, eos_id=None, max_len=100, max_rows=max_rows, fast=step))
+    backend = TorchModel(DecodeWeights(model), compiled=False)
+    for max_rows, step in ((1, None), (2, None), (6, None), (2, backend)):
+        events = list(generate(model, prompts, sampling, eos_id=None, max_len=100, max_rows=max_rows, backend=step))
         for key, (tokens, logits) in enumerate(plain):
             own = [event for event in events if event.key == key]
             assert [event.token for event in own] == tokens
@@ -197,8 +198,8 @@ def test_fast_decoding_knows_the_scaling_of_the_training(method):
     model.eval()
     prompts, sampling = make_prompts(3, 17), SamplingParams(max_new_tokens=12)
     plain = generate_ids(model, prompts, sampling, eos_id=None, max_len=64)
-    fast = TorchModel(DecodeWeights(model), compiled=False)
-    assert generate_ids(model, prompts, sampling, eos_id=None, max_len=64, fast=fast) == plain
+    backend = TorchModel(DecodeWeights(model), compiled=False)
+    assert generate_ids(model, prompts, sampling, eos_id=None, max_len=64, backend=backend) == plain
 
 
 @methods

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.generator import SamplingParams, fit_chat, generate_text
+from inference.generator import fit_chat, generate_text
+from inference.options import SamplingParams
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer

@@ -21,7 +21,8 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from export.huggingface import describe, new_folder, write_minimind
-from inference.generator import SamplingParams, fit_chat, generate_text
+from inference.generator import fit_chat, generate_text
+from inference.options import SamplingParams
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer

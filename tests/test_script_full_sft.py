@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.generator import SamplingParams, generate
+from inference.generator import generate
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, render_chat, tokenizer_hash

@@ -21,7 +21,7 @@ from serving_helpers import NAME, TOKENIZER, serving
 
 from common.errors import UserError
 from export.huggingface import describe, write_llama
-from inference.generator import SamplingParams
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer

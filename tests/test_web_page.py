@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.generator import SamplingParams
+from inference.options import SamplingParams
 from serving.chat_model import LENGTH, STOPPED, Answer, Prompt
 from serving.web.page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
 from serving.web.texts import LANGUAGES, TEXTS, Texts, language_of

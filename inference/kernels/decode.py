@@ -109,7 +109,7 @@ class NativeModel:
     def describe(self) -> str:
         return f"C++, {self.threads or torch.get_num_threads()} threads"
 
-    def bind(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
+    def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
         """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
         return NativeStep(self, keys, values)
 
@@ -151,7 +151,7 @@ class NativeModel:
 class NativeStep:
     """A step on a cache, like `decode_step.TorchStep`; this one also reads prompts."""
 
-    reads_prompts = True
+    supports_prefill = True
 
     def __init__(self, native: NativeModel, keys: list[Tensor], values: list[Tensor]) -> None:
         slots, _, max_len, _ = keys[0].shape
@@ -174,7 +174,7 @@ class NativeStep:
         parts = zip(*(part.split(MAX_ROWS) for part in (tokens, positions, self._all[: len(tokens)])), strict=True)
         return torch.cat([self._rows(*part, self._all[: len(part[0])]) for part in parts])
 
-    def read(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         """Prompts for the slots from `first` on -> logits (prompts, vocab) of what comes after each."""
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         positions = torch.cat([self._all[: len(prompt)] for prompt in prompts])

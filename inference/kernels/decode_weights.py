@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference.options import QUANTIZATIONS
 from model.model import Transformer
 from model.moe import FeedForward, MoEFeedForward
 from model.rope import rope_tables
-
-QUANTIZATIONS = ("none", "int8")
 
 
 @dataclass

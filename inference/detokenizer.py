@@ -1,0 +1,82 @@
+"""From tokens to text, piece by piece."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerFast
+
+
+class Detokenizer:
+    """The text of one answer, piece by piece as its tokens come.
+
+    A token of a byte-level vocabulary is a few bytes, not always whole characters: bytes wait until their character is
+    complete. Text that could be the beginning of a stop string waits until it is clear that it is not. All pieces
+    together are the tokenizer's own decoding (up to a stop string). Special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Iterable[str] = ()) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        if type(self._backend.decoder).__name__ != "ByteLevel":
+            raise ValueError("this tokenizer is not a byte-level BPE: its text cannot be streamed; use another one")
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = tuple(stop)
+        self._waiting = ""  # complete characters that may begin a stop string
+        self.stopped = False  # a stop string came; the text has ended before it
+
+    def add(self, token: int) -> str:
+        """The text that is certain now, often "" or one character."""
+        if self.stopped or token in self._special:
+            return ""
+        text = self._utf8.decode(token_bytes(self._backend.id_to_token(token)))
+        return self._until_stop(text) if self._stop else text
+
+    def finish(self, *, complete: bool = True) -> str:
+        """The rest of the text.
+
+        complete: False if the answer was cut off: half of a character at its end is then left out. If the model itself
+            ended there, it is invalid, and shown as U+FFFD.
+        """
+        if self.stopped:
+            return ""
+        rest = self._utf8.decode(b"", final=True) if complete else ""
+        text, self._waiting = self._waiting + rest, ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        text = self._waiting + text
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._waiting = True, ""
+            return text[: min(found)]
+        held = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(text)), held, -1):
+                if text.endswith(stop[:size]):
+                    held = size
+                    break
+        clear = len(text) - held
+        self._waiting = text[clear:]
+        return text[:clear]
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level vocabularies spell each byte as one visible character (GPT-2's table); this is the way back."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def token_bytes(token: str | None) -> bytes:
+    """The bytes a token stands for; none for an id that is not in the vocabulary."""
+    if token is None:
+        return b""
+    table = _byte_of_character()
+    try:
+        return bytes([table[character] for character in token])
+    except KeyError:  # added as text, not spelled in bytes
+        return token.encode("utf-8")

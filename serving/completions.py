@@ -1,0 +1,71 @@
+"""/v1/completions: continuations of texts, and the scores of a prompt (which lm-eval asks for)."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving import protocol
+from serving.endpoint import Choice, Endpoint, ResponseBuilder, unsupported
+from serving.engine import Scores
+from serving.http import ApiError, cancel_on_disconnect
+
+
+class CompletionEndpoint(Endpoint):
+    async def create(self, body: protocol.CompletionRequest, request: Request) -> Response:
+        self.check(body)
+        n = body.n or 1
+        if body.best_of not in (None, n):
+            raise unsupported("best_of")
+        prompts = await self.encode_prompts(body.prompt, "prompt")
+        if len(prompts) * n > protocol.MAX_INPUTS:
+            message = f"the request asks for {len(prompts) * n} answers; the limit is {protocol.MAX_INPUTS}"
+            raise ApiError(400, message, "prompt")
+        limits = [self.token_limit(len(prompt), body.max_tokens, "max_tokens", "prompt") for prompt in prompts]
+        scores: list[Scores] | list[None] = [None] * len(prompts)
+        if body.echo and body.logprobs is not None:
+            scores = await cancel_on_disconnect(request.receive, self.engine.score(prompts, body.logprobs))
+        choices, samplings, continued = [], [], []
+        for prompt, limit, score in zip(prompts, limits, scores, strict=True):
+            for i in range(n):
+                choices.append(Choice())
+                if body.echo:
+                    choices[-1].echo(self.model, prompt, score)
+                if limit:
+                    samplings.append(self.sampling_params(body, i, limit, body.logprobs))
+                    continued.append(prompt)
+                else:
+                    choices[-1].finish = "length"
+        builder = CompletionBuilder(self.model, choices, sum(map(len, prompts)), body, body.logprobs)
+        return await self.respond(builder, continued, samplings, body, request)
+
+
+class CompletionBuilder(ResponseBuilder):
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
+
+    def whole_choice(self, index: int, choice: Choice) -> dict:
+        return {
+            "index": index,
+            "text": choice.text,
+            "logprobs": self.logprobs(choice),
+            "finish_reason": choice.finish,
+        }
+
+    def chunk_choices(self, index: int, choice: Choice, first: bool) -> list[dict]:
+        return [self.whole_choice(index, choice)] if choice.text or choice.tokens or choice.finish else []
+
+    def logprobs(self, choice: Choice) -> dict | None:
+        """Return the older form: parallel lists, and {token: logprob} of the most probable ones and the chosen one."""
+        if self.top_logprobs is None:
+            return None
+        name = self.model.token_name
+        tops = []
+        for token in choice.tokens:
+            top = {name(other): logprob for other, logprob in token.top[: self.top_logprobs]}
+            tops.append(None if token.logprob is None else top | {name(token.id): token.logprob})
+        return {
+            "tokens": [name(token.id) for token in choice.tokens],
+            "token_logprobs": [token.logprob for token in choice.tokens],
+            "top_logprobs": tops if self.top_logprobs else None,
+            "text_offset": [token.offset for token in choice.tokens],
+        }

@@ -1,0 +1,309 @@
+"""What all endpoints that run the model share: checks of a request, prompts, and answers as one object or as chunks.
+
+A new endpoint is one file: a subclass of `Endpoint` that turns its request into prompts and `SamplingParams`, and a
+subclass of `ResponseBuilder` that knows the form of its answer. `app.py` gives it a route, `protocol.py` its schemas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import dataclasses
+import functools
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from transformers import PreTrainedTokenizerFast
+
+from inference.detokenizer import token_bytes
+from inference.generator import TokenOutput
+from inference.options import SamplingParams
+from model.tokenizer import BOS_ID, encode_texts
+from serving import protocol
+from serving.engine import Engine, EngineError, Scores, Stream
+from serving.http import ApiError, SSEResponse, cancel_on_disconnect, json_response, to_json
+
+DONE = b"data: [DONE]\n\n"
+LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that the event loop can serve other clients
+
+_json_text = json.JSONEncoder(ensure_ascii=False).encode
+Item, Encoded = TypeVar("Item"), TypeVar("Encoded")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The served model: its public name, its tokenizer, and what identifies its weights."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerFast
+    dim: int
+    vocab_size: int
+    fingerprint: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @functools.cached_property
+    def special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; for a special token its name."""
+        return token_bytes(self.tokenizer.backend_tokenizer.id_to_token(token))
+
+    def text_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token adds to a text: none for a special token."""
+        return b"" if token in self.special else self.token_bytes(token)
+
+    def token_name(self, token: int) -> str:
+        """Return a token as text, or as `bytes:\\xe4\\xbd` if it is not whole characters. Names are unique."""
+        spelled = self.token_bytes(token)
+        try:
+            return spelled.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+# ---- answers
+
+
+@dataclass(slots=True)
+class Token:
+    """A token with its log-probability (None for the first of a text), the most probable ones, and where its text begins."""
+
+    id: int
+    logprob: float | None
+    top: Sequence[tuple[int, float]]
+    offset: int
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer: what has come of it and was not sent yet. `tokens` are kept only for log-probabilities."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+    length: int = 0  # characters of all tokens so far; an incomplete one at the end is not counted
+    _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def add_token(
+        self, model: ServedModel, token: int, logprob: float | None, top: Sequence[tuple[int, float]]
+    ) -> None:
+        self.tokens.append(Token(token, logprob, top, self.length))
+        self.length += len(self._utf8.decode(model.text_bytes(token)))
+
+    def echo(self, model: ServedModel, prompt: Sequence[int], scores: Scores | None) -> None:
+        """Begin with the text of the prompt."""
+        self.text = b"".join(map(model.text_bytes, prompt)).decode("utf-8", "replace")
+        if scores is not None:
+            for token, logprob, top in zip(prompt, scores.logprobs, scores.top, strict=True):
+                self.add_token(model, token, logprob, top or ())
+            self.length = len(self.text)
+            self._utf8.reset()
+
+
+class ResponseBuilder:
+    """The answer to one request, as chunks or as one object. A subclass knows their form."""
+
+    prefix, object_name, chunk_name = "", "", ""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        choices: list[Choice],
+        prompt_tokens: int,
+        body: protocol.SamplingRequest,
+        top_logprobs: int | None,
+    ) -> None:
+        """
+        Args:
+            top_logprobs: most probable tokens to list at each position; None: no log-probabilities at all.
+        """
+        self.model, self.choices, self.top_logprobs = model, choices, top_logprobs
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
+        self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.object_name,
+            "created": int(time.time()),
+            "model": model.name,
+            "system_fingerprint": f"fp_{model.fingerprint}",
+        }
+
+    def whole_choice(self, index: int, choice: Choice) -> dict:
+        raise NotImplementedError
+
+    def chunk_choices(self, index: int, choice: Choice, first: bool) -> list[dict]:
+        """Return what is new in a choice as entries of chunks. `first`: before the model has written anything."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+    async def collect(self, stream: Stream[TokenOutput]) -> dict:
+        """Return the whole answer."""
+        async with stream:
+            async for outputs in stream:
+                self._add(outputs)
+        choices = [self.whole_choice(i, choice) for i, choice in enumerate(self.choices)]
+        return self.head | {"choices": choices, "usage": self.usage()}
+
+    async def events(self, stream: Stream[TokenOutput]) -> AsyncIterator[bytes]:
+        """Yield server-sent events; the last is [DONE], after an error if there was one."""
+        # The part that all chunks share is encoded once: there is a chunk for every token of every stream.
+        head = f"data: {_json_text(self.head | {'object': self.chunk_name})[:-1]}, "
+        tail = ', "usage": null}\n\n' if self.include_usage else "}\n\n"
+
+        def encode(indices: Sequence[int], first: bool = False) -> bytes:
+            chunks = []
+            for i in indices:
+                entries = self.chunk_choices(i, self.choices[i], first)
+                chunks += [f'{head}"choices": [{_json_text(entry)}]{tail}' for entry in entries]
+                self.choices[i].text, self.choices[i].tokens = "", []
+            return "".join(chunks).encode()
+
+        yield encode(range(len(self.choices)), first=True)
+        async with stream:
+            try:
+                async for outputs in stream:
+                    yield encode(self._add(outputs))
+            except EngineError as error:
+                yield b"data: " + to_json(ApiError.from_engine(error).body()) + b"\n\n" + DONE
+                return
+        last = f'{head}"choices": [], "usage": {_json_text(self.usage())}}}\n\n' if self.include_usage else ""
+        yield last.encode() + DONE
+
+    def _add(self, outputs: list[tuple[int, TokenOutput]]) -> list[int]:
+        """Add new tokens to their choices; return the indices of these choices, each once, in order."""
+        self.completion_tokens += len(outputs)
+        for index, output in outputs:
+            choice = self.choices[index]
+            choice.text += output.text
+            choice.finish = output.finish
+            if self.top_logprobs is not None:
+                choice.add_token(self.model, output.token, output.logprob, output.top_logprobs)
+        return list(dict.fromkeys(index for index, _ in outputs))
+
+
+# ---- requests
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One route of the API: what its requests mean for this model. `defaults` is for what a request does not set."""
+
+    engine: Engine
+    model: ServedModel
+    defaults: SamplingParams
+
+    def check_model(self, name: str) -> None:
+        if name != self.model.name:
+            message = f"there is no model {name!r} on this server, only {self.model.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def check(self, body: protocol.Request) -> None:
+        """Raise ApiError for another model, and for a field that would have to be ignored."""
+        self.check_model(body.model)
+        for name, value in (body.model_extra or {}).items():
+            if value is None or name in protocol.HARMLESS or value in protocol.UNSUPPORTED.get(name, ()):
+                continue
+            if name in protocol.UNSUPPORTED:
+                raise unsupported(name)
+            raise ApiError(400, f"there is no field {name!r} in this request", name, "unknown_parameter")
+
+    async def encode_prompts(self, prompt: protocol.Prompt, param: str) -> list[list[int]]:
+        """Return the token ids of one or more texts, each beginning with <s> as in training; ids stay as they are."""
+        many: Any = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        if len(many) > protocol.MAX_INPUTS:
+            message = f"{param} has {len(many)} texts; at most {protocol.MAX_INPUTS} are accepted in one request"
+            raise ApiError(400, message, param)
+        if isinstance(many[0], str):
+            encode = functools.partial(encode_texts, self.model.tokenizer)
+            return [[BOS_ID, *ids] for ids in await tokenize(encode, many, sum(map(len, many)), param)]
+        for ids in many:
+            if max(ids) >= self.model.vocab_size:
+                message = f"token {max(ids)} does not exist; the model has 0 to {self.model.vocab_size - 1}"
+                raise ApiError(400, message, param)
+        return many
+
+    def token_limit(self, prompt: int, limit: int | None, limit_param: str, prompt_param: str) -> int:
+        """Return how many tokens an answer may have. Raises ApiError if less fits than `limit` asks for.
+
+        Args:
+            prompt: length of the prompt in tokens.
+            limit: that of the request; None: the server's default; -1: as much as fits.
+        """
+        context = self.engine.max_len
+        fits, what = context - prompt, f"the context is {context} tokens, prompt and answer together"
+        code = "context_length_exceeded"
+        if fits < (limit != 0):  # with a limit of 0 the prompt may fill the context
+            raise ApiError(400, f"{what}, and the prompt has {prompt}: shorten it", prompt_param, code)
+        if limit is None:
+            return min(self.defaults.max_new_tokens, fits)
+        if limit == -1:
+            return fits
+        if limit > fits:
+            advice = f"ask for at most {fits}, or for -1 (as much as fits)"
+            message = f"{what}; the prompt has {prompt} and the request asks for {limit}: {advice}"
+            raise ApiError(400, message, limit_param, code)
+        return limit
+
+    def sampling_params(
+        self, body: protocol.SamplingRequest, index: int, max_new_tokens: int, top_logprobs: int | None
+    ) -> SamplingParams:
+        """Return how choice `index` of a request is sampled: as it says, and otherwise as the server was started."""
+        names = "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop".split()
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
+        if "top_p" in given:
+            given["top_p"] = max(given["top_p"], 1e-9)  # OpenAI allows 0: only the most probable token
+        if "stop" in given:
+            stops = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
+            given["stop"] = tuple(text for text in stops if text)  # some clients send "" for none
+        if "seed" in given:
+            given["seed"] = (given["seed"] + index) % 2**64
+        return dataclasses.replace(self.defaults, max_new_tokens=max_new_tokens, logprobs=top_logprobs, **given)
+
+    async def respond(
+        self,
+        builder: ResponseBuilder,
+        prompts: list[list[int]],
+        samplings: list[SamplingParams],
+        body: protocol.SamplingRequest,
+        request: Request,
+    ) -> Response:
+        """Run the model on the prompts; return the answer, or the response that streams it."""
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
+        most = self.engine.rows + self.engine.max_queue
+        if len(prompts) > most:
+            message = f"the request asks for {len(prompts)} answers; this server takes at most {most} at a time"
+            raise ApiError(400, message, "n")
+        try:
+            stream = self.engine.submit(prompts, samplings)
+        except ValueError as error:  # checked above, except for what only the generator knows
+            raise ApiError(400, str(error)) from error
+        if body.stream:
+            return SSEResponse(builder.events(stream), on_end=stream.cancel)
+        return json_response(await cancel_on_disconnect(request.receive, builder.collect(stream)))
+
+
+def unsupported(param: str) -> ApiError:
+    return ApiError(400, f"{param} is not supported by this server: leave it out", param, "unsupported_parameter")
+
+
+async def tokenize(encode: Callable[[Item], Encoded], item: Item, size: int, param: str) -> Encoded:
+    """Return `encode(item)`, computed in a thread if the texts are long (`size` characters)."""
+    try:
+        return await asyncio.to_thread(encode, item) if size > LONG_TEXT else encode(item)
+    except ValueError as error:
+        raise ApiError(400, str(error), param) from error

@@ -1,0 +1,226 @@
+"""What every HTTP request passes, whatever it asks for: key, size, counting, errors in OpenAI's form, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import signal
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi.sse import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.engine import Engine, EngineError, QueueFull, ShuttingDown
+
+MAX_BODY = 1_000_000  # bytes of a request; a text of the longest context is far smaller
+MAX_DISCARDED = 64_000_000  # bytes of a larger body that are read and dropped, so that the client can read the error
+STALL_SECONDS = 60.0  # a client that reads nothing for this long is disconnected
+
+log = logging.getLogger("minimind")
+T = TypeVar("T")
+
+
+# ---- errors
+
+
+class ApiError(HTTPException):
+    """An error in OpenAI's form. `param`: the field that is wrong; `code`: a word that programs can test for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    @classmethod
+    def from_engine(cls, error: EngineError) -> ApiError:
+        if isinstance(error, QueueFull):
+            headers = {"Retry-After": str(error.retry_after)}
+            return cls(429, str(error), code="rate_limit_exceeded", headers=headers)
+        if isinstance(error, ShuttingDown):
+            return cls(503, str(error), code="shutting_down", headers={"Retry-After": "10"})
+        return cls(500, str(error), code="engine_failed")
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return json_response(self.body(), self.status_code, self.headers)
+
+
+def to_json(content: Any) -> bytes:
+    """Encode as JSON in UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(content), status, headers, media_type="application/json")
+
+
+# ---- before a request is handled
+
+
+class Auth:
+    """ASGI middleware: let requests in that have the key and a JSON body of an acceptable size; count all of them."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, count: Callable[[str, int], None]) -> None:
+        """
+        Args:
+            api_key: bearer token required for /v1; None: no key.
+            count: called with the path and the status of every response.
+        """
+        self.app, self.count = app, count
+        self.key = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex.encode()
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.count(scope["path"], message["status"])
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        headers = dict(scope["headers"])
+        error = self._check(scope, headers)
+        if error is not None:
+            await _discard(receive, headers)
+            await error.response()(scope, receive, send_counted)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                if message.get("more_body", False):
+                    await _discard(receive, headers)
+                raise _too_large(f"more than {MAX_BODY}")
+            return message
+
+        await self.app(scope, receive_limited, send_counted)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        if not scope["path"].startswith("/v1"):
+            return None
+        if self.key is not None and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
+            problem = "the API key is wrong" if b"authorization" in headers else "an API key is required"
+            message = f"{problem}: send it as `Authorization: Bearer KEY`"
+            return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if scope["method"] == "POST":
+            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if kind != b"application/json":  # a web page can send other types to any server without CORS permission
+                return ApiError(415, "the body must be JSON, with the header `Content-Type: application/json`")
+            length = headers.get(b"content-length", b"0")
+            if length.isdigit() and int(length) > MAX_BODY:
+                return _too_large(length.decode())
+        return None
+
+
+def _too_large(size: str) -> ApiError:
+    return ApiError(413, f"the body has {size} bytes; the limit is {MAX_BODY}", code="request_too_large")
+
+
+async def _discard(receive: Receive, headers: dict[bytes, bytes]) -> None:
+    """Read the rest of a rejected body: a client that cannot finish sending would not see the error."""
+    length = headers.get(b"content-length", b"0")
+    left = MAX_DISCARDED
+    if length.isdigit() and int(length) > left:
+        return
+    while left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
+
+
+# ---- clients that disconnect, and clients that do not read
+
+
+class ClientDisconnected(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnected."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+class SSEResponse(EventSourceResponse):
+    """Server-sent events, sent until they end, the client disconnects, or it reads nothing for `STALL_SECONDS`.
+
+    on_end: called in every case, even if the client disconnected before the first event.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            log.warning("a client read nothing for %g s: its request is dropped", STALL_SECONDS)
+        finally:
+            self.on_end()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, whose first SIGTERM or Ctrl-C lets running answers finish, for at most `drain_seconds`.
+
+    From then on it accepts no connections, and requests on open ones get a 503; an answer that is still running at the end
+    gets an error. A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.engine, self.drain_seconds = engine, drain_seconds
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit and sig == signal.SIGINT:  # there is nothing to save
+            os.write(2, b"ended at once\n")
+            os._exit(128 + sig)
+        self.engine.start_draining()
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        draining = asyncio.ensure_future(self.engine.close(self.drain_seconds))
+        await super().shutdown(sockets)
+        await draining
