@@ -16,20 +16,16 @@ be read are skipped, counted and listed with file, line and reason. An output fi
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
-
-import argparse
+import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import Parser, validate_folder
-from common.errors import UserError, run_script
-from data_pipeline.cleaning import STAGES, Options, clean, summary_table
+from common.cli import flag, parse_options, validate_folder
+from common.errors import UserError, exit_on_sigterm, run_script
+from common.files import ROOT
+from data_pipeline.cleaning import STAGES, CleaningOptions, clean, summary_table
 
-ROOT = Path(__file__).resolve().parent
 DUMPS = {
     "pretrain": "mobvoi_seq_monkey_general_open_corpus.jsonl",
     "sft": "sft_data_zh.jsonl",
@@ -39,74 +35,67 @@ DUMPS = {
 MAX_CHARS = {"pretrain": 512, "sft": 512, "dpo": 0}
 
 
+@dataclass
+class Options:
+    stage: str = flag(
+        None, "what to make; all: every stage whose dump exists", positional=True, choices=[*STAGES, "all"]
+    )
+    input: list[Path] = flag([], "raw files to read instead of the default ones", nargs="+", metavar="PATH")
+    data_dir: Path = flag(ROOT / "dataset", "folder of the raw dumps (default: dataset)")
+    out_dir: Path = flag(ROOT / "dataset", "folder for the results (default: dataset)")
+    num_workers: int = flag(os.cpu_count() or 1, "processes (default: one per CPU; 0: only this one)")
+    max_chars: int | None = flag(None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)")
+    min_chars: int = flag(1, "pretrain: shortest text in characters")
+    min_q_chars: int = flag(2, "sft: shortest question in characters (default: 2; original: 10)")
+    min_a_chars: int = flag(1, "sft: shortest answer in characters (default: 1; original: 5)")
+    min_chinese_ratio: float = flag(
+        0.0,
+        "smallest share of Chinese characters in each text (default: 0, because any more drops all English; "
+        "original for sft: 0.9)",
+        metavar="0..1",
+    )
+    history: str = flag(
+        "keep",
+        "sft: keep: dialogues go to sft_data.csv beside the single turns (default); drop: only their last turn "
+        "is kept, in sft_data_single.csv; only: sft_data.csv gets nothing but dialogues",
+        choices=["keep", "drop", "only"],
+    )
+    dedupe: bool = flag(True, "drop exact duplicates (default: yes)")
+
+    def validate(self) -> list[str]:
+        errors = [f"--{name} {n} is negative" for name, n in vars(self).items() if type(n) is int and n < 0]
+        if not 0 <= self.min_chinese_ratio <= 1:
+            errors.append(f"--min_chinese_ratio {self.min_chinese_ratio} is not between 0 and 1")
+        if self.input and self.stage == "all":
+            errors.append("--input needs one stage, not all")
+        return errors + validate_folder("--out_dir", self.out_dir)
+
+
 def find_inputs(stage: str, data_dir: Path) -> list[Path]:
-    """The dumps of `stage` in `data_dir`, sorted; not what this script wrote."""
+    """Return the dumps of `stage` in `data_dir`, sorted, without the files that this script wrote."""
     found = [path for ending in ("", ".gz", ".zst") for path in data_dir.glob(DUMPS[stage] + ending)]
     return sorted(path for path in found if path.name not in map(os.path.basename, STAGES[stage].outputs))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("stage", choices=[*STAGES, "all"], help="what to make; all: every stage whose dump exists")
-    add("--input", type=Path, nargs="+", metavar="PATH", help="raw files to read instead of the default ones")
-    add("--data_dir", type=Path, default=ROOT / "dataset", help="folder of the raw dumps (default: dataset)")
-    add("--out_dir", type=Path, default=ROOT / "dataset", help="folder for the results (default: dataset)")
-    add(
-        "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes (default: one per CPU; 0: only this one)",
-    )
-    add("--max_chars", type=int, help="longest text, question or answer in characters; 0: any (default: 512; dpo: 0)")
-    add("--min_chars", type=int, default=1, help="pretrain: shortest text in characters (default: 1)")
-    add("--min_q_chars", type=int, default=2, help="sft: shortest question in characters (default: 2; original: 10)")
-    add("--min_a_chars", type=int, default=1, help="sft: shortest answer in characters (default: 1; original: 5)")
-    add("--min_chinese_ratio", type=float, default=0.0, metavar="0..1",
-        help="smallest share of Chinese characters in each text (default: 0, because any more drops all English; "
-        "original for sft: 0.9)")  # fmt: skip
-    add("--history", choices=["keep", "drop", "only"], default="keep",
-        help="sft: keep: dialogues go to sft_data.csv beside the single turns (default); drop: only their last turn "
-        "is kept, in sft_data_single.csv; only: sft_data.csv gets nothing but dialogues")  # fmt: skip
-    add("--dedupe", action=argparse.BooleanOptionalAction, default=True, help="drop exact duplicates (default: yes)")
-    args = parser.parse_args()
-    errors = [f"--{name} {value} is negative" for name, value in vars(args).items() if type(value) is int and value < 0]
-    if not 0 <= args.min_chinese_ratio <= 1:
-        errors.append(f"--min_chinese_ratio {args.min_chinese_ratio} is not between 0 and 1")
-    errors += validate_folder("--out_dir", args.out_dir)
-    if args.input and args.stage == "all":
-        errors.append("--input needs one stage, not all")
-    if errors:
-        parser.error(errors)
-    return args
-
-
 def main() -> None:
-    args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up like Ctrl-C
+    options = parse_options(Options, __doc__)
+    exit_on_sigterm()
+    names = [field.name for field in dataclasses.fields(CleaningOptions)]
+    cleaning = CleaningOptions(**{name: getattr(options, name) for name in names})
     done = 0
-    for name in STAGES if args.stage == "all" else [args.stage]:
-        inputs = args.input or find_inputs(name, args.data_dir)
+    for name in STAGES if options.stage == "all" else [options.stage]:
+        inputs = options.input or find_inputs(name, options.data_dir)
         if not inputs:
-            print(f"{name}: skipped, there is no {args.data_dir / DUMPS[name]}")
+            print(f"{name}: skipped, there is no {options.data_dir / DUMPS[name]}")
             continue
-        options = Options(
-            min_chars=args.min_chars,
-            max_chars=MAX_CHARS[name] if args.max_chars is None else args.max_chars,
-            min_q_chars=args.min_q_chars,
-            min_a_chars=args.min_a_chars,
-            min_chinese_ratio=args.min_chinese_ratio,
-            history=args.history,
-            dedupe=args.dedupe,
-        )
-        print(
-            summary_table(STAGES[name], clean(STAGES[name], inputs, args.out_dir, options, args.num_workers)),
-            flush=True,
-        )
+        max_chars = MAX_CHARS[name] if options.max_chars is None else options.max_chars
+        limits = dataclasses.replace(cleaning, max_chars=max_chars)
+        summary = clean(STAGES[name], inputs, options.out_dir, limits, options.num_workers)
+        print(summary_table(STAGES[name], summary), flush=True)
         done += 1
     if not done:
         raise UserError(
-            f"no raw data in {args.data_dir}: download a dump into it or name one with --input (see --help)"
+            f"no raw data in {options.data_dir}: download a dump into it or name one with --input (see --help)"
         )
 
 

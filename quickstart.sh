@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a small model that answers, in minutes, on a CPU: bash quickstart.sh
-# Sets up .venv, then runs every stage on dataset/sample with the toy preset. Results and report.md are in out/quickstart.
-# Running it again repeats the run and replaces them. On a machine that is busy: OMP_NUM_THREADS=1 bash quickstart.sh
+# Train a small model that answers questions, from scratch, in minutes, on a CPU: bash quickstart.sh
+# It sets up .venv, then runs every stage on dataset/sample with the toy preset. Results and report.md are in out/quickstart.
+# A second run replaces them. On a busy machine: OMP_NUM_THREADS=1 bash quickstart.sh
 cd "$(dirname "$0")"
 . ./setup_env.sh requirements.txt
 out=out/quickstart
@@ -9,41 +9,42 @@ stage() { printf '\n=== %s: %s\n' "$1" "$2"; }
 common="--out_dir $out --preset toy --max_seq_len 256 --device cpu --overwrite"
 SECONDS=0
 
-stage tokenizer "which pieces of text the model reads and writes"
+stage tokenizer "learn the pieces of text that a model reads and writes"
 python train_tokenizer.py --data_path dataset/sample/*corpus.jsonl --vocab_size 2000 --out_dir $out/tokenizer --overwrite
 
-stage data "from raw dumps to training files"
+stage data "convert raw dumps to training files"
 python data_process.py all --data_dir dataset/sample --out_dir $out/data
 
-stage pretrain "language, from plain text"
+stage pretrain "learn language from plain text"
 python 1-pretrain.py $common --data_path $out/data/pretrain_data.csv \
     --optimizer muon --learning_rate 4e-3 --batch_size 16 --epochs 3.5
 
 stage eval_pretrain "the base model continues texts"
 python 0-eval_pretrain.py --out_dir $out --device cpu --max_new_tokens 30 --prompt "The capital of France is" --prompt "中国的首都是"
 
-stage full_sft "answering, from dialogues"
+stage full_sft "learn to answer from dialogues"
 python 3-full_sft.py $common --data_path $out/data/sft_data.csv \
     --optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2
 
-stage lora "a new identity, in a small adapter"
+stage lora "learn a new identity with a small adapter"
 python 4-lora_sft.py $common --lora_name identity --data_path dataset/sample/lora_identity.jsonl \
     --rank 16 --alpha 32 --learning_rate 2e-3 --batch_size 2 --epochs 15 --log_interval 50
 
-stage dpo "preferring the better of two answers"
+stage dpo "learn to prefer the better of two answers"
 python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json \
     --learning_rate 1e-4 --beta 0.5 --batch_size 16
 
-stage quiz "choosing among four answers, as C-Eval asks"
+stage quiz "choose one of four answers, as in C-Eval"
 python eval_ceval.py --weights $out/full_sft_192.pth --data_dir dataset/sample/ceval --out_dir $out/ceval --score text --device cpu
 
-stage chat "a look at the result"
+stage chat "look at the result"
 python 2-eval.py --auto --weights $out/rl_192.pth --device cpu --max_new_tokens 40
 
-stage export "a folder that plain transformers loads"
+stage export "write a folder that transformers can load"
 python export_model.py --weights $out/rl_192.pth --output $out/minimind-toy --overwrite
 
-stage report "what was learned"
+stage report "measure what was learned"
 python bench/quickstart_report.py --out_dir $out
-echo "the whole pipeline took $((SECONDS / 60)) min $((SECONDS % 60)) s; talk to the model: python 2-eval.py --out_dir $out"
-echo "or on a web page: streamlit run fast_inference.py -- --out_dir $out   (both after: . .venv/bin/activate)"
+echo "The whole pipeline took $((SECONDS / 60)) min $((SECONDS % 60)) s. To chat with the model, first run: . .venv/bin/activate"
+echo "Then, in the terminal: python 2-eval.py --out_dir $out"
+echo "or on a web page: streamlit run fast_inference.py -- --out_dir $out"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them: bash run_tests.sh [pytest arguments]
+# Install the packages for the tests and run them: bash run_tests.sh [pytest arguments]
 cd "$(dirname "$0")"
 . ./setup_env.sh requirements-dev.txt
 
-# The page fast_inference.py is also tested in a real browser. As root on Debian or Ubuntu one is installed if there is
-# none; everywhere else, and if that fails, the browser test is skipped.
+# The web page, fast_inference.py, is also tested in a real browser. If there is none, this script installs one as root on
+# Debian or Ubuntu; on other systems, or if that fails, the browser test is skipped.
 set_up_browser() {
     command -v chromedriver > /dev/null && command -v chromium > /dev/null && return
     local packages="chromium chromium-driver" log=.venv/apt-get.log
@@ -21,6 +21,6 @@ set_up_browser() {
 }
 set_up_browser
 ruff check .
-# Tests measure correctness, not speed: two workers with a core each beat two that fight for both.
+# Two test workers with one core each are faster than two that compete for all cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 exec python -m pytest "$@"

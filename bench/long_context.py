@@ -71,7 +71,7 @@ def main() -> None:
         length *= 2
     forced = [score(model, documents, n_bytes, 0, trained, name, args.longest) for name in METHODS]
     cells = ["", "", *(cell(*each) for each in forced)]
-    print(f"| 1 to {trained:,}, scaled {args.longest} times all the same | {trained:,} | {' | '.join(cells)} |")
+    print(f"| 1 to {trained:,}, scaled {args.longest} times nevertheless | {trained:,} | {' | '.join(cells)} |")
 
 
 def read_documents(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[Tensor]:

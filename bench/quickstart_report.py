@@ -1,8 +1,8 @@
-"""The report at the end of quickstart.sh: what every stage achieved, measured on questions that were not trained on.
+"""Write the report at the end of quickstart.sh: the results of every stage, measured on held-out questions.
 
     python bench/quickstart_report.py --out_dir out/quickstart          # writes report.md and shows it
 
-Reads the checkpoints and metrics in --out_dir and the held-out files in --data_dir. Every figure is computed here and now.
+It reads the checkpoints and metrics in --out_dir and the held-out files in --data_dir, and computes every figure anew.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GREEDY = SamplingParams(max_new_tokens=48)
 
 
 def ask(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> list[str]:
-    """Greedy answers to chats that end with a question."""
+    """Return the greedy answers to chats that end with a question."""
     prompts = [render_chat(tokenizer, chat, add_generation_prompt=True)[0] for chat in chats]
     return generate_text(model, tokenizer, prompts, GREEDY, max_rows=64)
 
@@ -52,14 +52,14 @@ def dialogues(path: Path) -> list[list[dict]]:
 
 
 def exact_match(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> float:
-    """Share of the chats whose last answer the model gives word for word."""
+    """Return the share of the chats whose last answer the model gives word for word."""
     answers = ask(model, tokenizer, [chat[:-1] for chat in chats])
     return sum(a.strip() == chat[-1]["content"] for a, chat in zip(answers, chats, strict=True)) / len(chats)
 
 
 @torch.no_grad()
 def preferred(model: Transformer, tokenizer: PreTrainedTokenizerFast, path: Path) -> float:
-    """Share of the pairs whose chosen answer the model finds more probable than the rejected one."""
+    """Return the share of the pairs whose chosen answer is more probable for the model than the rejected one."""
     pairs = PreferencePairs(read_pairs([path], tokenizer, model.config.max_seq_len, max_dropped=0), "report")
     right = 0
     for begin in range(0, len(pairs), 32):
@@ -84,7 +84,7 @@ def transcript(model: Transformer, tokenizer: PreTrainedTokenizerFast) -> str:
 
 def load(path: Path | None, tokenizer: PreTrainedTokenizerFast, what: str) -> Checkpoint:
     if path is None or not path.exists():
-        raise UserError(f"{what} is missing: run bash quickstart.sh, which makes it")
+        raise UserError(f"{what} is missing: create it with bash quickstart.sh")
     try:
         if path.is_dir():
             return load_adapter(path, dtype=torch.float32, tokenizer=tokenizer)
@@ -101,9 +101,7 @@ def losses_table(out_dir: Path, names: list[str]) -> str:
     for name in names:
         lines = read_metrics(out_dir / f"{name}.metrics.jsonl")
         if not lines:
-            raise UserError(
-                f"{out_dir / name}.metrics.jsonl is missing or empty: run bash quickstart.sh, which makes it"
-            )
+            raise UserError(f"{out_dir / name}.metrics.jsonl is missing or empty: create it with bash quickstart.sh")
         last_val = next((line for line in reversed(lines) if "val_loss" in line), {})
         val = f"{last_val['val_loss']:.3f}" if last_val else "–"
         bits = f"{last_val['bits_per_byte']:.3f}" if "bits_per_byte" in last_val else "–"
@@ -151,16 +149,16 @@ def main() -> None:
 
     answered, recalled = (exact_match(sft.model, tokenizer, chats) for chats in (questions, recall))
     figures = [
-        (f"SFT: exact match on {len(questions)} questions in words not trained on", answered),
-        (f"SFT: exact match on {len(recall)} dialogues that ask for something told before", recalled),
-        (f"LoRA: answers changed, of {len(identity)} questions who it is", changed),
-        ("LoRA: of these in the words of the new persona", persona),
+        (f"SFT: exact match on {len(questions)} questions with new wording", answered),
+        (f"SFT: exact match on {len(recall)} dialogues that ask about something said earlier", recalled),
+        (f"LoRA: changed answers to {len(identity)} questions about its identity", changed),
+        ("LoRA: of these, answers with the exact words of the new persona", persona),
         ("DPO: better answer more probable, held-out pairs, before", preferred(sft.model, tokenizer, pairs)),
         ("DPO: the same, after", preferred(rl.model, tokenizer, pairs)),
-        ("DPO: exact match on the held-out questions, after", exact_match(rl.model, tokenizer, questions)),
+        ("DPO: exact match on the questions with new wording, after", exact_match(rl.model, tokenizer, questions)),
     ]  # fmt: skip
     if quiz is not None:
-        title = f"SFT: quiz of {quiz['questions']} questions, the likeliest of four answers (guessing: 25%)"
+        title = f"SFT: quiz of {quiz['questions']} questions, most probable of four answers (chance: 25%)"
         figures.insert(2, (title, quiz["accuracy"]))
     prompts = [[BOS_ID, *encode_text(tokenizer, text)] for text in OPENINGS]
     continuations = generate_text(base.model, tokenizer, prompts, SamplingParams(max_new_tokens=30))
@@ -170,9 +168,9 @@ def main() -> None:
         tokenizers["trained in this run"] = out / "tokenizer"
 
     sections = [
-        "# What this run did",
+        "# Report of this run",
         f"The model: {describe_parameters(base.model)}, trained on dataset/sample on this machine.",
-        "## What it learned",
+        "## Results",
         "\n".join(["| measured | result |", "|---|---|", *(f"| {name} | {value:.1%} |" for name, value in figures)]),
         "## Losses",
         losses_table(out, names),
@@ -181,8 +179,8 @@ def main() -> None:
         "\n".join(f"- **{text}** {' '.join(more.split())}" for text, more in zip(OPENINGS, continuations, strict=True)),
         "## A conversation after DPO",
         transcript(rl.model, tokenizer),
-        "## Who it is, before and after LoRA",
-        "\n".join(["| asked | before | after |", "|---|---|---|"] + [
+        "## Identity before and after LoRA",
+        "\n".join(["| question | before | after |", "|---|---|---|"] + [
             f"| {chat[-2]['content']} | {b} | {a} |" for chat, b, a in list(zip(identity, before, after, strict=True))[::8]
         ]),
         "## Tokenizers",

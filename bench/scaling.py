@@ -1,13 +1,13 @@
-"""How the cost of talking grows with the number of GPUs: the tables of docs/scaling.md.
+"""Compute how the communication cost grows with the number of GPUs: the tables of docs/scaling.md.
 
     python bench/scaling.py                     # the simulated table
     python bench/scaling.py --measure           # also a check of the formula on this machine's CPU, two processes
     python bench/scaling.py --write docs/scaling.md
 
-Simulated, not measured: the time of computing follows from the FLOPs of a step and an assumed share of a published peak
-(--gpu, --mfu), the time of talking from the bytes of the real parameters and the published rates of the links (--nvlink,
---network, at the share --efficiency that they reach). The formula is in docs/scaling.md and in `talk` below. --write
-replaces what stands between the markers of that page.
+Simulated, not measured: the time for computing follows from the FLOPs of a step and an assumed share of a published peak
+(--gpu, --mfu), the time for communication from the bytes of the real parameters and the published rates of the links
+(--nvlink, --network, of which the share --efficiency is reached). The formula is in docs/scaling.md and in
+`communication_time` below. --write replaces the tables between the markers of that page.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ ROWS, ROW_LENGTH = 32, 512  # of one micro-batch on one GPU: the defaults of 1-p
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the GPUs; bytes per second of one GPU in one direction, seconds for one message."""
+    """The links between GPUs: bytes per second of one GPU in one direction, seconds for one message."""
 
     per_node: int
     nvlink: float
     network: float
     nvlink_latency: float
     network_latency: float
-    bucket: float  # gradients are sent in pieces of so many bytes
+    bucket: float  # size in bytes of the pieces in which gradients are sent
 
 
 @dataclass(frozen=True)
 class Message:
-    """Something that all processes send once a step, or once a micro-batch: `ways` 2 for an all-reduce (everybody has the
-    sum), 1 for a reduce-scatter or an all-gather (half of it). `pieces`: in how many messages; 0: as buckets."""
+    """A transfer of all processes once per step or once per micro-batch: `ways` is 2 for an all-reduce (all have the sum),
+    1 for a reduce-scatter or an all-gather (half of that). `pieces`: number of messages; 0: one per bucket."""
 
     bytes: float
     ways: int
@@ -65,7 +65,7 @@ class Message:
 
 
 def messages(strategy: str, parameters: int, n_layers: int) -> list[Message]:
-    """What a strategy sends. 4 bytes a number in float32, 2 in bfloat16."""
+    """Return the messages of a strategy, with 4 bytes per number in float32 and 2 in bfloat16."""
     if strategy == "DDP":  # float32 gradients, summed once a step
         return [Message(4 * parameters, 2)]
     if strategy == "ZeRO-1/2":  # bfloat16 gradients to their owners, bfloat16 weights back
@@ -75,8 +75,8 @@ def messages(strategy: str, parameters: int, n_layers: int) -> list[Message]:
     return [Message(2 * parameters, **every), Message(2 * parameters, **every), Message(4 * parameters, **every)]
 
 
-def talk(message: Message, n: int, links: Links) -> float:
-    """Seconds for one message between n GPUs: a ring inside each machine, then rings between machines, then inside again.
+def communication_time(message: Message, n: int, links: Links) -> float:
+    """Return the seconds for one message between n GPUs: a ring inside each machine, rings between machines, inside again.
 
     Inside, of g GPUs: (g - 1)/g * bytes / nvlink. Between m machines each GPU has its g-th part to send:
     (m - 1)/m * bytes/g / network. An all-reduce does both twice. Every piece pays a latency for every hop.
@@ -91,7 +91,7 @@ def talk(message: Message, n: int, links: Links) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """A preset's work for one micro-batch on one GPU."""
+    """The work of a preset for one micro-batch on one GPU."""
 
     parameters: int
     n_layers: int
@@ -111,15 +111,15 @@ def work(name: str) -> Work:
 def efficiency(
     job: Work, strategy: str, n: int, micro_batches: int, compute: float, links: Links, hidden: bool
 ) -> float:
-    """Share of the time in which the GPUs compute. hidden: talking happens during two thirds of the computing (the backward
-    passes that it belongs to) where it can."""
+    """Return the share of the time in which the GPUs compute. hidden: communication overlaps with two thirds of the
+    computation (the backward passes) where it can."""
     computing = micro_batches * compute
     often = once = 0.0
     for message in messages(strategy, job.parameters, job.n_layers):
-        seconds = talk(message, n, links)
+        seconds = communication_time(message, n, links)
         often, once = (often + seconds, once) if message.per_micro_batch else (often, once + seconds)
     if hidden:
-        # What belongs to every micro-batch hides behind all of it; the sum of gradients behind the last backward pass.
+        # Transfers of every micro-batch overlap with all of it; the sum of gradients overlaps with the last backward pass.
         often = max(0.0, often - compute)
         once = max(0.0, once - compute * 2 / 3)
     return computing / (computing + micro_batches * often + once)
@@ -137,7 +137,7 @@ def simulated(args: argparse.Namespace) -> str:
         f"one network port of {args.network:g} Gbit/s for each GPU ({args.network_latency:g} µs); {args.efficiency:.0%} of "
         f"these rates are reached. One micro-batch on one GPU is {ROWS} rows of {ROW_LENGTH} tokens.",
         "",
-        "| preset | a micro-batch computes | strategy | micro-batches a step | a GPU sends, 512 GPUs | "
+        "| preset | computing per micro-batch | strategy | micro-batches per step | sent per GPU, 512 GPUs | "
         + " | ".join(f"{n} GPUs" for n in WORLDS)
         + " |",
         "|---|---|---|---|---|" + "---|" * len(WORLDS),
@@ -165,28 +165,31 @@ def simulated(args: argparse.Namespace) -> str:
 
 
 def measured(steps: int) -> str:
-    """One and two CPU processes, minimind-v1-small: the time of a step, of the sum of its gradients, and what follows."""
+    """Measure one and two CPU processes with minimind-v1-small: the time of a step and of the sum of its gradients."""
     one, work_one, _ = _timed_run(1, steps)
     two, work_two, sums = _timed_run(2, steps)
     parameters = work("minimind-v1-small").parameters
     expected = work_two + (one - work_one) + sums
     return "\n".join(
         [
-            "Measured on a CPU: `minimind-v1-small`, a row of 512 tokens and a core for each process, gloo on the loopback.",
+            "Measured on a CPU: `minimind-v1-small`, one row of 512 tokens and one core per process, gloo on the loopback.",
             "",
             "| | seconds |\n|---|---|",
             f"| a step of one process | {one:.2f} |",
-            f"| of that forward and backward | {work_one:.2f} |",
-            f"| forward and backward with two processes at work | {work_two:.2f} |",
-            f"| the sum of {4 * parameters / 1e6:.0f} MB of gradients over two processes, alone | {sums:.2f} |",
-            f"| a step of two processes, expected: computing as with two, the optimizer, the sum | {expected:.2f} |",
+            f"| of this, forward and backward | {work_one:.2f} |",
+            f"| forward and backward while two processes run | {work_two:.2f} |",
+            f"| only the sum of {4 * parameters / 1e6:.0f} MB of gradients over two processes | {sums:.2f} |",
+            f"| a step of two processes, expected: forward and backward while two run, optimizer, sum | {expected:.2f} |",
             f"| a step of two processes, measured | {two:.2f} |",
         ]
     )
 
 
 def _timed_run(n: int, steps: int) -> tuple[float, float, float]:
-    """Median seconds of a step with n processes, of its work, and of summing gradients; this script is its own worker."""
+    """Return the median seconds of a step with n processes, of its computation, and of summing gradients.
+
+    The worker processes run this script too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "seconds.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), __file__]
@@ -196,7 +199,7 @@ def _timed_run(n: int, steps: int) -> tuple[float, float, float]:
 
 
 def worker(path: Path, steps: int) -> None:
-    """Real steps of the real loop; times by its own log."""
+    """Run real steps of the training loop and read the times from its log."""
     import numpy as np
 
     from data_pipeline.datasets import PackedRows
@@ -244,7 +247,7 @@ def worker(path: Path, steps: int) -> None:
 
 
 def put(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    """Replace the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
     old = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
     head, _, rest = old.partition(begin)
@@ -256,20 +259,20 @@ def put(page: Path, name: str, text: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--gpu", default="H100", choices=[*PEAK_FLOPS], help="whose peak is assumed")
-    parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that computing reaches")
+    parser.add_argument("--gpu", default="H100", choices=[*PEAK_FLOPS], help="GPU whose peak is assumed")
+    parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached")
     parser.add_argument("--per_node", type=int, default=8, help="GPUs in one machine")
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s of one GPU in one direction, inside a machine")
     parser.add_argument("--network", type=float, default=400, help="Gbit/s of one GPU's port, between machines")
     parser.add_argument("--efficiency", type=float, default=0.8, help="share of both that is reached")
     parser.add_argument("--nvlink_latency", type=float, default=3, help="microseconds for one hop inside a machine")
     parser.add_argument("--network_latency", type=float, default=10, help="microseconds for one hop between machines")
-    parser.add_argument("--bucket_mb", type=float, default=32, help="gradients are sent in pieces of so many MiB")
+    parser.add_argument("--bucket_mb", type=float, default=32, help="gradients are sent in pieces of this many MiB")
     parser.add_argument(
         "--measure", action="store_true", help="also measure one and two processes here (a minute or two)"
     )
-    parser.add_argument("--steps", type=int, default=8, help="to measure")
-    parser.add_argument("--write", type=Path, help="put the tables into this page")
+    parser.add_argument("--steps", type=int, default=8, help="number of steps to measure")
+    parser.add_argument("--write", type=Path, help="write the tables into this page")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -105,6 +106,26 @@ def _old_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
+@contextlib.contextmanager
+def explain_write_errors(folder: Path, choose: str = "another folder", note: str = "") -> Iterator[None]:
+    """Turn errors of writing into `folder` that the user can fix into a UserError.
+
+    Args:
+        choose: what to choose instead, for example "another --out_dir".
+        note: added to the message of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"no space left in {folder}: free some space or choose {choose}{note}") from None
+        no_access = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+        if error.errno in no_access:
+            place = error.filename or folder
+            raise UserError(f"cannot write to {place} ({error.strerror}): choose {choose}") from None
+        raise
+
+
 def _umask() -> int:
     umask = os.umask(0)  # it cannot be read without being set
     os.umask(umask)
@@ -119,14 +140,20 @@ def exclusive(folder: Path, name: str, busy: str, wait: float = WAIT_SECONDS) ->
     hand.
 
     Args:
-        busy: the message of the UserError if another process holds the lock.
+        busy: the message of the UserError if another process holds the lock; with wait=-1 it is printed instead.
         wait: seconds to wait for that process; -1: as long as it takes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{name}.lock"
     lock = FileLock(path, timeout=wait)
     try:
-        lock.acquire(poll_interval=0.1)
+        try:
+            lock.acquire(poll_interval=0.1, timeout=1 if wait < 0 else wait)
+        except Timeout:
+            if wait >= 0 or not path.exists():
+                raise
+            print(busy, file=sys.stderr, flush=True)
+            lock.acquire(poll_interval=0.1)
     except Timeout:
         if not path.exists():  # no such file can be created there
             busy = f"nothing can be written into {folder}: choose another folder"

@@ -1,0 +1,1 @@
+"""From raw files to batches: readers, records, cleaning, tokens, packing, datasets; imports model and common."""

@@ -1,14 +1,13 @@
-"""From raw dumps to the files the stages read: which rows are kept, how they are written, and the pipeline for it.
+"""Turn raw dumps into the files the training stages read: choose the rows, write them, drop duplicates.
 
-A stage of cleaning is a function from one raw row to one `Row` of output; it raises `Filtered` for a sound row that
-the options do not want, and `Malformed` for a row that is not what it should be. `clean` runs it over files of any
-size in several processes. The output has the order of the input, however many processes there are.
+A stage of cleaning is a function from one raw row to one `Row` of output; it raises `Filtered` for a valid row that
+the options do not want, and `Malformed` for a row with wrong fields or roles. `clean` runs it over files of any size in
+several processes. The output has the order of the input, however many processes there are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import re
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,10 +25,10 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, explain_write_errors
 from common.progress import Progress
-from data_pipeline.disk_set import DiskSet, content_key
-from data_pipeline.readers import BadLine, Block, columns, iter_blocks, parse_block, total_bytes
+from data_pipeline.dedupe import KeySet, content_key
+from data_pipeline.readers import BadLine, BadLineLog, Block, columns, iter_blocks, map_blocks, parse_block, total_bytes
 from data_pipeline.records import (
     CHAT_COLUMNS,
     PREFERENCE_COLUMNS,
@@ -40,13 +39,12 @@ from data_pipeline.records import (
     text_of,
 )
 
-LISTED = 10  # so many bad lines are shown; the file of rejects has all of them
 BYTES_PER_WORKER = 4 << 20  # below this a process costs more to start than it saves
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to keep. Lengths are in characters; 0 switches a limit off."""
+class CleaningOptions:
+    """The rows to keep. Lengths are in characters; 0 switches a limit off."""
 
     min_chars: int = 1
     max_chars: int = 512
@@ -58,7 +56,7 @@ class Options:
 
 
 class Filtered(Exception):
-    """A sound row that the options leave out. The text is a line of the summary, so it has no row's details in it."""
+    """A valid row that the options leave out. The text is a line of the summary, so it has no details of the row."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is made of raw rows: `convert` writes a row; the files start with `header` and end with `footer`."""
+    """A kind of training data: `convert` makes a line of a raw row; the files start with `header`, end with `footer`."""
 
     name: str
-    convert: Callable[[dict, Options], Row]
+    convert: Callable[[dict, CleaningOptions], Row]
     outputs: tuple[str, ...]
     columns: tuple[tuple[str, ...], ...]  # a CSV or Parquet file needs all columns of one of these
     header: str
@@ -85,8 +83,8 @@ class Stage:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def pretrain_row(data: dict, options: Options) -> Row:
-    """{"text"} -> a line of a CSV with the column `text`."""
+def pretrain_row(data: dict, options: CleaningOptions) -> Row:
+    """Return a line of a CSV with the column `text`, from {"text"}."""
     text = text_of(data, "text", required=True)
     if len(text) < max(options.min_chars, 1):
         raise Filtered(f"shorter than {max(options.min_chars, 1)} characters")
@@ -95,10 +93,10 @@ def pretrain_row(data: dict, options: Options) -> Row:
     return Row(_csv_field(text))
 
 
-def sft_row(data: dict, options: Options) -> Row:
-    """An instruction or a dialogue -> a line of a CSV with the columns `history,q,a`.
+def sft_row(data: dict, options: CleaningOptions) -> Row:
+    """Return a line of a CSV with the columns `history,q,a`, from an instruction or a dialogue.
 
-    Read are {"instruction","input","output","history"}, {"q","a","history"}, {"messages"} and {"conversations"}.
+    That is {"instruction","input","output","history"}, {"q","a","history"}, {"messages"} or {"conversations"}.
     Output 0 holds single turns and output 1 dialogues, by `options.history`:
     "keep": 0 gets the rows without a history, 1 gets all;
     "drop": 0 gets all, their history left out;
@@ -120,8 +118,8 @@ def sft_row(data: dict, options: Options) -> Row:
     return Row(line, (0, 1) if options.history == "keep" else (0,))
 
 
-def dpo_row(data: dict, options: Options) -> Row:
-    """A prompt with a chosen and a rejected answer (`conversations.parse_preference`) -> one object of a JSON list."""
+def dpo_row(data: dict, options: CleaningOptions) -> Row:
+    """Return an object of a JSON list, from a prompt with a chosen and a rejected answer (`parse_preference`)."""
     prompt, chosen, rejected = parse_preference(data)
     messages = [(message["role"], message["content"].strip()) for message in prompt]
     chosen, rejected = chosen.strip(), rejected.strip()
@@ -151,7 +149,7 @@ STAGES = {
 
 
 def chinese_ratio(text: str) -> float:
-    """The share of CJK ideographs (U+4E00 to U+9FFF) among all characters of `text`, 0.0 to 1.0."""
+    """Return the share of CJK ideographs (U+4E00 to U+9FFF) among all characters of `text`, 0.0 to 1.0."""
     return len(_CHINESE.findall(text)) / max(len(text), 1)
 
 
@@ -159,7 +157,7 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 def _turns(data: dict) -> list[tuple[str, str]]:
-    """The (question, answer) turns of an SFT row, in order, stripped."""
+    """Return the (question, answer) turns of an SFT row, in order, stripped."""
     messages = read_messages(data)
     if messages[:1] and messages[0]["role"] == "system":
         raise Malformed("a system message, for which history,q,a has no place: train on this file itself")
@@ -168,12 +166,12 @@ def _turns(data: dict) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _check_length(text: str, name: str, options: Options) -> None:
+def _check_length(text: str, name: str, options: CleaningOptions) -> None:
     if options.max_chars and len(text) > options.max_chars:
         raise Filtered(f"{name} longer than {options.max_chars} characters".strip())
 
 
-def _check_chinese(text: str, name: str, options: Options) -> None:
+def _check_chinese(text: str, name: str, options: CleaningOptions) -> None:
     if options.min_chinese_ratio and chinese_ratio(text) < options.min_chinese_ratio:
         raise Filtered(f"{name} less than {options.min_chinese_ratio:.0%} Chinese".strip())
 
@@ -187,7 +185,7 @@ def _csv_field(text: str) -> str:
 
 @dataclass
 class CleanBlock:
-    """What became of one block: rows to write as (line, key, outputs), rows to count, rows to report."""
+    """The result of one block: rows to write as (line, key, outputs), rows to count, rows to report."""
 
     rows: list[tuple[bytes, bytes, tuple[int, ...]]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
@@ -196,19 +194,18 @@ class CleanBlock:
 
 @dataclass
 class Summary:
-    """What became of all rows of one stage."""
+    """Counts of one stage."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)  # the first of them, as "file:line: reason"
-    n_bad: int = 0
+    bad: BadLineLog = field(default_factory=BadLineLog)
     rejects: Path | None = None  # where all bad lines are listed
-    written: list[str] = field(default_factory=list)  # what became of each output file
+    written: list[str] = field(default_factory=list)  # a line about each output file
     n_bytes: int = 0
     seconds: float = 0.0
 
 
-def clean_block(block: Block, stage: str, options: Options) -> CleanBlock:
+def clean_block(block: Block, stage: str, options: CleaningOptions) -> CleanBlock:
     """Convert the rows of one block. A pure function: this is what worker processes run."""
     result = CleanBlock()
     for row in parse_block(block):
@@ -216,20 +213,20 @@ def clean_block(block: Block, stage: str, options: Options) -> CleanBlock:
             result.bad.append(("cannot be read", row))
             continue
         try:
-            made = STAGES[stage].convert(row.data, options)
+            output = STAGES[stage].convert(row.data, options)
         except Filtered as reason:
             result.filtered[str(reason)] += 1
         except Malformed as reason:
             result.bad.append(("wrong fields or roles", BadLine(row.line, str(reason))))
         else:
-            result.rows.append((made.line.encode("utf-8"), content_key(made.line), made.outputs))
+            result.rows.append((output.line.encode("utf-8"), content_key(output.line), output.outputs))
     return result
 
 
-def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: Options, num_workers: int) -> Summary:
+def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOptions, num_workers: int) -> Summary:
     """Clean `inputs` into the files of `stage` in `out_dir`, with memory that does not depend on their size.
 
-    Output files are replaced only when all went well; what could not be read is listed in a file of rejects.
+    Output files are replaced only when the whole stage succeeded; rows that cannot be read are listed in a file of rejects.
     num_workers: processes that parse and convert; 0 or 1 does it all in this one.
     Raises UserError if an input is unusable, the output cannot be written, or no row is valid.
     """
@@ -239,41 +236,30 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: Options, num
     size = sum(map(total_bytes, inputs))
     summary = Summary(n_bytes=size)
     started = time.monotonic()
-    try:
-        with contextlib.ExitStack() as stack:
-            rejects = outputs[-1].with_suffix(".rejects.jsonl")
-            list_bad = stack.enter_context(_rejects_file(rejects, summary))
-            files = [stack.enter_context(_output_file(path, stage, summary)) for path in outputs]
-            seen = stack.enter_context(DiskSet(out_dir)) if options.dedupe else None
-            progress = stack.enter_context(Progress(stage.name, size))
-            blocks = ((path, block) for path in inputs for block in iter_blocks(path, on_bytes=progress.update))
-            workers = min(num_workers, 1 + size // BYTES_PER_WORKER)
-            for path, result in _map_blocks(partial(clean_block, stage=stage.name, options=options), blocks, workers):
-                summary.dropped += result.filtered
-                for kind, bad in result.bad:
-                    summary.dropped[kind] += 1
-                    list_bad(path, bad)
-                for line, key, targets in result.rows:
-                    if seen is not None and not seen.add(key):
-                        summary.dropped["duplicate"] += 1
-                        continue
-                    summary.kept += 1
-                    for target in targets:
-                        files[target].add(line)
-                progress.kept = summary.kept
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no space left in {out_dir}: free some space or choose another --out_dir; {UNCHANGED}"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise UserError(
-                f"cannot write to {error.filename or out_dir} ({error.strerror}): choose another --out_dir"
-            ) from None
-        raise
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_write_errors(out_dir, "another --out_dir", f"; {UNCHANGED}"))
+        stack.enter_context(_rejects_file(outputs[-1].with_suffix(".rejects.jsonl"), summary))
+        files = [stack.enter_context(_output_file(path, stage, summary)) for path in outputs]
+        seen = stack.enter_context(KeySet(out_dir)) if options.dedupe else None
+        progress = stack.enter_context(Progress(stage.name, size))
+        blocks = ((path, block) for path in inputs for block in iter_blocks(path, on_bytes=progress.update))
+        workers = min(num_workers, 1 + size // BYTES_PER_WORKER)
+        for path, result in _clean_blocks(partial(clean_block, stage=stage.name, options=options), blocks, workers):
+            summary.dropped += result.filtered
+            for kind, bad in result.bad:
+                summary.dropped[kind] += 1
+                summary.bad.add(path, bad)
+            for line, key, targets in result.rows:
+                if seen is not None and not seen.add(key):
+                    summary.dropped["duplicate"] += 1
+                    continue
+                summary.kept += 1
+                for target in targets:
+                    files[target].add(line)
+            progress.kept = summary.kept
     summary.seconds = time.monotonic() - started
     if not summary.kept:
-        first = f"; the first bad line is {summary.bad[0]} (all: {summary.rejects})" if summary.bad else ""
+        first = f"; the first bad line is {summary.bad.first[0]} (all: {summary.rejects})" if summary.bad.count else ""
         counts = (
             ", ".join(f"{count:,} {reason}" for reason, count in summary.dropped.most_common()) or "only blank lines"
         )
@@ -288,7 +274,7 @@ UNCHANGED = "earlier output files are unchanged"
 
 
 def _check_input(path: Path, stage: Stage, outputs: list[Path]) -> None:
-    """Raise UserError before hours of work for what the first rows of an input can tell."""
+    """Raise UserError before hours of work if the first rows show that an input cannot be used."""
     if any(path.resolve() == output.resolve() for output in outputs):
         raise UserError(f"{path} is both input and output: choose another --out_dir")
     names = columns(path)
@@ -302,7 +288,7 @@ def _check_input(path: Path, stage: Stage, outputs: list[Path]) -> None:
 
 
 class _NothingToWrite(Exception):
-    """Leaves atomic_write without a rename."""
+    """Leave atomic_write without a rename."""
 
 
 class _Output:
@@ -322,7 +308,7 @@ class _Output:
 
 @contextlib.contextmanager
 def _output_file(path: Path, stage: Stage, summary: Summary) -> Iterator[_Output]:
-    """A file that replaces `path` in the end, unless no row came."""
+    """Yield a file that replaces `path` in the end, unless it has no rows."""
     with contextlib.suppress(_NothingToWrite), atomic_write(path, "wb") as file:
         output = _Output(file, stage)
         yield output
@@ -335,54 +321,33 @@ def _output_file(path: Path, stage: Stage, summary: Summary) -> Iterator[_Output
 
 
 @contextlib.contextmanager
-def _rejects_file(path: Path, summary: Summary) -> Iterator[Callable[[Path, BadLine], None]]:
-    """Yield the function that records a bad line; all are listed in `path`, which exists only if there are any."""
+def _rejects_file(path: Path, summary: Summary) -> Iterator[None]:
+    """Let `summary.bad` write to `path`, which exists afterwards only if there were bad lines."""
     with contextlib.suppress(_NothingToWrite), atomic_write(path) as file:
-
-        def record(source: Path, bad: BadLine) -> None:
-            summary.n_bad += 1
-            if len(summary.bad) < LISTED:
-                summary.bad.append(f"{source.name}:{bad.line}: {bad.reason}")
-            row = {"file": str(source), "line": bad.line, "reason": bad.reason}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-        yield record
-        if not summary.n_bad:
+        summary.bad = BadLineLog(file)
+        yield
+        if not summary.bad.count:
             path.unlink(missing_ok=True)  # one of an earlier run would mislead
             raise _NothingToWrite
         summary.rejects = path
 
 
-def _map_blocks(
+def _clean_blocks(
     work: Callable[[Block], CleanBlock], blocks: Iterable[tuple[Path, Block]], workers: int
 ) -> Iterator[tuple[Path, CleanBlock]]:
-    """Apply `work` to blocks in `workers` processes; results come in the order of the blocks.
-
-    No more than two blocks per worker are on their way, so a slow disk on one side never fills the memory.
-    """
+    """Apply `work` to blocks in `workers` processes; results come in the order of the blocks."""
     if workers <= 1:
-        for path, block in blocks:
-            yield path, work(block)
+        yield from ((path, work(block)) for path, block in blocks)
         return
     # spawn: the same on every system, and no worker starts as a copy of a process that has threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        waiting = deque()
         try:
-            for path, block in blocks:
-                waiting.append((path, pool.submit(work, block)))
-                if len(waiting) > 2 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
+            yield from map_blocks(pool, work, blocks, workers)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: use a smaller --num_workers"
+                "a worker process was killed, perhaps because the memory was full: use a smaller --num_workers"
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
@@ -391,13 +356,13 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever."""
+    """Exit when the main process is killed: the worker would wait for work for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def summary_table(stage: Stage, summary: Summary) -> str:
-    """What was kept, dropped (by reason) and written, as lines for people."""
+    """Return a table of the rows that were kept and dropped (by reason), and the files that were written."""
     total = summary.kept + summary.dropped.total()
     rows = [("rows read", total), ("kept", summary.kept)]
     rows += [(f"dropped: {reason}", count) for reason, count in summary.dropped.most_common()]
@@ -405,8 +370,8 @@ def summary_table(stage: Stage, summary: Summary) -> str:
     rate = summary.n_bytes / 1e6 / max(summary.seconds, 1e-9)
     lines = [f"{stage.name}: {summary.n_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s, {rate:.1f} MB/s"]
     lines += [f"  {name:<{width}}  {count:>13,}  {count / total:6.1%}" for name, count in rows]
-    if summary.bad:
-        lines += [f"  bad lines ({len(summary.bad)} of {summary.n_bad:,}; all are in {summary.rejects}):"]
-        lines += [f"    {bad}" for bad in summary.bad]
+    if summary.bad.count:
+        lines += [f"  bad lines ({len(summary.bad.first)} of {summary.bad.count:,}; all are in {summary.rejects}):"]
+        lines += [f"    {bad}" for bad in summary.bad.first]
     lines += [f"  {line}" for line in summary.written]
     return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Models for other libraries: Hugging Face, GGUF, self-check, model card; imports model and common."""

@@ -1,1 +1,1 @@
-"""What a MiniMind is: configuration, network, tokenizer, weights, decoding."""
+"""The model itself: configuration, network, weights, tokenizer and chat format; imports only common."""

@@ -1,1 +1,1 @@
-"""How a model is used."""
+"""Models for many users at once: engine, HTTP API, web page; imports evaluation and the rooms below it."""

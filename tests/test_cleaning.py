@@ -1,8 +1,10 @@
-"""cleaning.py and disk_set.py: what is kept, what is dropped and why, and that nothing is lost."""
+"""cleaning.py and dedupe.py: what is kept, what is dropped and why, and that nothing is lost."""
 
 import csv
 import errno
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data_pipeline import cleaning
-from data_pipeline.cleaning import STAGES, Filtered, Malformed, Options, clean, dpo_row, pretrain_row, sft_row
-from data_pipeline.disk_set import SLOTS, DiskSet, content_key
+from data_pipeline.cleaning import STAGES, CleaningOptions, Filtered, Malformed, clean, dpo_row, pretrain_row, sft_row
+from data_pipeline.dedupe import KeySet, content_key
+from data_pipeline.readers import BadLineLog
 
 
 def fields(row):
@@ -29,25 +32,25 @@ def chat(*texts, roles=("user", "assistant")):
 
 
 def test_pretrain_row():
-    assert pretrain_row({"text": ' a "b"\n '}, Options()).line == '"a ""b"""'
-    assert pretrain_row({"text": "x" * 512}, Options()).line
-    assert pretrain_row({"text": "x" * 999}, Options(max_chars=0)).line
+    assert pretrain_row({"text": ' a "b"\n '}, CleaningOptions()).line == '"a ""b"""'
+    assert pretrain_row({"text": "x" * 512}, CleaningOptions()).line
+    assert pretrain_row({"text": "x" * 999}, CleaningOptions(max_chars=0)).line
     for text, options, reason in [
-        ("x" * 513, Options(), "longer than 512 characters"),
-        (" \n", Options(min_chars=0), "shorter than 1 characters"),
-        ("abc", Options(min_chars=4), "shorter than 4 characters"),
-        ("春天来了 abc", Options(min_chinese_ratio=0.6), "less than 60% Chinese"),
+        ("x" * 513, CleaningOptions(), "longer than 512 characters"),
+        (" \n", CleaningOptions(min_chars=0), "shorter than 1 characters"),
+        ("abc", CleaningOptions(min_chars=4), "shorter than 4 characters"),
+        ("春天来了 abc", CleaningOptions(min_chinese_ratio=0.6), "less than 60% Chinese"),
     ]:
         with pytest.raises(Filtered, match=reason):
             pretrain_row({"text": text}, options)
-    assert pretrain_row({"text": "春天来了 abc"}, Options(min_chinese_ratio=0.5)).line
+    assert pretrain_row({"text": "春天来了 abc"}, CleaningOptions(min_chinese_ratio=0.5)).line
     for data, reason in [
         ({"body": "x"}, "no text; the fields are body"),
         ({"text": 1}, "not a text but int"),
         ({"text": "a\0"}, "NUL"),
     ]:
         with pytest.raises(Malformed, match=reason):
-            pretrain_row(data, Options())
+            pretrain_row(data, CleaningOptions())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_pretrain_row():
     ],
 )
 def test_sft_formats(data, expected):
-    assert fields(sft_row(data, Options())) == expected
+    assert fields(sft_row(data, CleaningOptions())) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,25 +94,25 @@ def test_sft_formats(data, expected):
 )
 def test_sft_malformed(data, reason):
     with pytest.raises(Malformed, match=reason):
-        sft_row(data, Options())
+        sft_row(data, CleaningOptions())
 
 
 def test_sft_filters_and_history():
     row = {"q": "问题一二", "a": "答案", "history": [["x", "y"]]}
     for options, reason in [
-        (Options(min_q_chars=5), "question shorter than 5"),
-        (Options(min_a_chars=3), "answer shorter than 3"),
-        (Options(max_chars=3), "question longer than 3"),
+        (CleaningOptions(min_q_chars=5), "question shorter than 5"),
+        (CleaningOptions(min_a_chars=3), "answer shorter than 3"),
+        (CleaningOptions(max_chars=3), "question longer than 3"),
     ]:
         with pytest.raises(Filtered, match=reason):
             sft_row(row, options)
     with pytest.raises(Filtered, match="answer less than 90% Chinese"):
-        sft_row({**row, "a": "答案 in part"}, Options(min_chinese_ratio=0.9))
+        sft_row({**row, "a": "答案 in part"}, CleaningOptions(min_chinese_ratio=0.9))
     with pytest.raises(Filtered, match="answer shorter than 1"):  # an empty answer is never kept
-        sft_row({**row, "a": " "}, Options(min_a_chars=0))
+        sft_row({**row, "a": " "}, CleaningOptions(min_a_chars=0))
     single = {**row, "history": []}
     outputs = {
-        (h, bool(r["history"])): sft_row(r, Options(history=h)).outputs
+        (h, bool(r["history"])): sft_row(r, CleaningOptions(history=h)).outputs
         for h in ("keep", "drop", "only")
         for r in (row, single)
     }
@@ -118,7 +121,7 @@ def test_sft_filters_and_history():
         ("drop", True): (0,), ("drop", False): (0,),
         ("only", True): (1,), ("only", False): (0,),
     }  # fmt: skip
-    assert fields(sft_row(row, Options(history="drop")))[0] == []
+    assert fields(sft_row(row, CleaningOptions(history="drop")))[0] == []
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_sft_filters_and_history():
     ],
 )
 def test_dpo_formats(data):
-    assert json.loads(dpo_row(data, Options()).line) == {
+    assert json.loads(dpo_row(data, CleaningOptions()).line) == {
         "conversations": [{"from": "human", "value": "q"}],
         "chosen": {"from": "gpt", "value": "a"},
         "rejected": {"from": "gpt", "value": "b"},
@@ -161,38 +164,51 @@ def test_dpo_formats(data):
 )
 def test_dpo_malformed(data, reason):
     with pytest.raises(Malformed, match=reason):
-        dpo_row(data, Options())
+        dpo_row(data, CleaningOptions())
 
 
 # --- duplicates ---
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 40), max_size=200), st.integers(0, 6))
-def test_disk_set_equals_a_set(tmp_path_factory, numbers, shift):
-    # keys that share many low bits: pages must be split again and again
-    keys = [(number << shift).to_bytes(8, "little") + number.to_bytes(8, "little") for number in numbers]
+@given(st.lists(st.integers(0, 40), max_size=200))
+def test_key_set_equals_a_set(tmp_path_factory, numbers):
     seen = set()
-    with DiskSet(tmp_path_factory.getbasetemp()) as disk:
-        for key in keys:
-            assert disk.add(key) == (key not in seen)
-            seen.add(key)
+    with KeySet(tmp_path_factory.getbasetemp()) as keys:
+        for number in numbers:
+            assert keys.add(content_key(str(number))) == (number not in seen)
+            seen.add(number)
 
 
-def test_disk_set_of_many_pages(tmp_path):
-    with DiskSet(tmp_path) as disk:
-        for i in range(20 * SLOTS):
-            assert disk.add(content_key(f"text {i}"))
-        assert not any(disk.add(content_key(f"text {i}")) for i in range(20 * SLOTS))
-        assert disk.n_pages > 20
+def test_key_set_larger_than_its_cache_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(KeySet, "CACHE_KB", 64)
+    with KeySet(tmp_path) as keys:
+        for i in range(20_000):
+            assert keys.add(content_key(f"text {i}"))
+        assert not any(keys.add(content_key(f"text {i}")) for i in range(20_000))
+        if os.name != "nt":
+            assert not list(tmp_path.iterdir())  # a killed process leaves nothing
+    assert not list(tmp_path.iterdir())
 
 
-def test_disk_set_finds_no_key_across_two(tmp_path):
-    with DiskSet(tmp_path) as disk:
-        a, b = bytes(range(16)), bytes(range(16, 32))
-        assert disk.add(a) and disk.add(b)
-        assert disk.add((a + b)[8:24])
-        assert not disk.add((a + b)[8:24])
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
+@pytest.mark.parametrize("kind", ["limit", "pages"])
+def test_key_set_on_a_full_disk_is_an_os_error(tmp_path, monkeypatch, kind):
+    import resource
+
+    monkeypatch.setattr(KeySet, "CACHE_KB", 64)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with KeySet(tmp_path) as keys, pytest.raises(OSError) as error:  # noqa: PT012
+            if kind == "pages":
+                keys.database.execute("PRAGMA max_page_count=100")
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+            for i in range(100_000):
+                keys.add(content_key(f"text {i}"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.ENOSPC
 
 
 # --- pipeline ---
@@ -216,38 +232,43 @@ def test_output_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
     inputs = [dump(tmp_path / "a.jsonl", rows[:12_000] + ["broken"]), dump(tmp_path / "b.jsonl", rows[12_000:])]
     results = []
     for workers in (0, 1, 3):
-        summary = clean(STAGES["pretrain"], inputs, tmp_path / str(workers), Options(), workers)
+        summary = clean(STAGES["pretrain"], inputs, tmp_path / str(workers), CleaningOptions(), workers)
         results.append(
-            (summary.kept, summary.dropped, summary.bad, (tmp_path / str(workers) / "pretrain_data.csv").read_bytes())
+            (
+                summary.kept,
+                summary.dropped,
+                summary.bad.first,
+                (tmp_path / str(workers) / "pretrain_data.csv").read_bytes(),
+            )
         )
     assert results[0] == results[1] == results[2]
     expected = list(dict.fromkeys(row["text"].strip() for row in rows))
     assert [row["text"] for row in read_csv(tmp_path / "3" / "pretrain_data.csv")] == expected
     assert results[0][1] == {"duplicate": 11_000, "cannot be read": 1}
-    assert results[0][2] == ["a.jsonl:12001: invalid JSON: Expecting value at character 1"]
+    assert results[0][2] == [f"{inputs[0]}:12001: invalid JSON: Expecting value at character 1"]
 
 
 def test_rejects_list_every_bad_line_and_vanish_with_them(tmp_path):
     path = dump(tmp_path / "a.jsonl", ["{"] * 25 + [{"body": 1}, {"text": "good"}])
-    summary = clean(STAGES["pretrain"], [path], tmp_path, Options(), 0)
-    assert (summary.kept, summary.n_bad, len(summary.bad)) == (1, 26, cleaning.LISTED)
+    summary = clean(STAGES["pretrain"], [path], tmp_path, CleaningOptions(), 0)
+    assert (summary.kept, summary.bad.count, len(summary.bad.first)) == (1, 26, BadLineLog.LISTED)
     listed = [json.loads(line) for line in summary.rejects.read_text(encoding="utf-8").splitlines()]
     assert [row["line"] for row in listed] == list(range(1, 27))
     assert listed[-1] == {"file": str(path), "line": 26, "reason": "no text; the fields are body"}
-    clean(STAGES["pretrain"], [dump(path, [{"text": "good"}])], tmp_path, Options(), 0)
+    clean(STAGES["pretrain"], [dump(path, [{"text": "good"}])], tmp_path, CleaningOptions(), 0)
     assert not summary.rejects.exists()
 
 
 def test_sft_files(tmp_path):
     rows = [{"q": "q1 ?", "a": 'a "1"', "history": []}, {"q": "q2 ?", "a": "a2", "history": [["h", "i"]]}]
-    clean(STAGES["sft"], [dump(tmp_path / "a.jsonl", rows)], tmp_path, Options(), 0)
+    clean(STAGES["sft"], [dump(tmp_path / "a.jsonl", rows)], tmp_path, CleaningOptions(), 0)
     assert [row["q"] for row in read_csv(tmp_path / "sft_data_single.csv")] == ["q1 ?"]
     assert read_csv(tmp_path / "sft_data.csv") == [
         {"history": "[]", "q": "q1 ?", "a": 'a "1"'},
         {"history": '[["h", "i"]]', "q": "q2 ?", "a": "a2"},
     ]
     before = (tmp_path / "sft_data.csv").read_bytes()
-    summary = clean(STAGES["sft"], [tmp_path / "a.jsonl"], tmp_path, Options(history="drop"), 0)
+    summary = clean(STAGES["sft"], [tmp_path / "a.jsonl"], tmp_path, CleaningOptions(history="drop"), 0)
     assert [row["q"] for row in read_csv(tmp_path / "sft_data_single.csv")] == ["q1 ?", "q2 ?"]
     assert (tmp_path / "sft_data.csv").read_bytes() == before
     assert f"no rows for {tmp_path / 'sft_data.csv'}: left as it was" in summary.written
@@ -257,7 +278,7 @@ def test_dpo_merges_lists(tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(5)]
     (tmp_path / "a.json").write_text(json.dumps(pairs[:3], indent=2), encoding="utf-8")
     (tmp_path / "b.json").write_text(json.dumps(pairs[2:]), encoding="utf-8")
-    summary = clean(STAGES["dpo"], [tmp_path / "a.json", tmp_path / "b.json"], tmp_path, Options(), 0)
+    summary = clean(STAGES["dpo"], [tmp_path / "a.json", tmp_path / "b.json"], tmp_path, CleaningOptions(), 0)
     merged = json.loads((tmp_path / "dpo" / "train_data.json").read_text(encoding="utf-8"))
     assert [row["conversations"][0]["value"] for row in merged] == ["p0", "p1", "p2", "p3", "p4"]
     assert summary.dropped == {"duplicate": 1}
@@ -265,8 +286,8 @@ def test_dpo_merges_lists(tmp_path):
 
 def test_no_dedupe(tmp_path):
     path = dump(tmp_path / "a.jsonl", [{"text": "same"}] * 3)
-    assert clean(STAGES["pretrain"], [path], tmp_path, Options(dedupe=False), 0).kept == 3
-    assert clean(STAGES["pretrain"], [path], tmp_path, Options(), 0).kept == 1
+    assert clean(STAGES["pretrain"], [path], tmp_path, CleaningOptions(dedupe=False), 0).kept == 3
+    assert clean(STAGES["pretrain"], [path], tmp_path, CleaningOptions(), 0).kept == 1
 
 
 def test_nothing_valid_leaves_the_old_output(tmp_path):
@@ -276,7 +297,7 @@ def test_nothing_valid_leaves_the_old_output(tmp_path):
     with pytest.raises(
         UserError, match=r"no valid rows in .*a\.jsonl: .*1 longer than 512.*a\.jsonl:1: invalid JSON: Unterm"
     ):
-        clean(STAGES["pretrain"], [path], tmp_path, Options(), 0)
+        clean(STAGES["pretrain"], [path], tmp_path, CleaningOptions(), 0)
     assert old.read_text(encoding="utf-8") == "text\nold\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "pretrain_data.csv", "pretrain_data.rejects.jsonl"]
 
@@ -290,12 +311,10 @@ def test_full_disk_leaves_the_old_output(tmp_path, monkeypatch, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"output": (cleaning._Output, "add"), "duplicates": (DiskSet, "_write"), "fsync": (cleaning.os, "fsync")}[
-        where
-    ]
+    target = {"output": (cleaning._Output, "add"), "duplicates": (KeySet, "add"), "fsync": (os, "fsync")}[where]
     monkeypatch.setattr(*target, full)
     with pytest.raises(UserError, match="no space left in .*: free some space"):
-        clean(STAGES["pretrain"], [path], tmp_path, Options(), 0)
+        clean(STAGES["pretrain"], [path], tmp_path, CleaningOptions(), 0)
     assert old.read_text(encoding="utf-8") == "text\nold\n"
     assert not list(tmp_path.glob(".*"))
 
@@ -305,7 +324,7 @@ def test_unusable_inputs_and_folders(tmp_path):
         path = tmp_path / name
         path.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=message):
-            clean(STAGES[stage], [path], out_dir, Options(), 0)
+            clean(STAGES[stage], [path], out_dir, CleaningOptions(), 0)
 
     attempt("a.csv", "title,body\n1,2\n", r"a\.csv: pretrain needs the columns text, but this file has title, body")
     attempt("a.csv", "q\n1\n", "sft needs the columns q,a or instruction,output", stage="sft")

@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
             )
         script = (
             "import resource, sys, runpy\n"
-            "from trainer import cleaning\n"
+            "from data_pipeline import cleaning\n"
             "if __name__ == '__main__':\n"
             "    cleaning.BYTES_PER_WORKER = 1\n"
             "    try: runpy.run_path('data_process.py', run_name='__main__')\n"

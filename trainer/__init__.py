@@ -1,1 +1,1 @@
-"""How a MiniMind is trained: data, packing, loss, optimizer, the loop, checkpoints."""
+"""One training loop for all stages: options, losses, optimizers, checkpoints, metrics; imports evaluation and below."""

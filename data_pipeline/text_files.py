@@ -1,0 +1,175 @@
+"""Text files of any size as bytes: decompressed, checked for their encoding and cut at line ends, in constant memory."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import UserError
+
+BLOCK_BYTES = 1 << 18  # read, and handed to a worker, at once
+MAX_LINE_BYTES = 32 << 20  # a longer row is no row: a line end is missing, or a quote is left open
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A row that cannot be used, and why."""
+
+    line: int
+    reason: str
+
+
+class TruncatedArchive(Exception):
+    """The compressed file ends too early or is damaged; what came before line (or row) `line` was delivered."""
+
+    line = 1
+
+    def bad_line(self) -> BadLine:
+        return BadLine(self.line, f"truncated archive: {self}; only what comes before line {self.line} could be read")
+
+
+def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield the decompressed content of `path` without its byte order mark.
+
+    Raises UserError for a file that is not UTF-8 as a whole, and TruncatedArchive after the last good byte.
+    """
+    first = True
+    for chunk in _decompressed(path, on_bytes):
+        if first:
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            if advice := _other_encoding(chunk):
+                raise UserError(f"{path}: the file is {advice}")
+        first = False
+        if chunk:
+            yield chunk
+    if first:
+        raise UserError(f"{path}: the archive is empty; download it again or remove it from the inputs")
+
+
+def line_blocks(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | BadLine]]:
+    """Cut chunks at line ends; yield (number of the first line, whole lines). A line that is too long is one BadLine.
+
+    TruncatedArchive is raised behind the last whole line.
+    """
+    line, parts, size, skipping = 1, list[bytes](), 0, False
+    damage = None
+    try:
+        for chunk in chunks:
+            if skipping:  # inside a line that was too long: wait for its end
+                _, end, chunk = chunk.partition(b"\n")
+                if not end:
+                    continue
+                line, skipping = line + 1, False
+            parts.append(chunk)
+            size += len(chunk)
+            if size < BLOCK_BYTES or (b"\n" not in chunk and size <= MAX_LINE_BYTES):
+                continue
+            data = b"".join(parts)
+            cut = data.rfind(b"\n") + 1
+            if cut:
+                yield line, data[:cut]
+                line += data.count(b"\n", 0, cut)
+            parts, size = [data[cut:]], len(data) - cut
+            if size > MAX_LINE_BYTES:
+                yield line, BadLine(line, f"longer than {MAX_LINE_BYTES >> 20} MB: is a line end missing?")
+                parts, size, skipping = [], 0, True
+    except TruncatedArchive as error:
+        damage = error
+    data = b"".join(parts)
+    if damage is not None:
+        data = data[: data.rfind(b"\n") + 1]  # the line at the break is incomplete
+    if data:
+        yield line, data
+    if damage is not None:
+        damage.line = line + data.count(b"\n")
+        raise damage
+
+
+def utf8_reason(error: UnicodeDecodeError) -> str:
+    """Return where a line is not UTF-8."""
+    return f"invalid UTF-8 at byte {error.start + 1} of the line (0x{error.object[error.start]:02x})"
+
+
+def _other_encoding(chunk: bytes) -> str | None:
+    """Return what the file is and what to do, if it is in another encoding as a whole; None for UTF-8, bad lines or not.
+
+    GBK (also called GB2312 and GB18030) is the usual encoding of Chinese text that is not UTF-8. Its everyday characters
+    are pairs of a byte from 0xB0 to 0xD7 and one from 0xA1 to 0xFE.
+    """
+    if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16; save it as UTF-8"
+    lines = [line for line in chunk.split(b"\n") if not line.isascii()]
+    if len(lines) > 1 and not chunk.endswith(b"\n"):
+        lines.pop()  # cut off anywhere, perhaps inside a character
+    bad = [line for line in lines if not _is_utf8(line, whole=len(lines) > 1)]
+    high = sum(byte >= 0x80 for line in bad for byte in line)
+    if len(bad) <= len(lines) / 2 or high < 20:
+        return None
+    pairs = sum(len(pair) for line in bad for pair in re.findall(rb"[\xb0-\xd7][\xa1-\xfe]", line))
+    if pairs < high / 2:
+        return "not UTF-8; save it as UTF-8"
+    return "not UTF-8 but GBK (GB18030); save it as UTF-8, for example with: iconv -f GB18030 -t UTF-8 OLD > NEW"
+
+
+def _is_utf8(line: bytes, whole: bool) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(line, final=whole)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decompressed(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield the content of `path` in small pieces. A file that is no archive is a UserError."""
+    read = {".gz": _gzip_pieces, ".zst": _zstd_pieces}.get(path.suffix.lower(), _plain_pieces)
+    done, delivered = 0, False
+    with path.open("rb") as file:
+        try:
+            for piece in read(file):
+                on_bytes(file.tell() - done)
+                done, delivered = file.tell(), True
+                yield piece
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            if delivered:
+                raise TruncatedArchive(str(error)) from None
+            raise UserError(f"{path}: not a readable {path.suffix} archive ({error}); download it again") from None
+        on_bytes(file.tell() - done)
+
+
+def _plain_pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(BLOCK_BYTES):
+        yield piece
+
+
+def _gzip_pieces(file: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file) as archive:
+        while piece := archive.read1(BLOCK_BYTES):
+            yield piece
+
+
+def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
+    import zstandard  # only .zst files need it
+
+    # Not stream_reader(): it takes a truncated file for a complete one. Small bites, because one can unpack to a lot.
+    frame = None
+    while bite := file.read(1 << 14):
+        while bite:
+            if frame is None:
+                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                piece = frame.decompress(bite)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            bite = b""
+            if frame.eof:  # another frame may follow, as after `cat a.zst b.zst`
+                bite, frame = frame.unused_data, None
+            if piece:
+                yield piece
+    if frame is not None:
+        raise EOFError("the file ended before the end of the compressed data")
