@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -272,7 +272,7 @@ class Watchdog(threading.Thread):
         self.doing, self.heartbeats, self.since = "starting", 0, time.monotonic()
         self._suspended = False
         self._stopped = threading.Event()
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         self.store = store.clone()  # for the main thread; a connection serves one request at a time
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=max(timeout, 10)))
@@ -319,7 +319,7 @@ class Watchdog(threading.Thread):
 
     def _report(self) -> str:
         time.sleep(0.5)  # a process that arrived at the same moment has published it by then
-        positions = {}
+        positions: dict[int, list] = {}
         for rank in range(self.size):
             key = f"at/{rank}"
             known = self._store.check([key])

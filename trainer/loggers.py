@@ -212,7 +212,7 @@ class RankLog:
                 show(message, category, filename, lineno, *rest)
 
         handler = _Handler(self)
-        warnings.showwarning = record
+        warnings.showwarning = record  # type: ignore[assignment]
         logging.getLogger().addHandler(handler)
         try:
             yield

@@ -67,7 +67,7 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
     groups = {key: [parameter for _, parameter in pairs] for key, pairs in parameter_groups(model).items()}
     matrices = groups.pop("matrices")
     optimizers: list[torch.optim.Optimizer] = []
-    rest = [
+    rest: list[dict] = [
         {"params": groups["gates"], "weight_decay": weight_decay},
         {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0},
     ]

@@ -49,7 +49,9 @@ class FSDPStrategy(ParallelStrategy):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the loss is already divided
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-        self.trainable_parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.trainable_parameters: dict[str, Any] = {
+            name: p for name, p in self.module.named_parameters() if p.requires_grad
+        }
         self.optimizers = make_optimizers(self.module, options.optimizer, options.weight_decay)
 
     def backward(self, loss: Tensor, last: bool) -> None:

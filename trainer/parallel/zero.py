@@ -117,7 +117,7 @@ class DeepSpeedStrategy(ParallelStrategy):
 def complete_zero_config(options: TrainOptions, dtype: torch.dtype) -> dict:
     """Return the file of --deepspeed with the values of the flags filled in, as `deepspeed.initialize` takes it."""
     assert options.deepspeed is not None
-    config = {"steps_per_print": 1_000_000_000, "zero_allow_untested_optimizer": True}
+    config: dict[str, Any] = {"steps_per_print": 1_000_000_000, "zero_allow_untested_optimizer": True}
     config |= read_zero_config(options.deepspeed)
     for name in ("bf16", "fp16", "optimizer"):
         config.pop(name, None)
