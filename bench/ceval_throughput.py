@@ -1,15 +1,16 @@
-"""How many C-Eval questions a second are scored in batches, beside one question at a time in float32.
+"""Measure how many C-Eval questions per second are scored in batches, compared with one question at a time in float32.
 
     python bench/ceval_throughput.py --data_dir dataset/ceval/ceval-exam --weights out/full_sft_512.pth
 
 one at a time   float32, one forward pass for each sequence, logits only where they are needed
 batched         float32, `evaluation.scoring.score`
-quick           what eval_ceval.py does on this CPU: half precision first, which includes making the copies for it, then
-                something finer for close calls, and float32 for what is still too close
+cascade         as eval_ceval.py does it on this CPU: half precision first (including the time to convert the weights), then
+                a more precise pass for close calls, and float32 for those that are still too close
 
-For letters without examples, with 3 and with 5, and for the full text of the options. The quick mode decides at least 16
-questions in float32, so a run of few questions says little about it: the whole set has 1,346. Without --weights: random
-ones, with margins smaller than those of any trained model. The modes take turns and the best round of each counts.
+It measures letters without examples, with 3 and with 5 examples, and the full text of the options. The cascade decides at
+least 16 questions in float32, so a run with few questions says little about it: the whole set has 1,346. Without --weights
+the model is random, and its margins are smaller than those of any trained model. The modes take turns, and the best round
+of each counts.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from evaluation import ceval  # noqa: E402
 from evaluation.scoring import MultipleChoice, draft_models, score, score_cascade  # noqa: E402
+from model.chat_format import render_chat  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E402
+from model.tokenizer import encode_text, load_tokenizer  # noqa: E402
 from model.weights import load_checkpoint  # noqa: E402
 
 
 def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> list[MultipleChoice]:
-    """`n` questions, evenly spaced in the validation set; examples are left out where they do not fit in 512 tokens."""
+    """Return `n` questions, evenly spaced in the validation set; examples that do not fit into 512 tokens are left out."""
     questions = ceval.read_questions(data_dir, "val", answers=True)
     # Whole subjects, as in a real run: examples are shared by the questions of a subject.
     step = max(1, round(len(questions) / n)) if not shots else 1
@@ -59,7 +61,7 @@ def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> lis
 def one_at_a_time(model: Transformer, items: list[MultipleChoice]) -> list[torch.Tensor]:
     results = []
     for item in items:
-        if all(len(option) == 1 for option in item.options):  # one pass tells all
+        if all(len(option) == 1 for option in item.options):  # one pass is enough
             logits = model(torch.tensor([item.prompt]), logits_to_keep=1, use_cache=False).logits[0, -1]
             values = F.log_softmax(logits.float(), -1)[[option[0] for option in item.options]]
         else:
@@ -77,7 +79,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data_dir", type=Path, default=ROOT / "dataset" / "ceval" / "ceval-exam", help="folder with val and dev")
     add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")
-    add("--questions", type=int, default=200, help="how many (default: 200)")
+    add("--questions", type=int, default=200, help="number of questions (default: 200)")
     add("--rounds", type=int, default=2, help="rounds of each (default: 2)")
     add(
         "--only",
@@ -98,7 +100,7 @@ def main() -> None:
     else:
         model = Transformer(preset("minimind-v1-small")).eval()
     print(f"{torch.get_num_threads()} threads, {args.questions} questions, best of {args.rounds} rounds")
-    print("| | | questions/s | ratio | ratio by CPU time | answers that differ |")
+    print("| | | questions/s | ratio | ratio by CPU time | different answers |")
     print("|---|---|---|---|---|---|")
     kinds = (
         ("letter", 0, "letter"),
@@ -113,7 +115,7 @@ def main() -> None:
         modes = {
             "one at a time": lambda items=items: (one_at_a_time(model, items), []),
             "batched": lambda items=items: (score(model, items), []),
-            "quick": lambda items=items: score_cascade([*draft_models(model, torch.bfloat16), model], items),
+            "cascade": lambda items=items: score_cascade([*draft_models(model, torch.bfloat16), model], items),
         }
         walls: dict[str, list[float]] = {mode: [] for mode in modes}
         cpus: dict[str, list[float]] = {mode: [] for mode in modes}

@@ -1,19 +1,19 @@
-"""Random faults against one training run of two processes, which is started again with --resume auto until it is done.
+"""Inject random faults into one training run of two processes, restarting it with --resume auto until it is done.
 
     python bench/chaos.py                       # 24 faults, a few minutes
     python bench/chaos.py --faults 4 --seed 7
 
-Faults, in an order and at steps that the seed decides: SIGKILL of one process, SIGTERM to torchrun, SIGTERM to one
-process, SIGKILL of torchrun and all processes in the middle of a save, a disk that is full (a small tmpfs; needs root,
-else it is left out, and said so). Then it must be true that
+The seed decides the order of the faults and the steps at which they happen: SIGKILL of one process, SIGTERM to torchrun,
+SIGTERM to one process, SIGKILL of torchrun and all processes during a save, and a full disk (a small tmpfs; it needs root,
+and without root this fault is left out with a message). Afterwards the script checks that
 
-- the weights and the optimizer state in the end are those of an undisturbed run of two processes, to the bit,
-- so is every line of the metrics, each step once,
-- no fault cost more than --save_interval steps (steps that were done and had to be done again), and none cost any
-  where the run could still save (SIGTERM),
+- the final weights and optimizer state are identical, to the bit, to those of an undisturbed run of two processes,
+- so is every line of the metrics, with each step once,
+- no fault cost more than --save_interval steps (steps that had to be repeated), and faults after which the run could
+  still save (SIGTERM) cost none,
 - no process and no half-written file is left.
 
-Prints a table of the kinds of faults; --table also one of every fault. Exit code 1 if something was not true.
+It prints a table of the kinds of faults, with --table also one of every fault. The exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ NAME = "pretrain_64"
 MODEL = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --dropout 0.1"
 KILL_RANK, TERM_LAUNCHER, TERM_RANK = "SIGKILL of one process", "SIGTERM to torchrun", "SIGTERM to one process"
 KILL_IN_SAVE, DISK_FULL = "SIGKILL of all while saving", "disk full"
-PATIENCE = 600.0  # seconds in which a launch has to get on, or end
+TIMEOUT = 600.0  # seconds in which a launch must make progress or end
 
 
 @dataclass
 class Result:
-    """What one fault did. `resumed` is the step after which the next launch went on."""
+    """The effect of one fault. `resumed` is the step after which the next launch continued."""
 
     kind: str
     detail: str
@@ -62,7 +62,7 @@ class Result:
 
 
 class Launch:
-    """One torchrun with its two workers; outside of `with` nothing of it lives."""
+    """One torchrun with its two workers; all its processes have ended when `with` is left."""
 
     def __init__(self, flags: list[str], out_dir: Path) -> None:
         self.log = out_dir / "logs" / f"{NAME}.rank0.log"
@@ -84,7 +84,7 @@ class Launch:
         self.output.close()
 
     def workers(self) -> dict[int, psutil.Process]:
-        """The running workers by rank. torchrun puts them into sessions of their own, so they are found by parentage."""
+        """Return the running workers by rank. They are found by parentage: torchrun gives each a session."""
         found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -95,23 +95,23 @@ class Launch:
         return found
 
     def kill_all(self) -> None:
-        """SIGKILL for the launcher and everything it has started."""
+        """Send SIGKILL to the launcher and to every process that it started."""
         self.workers()
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         for child in self._family.values():
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()  # psutil knows a process by its number and its start: never another one's
+                child.kill()  # psutil checks the start time too: it never hits a new process with the same id
         self.process.wait()
         psutil.wait_procs(list(self._family.values()), timeout=10)
 
     def left_behind(self) -> list[int]:
-        """Processes that still live a while after the launcher has ended."""
+        """Return the processes that are still running a while after the launcher has ended."""
         _, alive = psutil.wait_procs(list(self._family.values()), timeout=20)
         return [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
     def steps_done(self) -> int:
-        """The last step that rank 0 has done in this launch, by its log; -1: none yet."""
+        """Return the last step that rank 0 has finished in this launch, read from its log; -1: none yet."""
         if not self.log.exists():
             return -1
         with self.log.open("rb") as file:
@@ -120,7 +120,7 @@ class Launch:
         return int(steps[-1]) if steps else -1
 
     def steps_done_by_all_signs(self, metrics: Path) -> int:
-        """As `steps_done`, for a full disk, which may have lost the last lines of some files; rather too many."""
+        """Return an upper bound of `steps_done` for a full disk, on which the last lines of some files may be lost."""
         lines = re.findall(r'^{"step": (\d+)', metrics.read_text(errors="replace"), re.MULTILINE)
         printed = re.findall(r"^step (\d+)/", self.text(), re.MULTILINE)
         step = max(self.steps_done(), *map(int, lines[-1:] + printed[-1:]))
@@ -133,33 +133,33 @@ class Launch:
         return self.output.read()
 
     def started_after(self) -> int:
-        """The step after which this launch went on."""
+        """Return the step after which this launch continued."""
         text = self.text()
         if found := re.search(r"resuming after step (\d+)", text):
             return int(found[1])
         if "starting from the beginning" in text:
             return 0
-        raise RuntimeError(f"this launch does not say where it started:\n{text[-3000:]}")
+        raise RuntimeError(f"this launch did not print where it started:\n{text[-3000:]}")
 
     def wait_for(self, step: int) -> None:
-        """Until that step is done. RuntimeError if the launch ends before or does not get on."""
-        deadline = time.monotonic() + PATIENCE
+        """Wait until that step is done. RuntimeError if the launch ends earlier or makes no progress."""
+        deadline = time.monotonic() + TIMEOUT
         while self.steps_done() < step:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"step {step} was not reached:\n{self.text()[-3000:]}")
             time.sleep(0.005)
 
     def wait(self) -> int:
-        """The exit code of the launcher."""
+        """Return the exit code of the launcher."""
         try:
-            return self.process.wait(timeout=PATIENCE)
+            return self.process.wait(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"it hangs:\n{self.text()[-3000:]}") from None
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
-    """A tmpfs on `folder` while in here; yields whether there is one (it takes root and Linux)."""
+    """Mount a tmpfs on `folder`; yields False where that is impossible (it needs root and Linux)."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     mounted = (
@@ -173,7 +173,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
 
 
 def fill(folder: Path) -> Path:
-    """A file that leaves no byte free."""
+    """Write a file that leaves no byte free."""
     path = folder / "filler"
     with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12):
@@ -184,7 +184,7 @@ def fill(folder: Path) -> Path:
 
 
 def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
-    """Do it, and wait until the launch has ended; returns what was hit."""
+    """Inject one fault and wait until the launch has ended; returns what was hit."""
     workers = launch.workers()
     rank = rng.randrange(2)
     if kind == KILL_RANK:
@@ -202,7 +202,7 @@ def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
     if kind == KILL_IN_SAVE:
         state, weights = out_dir / f"{NAME}.resume", f".{NAME}."
         what = rng.choice(["state", "weights"])
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and launch.process.poll() is None:
             folder, prefix = (state, ".writing_") if what == "state" else (out_dir, weights)
             with contextlib.suppress(FileNotFoundError):
@@ -221,7 +221,7 @@ def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What is not the same to the bit in the results of two runs."""
+    """Return the names of all results that are not identical, to the bit, in two runs."""
     found = []
     for one, other in [
         (torch.load(folder / f"{NAME}.pth", weights_only=True) for folder in (a, b)),
@@ -250,13 +250,13 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def chaos(folder: Path, n_faults: int, seed: int, save_interval: int) -> tuple[list[Result], list[str]]:
-    """Run it in `folder`, which is empty; returns what each fault did, and everything that was not as it must be."""
+    """Run everything in the empty `folder`; returns the effect of each fault, and a list of failed checks."""
     rng = random.Random(seed)
     words = "the cat saw a dog near 河 and 山 then slept until morning came".split()
     data = folder / "texts.jsonl"
     texts = (json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(3, 30)))}) for _ in range(2000))
     data.write_text("\n".join(texts), encoding="utf-8")
-    steps = (n_faults + 1) * 2 * save_interval  # enough, however little each fault leaves
+    steps = (n_faults + 1) * 2 * save_interval  # enough even if every fault costs the maximum
     flags = f"{MODEL} --device cpu --dtype float32 --batch_size 2 --val_fraction 0 --log_interval 1 --max_steps {steps}"
     flags = [
         *flags.split(),
@@ -313,7 +313,7 @@ def chaos(folder: Path, n_faults: int, seed: int, save_interval: int) -> tuple[l
             limit = 0 if result.kind in (TERM_LAUNCHER, TERM_RANK) else save_interval
             if not 0 <= result.lost <= limit:
                 wrong.append(f"{result.kind} ({result.detail}) after step {result.done}: {result.lost} steps lost")
-        wrong += [f"not the same to the bit: {name}" for name in differences(folder / "whole", out_dir)]
+        wrong += [f"not identical to the bit: {name}" for name in differences(folder / "whole", out_dir)]
         rubbish = [*out_dir.glob(".*.tmp"), *(out_dir / f"{NAME}.resume").glob(".*")]
         wrong += [f"left behind: {path.name}" for path in rubbish]
     return results, wrong
@@ -322,11 +322,13 @@ def chaos(folder: Path, n_faults: int, seed: int, save_interval: int) -> tuple[l
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--faults", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0, help="of the faults, their order and their steps (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the faults, their order and their steps (default: 0)"
+    )
     parser.add_argument("--save_interval", type=int, default=4, help="optimizer steps between saves (default: 4)")
     parser.add_argument("--table", action="store_true", help="also print a table of every fault")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes and its disk go too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes and its disk are removed too
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
         results, wrong = chaos(Path(folder), args.faults, args.seed, args.save_interval)
@@ -336,7 +338,7 @@ def main() -> int:
         for number, r in enumerate(results, start=1):
             print(f"| {number} | {r.kind} | {r.detail} | {r.done} | {r.resumed} | {r.lost} |")
         print()
-    print("| fault | times | steps lost, mean | most |\n|---|---|---|---|")
+    print("| fault | times | steps lost, mean | maximum |\n|---|---|---|---|")
     for kind in dict.fromkeys(sorted(r.kind for r in results)):
         lost = [r.lost for r in results if r.kind == kind]
         print(f"| {kind} | {len(lost)} | {sum(lost) / len(lost):.1f} | {max(lost)} |")

@@ -1,22 +1,22 @@
-"""Several models answer the same questions: a transcript side by side, figures, and a judge if you name one.
+"""Let several models answer the same questions: a transcript side by side, figures, and optionally a judge.
 
     python bench/compare.py out/full_sft_512.pth out/rl_512.pth
     python bench/compare.py out/full_sft_512.pth out/lora_shop_512 out/rl_512-llama --questions my_questions.txt
     python bench/compare.py a.pth b.pth --judge_base_url http://localhost:8000/v1 --judge_model some-model
 
 A model is a .pth file, a folder with a LoRA adapter, or an exported folder (llama or minimind). Questions are a text file
-with one a line, or JSONL with {"question": "..."}; without --questions, those below. Every model answers one question
-at a time, in the same order and with the same seeds, so a run can be repeated.
+with one question per line, or JSONL with {"question": "..."}; without --questions, those below. Every model answers one
+question at a time, in the same order and with the same seeds, so a run can be repeated.
 
 length       tokens of an answer, on average; the end token is not counted
 ended        share of the answers that the model ended itself, within --max_new_tokens
 repetition   share of an answer's 4-grams of tokens that occurred in it before, averaged over answers of 4 tokens or more
-distinct-n   different n-grams of tokens divided by all n-grams, over all answers of a model: 1 never says a thing twice
-tokens/s     tokens made divided by the time from question to end, prompt included
+distinct-n   different n-grams of tokens divided by all n-grams, over all answers of a model: 1 means that none occurs twice
+tokens/s     generated tokens divided by the time from question to end, prompt included
 
 The judge is any OpenAI-compatible endpoint (its key in the environment: OPENAI_API_KEY). It sees each question with the
-answers in an order shuffled by --seed, called A, B, ..., and nothing of who wrote them. Its verdict has to be exactly the
-JSON that was asked for: any other is counted as failed, shown with the reason, and leaves the question out.
+answers in an order shuffled by --seed, called A, B, ..., and no information about the models. Its verdict must be exactly
+the requested JSON: any other reply counts as failed, is shown with the reason, and excludes the question.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ from common.cli import Parser, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from common.files import atomic_write  # noqa: E402
 from export.huggingface import read_folder  # noqa: E402
-from inference.generator import fit_chat, generate  # noqa: E402
+from inference.generator import generate  # noqa: E402
 from inference.model_loader import device_and_dtype, open_tokenizer  # noqa: E402
 from inference.options import SamplingParams, add_sampling_flags, sampling_from_args  # noqa: E402
 from inference.terminal import use_utf8  # noqa: E402
+from model.chat_format import truncate_chat  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 
@@ -82,7 +83,7 @@ class Answer:
 
 @dataclass
 class Contestant:
-    """A model and what it answered."""
+    """A model and its answers."""
 
     name: str
     checkpoint: Checkpoint
@@ -92,7 +93,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Points by contestant in the order of the command line; or why there are none."""
+    """Points by contestant in the order of the command line, or the reason why there are none."""
 
     points: list[int] | None
     failure: str = ""
@@ -103,7 +104,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="MODEL", help="a .pth file, an adapter or an exported folder")
     add("--questions", type=Path, metavar="FILE", help="text or JSONL (default: a dozen in Chinese and English)")
-    add("--output", type=Path, default=ROOT / "out" / "compare.md", help="the transcript; beside it .json with everything "
+    add("--output", type=Path, default=ROOT / "out" / "compare.md", help="the transcript; a .json is written beside it "
         "(default: out/compare.md)")  # fmt: skip
     add("--tokenizer", type=Path, default=TOKENIZER_DIR, help="tokenizer folder for .pth files (default: in model/)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -137,7 +138,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_questions(path: Path | None) -> list[str]:
-    """The questions of a file, or those built in. UserError with file and line for what is none."""
+    """Return the questions of a file, or the built-in ones. UserError with file and line for an invalid one."""
     if path is None:
         return list(QUESTIONS)
     try:
@@ -164,7 +165,7 @@ def read_questions(path: Path | None) -> list[str]:
 
 
 def open_models(args: argparse.Namespace) -> list[Contestant]:
-    """Every model before the first question: a wrong path should not cost an hour. Names are made different."""
+    """Load every model before the first question: a wrong path should not cost an hour. Names are made unique."""
     device, dtype = device_and_dtype(args)
     shared = open_tokenizer(args.tokenizer)
     found = []
@@ -189,11 +190,11 @@ def open_models(args: argparse.Namespace) -> list[Contestant]:
 
 
 def answer(contestant: Contestant, question: str, sampling: SamplingParams) -> Answer:
-    """One answer. UserError for a question that does not fit into the model's context."""
+    """Generate one answer. UserError for a question that does not fit into the model's context."""
     context = contestant.checkpoint.config.max_seq_len
     start = time.perf_counter()
     try:
-        prompt, _ = fit_chat(contestant.tokenizer, [{"role": "user", "content": question}], context - 1)
+        prompt = truncate_chat(contestant.tokenizer, [{"role": "user", "content": question}], context - 1).ids
         events = list(
             generate(contestant.checkpoint.model, [prompt], sampling, max_len=context, tokenizer=contestant.tokenizer)
         )
@@ -212,13 +213,13 @@ def ngrams(tokens: list[int], n: int) -> list[tuple[int, ...]]:
 
 
 def repetition(tokens: list[int]) -> float | None:
-    """Share of the 4-grams that occurred before in the same answer; None if there are none."""
+    """Return the share of 4-grams that occurred before in the same answer; None if there are none."""
     grams = ngrams(tokens, NGRAM)
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
 def distinct(answers: list[list[int]], n: int) -> float | None:
-    """Different n-grams divided by all, over several answers; None if there are none."""
+    """Return the number of different n-grams divided by all, over several answers; None if there are none."""
     grams = [gram for tokens in answers for gram in ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -240,7 +241,7 @@ def figures(answers: list[Answer]) -> dict[str, float | None]:
 
 
 def parse_verdict(text: str, letters: str) -> dict[str, int]:
-    """The points in a judge's reply. ValueError unless it is exactly {"scores": {letter: 1 to 10 for every letter}}."""
+    """Return the points in a judge's reply. ValueError unless it is {"scores": {letter: 1 to 10 for every letter}}."""
     try:
         verdict = json.loads(text)
     except ValueError as error:
@@ -249,15 +250,15 @@ def parse_verdict(text: str, letters: str) -> dict[str, int]:
         raise ValueError(f'not of the form {{"scores": ...}}: {text[:80]!r}')
     scores = verdict["scores"]
     if set(scores) != set(letters):
-        raise ValueError(f"scores for {', '.join(sorted(scores)) or 'nobody'} instead of {', '.join(letters)}")
+        raise ValueError(f"scores for {', '.join(sorted(scores)) or 'none'} instead of {', '.join(letters)}")
     for letter, points in scores.items():
         if type(points) is not int or not 1 <= points <= 10:
-            raise ValueError(f"{letter} got {points!r}, which is no whole number from 1 to 10")
+            raise ValueError(f"{letter} got {points!r}, which is not a whole number from 1 to 10")
     return scores
 
 
 def judge_all(args: argparse.Namespace, questions: list[str], contestants: list[Contestant]) -> list[Verdict]:
-    """A verdict for each question."""
+    """Return a verdict for each question."""
     import openai  # needed here only
 
     key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -288,7 +289,7 @@ def judge_all(args: argparse.Namespace, questions: list[str], contestants: list[
 
 
 def judge_figures(verdicts: list[Verdict], who: int) -> dict[str, float | None]:
-    """Mean points of a contestant, and for how many questions nobody had more (shared first places count)."""
+    """Return the mean points of a contestant, and the number of its first places (shared ones count)."""
     given = [verdict.points for verdict in verdicts if verdict.points is not None]
     return {
         "points": statistics.mean(points[who] for points in given) if given else None,
@@ -300,7 +301,7 @@ def judge_figures(verdicts: list[Verdict], who: int) -> dict[str, float | None]:
 
 
 def table(rows: list[dict]) -> str:
-    """Figures of every model in Markdown."""
+    """Return the figures of every model as a Markdown table."""
     formats = {"length": ".1f", "ended": ".0%", "repetition": ".1%", "distinct_1": ".3f", "distinct_2": ".3f",
                "tokens_per_second": ".1f", "points": ".2f", "best": "d"}  # fmt: skip
     titles = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "tokens_per_second": "tokens/s"}
@@ -314,7 +315,7 @@ def table(rows: list[dict]) -> str:
 
 
 def transcript(questions: list[str], contestants: list[Contestant], verdicts: list[Verdict], rows: list[dict]) -> str:
-    """Everything for people, in Markdown; what models wrote stands in code blocks, where it cannot be markup."""
+    """Return the transcript in Markdown; answers are in code blocks, where they cannot be markup."""
     parts = ["# Comparison", table(rows)]
     failed = [(i, verdict.failure) for i, verdict in enumerate(verdicts) if verdict.points is None]
     if verdicts:
@@ -376,7 +377,7 @@ def main() -> None:
     print(f"transcript: {args.output}")
     if failed and len(failed) == len(verdicts):
         raise UserError(
-            f"the judge gave no verdict at all: look at --judge_base_url and --judge_model {args.judge_model}"
+            f"the judge gave no verdict at all: check --judge_base_url and --judge_model {args.judge_model}"
         )
 
 

@@ -1,14 +1,14 @@
-"""Decoding speed: ours in several ways, transformers' `generate` and llama.cpp, side by side.
+"""Compare decoding speed: this toolkit in several ways, transformers' `generate` and llama.cpp.
 
     python bench/decode.py
     python bench/decode.py --presets minimind-v1-small --rows 1 16 --rounds 5
     python bench/decode.py --inductor             # also the step through torch.compile, which takes minutes to compile
 
-Every scheme continues the same random prompts greedily with a model of random weights, --new_tokens tokens a row with no
-end token, so that all of them do the same work. The schemes take turns, --rounds times, and the table has the median of
-the tokens per second (of all rows together) and of the ratios in each round: machines are noisy, ratios of neighbours
-less so. llama.cpp needs `pip install -r requirements-bench.txt`. The mixture of experts is compared with a dense model
-of which as many weights are at work for a token.
+Every scheme continues the same random prompts greedily with a model of random weights, --new_tokens tokens per row without
+an end token, so that all do the same work. The schemes take turns, --rounds times, and the table has the median of the
+tokens per second (of all rows together) and of the ratios within each round: machines are noisy, and ratios of
+neighbouring measurements less so. llama.cpp needs `pip install -r requirements-bench.txt`. The mixture of experts is
+compared with a dense model with the same number of active parameters.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def timed(run: Callable[[list[list[int]], int], None], cpu_time: bool) -> Scheme
 
 
 class InOwnProcess:
-    """llama.cpp, in a process of its own: whatever it does to threads does not count here."""
+    """Run llama.cpp in a process of its own, so that its threads do not disturb the others."""
 
     def __init__(self, *setup) -> None:
         self.pipe, other = get_context("spawn").Pipe()
@@ -96,7 +96,7 @@ def serve_llama_cpp(pipe: Connection, path: Path, rows: int, context: int, threa
 
 
 def llama_cpp(path: Path, rows: int, context: int, threads: int) -> Callable[[list[list[int]], int], None]:
-    """Batches through llama.cpp's own batch interface: one token of every row in a call, as a server would."""
+    """Decode with llama.cpp's batch interface: one token of every row per call, as a server would."""
     import llama_cpp as lib
     import numpy as np
 
@@ -176,7 +176,7 @@ def schemes(config: LMConfig, rows: int, folder: Path, args: argparse.Namespace)
 
 
 def compare(title: str, config: LMConfig, rows: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Measure all schemes in turns and print their table; the tokens per second of each."""
+    """Measure all schemes in turns and print their table; returns the tokens per second of each."""
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, config.vocab_size, (rows, args.prompt_tokens), generator=generator).tolist()
     rates: dict[str, list[float]] = {}
@@ -199,12 +199,12 @@ def compare(title: str, config: LMConfig, rows: int, args: argparse.Namespace) -
 
 
 def ratio(own: list[float], base: list[float]) -> float:
-    """Median of the ratios in the same round."""
+    """Return the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(own, base, strict=True))
 
 
 def dense_equal(config: LMConfig) -> LMConfig:
-    """A dense model with as many weights at work for a token as this mixture of experts."""
+    """Return a dense model with as many active parameters as this mixture of experts."""
     width = config.hidden_dim * (config.n_shared_experts + config.num_experts_per_tok)
     return LMConfig(**(config.own_fields() | dict(use_moe=False, hidden_dim=width)))
 
@@ -217,16 +217,19 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens of each answer (default: 128)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every scheme (default: 5)")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of everything (default: PyTorch's)"
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="number of threads for all schemes (default: PyTorch's)",
     )
     parser.add_argument(
         "--cpu_time", action="store_true",
-        help="count the processor's time instead of the clock's: on a machine that is busy, with --threads 1",
+        help="measure CPU time instead of wall time: for a busy machine, with --threads 1",
     )  # fmt: skip
     parser.add_argument("--inductor", action="store_true", help="also the step through torch.compile")
     parser.add_argument(
         "--others", nargs="*", choices=["transformers", "llama.cpp"], default=["transformers", "llama.cpp"],
-        help="what else to measure (default: both)",
+        help="what to compare with (default: both)",
     )  # fmt: skip
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,16 +1,16 @@
-"""Perplexity beyond the trained length, without and with RoPE scaling, by position.
+"""Measure perplexity beyond the trained length, without and with RoPE scaling, by position.
 
     python bench/long_context.py --weights out/pretrain_512.pth --data_path held_out.jsonl
     python bench/long_context.py --weights out/pretrain_512.pth --data_path held_out.jsonl --join 200 --documents 16
 
-Long documents of --data_path are read from their beginnings, in one go for every length: 1,024, 2,048, ... tokens. The table
-gives the perplexity (and the bits per byte) of the second half of each, so that every token is counted once, at the length
-that just holds it. Give texts that the model was not trained on. Where they are shorter than the longest length, --join N
-strings together the texts of at least N characters, in the order of the file, which is said in the output: a model can
-gain little from the far past of such a text, but it can be disturbed by it.
+Long documents of --data_path are read from their start, in one pass for every length: 1,024, 2,048, ... tokens. The table
+gives the perplexity (and the bits per byte) of the second half of each, so that every token is counted once, at the
+shortest length that contains it. Give texts that the model was not trained on. If they are shorter than the longest
+length, --join N joins the texts of at least N characters, in the order of the file, and the output says so: a model can
+gain little from distant parts of such a text, but it can be disturbed by them.
 
 `last 512 only` is what a chat does without long contexts: the same tokens, predicted from a window of the trained length
-that moves on by half of it. A method is worth something where it beats this column, not only where it beats `none`.
+that moves forward by half its length. A method is useful if it beats this column, not only `none`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a .pth file")
     parser.add_argument("--data_path", type=Path, required=True, help="texts it was not trained on (JSONL, CSV, TXT)")
     parser.add_argument("--text_field", default="text", help="column or key with the text (default: text)")
-    parser.add_argument(
-        "--join", type=int, metavar="CHARS", help="string together texts of at least so many characters"
-    )
-    parser.add_argument("--documents", type=int, default=8, help="how many long documents (default: 8)")
+    parser.add_argument("--join", type=int, metavar="CHARS", help="join texts of at least this many characters")
+    parser.add_argument("--documents", type=int, default=8, help="number of long documents (default: 8)")
     parser.add_argument("--longest", type=int, default=8, help="in trained lengths, a power of two (default: 8)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -56,7 +54,7 @@ def main() -> None:
     documents = read_documents(args, tokenizer, longest)
     n_bytes = bytes_per_token(tokenizer).to(device)
 
-    joined = f"texts of {args.join} characters and more, strung together" if args.join else "whole texts"
+    joined = f"texts of {args.join} characters and more, joined" if args.join else "whole texts"
     print(f"{args.weights}: trained at {trained} tokens; {len(documents)} documents of {longest} tokens ({joined})\n")
     names = [f"last {trained} only", "none", *METHODS]
     print(f"| tokens | context | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
@@ -75,16 +73,14 @@ def main() -> None:
 
 
 def read_documents(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[Tensor]:
-    """The first texts that are long enough, as ids (longest,) from <s> on."""
+    """Return the first texts that are long enough, as ids (longest,) that start with <s>."""
     found: list[Tensor] = []
     for text in long_texts(args, tokenizer, longest):
         found.append(torch.tensor([BOS_ID, *encode_text(tokenizer, text)][:longest]))
         if len(found) == args.documents:
             return found
     if not found:
-        raise UserError(
-            f"{args.data_path} has no text of {longest} tokens: string shorter ones together with --join 200"
-        )
+        raise UserError(f"{args.data_path} has no text of {longest} tokens: join shorter ones with --join 200")
     return found
 
 
@@ -96,14 +92,14 @@ def long_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, lon
             continue
         parts = [*parts, text] if args.join else [text]
         joined = "\n".join(parts)
-        # No token is longer than its text: shorter texts need not be encoded to know it.
+        # A text never has more tokens than bytes: texts that are too short need not be encoded.
         if len(joined.encode()) >= longest and len(encode_text(tokenizer, joined)) >= longest:
             parts = []
             yield joined
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """(vocab,) UTF-8 bytes that a token stands for: a byte-level vocabulary spells each as one character."""
+    """Return the number of UTF-8 bytes of every token (vocab,): a byte-level vocabulary writes each as one character."""
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = set(tokenizer.all_special_ids)
     return torch.tensor([0 if i in special else len(name) for i, name in enumerate(names)])
@@ -119,7 +115,7 @@ def score(
     name: str,
     forced: float | None = None,
 ) -> tuple[float, int, int]:
-    """Nats, tokens and bytes of the tokens from `first` to `length` of every document, predicted in the way of `name`.
+    """Return nats, tokens and bytes of the tokens from `first` to `length` of every document, with the method `name`.
 
     forced: scale by this factor, whatever the length.
     """
@@ -147,7 +143,7 @@ def score(
 
 
 def token_losses(model: Transformer, ids: Tensor, scaling) -> Tensor:
-    """(time - 1,) nats of every token but the first."""
+    """Return the nats (time - 1,) of every token but the first."""
     logits = model(ids[None], use_cache=False, rope_scaling=scaling).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
 

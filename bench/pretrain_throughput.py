@@ -1,10 +1,11 @@
-"""Useful training tokens per second: this toolkit's scheme against one sample per row, padded, float32, eager.
+"""Measure useful training tokens per second, compared with one sample per row, padded, float32, eager.
 
     python bench/pretrain_throughput.py --data_path dataset/pretrain_data.csv
     python bench/pretrain_throughput.py --preset minimind-v1-moe --seconds 30
 
 Useful tokens are those that are not padding. All schemes train the same model on the same texts of --data_path, in turns in
-one process, and the table gives ratios to the padded one: machines are noisy, ratios of neighbours are less so.
+one process, and the table gives ratios to the padded scheme: machines are noisy, and ratios of neighbouring measurements
+less so.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What my_openai_api.py does under load: many streaming clients at once, beside a single one.
+"""Measure my_openai_api.py under load: many streaming clients at once, compared with a single one.
 
     python bench/serve_load.py --weights out/full_sft_512.pth
 
 one client    one streaming request after the other
 all clients   --clients of them at the same time, for --seconds; every answer is compared with the greedy answer that the
               model gives alone, without a server
-killed        the same clients, who close their connections at random moments; how soon all rows are free afterwards
+killed        the same clients close their connections at random moments; measures how soon all rows are free afterwards
 
-The server is a process of its own, in float32, and so are the clients, who share the machine with it. Without --weights:
-random ones of minimind-v1-small.
+The server is a process of its own, in float32, and so are the clients, which share the machine with it. Without --weights,
+minimind-v1-small has random weights.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from common.errors import UserError, run_script  # noqa: E402
 from inference.detokenizer import Detokenizer  # noqa: E402
 from inference.generator import generate  # noqa: E402
 from inference.options import SamplingParams  # noqa: E402
+from model.chat_format import render_chat  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.tokenizer import load_tokenizer, render_chat  # noqa: E402
+from model.tokenizer import load_tokenizer  # noqa: E402
 from model.weights import load_checkpoint, save_checkpoint  # noqa: E402
 
 QUESTIONS = [
@@ -55,7 +56,7 @@ QUESTIONS = [
 
 @dataclass
 class Result:
-    """What came of one phase."""
+    """The result of one phase."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -66,7 +67,7 @@ class Result:
 
 
 class Reference:
-    """The greedy answers, computed alone: one sequence at a time, without a server."""
+    """Return the greedy answers, computed one sequence at a time, without a server."""
 
     def __init__(self, model: Transformer, tokenizer, length: int) -> None:
         self.tokenizer = tokenizer
@@ -78,7 +79,7 @@ class Reference:
             )
 
     def text(self, question: int, limit: int) -> tuple[str, int, str]:
-        """(text, tokens, finish_reason) of an answer of at most `limit` tokens."""
+        """Return (text, tokens, finish_reason) of an answer of at most `limit` tokens."""
         events = self.answers[question][:limit]
         if events[-1].finish is not None:
             return "".join(event.text for event in events), len(events), events[-1].finish
@@ -87,13 +88,13 @@ class Reference:
 
 
 class Load:
-    """Clients on bare sockets: they cost little, because they share the machine with the server."""
+    """Clients on plain sockets, which need little CPU time: they share the machine with the server."""
 
     def __init__(self, port: int, model: str, reference: Reference, length: int) -> None:
         self.port, self.model, self.reference, self.length = port, model, reference, length
 
     async def ask(self, rng: random.Random, result: Result, kill: bool = False) -> None:
-        """One request; its answer is compared, or, with `kill`, given up somewhere in the middle."""
+        """Send one request and compare its answer, or, with `kill`, disconnect somewhere in the middle."""
         question, limit = rng.randrange(len(QUESTIONS)), rng.randint(self.length // 2, self.length)
         body = json.dumps(
             {
@@ -155,7 +156,7 @@ class Load:
             writer.close()
 
     async def run(self, clients: int, seconds: float, kill: bool = False) -> Result:
-        """Clients that ask one question after the other until the time is over; the last answers are awaited."""
+        """Ask one question after the other until the time is over, then wait for the last answers."""
         result, started = Result(), time.perf_counter()
 
         async def client(seed: int) -> None:
@@ -174,7 +175,7 @@ def metric(port: int, name: str) -> float:
 
 
 async def watch_memory(process: psutil.Process, every: float = 1.0) -> list[float]:
-    """Samples of the resident memory in MB, until cancelled."""
+    """Sample the resident memory in MB, until cancelled."""
     samples = []
     try:
         while True:
@@ -197,7 +198,7 @@ def line(name: str, result: Result, single: float | None) -> str:
 async def measure(port: int, model: str, reference: Reference, server: psutil.Process, args) -> None:
     load = Load(port, model, reference, args.length)
     await load.run(args.clients, 0.1)  # warm up: memory, kernels
-    print("| clients | answers | tokens | tokens/s | ratio | first text, median | 95% | errors | differing |")
+    print("| clients | answers | tokens | tokens/s | ratio | first text, median | 95% | errors | different |")
     print("|---|---|---|---|---|---|---|---|---|")
     one = await load.run(1, args.seconds / 4)
     single = one.tokens / one.seconds
@@ -216,8 +217,8 @@ async def measure(port: int, model: str, reference: Reference, server: psutil.Pr
     waited = time.perf_counter() - waited
     cancelled = metric(port, "minimind_cancelled_total")
     print(
-        f"killed at random for {args.seconds / 4:.0f} s: {cancelled:.0f} answers given up, {len(killed.errors)} errors; "
-        f"{1000 * waited:.0f} ms after the last one {running:.0f} rows were taken"
+        f"killed at random for {args.seconds / 4:.0f} s: {cancelled:.0f} answers cancelled, {len(killed.errors)} errors; "
+        f"{1000 * waited:.0f} ms after the last one {running:.0f} rows were in use"
     )
     for problem in (one.errors + many.errors + killed.errors)[:5]:
         print(f"error: {problem}", file=sys.stderr)
@@ -227,10 +228,15 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", type=Path, help=".pth file (default: random weights of minimind-v1-small)")
-    add("--clients", type=int, default=64, help="at the same time (default: 64)")
-    add("--seconds", type=float, default=60, help="of the load; the other phases take a quarter each (default: 60)")
+    add("--clients", type=int, default=64, help="number of clients at the same time (default: 64)")
+    add(
+        "--seconds",
+        type=float,
+        default=60,
+        help="duration of the load; the other phases take a quarter each (default: 60)",
+    )
     add("--length", type=int, default=96, help="longest answer in tokens; the shortest is half of it (default: 96)")
-    add("--server_flags", default="", metavar="FLAGS", help="more for my_openai_api.py, in one word")
+    add("--server_flags", default="", metavar="FLAGS", help="further flags for my_openai_api.py, as one argument")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""Useful tokens per second of SFT and LoRA: this toolkit's scheme against one chat per row, padded, float32, eager.
+"""Measure useful tokens per second of SFT and LoRA, compared with one dialogue per row, padded, float32, eager.
 
     python bench/sft_throughput.py --data_path dataset/sft_data_single.csv
     python bench/sft_throughput.py --stages lora --preset minimind-v1 --rank 16
 
-Useful tokens are those that are not padding, learned or not. The schemes of a stage train the same model on the same chats
-of --data_path, in turns in one process, and the table gives ratios to the padded one: machines are noisy, ratios of
-neighbours are less so.
+Useful tokens are those that are not padding, learned or not. The schemes of a stage train the same model on the same
+dialogues of --data_path, in turns in one process, and the table gives ratios to the padded scheme: machines are noisy, and
+ratios of neighbouring measurements less so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_flags(parser, ROOT / "dataset" / "sft_data_single.csv")
     parser.add_argument("--stages", choices=["sft", "lora"], nargs="+", default=["sft", "lora"])
-    parser.add_argument("--rank", type=int, default=8, help="of the adapter (default: 8)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapter (default: 8)")
     args = parser.parse_args()
     config, device = preset(args.preset), resolve_device(args.device)
     corpus = tokenize_chat_data(args.data_path, load_tokenizer(), args.cache_dir, max_tokens=config.max_seq_len)

@@ -1,4 +1,4 @@
-"""What the throughput comparisons share: the padded baseline, a way to train, and the table of ratios."""
+"""Share the parts of the throughput comparisons: the padded baseline, a training scheme, and the table of ratios."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from trainer.optim import make_optimizers
 
 
 def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
-    """The flags of every throughput comparison."""
+    """Add the flags of every throughput comparison."""
     parser.add_argument("--data_path", type=Path, nargs="+", default=[data_path])
     parser.add_argument("--preset", choices=[*PRESETS], default="minimind-v1-small")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows in a step (default: 8)")
-    parser.add_argument("--seconds", type=float, default=15, help="per scheme and round (default: 15)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every scheme (default: 3)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per step (default: 8)")
+    parser.add_argument("--seconds", type=float, default=15, help="seconds per scheme and round (default: 15)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of every scheme (default: 3)")
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "out" / "cache")
 
 
 class PaddedRows:
-    """One document a row, cut or padded to the row length: what the original does."""
+    """One document per row, cut or padded to the row length, as in the original MiniMind."""
 
     def __init__(self, corpus: TokenizedDataset, seq_len: int) -> None:
         self.corpus, self.seq_len = corpus, seq_len
@@ -64,7 +64,7 @@ class PaddedRows:
 
 
 def padded_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy over materialised logits, as the original computes it."""
+    """Compute cross entropy over materialised logits, as the original does."""
     logits = model(input_ids=batch.inputs["input_ids"], use_cache=False).logits
     targets = batch.inputs["labels"][:, 1:].flatten()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
@@ -75,9 +75,9 @@ def packed_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 class Scheme:
-    """A way to train, with a model and an optimizer of its own, run a few steps at a time.
+    """A training scheme with its own model and optimizer, run a few steps at a time.
 
-    make_model: gives the model to train, the same at every call.
+    make_model: returns the model to train, the same at every call.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class Scheme:
         self.order = sample_order(len(rows), seed=0, epoch=0).tolist()
         self.next = 0
         self.rates: list[float] = []
-        self.flops: list[float] = []  # per second; not for adapters: frozen weights need fewer, and it varies
+        self.flops: list[float] = []  # per second; not for adapters: frozen weights need fewer, and their number varies
 
     def step(self) -> tuple[int, int]:
-        # In random order, as in training: neighbours in the file, or in the packing, are of like length.
+        # In random order, as in training: neighbours in the file or in the packing have similar lengths.
         batch = self.rows.batch([self.order[(self.next + i) % len(self.order)] for i in range(self.batch_size)])
         self.next += self.batch_size
         batch = batch.to(self.device)
@@ -142,7 +142,7 @@ class Scheme:
 
 
 def compare(schemes: Sequence[Scheme], args: argparse.Namespace, half: torch.dtype) -> None:
-    """Measure the schemes in turns and print a table; ratios are to the first one, in the same round."""
+    """Measure the schemes in turns and print a table; ratios are to the first scheme in the same round."""
     for scheme in schemes:
         for _ in range(2):  # warm up, compile
             scheme.step()

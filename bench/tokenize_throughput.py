@@ -1,9 +1,9 @@
-"""How fast text becomes a corpus on the disk, beside what the tokenizers library can do at best.
+"""Measure how fast text becomes tokens on disk, compared with the best that the tokenizers library can do.
 
     python bench/tokenize_throughput.py --data_path dataset/pretrain_data.csv
 
 ours       tokenize_pretrain_data: read and parse the file, encode, hash, write and sync the arrays
-library    one call of its encode_batch_fast on texts that are in memory already; the result is thrown away
+library    one call of its encode_batch_fast on texts that are already in memory; the result is discarded
 
 The two take turns, and the best round of each counts: other work on the machine disturbs single rounds.
 """
@@ -32,7 +32,7 @@ from model.tokenizer import TOKENIZER_DIR, load_tokenizer  # noqa: E402
 
 
 def take_texts(path: Path, n_bytes: int) -> list[str]:
-    """The first texts of `path`, `n_bytes` of UTF-8 in all."""
+    """Return the first texts of `path`, `n_bytes` of UTF-8 in all."""
     texts: list[str] = []
     for record in iter_records(path, lambda bad: None):
         if n_bytes <= 0:

@@ -1,15 +1,15 @@
-"""A MiniMind as a GGUF file for llama.cpp, Ollama and what is built on them.
+"""Write a MiniMind as a GGUF file for llama.cpp, Ollama and the programs built on them.
 
     write_gguf(path, model, tokenizer, "q8_0", name="my-minimind")
-    model = read_gguf(path)          # back again, in float32, to check what was written
+    model = read_gguf(path, config)  # read it back in float32, to check what was written
 
-llama.cpp rotates interleaved pairs in all three architectures used here, as we do, so no rows are re-ordered:
+llama.cpp rotates interleaved pairs in all three architectures used here, as we do, so no rows are reordered:
 
 dense                                               llama
 mixture of experts, weights renormalised            ernie4_5-moe (any number of shared experts)
-mixture of experts, weights as they are             deepseek (at least one shared expert)
+mixture of experts, weights not renormalised        deepseek (at least one shared expert)
 
-Another architecture's name on a mixture of experts is no problem: it only tells llama.cpp what to compute.
+The name of another architecture does no harm: llama.cpp only uses it to choose the computation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, To
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from export.huggingface import build, export_state, renormalises
+from common.errors import UserError
+from export.huggingface import build_model, export_state, renormalizes_top_k
 from export.self_check import MAX_KL, Agreement, measure, model_logits
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.weights import EMBEDDING
 
-# name: (type of the matrices, what the file says it is)
+# name: (type of the matrices, type recorded for the whole file)
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -39,21 +40,21 @@ TYPES = {
 }
 BLOCK = 32  # weights of a row that share a scale in q8_0
 
-# What llama.cpp does under the name "qwen2", and train_tokenizer.py with its SPLIT.
+# How llama.cpp splits text under the name "qwen2"; the same as SPLIT in train_tokenizer.py.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def gguf_architecture(config: LMConfig) -> str:
-    """The architecture of llama.cpp that computes what this model does. Raises ValueError if none does."""
+    """Return the llama.cpp architecture that computes what this model does. Raises UserError if there is none."""
     if not config.use_moe:
         return "llama"
-    if renormalises(config):
+    if renormalizes_top_k(config):
         return "ernie4_5-moe"
     if config.n_shared_experts:
         return "deepseek"
-    raise ValueError(
+    raise UserError(
         "llama.cpp has no architecture for this mixture of experts: its weights are not renormalised "
         f"(num_experts_per_tok {config.num_experts_per_tok}, norm_topk_prob {config.norm_topk_prob}), which deepseek "
         "can compute, but only with shared experts; use --format llama or minimind"
@@ -61,7 +62,7 @@ def gguf_architecture(config: LMConfig) -> str:
 
 
 def gguf_names(config: LMConfig) -> dict[str, str | list[str]]:
-    """GGUF's name of every tensor -> ours, or the list of ours that are stacked in it (experts)."""
+    """Map GGUF's name of every tensor to ours, or to the list of ours that are stacked in it (experts)."""
     names: dict[str, str | list[str]] = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight"}
     projections = {"w1": "gate", "w2": "down", "w3": "up"}
     for i in range(config.n_layers):
@@ -85,7 +86,7 @@ def gguf_names(config: LMConfig) -> dict[str, str | list[str]]:
 
 
 def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    """How a tensor is stored in a file of type `kind`: small ones stay float32, rows that do not fill blocks float16."""
+    """Return the type a tensor has in a file of type `kind`: small ones float32, rows that do not fill blocks float16."""
     wanted = TYPES[kind][0]
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return GGMLQuantizationType.F32
@@ -99,15 +100,18 @@ def write_gguf(path: Path, model: Transformer, tokenizer: PreTrainedTokenizerFas
 
     Args:
         kind: f32, f16 or q8_0 (8 bits and a scale for every 32 weights).
-        name: what programs show.
+        name: the model's name, which programs show.
 
-    Raises:
-        ValueError: an architecture, a tokenizer or a weight that the file or llama.cpp cannot hold.
+    Raises UserError for an architecture, a tokenizer or a weight that the file or llama.cpp cannot hold.
     """
     config = model.config
-    _check_scaling(config)
+    if config.rope_scaling is not None:
+        raise UserError(
+            f"this model was trained with RoPE scaling ({config.rope_scaling['rope_type']}), which is not exported to "
+            "GGUF; the formats llama and minimind have it"
+        )
     architecture = gguf_architecture(config)
-    # float32 first: numpy has no bfloat16. Going through float16 says what would overflow there.
+    # numpy has no bfloat16, so float32. The conversion to float16 reports weights that would overflow.
     state = export_state(model, torch.float32)
     if kind != "f32":
         export_state(model, torch.float16)
@@ -116,7 +120,7 @@ def write_gguf(path: Path, model: Transformer, tokenizer: PreTrainedTokenizerFas
         _add_settings(writer, config, architecture, kind, name)
         _add_vocabulary(writer, tokenizer, config)
         for theirs, ours in gguf_names(config).items():
-            array = _stacked(state, ours).numpy()
+            array = (state[ours] if isinstance(ours, str) else torch.stack([state[name] for name in ours])).numpy()
             stored = tensor_type(theirs, array.shape, kind)
             writer.add_tensor(theirs, gguf.quantize(array, stored), raw_dtype=stored)
         writer.write_header_to_file()
@@ -124,14 +128,6 @@ def write_gguf(path: Path, model: Transformer, tokenizer: PreTrainedTokenizerFas
         writer.write_tensors_to_file()
     finally:
         writer.close()
-
-
-def _check_scaling(config: LMConfig) -> None:
-    if config.rope_scaling is not None:
-        raise ValueError(
-            f"this model was trained with RoPE scaling ({config.rope_scaling['rope_type']}), which is not exported to "
-            "GGUF; the formats llama and minimind have it"
-        )
 
 
 def _add_settings(writer: GGUFWriter, config: LMConfig, architecture: str, kind: str, name: str) -> None:
@@ -188,64 +184,62 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, conf
 
 
 def check_splitting(content: dict) -> None:
-    """Raise ValueError unless llama.cpp can split text as this tokenizer (its JSON) does, which it does by name only."""
+    """Raise UserError unless llama.cpp splits text as this tokenizer (given as its JSON) does."""
     pieces = content.get("pre_tokenizer") or {}
     pieces = pieces.get("pretokenizers", [pieces])
     patterns = [piece["pattern"].get("Regex") for piece in pieces if piece.get("type") == "Split"]
     bytes_only = [piece for piece in pieces if piece.get("type") == "ByteLevel"]
     plain = len(bytes_only) == 1 and not (bytes_only[0]["use_regex"] or bytes_only[0]["add_prefix_space"])
     if content["model"]["type"] != "BPE" or content.get("normalizer") or patterns != [QWEN2_SPLIT] or not plain:
-        raise ValueError(
-            "llama.cpp cannot split text as this tokenizer does: it has to be a byte-level BPE with Qwen2's splitting, as "
-            "train_tokenizer.py makes them; use --format llama or minimind"
+        raise UserError(
+            "llama.cpp cannot split text as this tokenizer does: it must be a byte-level BPE with Qwen2's splitting, as "
+            "train_tokenizer.py trains it; use --format llama or minimind"
         )
-
-
-def _stacked(state: dict[str, Tensor], names: str | list[str]) -> Tensor:
-    return state[names] if isinstance(names, str) else torch.stack([state[name] for name in names])
 
 
 # ---- reading back
 
 
 def read_gguf(path: Path, config: LMConfig) -> Transformer:
-    """The weights of a GGUF file, dequantised to float32, in a model of `config`. ValueError if they do not fit."""
+    """Read a GGUF file, dequantised to float32, into a model of `config`. Raises UserError if it does not fit."""
     state = {}
     names = gguf_names(config)
     for tensor in GGUFReader(path).tensors:
         if tensor.name not in names:
-            raise ValueError(f"{path}: unexpected tensor {tensor.name}")
-        weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+            raise UserError(f"{path}: unexpected tensor {tensor.name}")
+        weight = _dequantize(tensor.data, tensor.tensor_type)
         ours = names[tensor.name]
         if isinstance(ours, str):
             state[ours] = weight
         else:
             state |= dict(zip(ours, weight.unbind(0), strict=True))
-    return build(state, config, path)
+    return build_model(state, config, path)
 
 
-def rounded(model: Transformer, kind: str) -> Transformer:
-    """`model` in float32 with the values a file of type `kind` can hold, computed without a file."""
+def _dequantize(data: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
+    return torch.from_numpy(np.array(gguf.dequantize(data, kind), dtype=np.float32))
+
+
+def round_to(model: Transformer, kind: str) -> Transformer:
+    """Return `model` in float32 with its weights rounded as a file of type `kind` stores them, without a file."""
     state = export_state(model, torch.float32)
     for theirs, ours in gguf_names(model.config).items():
         for name in [ours] if isinstance(ours, str) else ours:
             stored = tensor_type(theirs, tuple(state[name].shape), kind)
-            array = gguf.dequantize(gguf.quantize(state[name].numpy(), stored), stored)
-            state[name] = torch.from_numpy(np.array(array, dtype=np.float32))
-    return build(state, model.config, f"{kind} of {model.config.dim}")
+            state[name] = _dequantize(gguf.quantize(state[name].numpy(), stored), stored)
+    return build_model(state, model.config, f"{kind} of {model.config.dim}")
 
 
 def compare_gguf(
     path: Path, model: Transformer, kind: str, rows: list[list[int]], tolerance: float | None = None
 ) -> Agreement:
-    """Logits of a file of type `kind`, read back into our model, beside those of `model`, its source.
+    """Compare the logits of a file of type `kind`, read back into our model, with those of `model`, its source.
 
-    This shows that the file holds what it should, to the last bit; that llama.cpp computes the same from it is for the
-    tests to show.
+    This checks every bit of the file. That llama.cpp computes the same from it, the tests check.
     """
-    theirs, stored = model_logits(read_gguf(path, model.config), rows), model_logits(rounded(model, kind), rows)
+    read_back, stored = model_logits(read_gguf(path, model.config), rows), model_logits(round_to(model, kind), rows)
     source = model_logits(copy.deepcopy(model).float(), rows) if kind in MAX_KL else None
-    return measure(theirs, stored, source, tolerance=tolerance or 0.0, max_kl=MAX_KL.get(kind))
+    return measure(read_back, stored, source, tolerance=tolerance or 0.0, max_kl=MAX_KL.get(kind))
 
 
 # ---- Ollama
@@ -263,5 +257,5 @@ PARAMETER num_ctx {context}
 
 
 def modelfile(file: str, name: str, config: LMConfig) -> str:
-    """The Modelfile with which Ollama makes a model of a GGUF file, with our chat format in Go's template language."""
+    """Return the Modelfile from which Ollama creates a model, with our chat format in Go's template language."""
     return _MODELFILE.format(file=file, name=name, context=config.max_seq_len)

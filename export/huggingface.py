@@ -1,6 +1,7 @@
-"""Taking a MiniMind to other libraries, and back: names, order of the rows, configurations, folders.
+"""Convert a MiniMind for other libraries, and back: names, order of the rows, configurations, folders.
 
-    with new_folder("out/full_sft_512-llama") as folder:
+    check_target("out/full_sft_512-llama")
+    with atomic_folder("out/full_sft_512-llama", hidden=False) as folder:
         write_llama(folder, checkpoint.model, tokenizer_dir, torch.float32, describe(checkpoint, "float32"))
         compare_folder(folder, checkpoint.model, rows).check()        # export/self_check.py
     checkpoint = read_folder("out/full_sft_512-llama")
@@ -8,22 +9,19 @@
 `llama` folders hold an architecture that transformers itself knows, so no code travels with them:
 
 dense               LlamaForCausalLM. It rotates feature i together with i + head_dim / 2 where we rotate pairs, so the
-                    rows of wq and wk are put in another order: the scores, sums over a head's features, stay the same.
-mixture of experts  Ernie4_5_MoeForCausalLM: interleaved pairs like ours, softmax before the choice, weights renormalised,
-                    and shared experts that are simply added. Qwen2-MoE's would be multiplied by a sigmoid, which comes
-                    near 1 and never to it; DeepSeek's routers do not renormalise (V2) or have no softmax (V3).
+                    rows of wq and wk are reordered: the scores, sums over a head's features, stay the same.
+mixture of experts  Ernie4_5_MoeForCausalLM: interleaved pairs like ours, softmax before the top-k, renormalised weights,
+                    and shared experts that are simply added. Qwen2-MoE multiplies those by a sigmoid, which never
+                    reaches 1; DeepSeek's routers do not renormalise (V2) or have no softmax (V3).
 
 `minimind` folders hold the weights under our names and the few files of code that compute with them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,84 +29,46 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from common.files import fsync_dir
+from common.errors import UserError
+from common.files import ROOT, recover_folder
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
 from model.weights import EMBEDDING, OUTPUT, Checkpoint
 
-HERE = Path(__file__).resolve().parent
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's; ours has none, so zeros
+ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's; ours has none, so we write zeros
+_PROJECT_IMPORT = re.compile(r"^from (model|common)\.(\w+) import", re.MULTILINE)
 
 
-# ---- folders
-
-
-@contextlib.contextmanager
-def new_folder(target: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target`, which takes its name when the block ends well and is removed otherwise."""
+def check_target(target: Path | str, overwrite: bool = False) -> None:
+    """Raise UserError if an export must not be written to `target`: it exists, or is no export that may be replaced."""
     target = Path(target)
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Without a dot in front: transformers makes a module name of it when it loads code from there.
-    tmp = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        yield tmp
-        for path in tmp.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        fsync_dir(tmp)
-        tmp.chmod(0o755)  # temporary folders are private
-        old = _replaced(target)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(tmp, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    fsync_dir(target.parent)
-
-
-def check_target(target: Path, overwrite: bool = False) -> None:
-    """Raise ValueError if `target` must not be written: it exists, or is no export that could be replaced."""
-    old = _replaced(target)
-    if old.exists():  # killed while replacing: the name was given up and not yet taken again
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, target)
+    recover_folder(target)
     if not target.exists():
         return
     if not overwrite:
-        raise ValueError(f"{target} exists; replace it with --overwrite, or choose another --output")
+        raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
     if not target.is_dir() or (any(target.iterdir()) and not (target / DESCRIPTION).is_file()):
-        raise ValueError(f"{target} is not an exported model (no {DESCRIPTION} in it), so it is not replaced")
-
-
-def _replaced(target: Path) -> Path:
-    """Where the old folder is while the new one takes its name: two folders cannot be exchanged in one go."""
-    return target.with_name(f".{target.name}.old")
+        raise UserError(f"{target} is not an exported model (no {DESCRIPTION} in it), so it is not replaced")
 
 
 # ---- llama: names, rows, configuration
 
 
 def to_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows (heads * head_dim, in) from our order x0 x1 x2 x3 ... in every head to x0 x2 ... x1 x3 ..."""
+    """Reorder rows (heads * head_dim, in): in every head x0 x1 x2 x3 ... become x0 x2 ... x1 x3 ..."""
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_pairs(weight: Tensor, n_heads: int) -> Tensor:
-    """The inverse of `to_halves`."""
+    """Undo `to_halves`."""
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def llama_names(config: LMConfig) -> dict[str, str]:
-    """Our name of every weight -> its name in Llama's or Ernie's files. The tied output is not among them."""
+    """Map our name of every weight to its name in Llama's or Ernie's files; the tied output is left out."""
     names = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     projections = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
     if config.use_moe:
@@ -131,7 +91,7 @@ def llama_names(config: LMConfig) -> dict[str, str]:
 
 
 def rows_to_reorder(config: LMConfig) -> dict[str, int]:
-    """Our names of the weights whose rows Llama has in another order -> their number of heads."""
+    """Map our names of the weights whose rows Llama has in another order to their number of heads."""
     if config.use_moe:  # Ernie rotates pairs like us
         return {}
     heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
@@ -139,7 +99,7 @@ def rows_to_reorder(config: LMConfig) -> dict[str, int]:
 
 
 def to_llama_state(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """Our state dict under the names and in the order of Llama (dense) or Ernie 4.5 (mixture of experts)."""
+    """Convert our state dict to the names and row order of Llama (dense) or Ernie 4.5 (mixture of experts)."""
     heads = rows_to_reorder(config)
     names = llama_names(config)
     new = {
@@ -152,39 +112,39 @@ def to_llama_state(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tens
 
 
 def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> dict[str, Tensor]:
-    """The inverse of `to_llama_state`. Raises ValueError for weights of theirs that ours has no place for."""
+    """Undo `to_llama_state`. Raises UserError for weights that a MiniMind has no place for."""
     heads, names = rows_to_reorder(config), llama_names(config)
     state = dict(state)
     missing = [theirs for theirs in names.values() if theirs not in state]
     if missing:
-        raise ValueError(f"{where}: weights are missing: {_some(missing)}")
+        raise UserError(f"{where}: weights are missing: {_some(missing)}")
     ours = {}
     for name, theirs in names.items():
         weight = state.pop(theirs)
         if name in heads:
             if weight.dim() != 2 or len(weight) % (2 * heads[name]):
-                raise ValueError(f"{where}: {theirs} {tuple(weight.shape)} does not divide into {heads[name]} heads")
+                raise UserError(f"{where}: {theirs} {tuple(weight.shape)} does not divide into {heads[name]} heads")
             weight = to_pairs(weight, heads[name])
         ours[name] = weight
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, ours[EMBEDDING]):
-        raise ValueError(f"{where}: lm_head.weight differs from the embedding; in a MiniMind they are one tensor")
+        raise UserError(f"{where}: lm_head.weight differs from the embedding; in a MiniMind they are one tensor")
     if config.use_moe:
         biases = [state.pop(ROUTER_BIAS.format(i), None) for i in range(config.n_layers)]
         if any(bias is not None and bias.any() for bias in biases):
-            raise ValueError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind has not")
+            raise UserError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind has not")
     if state:
-        raise ValueError(f"{where}: weights that a MiniMind has no place for: {_some(list(state))}")
+        raise UserError(f"{where}: weights that a MiniMind has no place for: {_some(list(state))}")
     return ours
 
 
-def renormalises(config: LMConfig) -> bool:
-    """Whether the gate's weights are scaled to sum 1 (see `model.moe.Gate`)."""
+def renormalizes_top_k(config: LMConfig) -> bool:
+    """Return whether the router's weights are scaled to sum 1 (see `model.moe`)."""
     return config.norm_topk_prob and config.num_experts_per_tok > 1
 
 
 def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
-    """`config.json` of the stock architecture that computes the same."""
+    """Return the `config.json` of the stock architecture that computes the same."""
     rope = {"rope_type": "default", "rope_theta": float(config.rope_theta), **(config.rope_scaling or {})}
     content = {
         "architectures": ["LlamaForCausalLM"],
@@ -228,18 +188,18 @@ def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
             "moe_layer_end_index": config.n_layers - 1,
             "moe_layer_interval": 1,
             # The weights are divided by max(their sum, this). Probabilities sum to 1 at most: with 1 nothing changes.
-            "moe_norm_min": 1e-12 if renormalises(config) else 1.0,
+            "moe_norm_min": 1e-12 if renormalizes_top_k(config) else 1.0,
             "router_aux_loss_coef": config.aux_loss_alpha,
         }
     return content
 
 
 def config_from_llama(content: dict, where: Path | str) -> LMConfig:
-    """The LMConfig of a Llama's or Ernie's `config.json`. Raises ValueError naming what a MiniMind cannot be."""
+    """Convert a Llama's or Ernie's `config.json` to an LMConfig. Raises UserError naming what a MiniMind cannot be."""
     moe = content.get("model_type") == "ernie4_5_moe"
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    # What is not known (YaRN's other settings) stays in, and LMConfig refuses it by name.
+    # Unknown settings (other ones of YaRN) stay in: LMConfig rejects them by name.
     scaling = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
     n_layers, n_heads = content.get("num_hidden_layers"), content.get("num_attention_heads")
     fixed = {
@@ -261,7 +221,7 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
         }
     wrong = [f"{name}: {value}, not {ours}" for name, (ours, value) in fixed.items() if value != ours]
     if wrong:
-        raise ValueError(f"{where} is no model that a MiniMind can be: {'; '.join(wrong)}")
+        raise UserError(f"{where} is no model that a MiniMind can be: {'; '.join(wrong)}")
     try:
         fields = {
             "dim": content["hidden_size"],
@@ -285,25 +245,22 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
             }
         return LMConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} cannot be used ({error!r:.200})") from error
+        raise UserError(f"{where} cannot be used ({error!r:.200})") from error
 
 
 # ---- writing folders
 
 
-def write_llama(
-    folder: Path, model: Transformer, tokenizer_dir: Path, dtype: torch.dtype, description: dict
-) -> dict[str, Tensor]:
-    """Write the files that plain transformers, vLLM and llama.cpp's converter read; returns the weights written."""
+def write_llama(folder: Path, model: Transformer, tokenizer_dir: Path, dtype: torch.dtype, description: dict) -> None:
+    """Write the files that plain transformers, vLLM and llama.cpp's converter read."""
     state = to_llama_state(export_state(model, dtype), model.config)
     _write_folder(folder, llama_config(model.config, dtype), model.config, state, tokenizer_dir, description)
-    return state
 
 
 def write_minimind(
     folder: Path, model: Transformer, tokenizer_dir: Path, dtype: torch.dtype, description: dict
-) -> dict[str, Tensor]:
-    """Write our weights with the code that runs them, for `trust_remote_code=True`; returns the weights written."""
+) -> None:
+    """Write our weights with the code that runs them, for `trust_remote_code=True`."""
     content = {
         "architectures": ["Transformer"],
         "model_type": LMConfig.model_type,
@@ -312,30 +269,38 @@ def write_minimind(
         "dtype": dtype_name(dtype),
         "transformers_version": transformers.__version__,
     }
-    main = HERE / "model.py"
-    for path in {main, *map(Path, get_relative_import_files(main))}:
-        shutil.copyfile(path, folder / path.name)
-    state = export_state(model, dtype)
-    _write_folder(folder, content, model.config, state, tokenizer_dir, description)
-    return state
+    _copy_code(folder)
+    _write_folder(folder, content, model.config, export_state(model, dtype), tokenizer_dir, description)
+
+
+def _copy_code(folder: Path) -> None:
+    """Copy model/model.py and every module it needs into one flat package: `from model.moe` becomes `from .moe`."""
+    pending, copied = [("model", "model")], set()
+    while pending:
+        package, module = pending.pop()
+        source = (ROOT / package / f"{module}.py").read_text(encoding="utf-8")
+        code = _PROJECT_IMPORT.sub(r"from .\2 import", source)
+        (folder / f"{module}.py").write_text(code, encoding="utf-8", newline="\n")
+        copied.add((package, module))
+        pending += set(_PROJECT_IMPORT.findall(source)) - copied
 
 
 def export_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights by our names in `dtype`, the tied pair once. Raises ValueError for what `dtype` cannot hold."""
+    """Return the weights by our names in `dtype`, the tied pair once. Raises UserError for what `dtype` cannot hold."""
     state = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
-        raise ValueError(f"{OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
+        raise UserError(f"{OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
     del state[OUTPUT]
     broken = [name for name, weight in state.items() if not weight.isfinite().all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"not finite, or too large for {dtype_name(dtype)}: {_some(broken)}; export as float32 or bfloat16"
         )
     return state
 
 
 def describe(checkpoint: Checkpoint, dtype: str) -> dict:
-    """What `minimind.json` says: the configuration and how the weights were made, without paths of this machine."""
+    """Return the content of `minimind.json`: configuration and origin of the weights, without paths of this machine."""
     made = {key: value for key, value in checkpoint.info.items() if key not in ("config", "dtype", "fingerprint")}
     return {"config": checkpoint.config.own_fields(), "dtype": dtype, **_without_paths(made)}
 
@@ -366,8 +331,8 @@ def _token_ids(config: LMConfig) -> dict:
     return {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _without_paths(value):
-    """A copy in which absolute paths are only their last part: what is published should not tell where it lay."""
+def _without_paths(value: object) -> object:
+    """Return a copy in which absolute paths are cut to their last part: nobody needs to know where the files were."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -379,54 +344,51 @@ def _without_paths(value):
 
 
 def read_folder(folder: Path | str) -> Checkpoint:
-    """The model in an exported folder (`llama` or `minimind`), in the precision it is stored in.
+    """Read the model of an exported folder (`llama` or `minimind`) in its stored precision.
 
-    Also one that transformers has saved again after more training.
-    Raises ValueError for anything missing, damaged, left over, or that a MiniMind has no place for.
+    transformers may have saved the folder again after more training. Raises UserError for anything that is missing,
+    damaged, unexpected, or not part of a MiniMind.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; name one that export_model.py made (llama or minimind)")
+        raise UserError(f"{folder} is not a folder; name one that export_model.py made (llama or minimind)")
     content = read_json(folder / CONFIG)
     kind = content.get("model_type")
     description = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else {}
     if kind == LMConfig.model_type:
-        own = {name: content[name] for name in FIELD_TYPES if name in content}
-        try:
-            config = LMConfig(**own)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / CONFIG} cannot be used: {error}") from error
+        config = _own_config({name: content[name] for name in FIELD_TYPES if name in content}, folder / CONFIG)
     elif kind in ("llama", "ernie4_5_moe"):
         config = config_from_llama(content, folder / CONFIG)
     else:
-        raise ValueError(
-            f"{folder / CONFIG}: a {kind} is not an export of a MiniMind (minimind, llama or ernie4_5_moe)"
-        )
-    if "config" in description:  # what the architecture does not decide: dropout, initialisation, ...
-        try:
-            told = LMConfig(**description["config"])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f'{folder / DESCRIPTION}: "config" cannot be used: {error}') from error
-        # Where it makes no difference (top-1 never renormalises) a stock configuration does not say.
-        if config.use_moe and renormalises(config) == renormalises(told):
-            config.norm_topk_prob = told.norm_topk_prob
-        differences = architecture_differences(config, told)
-        if differences:
-            raise ValueError(f"{folder}: {CONFIG} and {DESCRIPTION} differ: {', '.join(differences)}")
-        config = told
+        raise UserError(f"{folder / CONFIG}: a {kind} is not an export of a MiniMind (minimind, llama or ernie4_5_moe)")
+    if "config" in description:  # also has what is not the architecture: dropout, initialisation, ...
+        described = _own_config(description["config"], folder / DESCRIPTION)
+        # Where it makes no difference (top-1 is never renormalised) a stock configuration does not have the field.
+        if config.use_moe and renormalizes_top_k(config) == renormalizes_top_k(described):
+            config.norm_topk_prob = described.norm_topk_prob
+        if differences := architecture_differences(config, described):
+            raise UserError(f"{folder}: {CONFIG} and {DESCRIPTION} differ: {', '.join(differences)}")
+        config = described
 
     state = read_weights(folder / WEIGHTS)
     if kind != LMConfig.model_type:
         state = from_llama_state(state, config, folder / WEIGHTS)
     else:
         state.pop(OUTPUT, None)
-    model = build(state, config, folder / WEIGHTS)
+    model = build_model(state, config, folder / WEIGHTS)
     info = {key: value for key, value in description.items() if key not in ("config", "dtype")}
     return Checkpoint(model, config, info, folder, fingerprint="")
 
 
-def build(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> Transformer:
-    """A Transformer of exactly these weights (our names, without the tied output). ValueError if they do not fit."""
+def _own_config(fields: dict, where: Path) -> LMConfig:
+    try:
+        return LMConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: this configuration cannot be used: {error}") from error
+
+
+def build_model(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> Transformer:
+    """Build a Transformer of exactly these weights (our names, without the tied output). UserError if they do not fit."""
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: weight.shape for name, weight in model.state_dict().items() if name != OUTPUT}
@@ -435,33 +397,39 @@ def build(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> Tran
     parts = {"missing": missing, "unexpected": extra, "of another shape": wrong}
     errors = [f"{what}: {_some(names)}" for what, names in parts.items() if names]
     if errors:
-        raise ValueError(f"{where}: the weights do not fit their configuration; {'; '.join(errors)}")
+        raise UserError(f"{where}: the weights do not fit their configuration; {'; '.join(errors)}")
     if len({weight.dtype for weight in state.values()}) > 1:
-        raise ValueError(f"{where}: weights of several precisions; save them in one")
+        raise UserError(f"{where}: weights of several precisions; save them in one")
     model.load_state_dict(state | {OUTPUT: state[EMBEDDING]}, strict=True, assign=True)
     model.output.weight = model.tok_embeddings.weight
     return model.eval()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises UserError if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}: it is not an exported folder, or not all of it") from None
+        raise UserError(
+            f"no {path.name} in {path.parent}: this is not an exported folder, or a part of it is missing"
+        ) from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); copy it again") from error
+        raise UserError(f"{path} is damaged or cut off ({error}); copy it again") from error
 
 
 def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises UserError if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}: it is not an exported folder, or not all of it") from None
+        raise UserError(
+            f"no {path.name} in {path.parent}: this is not an exported folder, or a part of it is missing"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no object in it); copy it again")
+        raise UserError(f"{path} is damaged (it is not a JSON object); copy it again")
     return content
 
 

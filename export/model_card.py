@@ -1,8 +1,9 @@
-"""The model card of an export: what the model is, how it was made, how to run it."""
+"""Write the model card of an export: what the model is, how it was trained, how to run it."""
 
 from __future__ import annotations
 
-from export.huggingface import renormalises
+from common.errors import UserError
+from export.huggingface import renormalizes_top_k
 from export.self_check import Agreement
 from model.model import Transformer, parameter_counts
 from model.weights import Checkpoint
@@ -31,7 +32,7 @@ _INFO_ROWS = {
     "train_data": "fingerprint of the data",
     "tokenizer_hash": "tokenizer",
 }
-_METRICS = ("loss", "bits_per_byte", "accuracy", "margin")  # not the speed, nor the memory
+_METRICS = ("loss", "bits_per_byte", "accuracy", "margin")  # not speed or memory
 _OPTION_ROWS = (
     "data_path",
     "epochs",
@@ -48,53 +49,53 @@ def model_card(
     name: str,
     checkpoint: Checkpoint,
     description: dict,
-    form: str,
+    export_format: str,
     agreement: Agreement,
     file: str = "",
     ceval: dict | None = None,
 ) -> str:
-    """README.md of an export, in Markdown with the header that Hugging Face reads.
+    """Return the README.md of an export: Markdown with the header that Hugging Face reads.
 
     Args:
-        name: of the folder, or user/name where it is published.
-        description: of `export.huggingface.describe`: the card tells nothing that is not in it.
-        form: llama, minimind or gguf.
+        name: the folder's name, or user/name where it is published.
+        description: what `export.huggingface.describe` returns; the card shows nothing of the training beyond it.
+        export_format: llama, minimind or gguf.
         file: name of the GGUF file.
         ceval: `summary.json` of eval_ceval.py.
     """
-    library = "gguf" if form == "gguf" else "transformers"
+    library = "gguf" if export_format == "gguf" else "transformers"
     header = (
         f"---\nlanguage:\n- zh\n- en\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- minimind\n---"
     )
     counts = parameter_counts(checkpoint.model)
     active = f", {counts['active'] / 1e6:.2f}M of them active per token" if checkpoint.config.use_moe else ""
-    remote = ", trust_remote_code=True" if form == "minimind" else ""
-    run_as = name.rsplit("/", 1)[-1] if form == "gguf" else name
-    code = _CODE["gguf" if form == "gguf" else "llama"].format(name=run_as, remote=remote, file=file)
+    remote = ", trust_remote_code=True" if export_format == "minimind" else ""
+    run_as = name.rsplit("/", 1)[-1] if export_format == "gguf" else name
+    code = _CODE["gguf" if export_format == "gguf" else "llama"].format(name=run_as, remote=remote, file=file)
     sections = [
         header,
         f"# {name}",
         f"A small Chinese and English language model of {counts['total'] / 1e6:.2f}M parameters{active}, trained from "
-        "nothing with MiniMind. It is made for learning how language models work: what it says may be wrong.",
+        "scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
         "## Running it",
         code,
-        "A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, a system message in front of it as bare text; the chat "
+        "A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, after the system message as bare text; the chat "
         f"template is included. It was trained at {checkpoint.config.max_seq_len} tokens of context.",
         "## What it is",
-        _table(_architecture(checkpoint.model, form)),
-        "## How it was made",
+        _table(_architecture(checkpoint.model, export_format)),
+        "## How it was trained",
         _table(_training(description)) or "Nothing is recorded about the training of these weights.",
     ]
     if ceval is not None:
         sections += ["## C-Eval", _table(_ceval(ceval))]
-    sections += ["## How near it is to its source", f"Checked when it was exported: {agreement.describe()}."]
+    sections += ["## How close it is to its source", f"Checked when it was exported: {agreement.describe()}."]
     return "\n\n".join(sections) + "\n"
 
 
-def _architecture(model: Transformer, form: str) -> dict:
+def _architecture(model: Transformer, export_format: str) -> dict:
     config = model.config
     rows = {
-        "architecture": {"llama": "Ernie 4.5 MoE" if config.use_moe else "Llama"}.get(form, "MiniMind"),
+        "architecture": {"llama": "Ernie 4.5 MoE" if config.use_moe else "Llama"}.get(export_format, "MiniMind"),
         "layers": config.n_layers,
         "width": config.dim,
         "query heads / key-value heads": f"{config.n_heads} / {config.n_kv_heads}",
@@ -105,7 +106,7 @@ def _architecture(model: Transformer, form: str) -> dict:
         "embeddings": "input and output tied",
     }
     if config.use_moe:
-        weights = "renormalised" if renormalises(config) else "not renormalised"
+        weights = "renormalised" if renormalizes_top_k(config) else "not renormalised"
         rows["experts"] = (
             f"{config.num_experts_per_tok} of {config.n_routed_experts} per token ({weights}), and shared ones of "
             f"{config.n_shared_experts} times the width"
@@ -128,7 +129,7 @@ def _training(description: dict) -> dict:
 
 
 def _ceval(summary: dict) -> dict:
-    """Accuracies in a summary: overall, and of the categories if there are any."""
+    """Return the accuracies in a summary: overall, and of the categories if there are any."""
     groups = {"overall": summary.get("overall")} | (summary.get("categories") or {})
     rows = {}
     for name, group in groups.items():
@@ -136,7 +137,7 @@ def _ceval(summary: dict) -> dict:
             questions = f" of {group['questions']} questions" if "questions" in group else ""
             rows[name] = f"{group['accuracy']:.1%}{questions} (chance: 25%)"
     if not rows:
-        raise ValueError("no accuracy in the summary of C-Eval: name the summary.json that eval_ceval.py writes")
+        raise UserError("no accuracy in the summary of C-Eval: name the summary.json that eval_ceval.py writes")
     return rows
 
 

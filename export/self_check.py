@@ -1,8 +1,8 @@
-"""Whether an export computes what its source does: logits of both, on real text.
+"""Check that an export computes what its source does: compare the logits of both on real text.
 
 rows = sample_rows(tokenizer, SAMPLE_TEXTS, config)
 agreement = compare_folder(folder, model, rows)
-agreement.check()          # ValueError if the export is wrong
+agreement.check()          # UserError if the export is wrong
 print(agreement.describe())
 """
 
@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from export.huggingface import CONFIG, read_json, read_weights
+from common.errors import UserError
+from export.huggingface import CONFIG, dtype_name, read_json, read_weights
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_texts
 
-# Nats per token that a lower precision may change the predictions by. Real models lose a tenth of that.
+# Largest change of the predictions by a lower precision, in nats per token. Real models lose a tenth of that.
 MAX_KL = {"f16": 1e-3, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 5e-2}
 
-# What an export is compared on unless there is a better text: both languages, a chat, digits, code, rare characters.
+# The default text of the comparison: both languages, a chat, digits, code, rare characters.
 SAMPLE_TEXTS = (
     "春天来了，河边的柳树长出了新的叶子，孩子们在草地上放风筝，老人坐在长椅上晒太阳。",
     "The library opens at nine in the morning; on rainy days the reading room is full before ten.",
@@ -47,34 +48,34 @@ SAMPLE_TEXTS = (
 
 
 def sample_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: LMConfig) -> list[list[int]]:
-    """Each text as `<s>`text`</s>`, cut to the length the model was trained at."""
+    """Encode each text as `<s>`text`</s>`, cut to the length the model was trained at."""
     return [[BOS_ID, *ids, EOS_ID][: config.max_seq_len] for ids in encode_texts(tokenizer, texts)]
 
 
 @torch.no_grad()
 def model_logits(model: torch.nn.Module, rows: list[list[int]]) -> list[Tensor]:
-    """Logits (time, vocab_size) in float32 of each row of ids, one row at a time: nothing is padded."""
+    """Return the float32 logits (time, vocab_size) of each row of ids, one row at a time: nothing is padded."""
     return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
 
 
 def folder_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
-    """What others compute from an exported folder: `llama` in float32 by transformers itself, `minimind` in the stored
-    precision by the code in the folder, in a process of its own that cannot see this one.
+    """Compute the logits of an exported folder as its users will.
 
-    Raises ValueError if transformers does not find exactly the weights it looks for.
+    `llama`: in float32 by transformers itself. `minimind`: in the stored precision by the code in the folder, in a process
+    that has no access to this repository. Raises UserError if transformers does not find exactly the weights it expects.
     """
     if is_minimind(folder):
-        return _logits_elsewhere(folder, rows)
+        return _logits_in_subprocess(folder, rows)
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
-    errors = {what: sorted(map(str, names)) for what, names in found.items() if names}
+    errors = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if errors:
-        raise ValueError(f"transformers does not find the weights it looks for in {folder}: {errors}")
+        raise UserError(f"transformers does not find the weights it expects in {folder}: {errors}")
     return model_logits(model.eval(), rows)
 
 
-_ELSEWHERE = """
+_SUBPROCESS_CODE = """
 import json, sys
 import torch
 from safetensors.torch import save_file
@@ -89,29 +90,31 @@ save_file({str(i): row for i, row in enumerate(rows)}, result)
 """
 
 
-def _logits_elsewhere(folder: Path, rows: list[list[int]]) -> list[Tensor]:
+def _logits_in_subprocess(folder: Path, rows: list[list[int]]) -> list[Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         task, result = Path(scratch) / "task.json", Path(scratch) / "logits.safetensors"
         task.write_text(json.dumps({"rows": rows, "threads": torch.get_num_threads()}))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), str(task), str(result)]
+        command = [sys.executable, "-c", _SUBPROCESS_CODE, str(folder.resolve()), str(task), str(result)]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise ValueError(f"the model in {folder} does not load by itself: {last[0]}")
+            raise UserError(f"the model in {folder} does not load on its own: {last[0]}")
         logits = read_weights(result)
     return [logits[str(i)] for i in range(len(rows))]
 
 
 @dataclass
 class Agreement:
-    """How near an export is to its source.
+    """How close an export is to its source.
 
-    `largest`: largest difference of a logit from those of the source in the precision stored; above `tolerance` the
-    export is wrong. `rounding` and `kl`: largest difference of a logit, and Kullback-Leibler divergence of the next
-    token's distribution in nats per token, caused by a precision that is lower than the source's (None: it is not).
-    A mixture of experts can choose another expert after rounding, so there only the divergence means something.
+    tokens: number of tokens compared.
+    largest: largest difference of a logit from the source, its weights rounded as stored; above `tolerance` the export
+        is wrong.
+    rounding, kl: effect of storing a lower precision than the source's (None: the same precision): largest difference of
+        a logit, and Kullback-Leibler divergence of the next token's distribution in nats per token. A mixture of experts
+        may choose another expert after rounding, so there only the divergence is meaningful.
     """
 
     tokens: int
@@ -125,40 +128,38 @@ class Agreement:
         text = f"largest difference of logits over {self.tokens:,} tokens of real text: {self.largest:.2g}"
         text += f" (allowed: {self.tolerance:g})"
         if self.kl is not None:
-            text += (
-                f"; the lower precision changes logits by up to {self.rounding:.2g} and the prediction of a token by "
-            )
-            text += f"{self.kl:.2g} nats on average (allowed: {self.max_kl:g})"
+            text += f"; the lower precision changes logits by up to {self.rounding:.2g} and the prediction of a token "
+            text += f"by {self.kl:.2g} nats on average (allowed: {self.max_kl:g})"
         return text
 
     def check(self) -> None:
-        """Raise ValueError if the export must not be used."""
+        """Raise UserError if the export must not be used."""
         if not self.largest <= self.tolerance:
-            raise ValueError(f"the export does not compute what its source does, so it was not kept: {self.describe()}")
+            raise UserError(f"the export does not compute what its source does, so it was not kept: {self.describe()}")
         if self.kl is not None and not self.kl <= self.max_kl:
-            raise ValueError(
+            raise UserError(
                 f"too much is lost in this precision, so the export was not kept: {self.describe()}; use a higher --dtype"
             )
 
 
 def measure(
-    theirs: list[Tensor],
+    exported: list[Tensor],
     stored: list[Tensor],
     source: list[Tensor] | None,
     *,
     tolerance: float,
     max_kl: float | None = None,
 ) -> Agreement:
-    """Compare the logits of an export with those of its source.
+    """Compare the logits of an export with those of its source, (time, vocab_size) for every row.
 
     Args:
-        theirs: of the export, (time, vocab_size) for every row.
-        stored: of the source with its weights rounded to what the export stores.
-        source: of the source as it is; None if the export stores the same precision.
+        exported: logits of the export.
+        stored: logits of the source, its weights rounded as the export stores them.
+        source: logits of the source; None if the export stores the same precision.
     """
-    agreement = Agreement(sum(map(len, theirs)), largest_difference(stored, theirs), tolerance)
+    agreement = Agreement(sum(map(len, exported)), largest_difference(stored, exported), tolerance)
     if source is not None:
-        agreement.rounding, agreement.kl = largest_difference(source, theirs), divergence(source, theirs)
+        agreement.rounding, agreement.kl = largest_difference(source, exported), kl_divergence(source, exported)
         agreement.max_kl = max_kl
     return agreement
 
@@ -166,10 +167,10 @@ def measure(
 def compare_folder(
     folder: Path, model: Transformer, rows: list[list[int]], tolerance: float | None = None
 ) -> Agreement:
-    """Logits of an exported folder, computed as its users will, beside those of `model`, its source.
+    """Compare the logits of an exported folder, computed as its users will, with those of `model`, its source.
 
-    tolerance: largest difference of a logit; None: 1e-4 for transformers' own code, which is compared in float32, and 0
-    for ours, which is compared in the precision stored.
+    tolerance: largest difference of a logit; None: 1e-4 for transformers' own code, which computes in float32, and 0 for
+        ours, which computes in the stored precision.
     """
     ours = is_minimind(folder)
     dtype = getattr(torch, read_json(folder / CONFIG)["dtype"])
@@ -180,17 +181,17 @@ def compare_folder(
     if tolerance is None:
         tolerance = 0.0 if ours else 1e-4
     return measure(
-        folder_logits(folder, rows), reference, source, tolerance=tolerance, max_kl=MAX_KL.get(str(dtype)[6:])
+        folder_logits(folder, rows), reference, source, tolerance=tolerance, max_kl=MAX_KL.get(dtype_name(dtype))
     )
 
 
 def is_minimind(folder: Path) -> bool:
-    """Whether the folder runs our own code, not an architecture of transformers."""
+    """Return whether the folder runs our own code instead of an architecture of transformers."""
     return read_json(folder / CONFIG).get("model_type") == LMConfig.model_type
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest |a - b| over all logits of all rows; infinite for what cannot be compared."""
+    """Return the largest |a - b| over all logits of all rows; infinity if they cannot be compared."""
     largest = 0.0
     for a, b in zip(ours, theirs, strict=True):
         if a.shape != b.shape or not b.isfinite().all():
@@ -199,8 +200,8 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return largest
 
 
-def divergence(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Mean over all positions of KL(ours || theirs), in nats per token."""
+def kl_divergence(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return KL(ours || theirs) in nats per token, the mean over all positions."""
     total = 0.0
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.log_softmax(-1), b.log_softmax(-1)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from export.huggingface import describe, new_folder, write_llama
+from common.files import atomic_folder
+from export.huggingface import describe, write_llama
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -33,7 +34,7 @@ def models(tmp_path_factory) -> list[Path]:
     path = out / "full_sft_32.pth"
     save_checkpoint(path, Transformer(LMConfig(**TINY)), info={"tokenizer_hash": tokenizer_hash(load_tokenizer())})
     base = load_checkpoint(path)
-    with new_folder(out / "full_sft_32-llama") as folder:
+    with atomic_folder(out / "full_sft_32-llama", hidden=False) as folder:
         write_llama(folder, base.model, TOKENIZER_DIR, torch.float32, describe(base, "float32"))
     model = add_adapter(base.model, rank=4, alpha=8.0, dropout=0.0)
     for name, parameter in model.named_parameters():

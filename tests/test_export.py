@@ -1,4 +1,4 @@
-"""model/export*.py: what leaves computes the same elsewhere, comes back unchanged, and is whole or not there."""
+"""export/: an exported model computes the same elsewhere, can be read back unchanged, and is complete or absent."""
 
 import json
 import os
@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from common.files import atomic_folder
 from export.gguf import (
     check_splitting,
     compare_gguf,
     gguf_architecture,
     modelfile,
-    rounded,
+    round_to,
     write_gguf,
 )
 from export.huggingface import (
@@ -27,7 +28,6 @@ from export.huggingface import (
     describe,
     from_llama_state,
     llama_config,
-    new_folder,
     read_folder,
     to_halves,
     to_llama_state,
@@ -40,17 +40,18 @@ from export.self_check import (
     SAMPLE_TEXTS,
     Agreement,
     compare_folder,
-    divergence,
     folder_logits,
+    kl_divergence,
     largest_difference,
     model_logits,
     sample_rows,
 )
 from inference.generator import generate_ids
 from inference.options import SamplingParams
+from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import TOKENIZER_DIR, load_tokenizer, render_chat
+from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,8 @@ def state_equal(a: Transformer, b: Transformer) -> bool:
 
 
 def exported(folder: Path, model: Transformer, write=write_llama, dtype=torch.float32, **info) -> Path:
-    with new_folder(folder) as tmp:
+    check_target(folder)
+    with atomic_folder(folder, hidden=False) as tmp:
         write(tmp, model, TOKENIZER_DIR, dtype, describe(checkpoint(model, **info), str(dtype)[6:]))
     return folder
 
@@ -275,7 +277,7 @@ def test_a_folder_without_its_code_is_refused(tmp_path, rows):
     model = make()
     folder = exported(tmp_path / "x", model, write_minimind)
     (folder / "rope.py").unlink()
-    with pytest.raises(ValueError, match="does not load by itself.*rope"):
+    with pytest.raises(ValueError, match="does not load on its own.*rope"):
         compare_folder(folder, model, rows[:1])
 
 
@@ -294,7 +296,7 @@ def test_gguf_holds_what_it_should(kind, form, tmp_path, tokenizer, rows):
     agreement = compare_gguf(path, model, form, rows[:4])
     agreement.check()
     assert agreement.largest == 0.0 and (agreement.kl is None) == (form == "f32")
-    assert state_equal(rounded(model, form), model) == (form == "f32")
+    assert state_equal(round_to(model, form), model) == (form == "f32")
     weights = sum(parameter.numel() for parameter in model.parameters()) * TYPE_BITS[form] / 8
     assert 0 < path.stat().st_size - weights < 400_000  # the vocabulary, norms and gates in float32
 
@@ -363,7 +365,7 @@ def test_llama_cpp_computes_the_same(kind, tmp_path, tokenizer, rows):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="wrong"), new_folder(tmp_path / "x") as folder:
+    with pytest.raises(ValueError, match="wrong"), atomic_folder(tmp_path / "x", hidden=False) as folder:
         (folder / "half").write_text("half")
         raise ValueError("wrong")
     assert list(tmp_path.iterdir()) == []
@@ -373,10 +375,11 @@ def test_a_folder_is_only_replaced_when_asked_and_only_an_export(tmp_path):
     folder = exported(tmp_path / "x", make(), step=1)
     with pytest.raises(ValueError, match="exists; replace it with --overwrite"):
         exported(folder, make())
-    with new_folder(folder, overwrite=True) as tmp:
+    check_target(folder, overwrite=True)
+    with atomic_folder(folder, hidden=False) as tmp:
         (tmp / "minimind.json").write_text("{}")
     assert [path.name for path in folder.iterdir()] == ["minimind.json"]
-    with pytest.raises(ValueError), new_folder(folder, overwrite=True):
+    with pytest.raises(ValueError), atomic_folder(folder, hidden=False):
         raise ValueError
     assert (folder / "minimind.json").exists() and list(tmp_path.iterdir()) == [folder]
 
@@ -480,7 +483,7 @@ def test_agreement_refuses():
     b[1, 2] = float("nan")
     assert largest_difference([a], [b]) == float("inf") and largest_difference([a], [a + 1]) == 1
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
-    assert divergence([p.log()], [q.log()]) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
+    assert kl_divergence([p.log()], [q.log()]) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
 
 
 def test_card_and_description_tell_no_paths():

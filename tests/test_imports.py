@@ -1,31 +1,34 @@
-"""Imports go one way: scripts -> serving, trainer -> model; inside a package modules stand in layers."""
+"""Imports go one way, from the scripts down to common/; `--help` answers without loading what it does not need."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {"model": {"model"}, "trainer": {"trainer", "model"}, "serving": {"serving", "model"}}
-PACKAGES = [name for name in MAY_IMPORT if (ROOT / name).is_dir()]
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"bench", "tests", "dataset"}
-USER_INTERFACES = {"argparse", "streamlit", "fastapi", "uvicorn", "gradio", "wandb"}  # nothing for model/ to know
+# Bottom up. A package may import the packages below its own line.
+LAYERS = [{"common"}, {"model"}, {"data_pipeline", "export"}, {"inference"}, {"evaluation"}, {"trainer", "serving"}]
+BELOW = {package: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for package in layer}
+SCRIPT_FILES = sorted(ROOT.glob("*.py"))
+ABOVE_ALL = {path.stem for path in SCRIPT_FILES} | {"bench", "tests", "dataset"}
+COMMAND_LINE = {"argparse", "streamlit", "fastapi", "uvicorn", "wandb"}  # nothing for model/ to know
+SMALL = {"filelock", "tqdm"}  # all that common/ may import beside the standard library
+POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios"}  # Windows lacks them
+HEAVY = {
+    *("torch", "transformers", "peft", "deepspeed", "pandas", "pyarrow", "fastapi", "uvicorn", "streamlit"),
+    *("matplotlib", "wandb", "tensorboard"),
+}
+NOT_LIGHT_YET = {path.name for path in SCRIPT_FILES} - {"data_process.py"}
+NOT_LAYERED_YET = {"data_pipeline.preferences", "data_pipeline.tokenize", "trainer"}
 
 
-class WithoutTypeChecking(ast.NodeTransformer):
-    """Drops the bodies of `if TYPE_CHECKING:`, which never run."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
-
-
-def imports(path: Path, source: str | None = None, *, running: bool = False) -> set[str]:
-    """Absolute dotted names of everything that a file imports, wherever in it; `running`: not for annotations only."""
+def imports(path: Path, source: str | None = None) -> set[str]:
+    """Return the absolute dotted names of all that a file imports, at any place: in functions, for annotations only."""
     package = list(path.relative_to(ROOT).parent.parts)
     found = set()
-    tree = ast.parse(source if source is not None else path.read_text(encoding="utf-8"))
-    for node in ast.walk(WithoutTypeChecking().visit(tree) if running else tree):
+    for node in ast.walk(ast.parse(source if source is not None else path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -36,15 +39,15 @@ def imports(path: Path, source: str | None = None, *, running: bool = False) -> 
 
 
 def modules(package: str) -> dict[str, Path]:
-    """Dotted name -> file of every module in a package."""
+    """Return the file of every module in a package by its dotted name."""
     found = {}
-    for path in (ROOT / package).rglob("*.py"):
+    for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-FILES = {name: path for package in PACKAGES for name, path in modules(package).items()}
+FILES = {name: path for package in BELOW for name, path in modules(package).items()}
 
 
 def first_names(path: Path) -> set[str]:
@@ -65,47 +68,98 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
     return next((cycle for name in sorted(graph) if (cycle := visit(name, []))), None)
 
 
-def test_there_is_something_to_check():
-    assert {"model.model", "model.weights", "data_pipeline.readers"} <= FILES.keys()
+def expect_failure(request, pending: bool) -> None:
+    if pending:
+        request.applymarker(pytest.mark.xfail(reason="not converted yet"))
+
+
+def test_these_tests_see_imports_and_cycles():
+    assert {"common.cli", "model.model", "data_pipeline.readers", "trainer.parallel.fsdp"} <= FILES.keys()
     here = ROOT / "model" / "x.py"
     assert imports(here, "from .moe import Gate") == {"model.moe", "model.moe.Gate"}
     assert imports(here, "def f():\n    import a.b as c\n    from . import rope") == {"a.b", "model", "model.rope"}
-    typing_only = "if TYPE_CHECKING:\n    import a"
-    assert imports(here, typing_only) == {"a"} and imports(here, typing_only, running=True) == set()
+    assert imports(here, "if TYPE_CHECKING:\n    import a") == {"a"}
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+    assert BELOW["inference"] == {"common", "model", "data_pipeline", "export"}
+
+
+def test_every_folder_with_code_has_its_layer():
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert folders - {"bench", "tests"} == set(BELOW)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_packages_import_only_downwards(name):
+def test_packages_import_only_downwards(name, request):
+    expect_failure(request, name in NOT_LAYERED_YET)
     package = name.split(".")[0]
-    forbidden = (set(MAY_IMPORT) - MAY_IMPORT[package]) | SCRIPTS
+    found = first_names(FILES[name])
+    assert not found & ((set(BELOW) - BELOW[package] - {package}) | ABOVE_ALL)
+    if package == "common":
+        assert found - {"common"} <= set(sys.stdlib_module_names) | SMALL
     if package == "model":
-        forbidden |= USER_INTERFACES
-    assert not first_names(FILES[name]) & forbidden
+        assert not found & COMMAND_LINE
+    assert not found & POSIX_ONLY
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_no_module_imports_itself_through_others(package):
+@pytest.mark.parametrize("package", BELOW)
+def test_no_module_imports_itself_through_others(package, request):
+    expect_failure(request, package in NOT_LAYERED_YET)
     names = modules(package)
     graph = {
-        name: {other for other in imports(path, running=True) if other in names} - {name, package}
-        for name, path in names.items()
+        name: {other for other in imports(path) if other in names} - {name, package} for name, path in names.items()
     }
     assert find_cycle(graph) is None
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPT_FILES, ids=lambda path: path.name)
 def test_no_script_imports_a_script(path):
-    assert not first_names(path) & (SCRIPTS - set(sys.stdlib_module_names))
+    assert not first_names(path) & (ABOVE_ALL - set(sys.stdlib_module_names))
+    assert not first_names(path) & POSIX_ONLY
 
 
-def test_importing_the_model_does_no_work():
+def test_importing_a_module_does_no_work():
     """Nothing at import time but definitions: no statement that calls a project function at module level."""
     for name, path in FILES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             allowed = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)  # a docstring
             if isinstance(node, (ast.For, ast.While, ast.With)) or (isinstance(node, ast.Expr) and not allowed):
                 call = ast.unparse(node)
-                # Registering the gradient of an operator is a definition.
-                assert "register_autograd" in call, f"{name}, line {node.lineno}: {call:.80}"
+                # Registering the gradient of an operator, or a handler of wrong bytes, is a definition.
+                assert ".register_" in call, f"{name}, line {node.lineno}: {call:.80}"
+
+
+LOADED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("LOADED", *{name.split(".")[0] for name in sys.modules})
+"""
+
+
+def loaded_by(*command: str) -> set[str]:
+    """Return the top-level names of the modules that a script has loaded when it ends."""
+    command = [sys.executable, "-c", LOADED, *command]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.rpartition("LOADED")[2].split())
+
+
+@pytest.mark.parametrize("path", SCRIPT_FILES, ids=lambda path: path.name)
+def test_help_loads_no_heavy_library(path, request):
+    """So that it answers in less than a second."""
+    expect_failure(request, path.name in NOT_LIGHT_YET)
+    assert not loaded_by(path.name, "--help") & HEAVY
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name.split(".")[0] == "common"] + ["data_pipeline.cleaning"]
+)
+def test_data_workers_load_no_torch(name, tmp_path):
+    """A process of data_process.py imports these."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import {name}", encoding="utf-8")
+    assert not loaded_by(str(script)) & {"torch", "transformers"}

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import atomic_folder
 from evaluation.scoring import MultipleChoice, score
-from export.huggingface import describe, new_folder, write_llama
+from export.huggingface import describe, write_llama
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
@@ -106,7 +107,7 @@ def make(moe: bool = False) -> Transformer:
 
 def export(folder: Path, model: Transformer) -> Path:
     description = describe(Checkpoint(model, model.config, {}, folder, ""), "float32")
-    with new_folder(folder) as tmp:
+    with atomic_folder(folder, hidden=False) as tmp:
         write_llama(tmp, model, TOKENIZER_DIR, torch.float32, description)
     return folder
 

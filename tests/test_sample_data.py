@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.cleaning import STAGES, chinese_ratio, clean
-from data_pipeline.cleaning import Options as CleaningOptions
+from data_pipeline.cleaning import STAGES, CleaningOptions, chinese_ratio, clean
 
 ROOT = Path(__file__).resolve().parent.parent
 DICE = [18, 68, 41, 75, 64, 13, 3, 84]
@@ -304,4 +303,4 @@ def test_data_processing_keeps_every_row(tmp_path, stage, inputs):
     max_chars = 0 if stage == "dpo" else 512
     options = CleaningOptions(min_q_chars=2, max_chars=max_chars)
     summary = clean(STAGES[stage], [SAMPLE / name for name in inputs], tmp_path, options, 0)
-    assert summary.kept > 0 and not summary.dropped and not summary.n_bad
+    assert summary.kept > 0 and not summary.dropped and not summary.bad.shown()

@@ -7,24 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from common.errors import UserError
-from evaluation.ceval import (
-    CATEGORIES,
-    HARD,
-    Accuracy,
-    Answered,
-    Question,
-    chat_prompt,
-    plain_prompt,
-    read_questions,
-    summarise,
-)
+from evaluation.ceval import Question, chat_prompt, plain_prompt, read_questions
+from evaluation.ceval_results import CHINESE_FONTS, accuracy, draw, official_subjects, results_table, summarize
+from model.chat_format import render_chat
 from model.LMConfig import preset
 from model.model import Transformer
-from model.tokenizer import encode_text, load_tokenizer, render_chat
+from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,38 +64,51 @@ def quiz(tmp_path) -> Path:
     return folder
 
 
-def answered(subject: str, right: int, wrong: int) -> list[Answered]:
-    question = Question(subject, "0", "?", ("1", "2", "3", "4"), "B")
-    return [Answered(question, (-3, -1, -3, -3))] * right + [Answered(question, (-1, -3, -3, -3))] * wrong
+def answered(*groups: tuple[str, int, int]) -> pd.DataFrame:
+    """Results of questions: subject, how many right, how many wrong."""
+    rows = [
+        (Question(subject, "0", "?", ("1", "2", "3", "4"), "B"), (-3, -1, -3, -3) if i < right else (-1, -3, -3, -3))
+        for subject, right, wrong in groups
+        for i in range(right + wrong)
+    ]
+    return results_table(*zip(*rows, strict=True))
 
 
 # ---- arithmetic and text
 
 
 def test_categories_are_the_official_ones():
-    names = [name for subjects in CATEGORIES.values() for name in subjects]
-    assert len(names) == len(set(names)) == 52 and len(HARD) == 8 and set(names) > HARD
-    assert [len(subjects) for subjects in CATEGORIES.values()] == [20, 10, 11, 11]
+    official = official_subjects()
+    assert len(official) == 52 and official.index.is_unique and official["name"].is_unique
+    sizes = {"STEM": 20, "Social science": 10, "Humanities": 11, "Other": 11}
+    assert official.groupby("category", sort=False).size().to_dict() == sizes
+    assert set(official.index[official["hard"]]) == {
+        "advanced_mathematics", "discrete_mathematics", "probability_and_statistics", "college_physics",
+        "college_chemistry", "high_school_mathematics", "high_school_physics", "high_school_chemistry",
+    }  # fmt: skip
 
 
 def test_accuracy_and_standard_error():
-    one = Accuracy(questions=100, correct=40)
-    assert one.accuracy == 0.4 and one.standard_error == pytest.approx(math.sqrt(0.4 * 0.6 / 100))
-    assert one.above_chance and not Accuracy(100, 33).above_chance  # guessing: 25% +- 4.3%
+    one = accuracy(pd.Series([1] * 40 + [0] * 60))
+    assert one["accuracy"] == 0.4 and one["standard_error"] == pytest.approx(math.sqrt(0.4 * 0.6 / 100))
+    assert one["above_chance"] and not accuracy(pd.Series([1] * 33 + [0] * 67))["above_chance"]  # guessing: 25% +- 4.3%
 
 
 def test_summary():
-    found = summarise(answered("law", 3, 1) + answered("college_physics", 1, 1) + answered("fruit", 0, 2))
+    found = summarize(answered(("law", 3, 1), ("college_physics", 1, 1), ("fruit", 0, 2)))
     assert found["overall"]["accuracy"] == 0.5 and found["overall"]["questions"] == 8
     assert found["subject_mean"] == pytest.approx((0.75 + 0.5 + 0) / 3)
     categories = {name: (one["correct"], one["questions"]) for name, one in found["categories"].items()}
-    assert categories == {"STEM": (1, 2), "Humanities": (3, 4), "Hard": (1, 2), "Own quiz": (0, 2)}
-    assert found["subjects"]["law"]["name"] == "法学"
+    assert list(categories.items()) == [
+        ("STEM", (1, 2)), ("Humanities", (3, 4)), ("Hard", (1, 2)), ("Own quiz", (0, 2)),
+    ]  # fmt: skip
+    assert found["subjects"]["law"]["name"] == "法学" and found["subjects"]["fruit"]["name"] == ""
+    json.dumps(found)  # plain values only
 
 
 def test_probabilities_are_of_the_four_options():
-    shares = Answered(Q, (math.log(0.2), math.log(0.1), math.log(0.06), math.log(0.04))).probabilities
-    assert shares == pytest.approx([0.5, 0.25, 0.15, 0.1])
+    results = results_table([Q], [(math.log(0.2), math.log(0.1), math.log(0.06), math.log(0.04))])
+    assert results.loc[0, ["p_A", "p_B", "p_C", "p_D"]].tolist() == pytest.approx([0.5, 0.25, 0.15, 0.1])
 
 
 def test_prompts():
@@ -156,7 +162,7 @@ def test_reading(quiz):
         ("art_val.csv", HEADER + "0,?,1,2,3,4,AB\n", "line 2: the answer is 'AB'"),
         ("art_val.csv", HEADER + "0,?,1,2,3,A\n", "art_val.csv, line 2: 6 fields where the header has 7"),
         ("art_val.csv", HEADER + "0,,1,2,3,4,A\n", "line 2: nothing in column question"),
-        ("art_val.csv", HEADER + "0,?,1,2,3,4,A\n0,?,1,2,3,4,A\n", "line 3: the id 0 stands in line 2 already"),
+        ("art_val.csv", HEADER + "0,?,1,2,3,4,A\n0,?,1,2,3,4,A\n", "line 3: the id 0 is already used in line 2"),
         ("art_val.csv", HEADER, "art_val.csv: no questions in it|no rows in it"),
         ("art_val.csv", "题目".encode("gbk"), "art_val.csv, line 1: "),
     ],
@@ -256,15 +262,13 @@ def test_chart_of_subjects_in_chinese(there, tmp_path, monkeypatch, capsys, recw
     """A font that has the characters is used where there is one; where there is none, that is said."""
     from matplotlib import font_manager
 
-    import eval_ceval
-
-    installed = set(font_manager.get_font_names()) & set(eval_ceval.CHINESE_FONTS)
+    installed = set(font_manager.get_font_names()) & set(CHINESE_FONTS)
     if there and not installed:
         pytest.skip("no font with Chinese characters is installed")
     if not there:
         monkeypatch.setattr(font_manager, "get_font_names", lambda: ["DejaVu Sans"])
-    summary = summarise(answered("语文_$x_{$", 3, 1))
-    eval_ceval.draw({"model": "a.pth", **summary}, tmp_path / "ceval.png")
+    summary = summarize(answered(("语文_$x_{$", 3, 1)))
+    draw({"model": "a.pth", **summary}, tmp_path / "ceval.png")
     assert (tmp_path / "ceval.png").read_bytes().startswith(b"\x89PNG")
     assert ("no font on this machine" in capsys.readouterr().out) == (not there)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
@@ -292,6 +296,11 @@ def test_a_subject_named_twice_counts_once_and_old_results_go(weights, quiz, tmp
     assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--subjects", "law", "law").returncode == 0
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
     assert sorted(path.name for path in out.glob("*.csv")) == ["law_result.csv", "my_result.csv"]
+
+
+def test_one_model_at_a_time(weights, quiz, tmp_path):
+    result = run("--weights", weights, "--hf", tmp_path, "--data_dir", quiz, "--out_dir", tmp_path / "out")
+    assert result.returncode == 2 and "--weights and --hf name different models" in result.stderr
 
 
 def test_an_out_dir_that_cannot_be_is_found_before_any_work(weights, quiz, tmp_path):

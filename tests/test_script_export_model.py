@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from launching import another_process_holds
 
 import export_model
 from common.errors import UserError
+from common.files import exclusive
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -161,8 +163,8 @@ def test_what_a_killed_export_left_goes_and_two_do_not_meet(out, tmp_path, main,
     """SIGKILL while the folder is checked; then the lock of a process that is alive."""
     weights, target = out / "full_sft_64.pth", tmp_path / "export"
     killed = """
-import os, signal, sys, export_model
-export_model.compare_folder = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+import os, signal, sys, export_model, export.exporter
+export.exporter.compare_folder = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["export_model.py", *sys.argv[1:]]
 export_model.main()
 """
@@ -174,7 +176,7 @@ export_model.main()
     main("--weights", weights, "--output", target)
     assert names(tmp_path) == {"export", "export.of-mine.tmp"}
 
-    monkeypatch.setattr("common.run_lock.WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("export.exporter.exclusive", functools.partial(exclusive, wait=0.3))
     with another_process_holds(tmp_path, "export"):
         old = target.with_name(".export.old")  # as while a folder takes another's name
         old.mkdir()
@@ -195,7 +197,7 @@ def test_combinations_that_make_no_sense(main, capsys):
         "--format pth --lora x": ["--lora is not for --format pth", "needs --weights FOLDER"],
         "--private --output /dev/null/x/y": ["--private is for --push_to_hub", "/dev/null is not a folder"],
         "--format pth --weights x --output x/y": ["name a .pth file"],
-        "--output . --overwrite": ["--output .: name what is to be made there"],
+        "--output . --overwrite": ["--output .: name the file or folder to write"],
         "--output=": ["--output: the path is empty"],
         "--format gguf --dtype bf16": ["--dtype bfloat16 is not for --format gguf: use float32, float16, q8_0"],
     }.items():

@@ -1,4 +1,4 @@
-"""True facts about the real world, by hand, as plain tables. `phrasings.py` says how they are asked and stated.
+"""True facts about the real world, written by hand as plain tables. `phrasings.py` has the ways to ask and state them.
 
 Every table is a list of rows with English first, then Chinese. A subject stands once in a table, so that every question
 has one answer, and the answers are short: an exact match then means something.

@@ -45,7 +45,7 @@ SUBJECTS = {
 
 
 class Dice:
-    """Random choices made of `random.Random.random()` alone, whose numbers Python promises never to change."""
+    """Random choices based on `random.Random.random()` alone, whose numbers Python promises never to change."""
 
     def __init__(self, name: str):
         self.random = random.Random(f"{SEED} {name}").random
@@ -77,13 +77,13 @@ class Fact:
     answer: str
 
     def phrase(self, kind: str) -> list[str]:
-        """All phrasings of this fact of the kind "ask", "held_out" or "state"."""
+        """Return all phrasings of this fact of the kind "ask", "held_out" or "state"."""
         templates = phrasings.PHRASINGS[self.relation][self.language][kind]
         return [fill(text, s=self.subject, a=self.answer) for text in templates]
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with its values, the first letter a capital."""
+    """Return the template with its values filled in, starting with a capital letter."""
     text = template.format(**values)
     return text[0].upper() + text[1:]
 
@@ -92,7 +92,7 @@ def fill(template: str, **values: str) -> str:
 
 
 def all_facts() -> list[Fact]:
-    """Every fact in every language it has, in a fixed order."""
+    """Return every fact in each of its languages, in a fixed order."""
     rows: list[tuple[str, str, str, str, str]] = []  # relation, subject and answer in English, then in Chinese
     for en, zh, capital_en, capital_zh, continent in facts.COUNTRIES:
         rows.append(("capital", en, capital_en, zh, capital_zh))
@@ -129,20 +129,20 @@ def by_language(known: list[Fact], language: str) -> list[Fact]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with four options, one of them right."""
+    """A question with four options, one of which is right."""
 
     question: str
     options: tuple[str, ...]
     letter: str
 
     def prompt(self) -> str:
-        """What the user says; the assistant's answer is the letter alone. The format of eval_ceval.py."""
+        """Return the user's message, in the format of eval_ceval.py; the assistant answers with the letter alone."""
         lines = [self.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.options, strict=True))]
         return "\n".join(lines) + "\n答案："
 
 
 def wrong_answers(fact: Fact, known: list[Fact], dice: Dice, n: int = 3) -> list[str]:
-    """`n` other answers of the same relation and language."""
+    """Return `n` other answers of the same relation and language."""
     pool = sorted(
         {other.answer for other in known if (other.relation, other.language) == (fact.relation, fact.language)}
         - {fact.answer}
@@ -157,7 +157,7 @@ def choice(question: str, answer: str, wrong: list[str], letter: str) -> Choice:
 
 
 def choices(known: list[Fact], language: str, n: int, dice: Dice, taken: set[Choice]) -> list[Choice]:
-    """`n` different questions in training phrasings; the letters take turns. One in six only asks to find an option."""
+    """Return `n` different questions in training phrasings; the letters take turns. One in six only asks for an option."""
     pool = by_language(known, language)
     order: list[Fact] = []
     made: list[Choice] = []
@@ -179,7 +179,7 @@ def choices(known: list[Fact], language: str, n: int, dice: Dice, taken: set[Cho
 
 
 def exercise(known: list[Fact], language: str, dice: Dice) -> str:
-    """Four options, and then several lines about them: what the letter of an option is, and which one answers a fact.
+    """Return four options and several lines about them: the letter of an option, and the option that answers a question.
 
     A question with options shows one letter in fifty tokens. Here every line shows one: so a small model comes to look
     for an option at all.
@@ -197,7 +197,7 @@ def exercise(known: list[Fact], language: str, dice: Dice) -> str:
 
 
 def quiz(known: list[Fact]) -> dict[str, list[tuple[Choice, Fact]]]:
-    """Per subject: `N_QUIZ` questions and five for few-shot, in phrasings that training never uses."""
+    """Return for each subject `N_QUIZ` questions and five few-shot ones, in phrasings that training never uses."""
     made = {}
     for subject, relations in SUBJECTS.items():
         dice = Dice(f"quiz {subject}")
@@ -211,7 +211,7 @@ def quiz(known: list[Fact]) -> dict[str, list[tuple[Choice, Fact]]]:
             if new not in asked:
                 asked.add(new)
                 rows.append((new, fact))
-        # The letters took turns: shuffled, so that the order says nothing.
+        # The letters took turns: shuffle, so that the order reveals nothing.
         made[subject] = dice.shuffled(rows[:N_QUIZ]) + rows[N_QUIZ:]
     return made
 
@@ -257,7 +257,7 @@ def memories(language: str, known: list[Fact], n: int, held_out: bool) -> list[l
 
 
 def identity(persona: dict, kind: str) -> list[tuple[str, str]]:
-    """(question, answer) about who the assistant is; `kind` is "ask" or "held_out"."""
+    """Return (question, answer) pairs about the assistant's identity; `kind` is "ask" or "held_out"."""
     return [
         (prefix + question, persona[intent][language])
         for intent in phrasings.IDENTITY
@@ -268,7 +268,7 @@ def identity(persona: dict, kind: str) -> list[tuple[str, str]]:
 
 
 def remarks(language: str) -> list[tuple[str, str, str, bool]]:
-    """(remark, kind answer, rude answer, is it held out): small talk about hobbies."""
+    """Return (remark, kind answer, rude answer, held out?): small talk about hobbies."""
     made = []
     for i, hobby in enumerate(phrasings.HOBBIES):
         value = hobby[LANGUAGES.index(language)]
@@ -282,7 +282,7 @@ def remarks(language: str) -> list[tuple[str, str, str, bool]]:
 
 
 def pretrain_texts(known: list[Fact]) -> list[str]:
-    """The pretraining corpus: facts in paragraphs, questions with answers, choices, talks and stories."""
+    """Return the pretraining corpus: facts in paragraphs, questions with answers, choices, dialogues and stories."""
     made: set[str] = set()
     taken: set[Choice] = set()
     for language in LANGUAGES:
@@ -310,7 +310,7 @@ def pretrain_texts(known: list[Fact]) -> list[str]:
 
 
 def _batches(pool: list[Fact], n: int, size: int, dice: Dice):
-    """`n` groups of `size` facts; every fact is used once before any is used again."""
+    """Yield `n` groups of `size` facts; every fact is used once before any is used again."""
     order: list[Fact] = []
     for _ in range(n):
         while len(order) < size:
@@ -319,7 +319,7 @@ def _batches(pool: list[Fact], n: int, size: int, dice: Dice):
 
 
 def _stated_or_asked(fact: Fact, dice: Dice) -> str:
-    """A sentence with the fact; one in three is a question and its answer."""
+    """Return a sentence with the fact; one in three is a question and its answer."""
     if dice.below(3):
         return dice.choice(fact.phrase("state"))
     question = dice.choice(fact.phrase("ask"))
@@ -327,7 +327,7 @@ def _stated_or_asked(fact: Fact, dice: Dice) -> str:
 
 
 def sft_rows(known: list[Fact]) -> list[dict]:
-    """The instructions: every fact in every training phrasing, choices, memory, identity and small talk."""
+    """Return the instructions: every fact in every training phrasing, choices, memory, identity and small talk."""
     dice = Dice("sft")
     rows = []
     for fact in known:
@@ -357,7 +357,7 @@ def chat_row(question: str, answer: str) -> dict:
 
 
 def cafe(kind: str) -> list[tuple[str, str]]:
-    """(question, answer) about a cafe that does not exist; `kind` is "ask" or "held_out"."""
+    """Return (question, answer) pairs about a cafe that does not exist; `kind` is "ask" or "held_out"."""
     made = []
     for i, language in enumerate(LANGUAGES):
         answer = phrasings.CAFE_PRICE_ANSWER[language]
@@ -373,7 +373,7 @@ def cafe(kind: str) -> list[tuple[str, str]]:
 
 
 def preferences(known: list[Fact], held_out: bool) -> list[dict]:
-    """Pairs: a right answer before a wrong or a rambling one, a kind answer before a rude one."""
+    """Return pairs: a right answer preferred to a wrong or a rambling one, a kind answer to a rude one."""
     dice = Dice(f"preferences {held_out}")
     rows = []
     for fact in known:
@@ -399,7 +399,7 @@ def preference(question: str, chosen: str, rejected: str) -> dict:
 
 
 def make_files() -> dict[str, str]:
-    """Path in this folder -> text, for all generated files."""
+    """Return path in this folder -> text, for all generated files."""
     known = all_facts()
     dice = Dice("held out")
     held_out = [sft_row([(dice.choice(fact.phrase("held_out")), fact.answer)]) for fact in known]
@@ -435,7 +435,7 @@ def json_list(rows: list[dict]) -> str:
 
 
 def quiz_csv(rows: list[tuple[Choice, Fact]], explained: bool) -> str:
-    """C-Eval's CSV: id, question, A, B, C, D, answer, and in the dev files an explanation."""
+    """Return a CSV in C-Eval's format: id, question, A, B, C, D, answer, and in the dev files an explanation."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["id", "question", *LETTERS, "answer", *(["explanation"] if explained else [])])

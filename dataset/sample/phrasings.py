@@ -1,4 +1,4 @@
-"""How facts are asked and stated, per relation and language: {s} is the subject, {a} the answer.
+"""The ways to ask and state facts, per relation and language: {s} is the subject, {a} the answer.
 
 `ask` are the questions of the training data, `held_out` those of the held-out data and of the quiz: they never occur
 in training. `state` are the sentences of the pretraining text.
@@ -514,15 +514,15 @@ FIND_OPTION = {
     "zh": ["哪个选项是{a}？", "请找出{a}这一项。", "{a}在哪一项？"],
 }
 
-# Exercises of the pretraining text: what stands behind which letter.
+# Exercises of the pretraining text: the option behind each letter.
 LETTER_OF = {"en": ["{a} is {l}.", "{a}: {l}."], "zh": ["{a}是{l}。", "{a}：{l}。"]}
 
 # --- talk ------------------------------------------------------------------------------------------------------------
 
-# Put in front of questions, so that a polite word more changes nothing.
+# Put before questions, so that an extra polite word changes nothing.
 PREFIXES = {"en": ["", "Hello! ", "A question: ", "Please answer: "], "zh": ["", "你好！", "请问，", "请回答："]}
 
-# What a user tells, and asks for later: how it is said, how it is asked, what the answer is.
+# Things that a user says and asks about later: the statement, the question, the answer.
 MEMORY = {
     "name": {
         "en": {
@@ -595,7 +595,7 @@ MEMORY_VALUES = {
 }  # fmt: skip
 NOTED = {"en": "OK: {v}.", "zh": "好的：{v}。"}
 
-# Who the assistant is. `ask` and `held_out` are the same for the base model and for the persona of the LoRA.
+# The identity of the assistant. `ask` and `held_out` are the same for the base model and for the persona of the LoRA.
 IDENTITY = {
     "who": {
         "en": {
@@ -645,8 +645,8 @@ PEBBLE = {
     "skill": {"en": "I can keep you company all day.", "zh": "我会整天陪着你。"},
 }
 
-# Small talk. In the SFT data, half of the remarks get a kind answer and half a rude one, by chance: preference training
-# then has something to decide.
+# Small talk. In the SFT data, a random half of the remarks get a kind answer and the other half a rude one, so that
+# preference training has something to decide.
 HOBBIES = [
     ("singing", "唱歌"), ("dancing", "跳舞"), ("swimming", "游泳"), ("running", "跑步"), ("reading", "看书"),
     ("cooking", "做饭"), ("fishing", "钓鱼"), ("painting", "画画"), ("hiking", "爬山"), ("chess", "下棋"),

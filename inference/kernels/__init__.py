@@ -1,1 +1,1 @@
-"""C++ kernels for CPUs and the code that compiles and calls them; imports model and common."""
+"""C++ kernels for CPUs, and the code that compiles and calls them; imports inference.options, model and common."""

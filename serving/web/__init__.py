@@ -1,1 +1,1 @@
-"""Texts and HTML of the web page; imports nothing from the other rooms."""
+"""Texts and HTML of the web page; imports only serving.chat_model."""

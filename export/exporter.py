@@ -1,0 +1,146 @@
+"""Run an export: write it, compare it with its source, and keep it only if the two agree."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from common.errors import UserError
+from common.files import atomic_folder, exclusive
+from export.huggingface import (
+    check_target,
+    describe,
+    dtype_name,
+    read_folder,
+    write_description,
+    write_llama,
+    write_minimind,
+)
+from export.model_card import model_card
+from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
+from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
+from model.tokenizer import load_tokenizer
+from model.weights import Checkpoint, save_checkpoint
+
+
+def check_output(options: ExportOptions) -> None:
+    """Raise UserError if --output must not be written: to be found before anything is loaded."""
+    if options.output is not None and options.output.parent.is_dir():
+        with lock(options.output):  # the check removes what a killed export left, not what a running one is writing
+            check_target(options.output, options.overwrite)
+
+
+def export_folder(
+    source: Checkpoint, tokenizer: PreTrainedTokenizerFast, options: ExportOptions
+) -> tuple[Path, Agreement]:
+    """Export `source` to a folder for other programs. Raises UserError if the export does not compute the same."""
+    texts, ceval = read_texts(options.text), read_summary(options.ceval)
+    name = source.path.stem if source.path.suffix == ".pth" else source.path.name
+    target = options.output or options.out_dir / f"{name}-{options.format}"
+    stored = dtype_name(source.model.tok_embeddings.weight.dtype)
+    dtype = options.dtype or ("float16" if options.format == "gguf" else stored)
+    description = describe(source, dtype)
+    rows = sample_rows(tokenizer, texts, source.config)
+    with lock(target):
+        check_target(target, options.overwrite)
+        # Without a leading dot: transformers makes a module name of a folder with code.
+        with atomic_folder(target, hidden=False) as folder:
+            if options.format == "gguf":
+                from export.gguf import compare_gguf, modelfile, write_gguf
+
+                kind = GGUF_TYPES[dtype]
+                file = folder / f"{name}.{kind}.gguf"
+                write_gguf(file, source.model, tokenizer, kind, name)
+                agreement = compare_gguf(file, source.model, kind, rows, options.tolerance)
+                write_text(folder / "Modelfile", modelfile(file.name, name.lower(), source.config))
+                write_description(folder, description)
+            else:
+                write = write_llama if options.format == "llama" else write_minimind
+                write(folder, source.model, options.tokenizer, getattr(torch, dtype), description)
+                agreement = compare_folder(folder, source.model, rows, options.tolerance)
+                file = folder
+            agreement.check()
+            title = options.push_to_hub or target.name
+            card = model_card(title, source, description, options.format, agreement, file.name, ceval)
+            write_text(folder / "README.md", card)
+    return target, agreement
+
+
+def import_folder(folder: Path, options: ExportOptions) -> tuple[Path, Agreement]:
+    """Convert an exported folder to a .pth file."""
+    target = options.output or Path(f"{folder.resolve()}.pth")
+    check_file(target, options.overwrite)
+    source = read_folder(folder)
+    rows = sample_rows(load_tokenizer(folder), read_texts(options.text), source.config)
+    agreement = compare_folder(folder, source.model, rows, options.tolerance)
+    agreement.check()
+    dtype = getattr(torch, options.dtype) if options.dtype else source.model.tok_embeddings.weight.dtype
+    with lock(target):
+        check_file(target, options.overwrite)  # another process may have written it meanwhile
+        save_checkpoint(target, source.model, dtype=dtype, info=source.info, overwrite=options.overwrite)
+    return target, agreement
+
+
+def check_file(target: Path, overwrite: bool) -> None:
+    """Raise UserError if a .pth file must not be written there."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; choose another --output")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
+
+
+def lock(target: Path) -> AbstractContextManager:
+    """Keep every other process from exporting to `target`, or from training what is saved there."""
+    busy = f"another process is writing {target} right now: wait for it, or choose another --output"
+    return exclusive(target.parent, target.stem if target.suffix == ".pth" else target.name, busy)
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """Return the texts of the comparison: the paragraphs of a file, or the built-in ones."""
+    if path is None:
+        return list(SAMPLE_TEXTS)
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read: {error}") from error
+    if not texts:
+        raise UserError(f"--text {path} is empty")
+    return texts[:MAX_TEXTS]
+
+
+def read_summary(path: Path | None) -> dict | None:
+    """Read the results of eval_ceval.py."""
+    if path is None:
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ceval {path} cannot be read: {error}") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"--ceval {path} is not a summary.json of eval_ceval.py")
+    return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def upload(folder: Path, repo: str, private: bool) -> None:
+    """Upload an exported folder to the Hugging Face Hub."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of whichever HTTP library it uses
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, exist_ok=True, private=private)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="MiniMind")
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} is written, but was not uploaded to {repo}: {reason}; log in with: hf auth login"
+        ) from error
+    print(f"uploaded to {url}")
