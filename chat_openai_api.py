@@ -18,6 +18,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
 import argparse
+import itertools
 import os
 import time
 import urllib.parse
@@ -28,6 +29,7 @@ from common.cli import Parser
 from common.errors import UserError, run_script
 from inference.options import SamplingParams, add_sampling_flags
 from inference.terminal import interact, use_utf8, visible
+from model.chat_format import split_turns
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
@@ -101,17 +103,18 @@ class Chat:
 
         Raises ValueError, and nothing changes, if there is no answer.
         """
-        history = self.turns[-2 * self.history_turns :] if self.history_turns else []
+        turns = split_turns(self.turns)[1]
+        history = turns[-self.history_turns :] if self.history_turns else []
         left_out = 0
         while True:
-            messages = [*self.system, *history[2 * left_out :], {"role": "user", "content": question}]
+            messages = [*self.system, *itertools.chain(*history[left_out:]), {"role": "user", "content": question}]
             try:
                 pieces = self.client.chat.completions.create(
                     model=self.model, messages=messages, stream=True, stream_options={"include_usage": True}, **self.how
                 )
                 break
             except openai.BadRequestError as error:
-                if error.code != "context_length_exceeded" or 2 * left_out >= len(history):
+                if error.code != "context_length_exceeded" or left_out == len(history):
                     raise ValueError(self.explain(error)) from error
                 left_out += 1
             except openai.APIError as error:
@@ -121,7 +124,7 @@ class Chat:
             except KeyboardInterrupt:
                 raise ValueError("stopped") from None
         if left_out:
-            print(f"[the context is full: {left_out} of {len(history) // 2} earlier turns left out]")
+            print(f"[the context is full: {left_out} of {len(history)} earlier turns left out]")
         self._print(question, pieces)
 
     def _print(self, question: str, pieces: openai.Stream) -> None:

@@ -43,10 +43,10 @@ from common.errors import UserError, run_script
 from common.files import fsync_dir
 from common.progress import Progress
 from data_pipeline.readers import BadLine, check_readable, iter_records, total_bytes
+from model.chat_format import CHAT_TEMPLATE
 from model.tokenizer import (
     BOS,
     BOS_ID,
-    CHAT_TEMPLATE,
     EOS,
     EOS_ID,
     UNK,

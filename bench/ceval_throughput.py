@@ -29,9 +29,10 @@ from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from evaluation import ceval  # noqa: E402
 from evaluation.scoring import MultipleChoice, draft_models, score, score_cascade  # noqa: E402
+from model.chat_format import render_chat  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.tokenizer import encode_text, load_tokenizer, render_chat  # noqa: E402
+from model.tokenizer import encode_text, load_tokenizer  # noqa: E402
 from model.weights import load_checkpoint  # noqa: E402
 
 

@@ -43,10 +43,11 @@ from common.cli import Parser, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from common.files import atomic_write  # noqa: E402
 from export.huggingface import read_folder  # noqa: E402
-from inference.generator import fit_chat, generate  # noqa: E402
+from inference.generator import generate  # noqa: E402
 from inference.model_loader import device_and_dtype, open_tokenizer  # noqa: E402
 from inference.options import SamplingParams, add_sampling_flags, sampling_from_args  # noqa: E402
 from inference.terminal import use_utf8  # noqa: E402
+from model.chat_format import truncate_chat  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights import Checkpoint, load_checkpoint  # noqa: E402
 
@@ -193,7 +194,7 @@ def answer(contestant: Contestant, question: str, sampling: SamplingParams) -> A
     context = contestant.checkpoint.config.max_seq_len
     start = time.perf_counter()
     try:
-        prompt, _ = fit_chat(contestant.tokenizer, [{"role": "user", "content": question}], context - 1)
+        prompt = truncate_chat(contestant.tokenizer, [{"role": "user", "content": question}], context - 1).ids
         events = list(
             generate(contestant.checkpoint.model, [prompt], sampling, max_len=context, tokenizer=contestant.tokenizer)
         )

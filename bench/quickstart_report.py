@@ -24,9 +24,10 @@ from data_pipeline.preferences import PreferencePairs, read_pairs
 from data_pipeline.records import iter_conversations
 from inference.generator import generate_text
 from inference.options import SamplingParams
+from model.chat_format import render_chat
 from model.lora import load_adapter
 from model.model import Transformer, describe_parameters
-from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
+from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
 from model.weights import Checkpoint, find_checkpoint, load_checkpoint
 from trainer.losses import sequence_logps
 from trainer.metrics import read_metrics

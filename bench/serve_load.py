@@ -36,9 +36,10 @@ from common.errors import UserError, run_script  # noqa: E402
 from inference.detokenizer import Detokenizer  # noqa: E402
 from inference.generator import generate  # noqa: E402
 from inference.options import SamplingParams  # noqa: E402
+from model.chat_format import render_chat  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.tokenizer import load_tokenizer, render_chat  # noqa: E402
+from model.tokenizer import load_tokenizer  # noqa: E402
 from model.weights import load_checkpoint, save_checkpoint  # noqa: E402
 
 QUESTIONS = [

@@ -1,7 +1,7 @@
 """Turn raw dumps into the files the training stages read: choose the rows, write them, drop duplicates.
 
 A stage of cleaning is a function from one raw row to one `Row` of output; it raises `Filtered` for a valid row that
-the options do not want, and `Malformed` for a row with wrong fields or roles. `clean` runs it over files of any size in
+the options do not want, and `UserError` for a row with wrong fields or roles. `clean` runs it over files of any size in
 several processes. The output has the order of the input, however many processes there are.
 """
 
@@ -33,11 +33,11 @@ from data_pipeline.records import (
     CHAT_COLUMNS,
     PREFERENCE_COLUMNS,
     Malformed,
-    check_order,
     parse_preference,
     read_messages,
     text_of,
 )
+from model.chat_format import check_messages, split_turns
 
 BYTES_PER_WORKER = 4 << 20  # below this a process costs more to start than it saves
 
@@ -161,9 +161,8 @@ def _turns(data: dict) -> list[tuple[str, str]]:
     messages = read_messages(data)
     if messages[:1] and messages[0]["role"] == "system":
         raise Malformed("a system message, for which history,q,a has no place: train on this file itself")
-    check_order(messages, last="assistant")
-    texts = [message["content"].strip() for message in messages]
-    return list(zip(texts[::2], texts[1::2], strict=True))
+    check_messages(messages, answered=True)
+    return [(question["content"].strip(), answer["content"].strip()) for question, answer in split_turns(messages)[1]]
 
 
 def _check_length(text: str, name: str, options: CleaningOptions) -> None:
@@ -216,7 +215,7 @@ def clean_block(block: Block, stage: str, options: CleaningOptions) -> CleanBloc
             output = STAGES[stage].convert(row.data, options)
         except Filtered as reason:
             result.filtered[str(reason)] += 1
-        except Malformed as reason:
+        except UserError as reason:
             result.bad.append(("wrong fields or roles", BadLine(row.line, str(reason))))
         else:
             result.rows.append((output.line.encode("utf-8"), content_key(output.line), output.outputs))

@@ -21,16 +21,15 @@ from pathlib import Path
 
 from common.errors import UserError
 from data_pipeline.readers import BadLine, columns, file_format, iter_records
+from model.chat_format import Message, check_messages
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # A CSV or Parquet file needs all columns of one of these.
 CHAT_COLUMNS = (("q", "a"), ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
 PREFERENCE_COLUMNS = (("chosen", "rejected"),)
 
-Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 
-
-class Malformed(Exception):
+class Malformed(UserError):
     """A row that is not what it should be. The text says what is wrong, for the list of bad lines."""
 
 
@@ -71,17 +70,17 @@ def iter_preferences(path: Path, on_bad: Callable[[BadLine], None] | None) -> It
 
 
 def parse_conversation(data: dict) -> list[Message]:
-    """The messages of a row, ready to be rendered; Malformed if they are no sound chat."""
+    """Return the messages of a row, ready to be rendered; raise UserError if they are not a valid chat."""
     messages = read_messages(data)
     for message in messages:
         if not message["content"].strip():
             raise Malformed(f"an empty {message['role']} message")
-    check_order(messages, last="assistant")
+    check_messages(messages, answered=True)
     return messages
 
 
 def parse_preference(data: dict) -> tuple[list[Message], str, str]:
-    """(prompt, chosen, rejected) of a row; Malformed if it is no sound pair.
+    """Return (prompt, chosen, rejected) of a row; raise UserError if it is not a valid pair.
 
     The prompt is `conversations`, `messages`, `prompt` (a text or messages) or `instruction` + `input`; the answers are
     texts, messages, or whole dialogues that repeat the prompt.
@@ -101,7 +100,7 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     for given in (chosen_prompt, rejected_prompt):
         if given and _stripped(given) != _stripped(messages):
             raise Malformed("the answers repeat another prompt than the row's")
-    check_order(messages, last="user")
+    check_messages(messages, answered=False)
     if not messages[-1]["content"].strip():
         raise Malformed("the prompt is empty")
     if chosen.strip() == rejected.strip():
@@ -122,18 +121,6 @@ def read_messages(data: dict) -> list[Message]:
         raise Malformed(f"no question and answer; the fields are {field_names(data)}")
     turns = [*_history(data.get("history")), _user(question), {"role": "assistant", "content": answer}]
     return _with_system(data, turns)
-
-
-def check_order(messages: list[Message], last: str) -> None:
-    """Malformed unless: perhaps a system message, then user and assistant in turn, and `last` speaks last."""
-    roles = [message["role"] for message in messages]
-    first = 1 if roles[:1] == ["system"] else 0
-    wrong = next((i for i in range(first, len(roles)) if roles[i] != ("user", "assistant")[(i - first) % 2]), None)
-    if wrong is None and len(roles) > first and roles[-1] == last:
-        return
-    shown = " ".join(roles[:8]) + (" ..." if len(roles) > 8 else "")
-    where = "" if wrong is None else f" (message {wrong + 1} is not)"
-    raise Malformed(f"roles out of order: {shown}; expected user and assistant in turn, {last} last{where}")
 
 
 def text_of(data: dict, name: str, required: bool = False) -> str:
@@ -160,7 +147,7 @@ def _parsed_rows(path: Path, parse: Callable, on_bad: Callable[[BadLine], None] 
     for record in iter_records(path, on_bad):
         try:
             parsed = parse(record.data)
-        except Malformed as reason:
+        except UserError as reason:
             if on_bad is None:
                 raise UserError(f"{path}, line {record.line}: {reason}") from None
             on_bad(BadLine(record.line, str(reason)))

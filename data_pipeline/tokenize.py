@@ -55,14 +55,13 @@ from data_pipeline.readers import (
 )
 from data_pipeline.records import (
     CHAT_COLUMNS,
-    Malformed,
-    Message,
     Preference,
     check_columns,
     field_names,
     parse_conversation,
 )
-from model.tokenizer import BOS_ID, EOS_ID, encode_texts, render_chat, tokenizer_hash
+from model.chat_format import ANSWER_ROLE, Message, PromptTooLong, TruncatedChat, truncate_chat
+from model.tokenizer import BOS_ID, EOS_ID, encode_texts, tokenizer_hash
 
 try:
     import fcntl
@@ -174,7 +173,7 @@ def tokenize_chat_data(
 ) -> TokenizedDataset:
     """Chats in any format of data_pipeline/records.py, rendered, with the assistant's texts as targets.
 
-    max_tokens: a longer chat is cut, see `fit_chat`; what was cut and dropped is counted in `info`.
+    max_tokens: a longer chat is cut, see `truncate_chat`; what was cut and dropped is counted in `info`.
     Other arguments as `tokenize_pretrain_data`.
     Raises UserError as that does, and if nothing can be learned from more than 1% of the sound chats.
     """
@@ -194,106 +193,35 @@ class Unusable(Exception):
     """A sound chat from which nothing can be learned. The text is a line of the summary, without a row's details."""
 
 
-@dataclass(frozen=True)
-class FittedChat:
-    """A rendered chat of a limited length.
-
-    ids: token ids; loss_mask: which of them are learned; n_bytes: UTF-8 bytes of the learned text;
-    cuts: what had to be left out, as lines of a summary.
-    """
-
-    ids: list[int]
-    loss_mask: list[bool]
-    n_bytes: int
-    cuts: tuple[str, ...] = ()
-
-
 TURNS_CUT, SYSTEM_CUT, ANSWER_CUT = "oldest turns left out", "system message left out", "answer cut"
 QUESTION_TOO_LONG = "the last question leaves no room for an answer"
 SAME_AFTER_CUT = "the answers are the same as far as there is room"
 
 
-def fit_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int) -> FittedChat:
-    """Render a sound chat in at most `max_tokens` tokens.
-
-    The oldest turns go first, whole ones, and the system message stays if the last turn fits beside it. If the last
-    turn alone is too long its answer is cut, and then no `</s>` is learned: the answer does not end there.
-    Raises Unusable if not one token of the last answer fits.
-    """
-    *before, question, answer = messages
-    ids, loss_mask = render_chat(tokenizer, [question, answer])
-    n_needed = len(ids) - loss_mask[::-1].index(True)  # all but the line end, which is not learned
-    first = loss_mask.index(True)
-    if n_needed > max_tokens:
-        if first >= max_tokens:
-            raise Unusable(QUESTION_TOO_LONG)
-        kept = ids[:max_tokens]
-        has_system = before[:1] != [] and before[0]["role"] == "system"
-        cuts = [(ANSWER_CUT, True), (SYSTEM_CUT, has_system), (TURNS_CUT, len(before) > has_system)]
-        n_bytes = _bytes_of(tokenizer, kept[first:])
-        return FittedChat(kept, loss_mask[:max_tokens], n_bytes, tuple(name for name, is_cut in cuts if is_cut))
-    older = _fit_before(tokenizer, before, max_tokens - n_needed)
-    n_bytes = older.n_bytes + len(answer["content"].encode("utf-8"))
-    ids, loss_mask = (older.ids + ids)[:max_tokens], (older.loss_mask + loss_mask)[:max_tokens]
-    return FittedChat(ids, loss_mask, n_bytes, older.cuts)
-
-
 def encode_preference(
     tokenizer: PreTrainedTokenizerFast, preference: Preference, max_tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """(prompt ids with the header of the answer, chosen ids, rejected ids); prompt + either has at most `max_tokens`.
+    """Return (prompt with the header of the answer, chosen, rejected) as token ids; prompt + either fit `max_tokens`.
 
-    Cut as in `fit_chat`, by the longer of the two answers; an answer ends in `</s>` unless it was cut.
+    Cut as in `truncate_chat`, by the longer of the two answers; an answer ends in `</s>` unless it was cut.
     Raises Unusable if no answer fits, or the two are the same as far as they fit.
     """
-    *before, question = preference.prompt_messages
-    answers = []
-    for text in (preference.chosen, preference.rejected):
-        ids, loss_mask = render_chat(tokenizer, [question, {"role": "assistant", "content": text}])
-        first, end = loss_mask.index(True), len(ids) - loss_mask[::-1].index(True)
-        answers.append(ids[first:end])
-    prompt = ids[:first]  # the same for both: each piece is encoded alone
-    room = max_tokens - len(prompt)
-    if room <= 0:
-        raise Unusable(QUESTION_TOO_LONG)
-    longest = max(map(len, answers))
-    if longest <= room:
-        prompt = _fit_before(tokenizer, before, room - longest).ids + prompt
-    chosen, rejected = (answer[:room] for answer in answers)
-    if chosen == rejected:
+    encoded = encode_texts(tokenizer, [preference.chosen, preference.rejected])
+    chosen, rejected = ([*ids, EOS_ID] for ids in encoded)
+    longer = preference.chosen if len(chosen) >= len(rejected) else preference.rejected
+    messages = [*preference.prompt_messages, {"role": ANSWER_ROLE, "content": longer}]
+    chat = _truncate(tokenizer, messages, max_tokens)
+    room = max_tokens - chat.answer_start
+    if chosen[:room] == rejected[:room]:
         raise Unusable(SAME_AFTER_CUT)
-    return prompt, chosen, rejected
+    return chat.ids[: chat.answer_start], chosen[:room], rejected[:room]
 
 
-def _fit_before(tokenizer: PreTrainedTokenizerFast, before: list[Message], room: int) -> FittedChat:
-    """What stands before the last turn, rendered: the system message, and as many of the newest turns as fit."""
-    system: list[int] = []
-    cuts = []
-    if before and before[0]["role"] == "system":
-        # What the system message adds to a chat; this way only render_chat knows how it is written.
-        probe = [{"role": "user", "content": ""}]
-        with_system = render_chat(tokenizer, [before[0], *probe])[0]
-        system = with_system[: len(with_system) - len(render_chat(tokenizer, probe)[0])]
-        before = before[1:]
-        if len(system) > room:
-            system = []
-            cuts.append(SYSTEM_CUT)
-    room -= len(system)
-    turns: list[tuple[list[int], list[bool]]] = []  # newest first
-    n_bytes = 0
-    for i in range(len(before) - 2, -1, -2):
-        ids, loss_mask = render_chat(tokenizer, before[i : i + 2])
-        if len(ids) > room:
-            cuts.append(TURNS_CUT)
-            break
-        room -= len(ids)
-        turns.append((ids, loss_mask))
-        n_bytes += len(before[i + 1]["content"].encode("utf-8"))
-    all_ids, all_targets = list(system), [False] * len(system)
-    for ids, loss_mask in reversed(turns):
-        all_ids += ids
-        all_targets += loss_mask
-    return FittedChat(all_ids, all_targets, n_bytes, tuple(cuts))
+def _truncate(tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int) -> TruncatedChat:
+    try:
+        return truncate_chat(tokenizer, messages, max_tokens)
+    except PromptTooLong:
+        raise Unusable(QUESTION_TOO_LONG) from None
 
 
 def _bytes_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
@@ -365,16 +293,22 @@ def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: 
     for line, data in _rows_of(block, part):
         try:
             messages = parse_conversation(data)
-            chat = fit_chat(tokenizer, messages, max_tokens)
-        except Malformed as reason:
+            chat = _truncate(tokenizer, messages, max_tokens)
+        except UserError as reason:
             part.skipped.append((NO_CHAT, BadLine(line, str(reason))))
         except Unusable as reason:
             part.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
             part.dropped[str(reason)] += 1
         else:
-            part.add(chat.ids, json.dumps(messages).encode(), chat.n_bytes)
+            if chat.answer_cut:
+                n_bytes = _bytes_of(tokenizer, chat.ids[chat.answer_start :])
+            else:
+                n_bytes = sum(len(m["content"].encode("utf-8")) for m in chat.messages if m["role"] == ANSWER_ROLE)
+            part.add(chat.ids, json.dumps(messages).encode(), n_bytes)
             part.targets.append(bytes(chat.loss_mask))
-            part.cut.update(chat.cuts)
+            part.cut[TURNS_CUT] += chat.dropped_turns > 0
+            part.cut[SYSTEM_CUT] += chat.dropped_system
+            part.cut[ANSWER_CUT] += chat.answer_cut
     return part
 
 
@@ -545,7 +479,7 @@ class _Writer:
             "bytes": self.n_bytes,
             "skipped": dict(self.skipped.most_common()),  # every row that is not in the corpus
             "dropped": dict(self.dropped.most_common()),  # of these the sound ones, without a target
-            "cut": dict(self.cut.most_common()),  # chats that are not whole
+            "cut": dict((+self.cut).most_common()),  # chats that are not whole
             "files": {name: os.path.getsize(file.name) for name, file in self.files.items()},
         }
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from common.errors import UserError
 from evaluation.ceval import Question, answer_texts, chat_prompt, plain_prompt
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
+from model.chat_format import CHAT_TEMPLATE, render_chat
 from model.device import resolve_dtype
-from model.tokenizer import BOS_ID, CHAT_TEMPLATE, encode_text, render_chat
+from model.tokenizer import BOS_ID, encode_text
 
 
 @dataclass

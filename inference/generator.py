@@ -24,7 +24,7 @@ from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.model import Transformer
 from model.rope import DynamicRopeScaling, Scaling
-from model.tokenizer import BOS_ID, EOS_ID, render_chat
+from model.tokenizer import EOS_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,29 +431,6 @@ def generate_text(
     for event in generate(model, prompts, *args, tokenizer=tokenizer, **kwargs):
         answers[event.key] += event.text
     return answers
-
-
-def fit_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict], limit: int) -> tuple[list[int], int]:
-    """Token ids of a chat that waits for its answer, in at most `limit` tokens.
-
-    If it is longer, its oldest questions go together with their answers; a system message stays.
-
-    Returns:
-        the ids, and how many question-answer turns were left out.
-
-    Raises:
-        ValueError: the last question alone is too long, or see `check_messages`.
-    """
-    ids = render_chat(tokenizer, messages, add_generation_prompt=True)[0]
-    # <s> stands at the head of every message and, by the rules of encoding, nowhere else; every other is a question's.
-    starts = [i for i, token in enumerate(ids) if token == BOS_ID]
-    system = ids[: starts[0]]
-    for turns, start in enumerate(starts[::2]):
-        if len(system) + len(ids) - start <= limit:
-            return system + ids[start:], turns
-    shortest = len(system) + len(ids) - starts[::2][-1]
-    what = "the system message and the last question have" if system else "the last question has"
-    raise ValueError(f"{what} {shortest} tokens, and {limit} is the limit: shorten it")
 
 
 def ending(event: TokenOutput, sampling: SamplingParams, made: int, context: int) -> str:

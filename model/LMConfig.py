@@ -14,6 +14,7 @@ import math
 
 from transformers import PreTrainedConfig
 
+from common.errors import UserError
 from model.architecture import PRESETS, Architecture
 from model.rope import DynamicRopeScaling, Scaling, doublings
 
@@ -49,7 +50,7 @@ class LMConfig(Architecture, PreTrainedConfig):
         super().__post_init__(**kwargs)
         errors = self.errors()
         if errors:
-            raise ValueError("this model cannot be built: " + "; ".join(errors))
+            raise UserError("this model cannot be built: " + "; ".join(errors))
 
     def _whole_scaling(self, given: dict) -> dict:
         """A copy of `rope_scaling` with the original length in it, if that can be told."""
@@ -89,27 +90,27 @@ class LMConfig(Architecture, PreTrainedConfig):
         """
         trained, given = self.max_seq_len, self.rope_scaling
         if given is not None and given["rope_type"] != method:
-            raise ValueError(
+            raise UserError(
                 f"--rope_scaling {method}: this model was trained with {given['rope_type']} scaling, and only that can "
                 "take it further"
             )
         if max_len is None and factor is None:
-            raise ValueError(f"--rope_scaling {method} needs a length: give --max_seq_len, or a factor ({method}:4)")
+            raise UserError(f"--rope_scaling {method} needs a length: give --max_seq_len, or a factor ({method}:4)")
         longest = max_len if max_len is not None else int(trained * factor)
         if longest <= trained:
-            raise ValueError(
+            raise UserError(
                 f"--rope_scaling {method} is for texts longer than the {trained} tokens that this model was trained at, "
                 f"and {longest} are no more: give a larger --max_seq_len, or leave the flag out"
             )
         if factor is not None and trained * factor < longest:
-            raise ValueError(
+            raise UserError(
                 f"--rope_scaling {method}:{factor:g} reaches {int(trained * factor)} tokens ({factor:g} times the "
                 f"{trained} of the training), --max_seq_len {longest} is more: give a larger factor, or none"
             )
         if method == "ntk" and self.head_dim < 4:
-            raise ValueError(f"--rope_scaling ntk needs a head dimension of at least 4, not {self.head_dim}")
+            raise UserError(f"--rope_scaling ntk needs a head dimension of at least 4, not {self.head_dim}")
         if method == "yarn" and not self.rope_theta > 1:
-            raise ValueError(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
+            raise UserError(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
         return DynamicRopeScaling(
             method=method,
             original=given["original_max_position_embeddings"] if given else trained,
@@ -210,12 +211,12 @@ def preset(name: str, **overrides) -> LMConfig:
     """The configuration called `name`, with single fields replaced.
 
     Raises:
-        ValueError: unknown preset or field, or fields that do not fit together.
+        UserError: unknown preset or field, or fields that do not fit together.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     known = {field.name for field in dataclasses.fields(LMConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(f"unknown model fields: {', '.join(unknown)}")
+        raise UserError(f"unknown model fields: {', '.join(unknown)}")
     return LMConfig(**(PRESETS[name] | overrides))

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import UserError
 from common.files import fsync_dir
 from model.model import Transformer
 from model.weights import Checkpoint, load_checkpoint
@@ -35,14 +36,14 @@ def add_adapter(
     """Freeze `model` and put a trainable pair of low-rank matrices beside each of its `targets`.
 
     A weight W becomes W + alpha / rank * B A, with A (rank, in) random and B (out, rank) zero: at first nothing changes.
-    Raises ValueError for a target that matches no part of the model.
+    Raises UserError for a target that matches no part of the model.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names.discard("output")  # it is the embedding: an adapter merged into it would change that too
     unknown = sorted(set(targets) - names)
     if unknown or not targets:
         what = f"no linear layer that can have an adapter is called {', '.join(unknown)}" if unknown else "none named"
-        raise ValueError(f"{what}; there are {', '.join(sorted(names))}")
+        raise UserError(f"{what}; there are {', '.join(sorted(names))}")
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
     )
@@ -59,10 +60,10 @@ def trainable_share(model: PeftModel) -> str:
 
 
 def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict) -> None:
-    """Write the adapter folder, whole or not at all. Raises ValueError for weights that are not finite."""
+    """Write the adapter folder, whole or not at all. Raises UserError for weights that are not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} is not finite; {folder} is left as it was")
+            raise UserError(f"{name} is not finite; {folder} is left as it was")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
@@ -103,16 +104,16 @@ def load_adapter(
     """The base of an adapter with the adapter merged into its weights, as a checkpoint like any other.
 
     base: the weights it was trained on; None: the file of the recorded name beside the folder.
-    Raises ValueError if the folder is no adapter of ours, the base is missing, or it is another one.
+    Raises UserError if the folder is no adapter of ours, the base is missing, or it is another one.
     """
     folder = Path(folder)
     description = read_description(folder)
     base_path = Path(base) if base is not None else folder.parent / description["base"]
     if not base_path.is_file():
-        raise ValueError(f"{folder}: its base {base_path} does not exist; put {description['base']} there")
+        raise UserError(f"{folder}: its base {base_path} does not exist; put {description['base']} there")
     checkpoint = load_checkpoint(base_path, device, torch.float32, tokenizer)
     if checkpoint.fingerprint != description["base_fingerprint"]:
-        raise ValueError(
+        raise UserError(
             f"{folder} was trained on other weights ({description['base']}, {description['base_fingerprint']}) than "
             f"{base_path} holds now ({checkpoint.fingerprint}): train the adapter again, or find its base"
         )
@@ -124,10 +125,10 @@ def load_adapter(
 
 
 def put_on(model: Transformer, folder: Path) -> PeftModel:
-    """`model` with the adapter of `folder` on it. Raises ValueError if one does not fit the other."""
+    """`model` with the adapter of `folder` on it. Raises UserError if one does not fit the other."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():  # peft would look on a hub for one that is called like the folder
-            raise ValueError(f"{folder} is not a whole adapter: there is no {name} in it")
+            raise UserError(f"{folder} is not a whole adapter: there is no {name} in it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
@@ -135,7 +136,7 @@ def put_on(model: Transformer, folder: Path) -> PeftModel:
             return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, UserWarning, ValueError, TypeError, KeyError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder} does not fit this model, or is damaged: {reason}") from error
+        raise UserError(f"{folder} does not fit this model, or is damaged: {reason}") from error
 
 
 def merge(model: PeftModel) -> Transformer:
@@ -144,17 +145,15 @@ def merge(model: PeftModel) -> Transformer:
 
 
 def read_description(folder: Path) -> dict:
-    """`minimind.json` of an adapter folder. Raises ValueError if it is not one."""
+    """`minimind.json` of an adapter folder. Raises UserError if it is not one."""
     _recover(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is not an adapter of this toolkit: {DESCRIPTION} cannot be read ({error})"
-        ) from None
+        raise UserError(f"{folder} is not an adapter of this toolkit: {DESCRIPTION} cannot be read ({error})") from None
     missing = {"base", "base_fingerprint", "config"} - set(description)
     if missing:
-        raise ValueError(f"{folder / DESCRIPTION} has no {' and no '.join(sorted(missing))}")
+        raise UserError(f"{folder / DESCRIPTION} has no {' and no '.join(sorted(missing))}")
     return description
 
 

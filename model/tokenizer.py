@@ -1,13 +1,10 @@
-"""From text to token ids and back: the tokenizer, the chat format, and which tokens of a chat are trained on.
+"""The tokenizer: loading and checking it, its hash, and encoding texts as texts.
 
     tokenizer = load_tokenizer()
     encode_text(tokenizer, "你好, a literal </s> is text")
-    ids, loss_mask = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
 
-A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, a system message in front of it as bare text.
-
-Text is text: whatever users and data contain is encoded by `encode_text`, where a literal `<s>` or `</s>` is five bytes
-like any other and never the control token. Control tokens are put in by id, and only here.
+Whatever users and data contain is encoded by `encode_text`, where a literal `<s>` or `</s>` is ordinary characters and
+never the control token. Control tokens are inserted by id: see `model.chat_format`, which renders chats.
 """
 
 from __future__ import annotations
@@ -17,62 +14,53 @@ import json
 import threading
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from common.errors import UserError
+from model.architecture import TOKENIZER_DIR
 
-TOKENIZER_DIR = Path(__file__).resolve().parent / "minimind_tokenizer"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-
-# The same text as render_chat, for transformers, vLLM and llama.cpp. Two things differ from the published template:
-# the header of an answer to come depends on add_generation_prompt, and a role out of order is an error, not dropped.
-CHAT_TEMPLATE = (
-    "{% if messages and messages[0]['role'] == 'system' %}"
-    "{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
-    "{% else %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
-    "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
-    "{{ raise_exception('roles must be: perhaps system, then user and assistant in turn; found ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt and turns and turns[-1]['role'] == 'user' %}{{ '<s>assistant\\n' }}{% endif %}"
-)
 
 
 def load_tokenizer(path: Path | str = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     """Load a tokenizer folder from the disk (never from the network).
 
-    Raises ValueError if the folder is not a tokenizer, or one whose <unk>, <s>, </s> are not the ids 0, 1, 2.
+    Raises UserError if the folder is not a tokenizer, or one whose <unk>, <s>, </s> are not the ids 0, 1, 2.
     """
     path = Path(path)
     if not (path / "tokenizer.json").is_file():
-        raise ValueError(f"{path}: no tokenizer.json in it; name a tokenizer folder, or make one: train_tokenizer.py")
+        raise UserError(f"{path}: no tokenizer.json in it; name a tokenizer folder, or make one: train_tokenizer.py")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         try:
             json.loads((path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"{path}: no {name} in it; copy the whole tokenizer folder again") from None
+            raise UserError(f"{path}: no {name} in it; copy the whole tokenizer folder again") from None
         except ValueError as error:
-            raise ValueError(f"{path / name} is damaged ({error}); copy the tokenizer folder again") from None
+            raise UserError(f"{path / name} is damaged ({error}); copy the tokenizer folder again") from None
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import, and the chat format does not need it
+
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     check_special_tokens(tokenizer, path)
     return tokenizer
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = "tokenizer") -> None:
-    """Raise ValueError unless <unk>, <s>, </s> are the ids 0, 1, 2, have their roles, and a chat format is there."""
+    """Raise UserError unless <unk>, <s>, </s> are the ids 0, 1, 2, have their roles, and a chat format is there."""
     expected = {UNK: UNK_ID, BOS: BOS_ID, EOS: EOS_ID}
     vocab = tokenizer.get_vocab()
     found = {token: vocab.get(token) for token in expected}
     if found != expected:
-        raise ValueError(f"{path}: special tokens are {found}, MiniMind needs {expected}; use another tokenizer")
+        raise UserError(f"{path}: special tokens are {found}, MiniMind needs {expected}; use another tokenizer")
     roles = {"unk": tokenizer.unk_token, "bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
     if roles != {"unk": UNK, "bos": BOS, "eos": EOS}:
-        raise ValueError(f"{path}: the special tokens have the roles {roles}; correct its tokenizer_config.json")
+        raise UserError(f"{path}: the special tokens have the roles {roles}; correct its tokenizer_config.json")
     if not tokenizer.chat_template:
-        raise ValueError(f"{path}: no chat_template; copy the whole tokenizer folder again")
+        raise UserError(f"{path}: no chat_template; copy the whole tokenizer folder again")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -89,7 +77,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Token ids of `text`, nothing added. A literal "<s>" in it is text and never becomes id 1.
 
-    Raises ValueError for text that is not Unicode (half of a surrogate pair).
+    Raises UserError for text that is not Unicode (half of a surrogate pair).
     """
     return encode_texts(tokenizer, [text])[0]
 
@@ -100,90 +88,17 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
         encodings = _text_encoder(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     except TypeError:  # the library says only "must be str"
         for i, text in enumerate(texts):
-            _check_unicode(text, f"text {i}")
+            check_unicode(text, f"text {i}")
         raise
     return [encoding.ids for encoding in encodings]
 
 
-def render_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict], *, add_generation_prompt: bool = False
-) -> tuple[list[int], list[bool]]:
-    """Token ids of a chat, and which of them are training targets: every assistant text with its closing `</s>`.
-
-    messages: {"role", "content"}: perhaps one system message, then user and assistant in turn.
-    add_generation_prompt: end with the header of the answer to come (not if the chat ends with an answer).
-
-    Each piece is encoded alone, so the mask comes from knowing what is what, the content of a message cannot pose as a
-    control token, and an answer has the ids in training that the model has to produce when it is asked. These are also
-    the ids of `tokenizer.apply_chat_template`, with one exception beside literal control tokens: where an answer begins
-    with a blank line, the template glues the line end of the header to it ("\\n\\n" is one token).
-
-    Raises ValueError naming the index of a message that is out of order or not a text.
-    """
-    check_messages(messages)
-    pieces = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role != "assistant":
-            pieces.append(content if role == "system" else f"user\n{content}")
-        else:
-            pieces += ["assistant\n", content]
-    if add_generation_prompt and messages[-1]["role"] == "user":
-        pieces.append("assistant\n")
-    *encoded, newline = encode_texts(tokenizer, [*pieces, "\n"])
-    encoded = iter(encoded)
-
-    ids: list[int] = []
-    loss_mask: list[bool] = []
-
-    def add(new_ids: list[int], target: bool = False) -> None:
-        ids.extend(new_ids)
-        loss_mask.extend([target] * len(new_ids))
-
-    for message in messages:
-        if message["role"] == "system":
-            add(next(encoded))
-            continue
-        add([BOS_ID, *next(encoded)])
-        if message["role"] == "assistant":
-            add([*next(encoded), EOS_ID], target=True)
-        else:
-            add([EOS_ID])
-        add(newline)
-    for header in encoded:  # of the answer to come
-        add([BOS_ID, *header])
-    return ids, loss_mask
-
-
-def check_messages(messages: list[dict]) -> None:
-    """Raise ValueError, naming the index, unless: perhaps a system message, then user and assistant in turn."""
-    if not messages:
-        raise ValueError("no messages: a chat needs at least one of the user")
-    expected = "user"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} is not an object with a role and a text as content: {message!r:.80}")
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i} has the unknown role {role!r}: use system, user or assistant")
-        _check_unicode(content, f"message {i} ({role})")
-        if role == "system":
-            if i > 0:
-                raise ValueError(f"message {i} is a system message: only the first may be one")
-            continue
-        if role != expected:
-            before = f"after {messages[i - 1]['role']}" if i else "at the start"
-            raise ValueError(f"message {i} is of {role} {before}, where {expected} should speak")
-        expected = "assistant" if role == "user" else "user"
-    if messages[-1]["role"] == "system":
-        raise ValueError("message 0 is a system message, and none of the user follows")
-
-
-def _check_unicode(text: str, name: str) -> None:
+def check_unicode(text: str, name: str) -> None:
+    """Raise UserError if `text` holds half of a surrogate pair, which no encoding can write."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{name} is not Unicode: half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
         ) from None
 
@@ -195,6 +110,8 @@ _encoders_lock = threading.Lock()
 
 
 def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     with _encoders_lock:
         encoder = _encoders.get(tokenizer)
         if encoder is None or encoder.get_vocab_size() != len(tokenizer):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import UserError
 from common.files import atomic_write
 from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
 from model.model import Transformer
@@ -94,7 +95,7 @@ def save_checkpoint(
         overwrite: replace a checkpoint of another architecture.
 
     Raises:
-        ValueError: non-finite weights (by name), weights that are not a MiniMind's, or see `check_can_write`.
+        UserError: non-finite weights (by name), weights that are not a MiniMind's, or see `check_can_write`.
         OSError: a full disk, a folder without permission; the previous checkpoint is untouched.
     """
     path = Path(path)
@@ -122,23 +123,23 @@ def save_checkpoint(
 
 
 def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False) -> None:
-    """Raise ValueError if `path` is a folder, or holds weights of another architecture than `config` without `overwrite`.
+    """Raise UserError if `path` is a folder, or holds weights of another architecture than `config` without `overwrite`.
 
     For the start of a run, so that it does not find out at its first save.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and weights are written into a file: rename it")
+        raise UserError(f"{path} is a folder, and weights are written into a file: rename it")
     if overwrite or not path.exists():
         return
     advice = "give another --out_dir, or --overwrite to replace it"
     try:
         existing = _read(path)[1]
     except ValueError as error:
-        raise ValueError(f"{path} exists and is not a checkpoint that can be read ({error}); {advice}") from error
+        raise UserError(f"{path} exists and is not a checkpoint that can be read ({error}); {advice}") from error
     differences = architecture_differences(config, existing)
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} holds a model of another architecture (this one != that one: {', '.join(differences)}); {advice}"
         )
 
@@ -146,21 +147,21 @@ def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False)
 def _state_to_save(model: Transformer, dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
     """The state dict in `dtype` on the CPU, the tied pair sharing its memory; refuses what could not be read again."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{path}: weights are saved as float32, bfloat16 or float16, not {_dtype_name(dtype)}")
+        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {_dtype_name(dtype)}")
     state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(state, model.config, path)
     # Non-finite before the cast: the training went wrong. After it: float16 ends at 65,504.
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{path} was not written: these weights are not finite: {_some(broken)}")
+        raise UserError(f"{path} was not written: these weights are not finite: {_some(broken)}")
     state = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"{path} was not written: too large for {_dtype_name(dtype)}: {_some(broken)}; save as float32 or bfloat16"
         )
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
-        raise ValueError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
+        raise UserError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
     state[OUTPUT] = state[EMBEDDING]
     return state
 
@@ -201,7 +202,7 @@ def load_checkpoint(
             file: a different value for one is refused.
 
     Raises:
-        ValueError: with what is wrong and what to do: a missing or damaged file, a JSON of other weights, missing,
+        UserError: with what is wrong and what to do: a missing or damaged file, a JSON of other weights, missing,
             unexpected, misshapen or non-finite weights by name, another tokenizer or architecture.
     """
     path = Path(path)
@@ -236,7 +237,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
         if _TABLES.fullmatch(plain):
             tables += 1
         elif plain in state:
-            raise ValueError(f"{path} holds {plain} twice, with and without the prefix _orig_mod.")
+            raise UserError(f"{path} holds {plain} twice, with and without the prefix _orig_mod.")
         else:
             state[plain] = tensor
     if compiled:
@@ -244,7 +245,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
     if tables:
         notes.append(f"{tables} tables (mask, pos_cis) in it: left out, they are computed")
     if EMBEDDING not in state or state[EMBEDDING].dim() != 2:
-        raise ValueError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {_some(list(state))}")
+        raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {_some(list(state))}")
     if OUTPUT not in state:
         state[OUTPUT] = state[EMBEDDING]
         notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
@@ -261,13 +262,13 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         files = sorted(file.name for file in path.parent.glob("*.pth"))
         there = f"in {path.parent} there are: {', '.join(files)}" if files else f"no .pth file is in {path.parent}"
-        raise ValueError(f"no checkpoint {path}; {there}")
+        raise UserError(f"no checkpoint {path}; {there}")
     if not path.is_file():
-        raise ValueError(f"{path} is a folder; name a .pth file")
+        raise UserError(f"{path} is a folder; name a .pth file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a state dict of tensors: it is another kind of file, or holds objects, which are never "
             "loaded because they can run code"
         ) from error
@@ -275,19 +276,19 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         # torch explains over a whole paragraph, and recommends what runs code.
         reason = _first_line(error).partition(". ")[0]
         reason = "not written by torch.save" if "weights_only" in reason else reason
-        raise ValueError(f"{path} is damaged or cut off ({reason}); copy it again or save it anew") from error
+        raise UserError(f"{path} is damaged or cut off ({reason}); copy it again or save it anew") from error
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
+        raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"{path} is not a plain state dict: not a tensor: {_some(others)}")
+        raise UserError(f"{path} is not a plain state dict: not a tensor: {_some(others)}")
     return state
 
 
 def _description_of(path: Path) -> dict:
     """The JSON that belongs to the weights now in `path`: {} if there is none.
 
-    Raises ValueError for a JSON that is damaged or of other weights.
+    Raises UserError for a JSON that is damaged or of other weights.
     """
     file = path.with_suffix(".json")
     if not path.is_file() or not file.exists():
@@ -295,9 +296,9 @@ def _description_of(path: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it to have the shapes of {path.name} read") from error
+        raise UserError(f"{file} is damaged ({error}); delete it to have the shapes of {path.name} read") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ValueError(f'{file} has no "config"; delete it to have the shapes of {path.name} read')
+        raise UserError(f'{file} has no "config"; delete it to have the shapes of {path.name} read')
     previous = content.pop("previous", None)
     if "fingerprint" not in content:  # written by hand
         return content
@@ -305,7 +306,7 @@ def _description_of(path: Path) -> dict:
     for candidate in (content, previous):
         if isinstance(candidate, dict) and candidate.get("fingerprint") == actual:
             return candidate if "config" in candidate else {}  # the previous weights may have had no JSON
-    raise ValueError(
+    raise UserError(
         f"{file} describes other weights than those in {path.name}; put the right one there, or delete it to have the "
         f'shapes read (or only its "fingerprint", if you are sure that the rest fits)'
     )
@@ -331,9 +332,9 @@ def _check_intact(path: Path, info: dict) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again or save it anew") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again or save it anew") from error
     if broken:
-        raise ValueError(f"{path} is damaged: wrong checksum of {broken}; copy it again or save it anew")
+        raise UserError(f"{path} is damaged: wrong checksum of {broken}; copy it again or save it anew")
 
 
 # ---- architecture
@@ -343,14 +344,14 @@ def _config_from_json(info: dict, file: Path) -> LMConfig:
     fields, types = info["config"], FIELD_TYPES
     unknown = sorted(set(fields) - set(types))
     if unknown:
-        raise ValueError(f'{file}: unknown fields in "config": {_some(unknown)}; written by another version?')
+        raise UserError(f'{file}: unknown fields in "config": {_some(unknown)}; written by another version?')
     fractions = [name for name, value in fields.items() if types[name] == "int" and type(value) is not int]
     if fractions:
-        raise ValueError(f'{file}: "config" cannot be used: not a whole number: {_some(fractions)}')
+        raise UserError(f'{file}: "config" cannot be used: not a whole number: {_some(fractions)}')
     try:
         return LMConfig(**fields)
     except (ValueError, TypeError) as error:
-        raise ValueError(f'{file}: "config" cannot be used: {error}') from error
+        raise UserError(f'{file}: "config" cannot be used: {error}') from error
 
 
 def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: Path, notes: list[str]) -> LMConfig:
@@ -361,13 +362,13 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
     first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
     missing = [name for name in ("layers.0.attention.wk.weight", first) if name not in state]
     if missing:
-        raise ValueError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {_some(list(state))}")
+        raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {_some(list(state))}")
     hidden_dim, kv_dim = len(state[first]), len(state["layers.0.attention.wk.weight"])
     fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0)
     if n_experts:
         shared = state.get("layers.0.feed_forward.shared_experts.w1.weight")
         if shared is not None and len(shared) % hidden_dim:
-            raise ValueError(
+            raise UserError(
                 f"{path}: the shared experts are {len(shared)} wide, not a multiple of the experts' {hidden_dim}"
             )
         n_shared = 0 if shared is None else len(shared) // hidden_dim
@@ -376,14 +377,14 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
     n_heads, source = _heads(dim, len(layers), kv_dim, n_experts > 0, pos_cis)
     head_dim = dim // n_heads if n_heads and dim % n_heads == 0 else 0
     if not head_dim or kv_dim % head_dim:
-        raise ValueError(
+        raise UserError(
             f"{path}: the number of heads cannot be told from keys of width {kv_dim} in a model of width {dim}; "
             f'write it to {path.with_suffix(".json").name}: {{"config": {{"n_heads": ..., ...}}}}'
         )
     try:
         config = LMConfig(**fields, n_heads=n_heads, n_kv_heads=kv_dim // head_dim)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     found = f"no JSON beside it, read from the shapes: dim {dim}, {len(layers)} layers, {vocab_size} tokens"
     if n_experts:
         found += f", {n_experts} routed experts, {config.n_shared_experts} shared (of width {hidden_dim})"
@@ -408,14 +409,14 @@ def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor 
 def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
     unknown = sorted(set(overrides) - set(FIELD_TYPES))
     if unknown:
-        raise ValueError(f"unknown model fields: {', '.join(unknown)}")
+        raise UserError(f"unknown model fields: {', '.join(unknown)}")
     wanted = LMConfig(**(config.own_fields() | overrides))
     if config.rope_scaling is None and wanted.rope_scaling is not None:
         _check_context_extension(wanted, config, path)
         config = LMConfig(**(config.own_fields() | {"rope_scaling": wanted.rope_scaling}))
     differences = architecture_differences(wanted, config)
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} is a model of another architecture (asked for != in the file: {', '.join(differences)}); "
             "leave these flags out, or name another checkpoint"
         )
@@ -423,11 +424,11 @@ def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
 
 
 def _check_context_extension(wanted: LMConfig, config: LMConfig, path: Path) -> None:
-    """Raise ValueError unless `wanted` scales positions so that its length is as many times that of the file."""
+    """Raise UserError unless `wanted` scales positions so that its length is as many times that of the file."""
     factor, trained = wanted.rope_scaling["factor"], config.max_seq_len
     original = wanted.rope_scaling["original_max_position_embeddings"]
     if original != trained:
-        raise ValueError(
+        raise UserError(
             f"{path} was trained at {trained} tokens; --rope_scaling {wanted.rope_scaling['rope_type']}:{factor:g} makes "
             f"that {trained * factor:g}, not --max_seq_len {wanted.max_seq_len}: change one of the two"
         )
@@ -437,7 +438,7 @@ def _check_context_extension(wanted: LMConfig, config: LMConfig, path: Path) -> 
 
 
 def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path) -> None:
-    """Raise ValueError, naming the weights, unless exactly those of `config` are there in its shapes."""
+    """Raise UserError, naming the weights, unless exactly those of `config` are there in its shapes."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
     errors = []
@@ -455,28 +456,28 @@ def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Pa
     if misshapen:
         errors.append(f"other shapes: {_some(misshapen)}")
     if errors:
-        raise ValueError(f"{path}: the weights do not fit their architecture; {'; '.join(errors)}")
+        raise UserError(f"{path}: the weights do not fit their architecture; {'; '.join(errors)}")
 
 
 def _check_values(state: dict[str, Tensor], path: Path) -> None:
     strange = [f"{name} ({_dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
     if strange:
-        raise ValueError(f"{path}: not floating-point weights: {_some(strange)}")
+        raise UserError(f"{path}: not floating-point weights: {_some(strange)}")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{path}: these weights are not finite (a run that diverged?): {_some(broken)}")
+        raise UserError(f"{path}: these weights are not finite (a run that diverged?): {_some(broken)}")
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
-        raise ValueError(f"{path}: {OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
+        raise UserError(f"{path}: {OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LMConfig, info: dict, path: Path) -> None:
     if config.vocab_size != len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"{path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: use the one it was trained with"
         )
     trained_with, given = info.get("tokenizer_hash"), tokenizer_hash(tokenizer)
     if trained_with is not None and trained_with != given:
-        raise ValueError(f"{path} was trained with the tokenizer {trained_with}, this one is {given}: use the former")
+        raise UserError(f"{path} was trained with the tokenizer {trained_with}, this one is {given}: use the former")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

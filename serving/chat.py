@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model.tokenizer import check_messages, encode_text, render_chat
+from model.chat_format import render_chat
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize, unsupported
 from serving.http import ApiError
@@ -34,11 +34,7 @@ class ChatEndpoint(Endpoint):
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Return the token ids that training has seen before an answer, and those of an answer to be continued."""
-        check_messages(messages)
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        tokenizer = self.model.tokenizer
-        return render_chat(tokenizer, asked, add_generation_prompt=True)[0] + encode_text(tokenizer, begun)
+        return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
 
 
 def plain_message(index: int, message: protocol.Message) -> dict[str, str]:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerFast
 
 from inference.backends import Backend
-from inference.generator import TokenOutput, fit_chat, generate
+from inference.generator import TokenOutput, generate
 from inference.options import SamplingParams
+from model.chat_format import split_turns, truncate_chat
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text
 
@@ -62,10 +63,12 @@ def chat_prompt(
         ValueError: the question alone is too long, or not Unicode.
     """
     first = [{"role": "system", "content": system}] if system else []
-    history = turns[-2 * history_turns :] if history_turns else []
+    earlier = split_turns(turns)[1]
+    history = earlier[-history_turns:] if history_turns else []
     room = context - min(max_new_tokens, context // 2)
-    ids, left_out = fit_chat(tokenizer, [*first, *history, {"role": "user", "content": question}], room)
-    return Prompt(ids, turns_seen=len(history) // 2 - left_out, turns_left_out=left_out)
+    messages = [*first, *(message for turn in history for message in turn), {"role": "user", "content": question}]
+    chat = truncate_chat(tokenizer, messages, room)
+    return Prompt(chat.ids, turns_seen=len(history) - chat.dropped_turns, turns_left_out=chat.dropped_turns)
 
 
 def text_prompt(tokenizer: PreTrainedTokenizerFast, text: str, *, context: int, max_new_tokens: int) -> Prompt:

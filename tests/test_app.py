@@ -27,7 +27,8 @@ from serving_helpers import CONTEXT, NAME, TOKENIZER, Running, serving
 
 from inference.generator import generate, generate_text
 from inference.options import SamplingParams
-from model.tokenizer import BOS_ID, EOS_ID, encode_text, render_chat
+from model.chat_format import render_chat
+from model.tokenizer import BOS_ID, EOS_ID, encode_text
 from serving import http as serving_http
 from serving import protocol
 from serving.http import MAX_BODY

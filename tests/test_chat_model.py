@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from inference.generator import fit_chat, generate_text
+from inference.generator import generate_text
 from inference.options import SamplingParams
+from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
@@ -60,7 +61,7 @@ def test_chat_prompt_takes_the_turns_it_may():
     for n, seen in ((0, []), (1, turns[4:]), (2, turns[2:]), (9, turns)):
         prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=n, system="short", **limits)
         messages = [{"role": "system", "content": "short"}, *seen, {"role": "user", "content": "last"}]
-        assert prompt == Prompt(fit_chat(TOKENIZER, messages, 84)[0], turns_seen=len(seen) // 2)
+        assert prompt == Prompt(truncate_chat(TOKENIZER, messages, 84).ids, turns_seen=len(seen) // 2)
 
 
 def test_chat_prompt_leaves_out_what_does_not_fit():
@@ -83,7 +84,7 @@ def test_an_answer_is_that_of_the_decoder(writer):
     conversation = Conversation()
     first = finish(conversation.ask("one", writer, GREEDY, history_turns=3))
     second = finish(conversation.ask("two", writer, GREEDY, history_turns=3))
-    ids = [fit_chat(TOKENIZER, messages, 84)[0] for messages in (chat("one"), chat("one", first, "two"))]
+    ids = [truncate_chat(TOKENIZER, messages, 84).ids for messages in (chat("one"), chat("one", first, "two"))]
     assert [first, second] == generate_text(writer.model, TOKENIZER, ids, GREEDY)
     assert conversation.turns() == chat("one", first, "two", second)
 

@@ -48,9 +48,10 @@ from export.self_check import (
 )
 from inference.generator import generate_ids
 from inference.options import SamplingParams
+from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import TOKENIZER_DIR, load_tokenizer, render_chat
+from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

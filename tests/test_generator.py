@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.detokenizer import Detokenizer, _byte_of_character
-from inference.generator import BatchGenerator, fit_chat, generate, generate_ids, generate_text
+from inference.generator import BatchGenerator, generate, generate_ids, generate_text
 from inference.kv_cache import KVCache
 from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer, render_chat
+from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
 
 VOCAB = 97
 KINDS = {"dense": {}, "moe": dict(use_moe=True, n_routed_experts=4, n_shared_experts=2)}
@@ -492,31 +492,3 @@ def test_an_answer_cut_off_in_the_middle_of_a_character(writer):
         assert text == "".join(stream(ids[:n], complete=False))
         halves += text != "".join(stream(ids[:n]))
     assert halves  # there were some
-
-
-# ---- chats that are too long
-
-
-def chat(*contents: str, system: str | None = None) -> list[dict]:
-    roles = ["user", "assistant"]
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return messages + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(max_size=15), min_size=1, max_size=9), st.none() | st.text(max_size=9), st.integers(1, 150))
-def test_chats_are_cut_at_turn_boundaries(contents, system, limit):
-    if len(contents) % 2 == 0:
-        contents.pop()
-    contents[0] += "<s>user"  # text, not the head of a message
-    n_turns = (len(contents) + 1) // 2
-    options = [
-        render_chat(TOKENIZER, chat(*contents[2 * cut :], system=system), add_generation_prompt=True)[0]
-        for cut in range(n_turns)
-    ]
-    fitting = [cut for cut in range(n_turns) if len(options[cut]) <= limit]
-    if fitting:
-        assert fit_chat(TOKENIZER, chat(*contents, system=system), limit) == (options[fitting[0]], fitting[0])
-    else:
-        with pytest.raises(ValueError, match=f" {len(options[-1])} tokens, and {limit} is the limit"):
-            fit_chat(TOKENIZER, chat(*contents, system=system), limit)

@@ -17,9 +17,10 @@ from data_pipeline.datasets import PackedRows
 from data_pipeline.preferences import EncodedPair, PreferencePairs
 from data_pipeline.records import Preference
 from data_pipeline.tokenize import encode_preference, tokenize_chat_data
+from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import load_tokenizer, render_chat
+from model.tokenizer import load_tokenizer
 from trainer.losses import dpo_loss, next_token_loss, sequence_logps
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ import torch
 from common.errors import UserError
 from data_pipeline import preferences
 from data_pipeline.preferences import EncodedPair, PreferencePairs, read_pairs, train_and_val_pairs
+from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import EOS_ID, encode_text, load_tokenizer, render_chat
+from model.tokenizer import EOS_ID, encode_text, load_tokenizer
 
 CPU = torch.device("cpu")
 

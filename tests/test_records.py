@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_pipeline.records import Malformed, iter_conversations, iter_preferences, parse_conversation, parse_preference
+from data_pipeline.records import iter_conversations, iter_preferences, parse_conversation, parse_preference
 
 
 def chat(*texts, roles=("user", "assistant"), system=None):
@@ -70,13 +70,19 @@ def test_no_history(history):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ({"messages": chat("a", "q", roles=("assistant", "user"))}, r"out of order: assistant user.*message 1 is not"),
-        ({"messages": chat("q", "r", roles=("user", "user"))}, r"out of order: user user.*message 2 is not"),
-        ({"messages": chat("q", "a", "q", "a")[:3]}, "out of order: user assistant user; .*assistant last$"),
-        ({"messages": [*chat("q", "a"), *chat("b", roles=("assistant", ""))]}, "message 3 is not"),
+        ({"messages": chat("a", "q", roles=("assistant", "user"))}, r"out of order: assistant; messages\[0\] must be"),
+        (
+            {"messages": chat("q", "r", roles=("user", "user"))},
+            r"out of order: user user; messages\[1\] must be assistant",
+        ),
+        (
+            {"messages": chat("q", "a", "q", "a")[:3]},
+            "out of order: user assistant user; the last must be assistant$",
+        ),
+        ({"messages": [*chat("q", "a"), *chat("b", roles=("assistant", ""))]}, r"messages\[2\] must be user"),
         ({"messages": [*chat("q", "a"), *chat("q", "a", system="s")]}, "out of order: user assistant system"),
         ({"messages": [{"role": "system", "content": "s"}]}, "out of order: system"),
-        ({"messages": [{"role": "system", "content": ""}]}, "out of order: ;"),
+        ({"messages": [{"role": "system", "content": ""}]}, "out of order: no messages"),
         ({"messages": chat("q", "a"), "system": "s", "q": 1}, None),
         ({"messages": chat("q", "a", system="s"), "system": "t"}, "out of order: system system"),
         ({"messages": chat("q", "a", roles=("user", "tool"))}, "unknown role 'tool'"),
@@ -111,7 +117,7 @@ def test_unsound_chats(data, reason):
     if reason is None:
         parse_conversation(data)
         return
-    with pytest.raises(Malformed, match=reason):
+    with pytest.raises(UserError, match=reason):
         parse_conversation(data)
 
 
@@ -136,7 +142,7 @@ def test_any_row_is_sound_or_malformed(data):
     for parse in (parse_conversation, parse_preference):
         try:
             result = parse(data)
-        except Malformed:
+        except UserError:
             continue
         messages = result if parse is parse_conversation else result[0]
         turns = [m["role"] for m in messages if m["role"] != "system"]
@@ -242,15 +248,18 @@ def test_preference_prompts():
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "the prompt is empty"),
         ({"prompt": "q", "chosen": {"from": "human", "value": "a"}, "rejected": "b"}, "chosen is a user message"),
         ({"prompt": "q", "chosen": {"from": "x", "value": "a"}, "rejected": "b"}, "unknown role 'x'"),
-        ({"prompt": chat("q", "a"), "chosen": "a", "rejected": "b"}, "out of order: user assistant; .*user last"),
-        ({"prompt": chat("q", "r", roles=("user", "user")), "chosen": "a", "rejected": "b"}, "message 2 is not"),
-        ({"chosen": "a", "rejected": "b"}, "out of order: ;"),
+        (
+            {"prompt": chat("q", "a"), "chosen": "a", "rejected": "b"},
+            "out of order: user assistant; the last must be user",
+        ),
+        ({"prompt": chat("q", "r", roles=("user", "user")), "chosen": "a", "rejected": "b"}, r"messages\[1\] must be"),
+        ({"chosen": "a", "rejected": "b"}, "out of order: no messages"),
         ({"prompt": "p", "chosen": chat("q", "a"), "rejected": "b"}, "repeat another prompt"),
         ({"chosen": chat("q", "a"), "rejected": chat("p", "b")}, "repeat another prompt"),
     ],
 )
 def test_unsound_preferences(data, reason):
-    with pytest.raises(Malformed, match=reason):
+    with pytest.raises(UserError, match=reason):
         parse_preference(data)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.generator import fit_chat, generate_text
+from inference.generator import generate_text
 from inference.options import SamplingParams
+from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -75,7 +76,7 @@ def conversation(path: Path, questions: list[str], history_turns: int, system: s
     for question in questions:
         turns.append({"role": "user", "content": question})
         seen = turns[max(0, len(turns) - 1 - 2 * history_turns) :]
-        ids, _ = fit_chat(TOKENIZER, first + seen, 96 - 12)
+        ids = truncate_chat(TOKENIZER, first + seen, 96 - 12).ids
         (answer,) = generate_text(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12))
         turns.append({"role": "assistant", "content": answer})
     return first + turns

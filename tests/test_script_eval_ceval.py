@@ -14,9 +14,10 @@ import torch
 from common.errors import UserError
 from evaluation.ceval import Question, chat_prompt, plain_prompt, read_questions
 from evaluation.ceval_results import CHINESE_FONTS, accuracy, draw, official_subjects, results_table, summarize
+from model.chat_format import render_chat
 from model.LMConfig import preset
 from model.model import Transformer
-from model.tokenizer import encode_text, load_tokenizer, render_chat
+from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,8 +22,9 @@ from streamlit.testing.v1 import AppTest
 
 from common.files import atomic_folder
 from export.huggingface import describe, write_minimind
-from inference.generator import fit_chat, generate_text
+from inference.generator import generate_text
 from inference.options import SamplingParams
+from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -98,7 +99,7 @@ def ask(page: AppTest, question: str) -> AppTest:
 def answer_of(path: Path, *texts: str) -> str:
     """What a model answers, all greedy."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    ids = fit_chat(TOKENIZER, messages, 84)[0]
+    ids = truncate_chat(TOKENIZER, messages, 84).ids
     model = load_checkpoint(path, dtype=torch.float32).model
     return generate_text(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12))[0]
 
@@ -139,7 +140,7 @@ def test_settings_reach_the_decoder(out, open_page):
     expected = SamplingParams(6, 1.25, 40, 0.8, 0.02, 1.3, seed=5)
     assert answer.sampling == expected
     messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}]
-    ids = fit_chat(TOKENIZER, messages, 90)[0]
+    ids = truncate_chat(TOKENIZER, messages, 90).ids
     model = load_checkpoint(out / "rl_64.pth", dtype=torch.float32).model
     assert [answer.text] == generate_text(model, TOKENIZER, [ids], expected)
     page.number_input(key="seed").set_value(None)

@@ -20,16 +20,15 @@ from data_pipeline import tokenize as module
 from data_pipeline.records import Preference
 from data_pipeline.tokenize import (
     ANSWER_CUT,
-    SYSTEM_CUT,
     TURNS_CUT,
     TokenizedDataset,
     Unusable,
     encode_preference,
-    fit_chat,
     tokenize_chat_data,
     tokenize_pretrain_data,
 )
-from model.tokenizer import TOKENIZER_DIR, encode_text, load_tokenizer, render_chat
+from model.chat_format import render_chat
+from model.tokenizer import TOKENIZER_DIR, encode_text, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["春眠不觉晓，处处闻啼鸟。", "a literal </s> and <s> are text", " two\n\nlines ", "🙂 \u200d café"]
@@ -434,48 +433,6 @@ def learned(tokenizer, ids, loss_mask) -> list[str]:
 words = st.lists(
     st.sampled_from(["春眠", "</s>", "<s>", "\n", " ", "🙂", "code()", "assistant\n", "a", "é"]), min_size=1, max_size=8
 ).map("".join).filter(str.strip)  # fmt: skip
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.none() | words, st.lists(st.tuples(words, words), min_size=1, max_size=5), st.integers(2, 120))
-def test_targets_are_the_answers_however_a_chat_is_cut(tokenizer, system, turns, max_tokens):
-    messages = chat(*(text for turn in turns for text in turn), system=system)
-    answers = [answer for _, answer in turns]
-    whole, _ = render_chat(tokenizer, messages)
-    last, last_mask = render_chat(tokenizer, messages[-2:])
-    try:
-        fitted = fit_chat(tokenizer, messages, max_tokens)
-    except Unusable:
-        assert last_mask.index(True) >= max_tokens
-        return
-    found = learned(tokenizer, fitted.ids, fitted.loss_mask)
-    assert len(fitted.ids) == len(fitted.loss_mask) <= max_tokens and found
-    if ANSWER_CUT in fitted.cuts:
-        assert len(last) - 1 > max_tokens == len(fitted.ids)
-        assert fitted.ids == last[:max_tokens] and 2 not in fitted.ids[last_mask.index(True) :]
-        (text,) = found
-        kept = text.encode().rstrip("\ufffd".encode())  # a character may be cut in the middle
-        assert answers[-1].encode().startswith(kept) and len(kept) <= fitted.n_bytes < len(kept) + 4
-        return
-    assert found == [answer + "</s>" for answer in answers[-len(found) :]]
-    assert fitted.n_bytes == sum(len(answer.encode()) for answer in answers[-len(found) :])
-    assert (TURNS_CUT in fitted.cuts) == (len(found) < len(answers))
-    kept = messages[-2 * len(found) :]
-    if system and SYSTEM_CUT not in fitted.cuts:
-        kept = [messages[0], *kept]
-    expected = render_chat(tokenizer, kept)
-    assert (fitted.ids, fitted.loss_mask) == (expected[0][:max_tokens], expected[1][:max_tokens])
-    assert len(expected[0]) <= max_tokens + 1  # at most the line end at the end is missing
-    if not fitted.cuts:
-        assert fitted.ids == whole[:max_tokens]
-    else:  # nothing more would have fitted
-        more = messages[-2 * len(found) - 2 :] if TURNS_CUT in fitted.cuts else messages
-        if system and SYSTEM_CUT in fitted.cuts:
-            assert len(render_chat(tokenizer, [messages[0], *messages[-2:]])[0]) - 1 > max_tokens
-        elif system and more[0]["role"] != "system":
-            more = [messages[0], *more]
-        if TURNS_CUT in fitted.cuts:
-            assert len(render_chat(tokenizer, more)[0]) - 1 > max_tokens
 
 
 def test_chat_corpus_of_every_format(tokenizer, tmp_path):

@@ -12,20 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from model.tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    TOKENIZER_DIR,
-    encode_text,
-    encode_texts,
-    load_tokenizer,
-    render_chat,
-    tokenizer_hash,
-)
+from model.tokenizer import EOS_ID, TOKENIZER_DIR, encode_text, encode_texts, load_tokenizer, tokenizer_hash
 from train_tokenizer import is_held_out, measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,23 +29,6 @@ awkward = st.lists(
     st.sampled_from(["<s>", "</s>", "<unk>", "user\n", "assistant\n", "\n", "\r\n", " ", "\t", "，我们", "12", "a"])
 ).map("".join)
 text = unicode_text | awkward
-
-
-@st.composite
-def chats(draw, content=text):
-    messages = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
-    for i in range(draw(st.integers(1, 5))):
-        messages.append({"role": "assistant" if i % 2 else "user", "content": draw(content)})
-    return messages
-
-
-def as_text(messages: list[dict], add_generation_prompt: bool) -> str:
-    """The chat format, written down a second time."""
-    system, turns = "", messages
-    if messages[0]["role"] == "system":
-        system, turns = messages[0]["content"], messages[1:]
-    whole = system + "".join(f"<s>{turn['role']}\n{turn['content']}</s>\n" for turn in turns)
-    return whole + ("<s>assistant\n" if add_generation_prompt and turns[-1]["role"] == "user" else "")
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -126,107 +99,6 @@ def test_a_pickled_tokenizer_encodes_text_as_text():  # it travels to worker pro
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(ValueError, match=r"text 1 is not Unicode.*U\+D800.*character 2"):
         encode_texts(TOKENIZER, ["fine", "ab\ud800"])
-
-
-# --- chats -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_format_of_the_published_models():
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    messages += [{"role": "assistant", "content": "A"}, {"role": "user", "content": "V"}]
-    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=True)
-    assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n<s>assistant\n"
-    ids, _ = render_chat(TOKENIZER, messages)
-    assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n"
-
-
-@settings(max_examples=300, deadline=None)
-@given(chats(), st.booleans())
-def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prompt):
-    ids, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
-    assert len(ids) == len(loss_mask)
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    masked = [i for i, target in zip(ids, loss_mask, strict=True) if target]
-    assert TOKENIZER.decode(masked) == "".join(f"{answer}</s>" for answer in answers)
-    assert TOKENIZER.decode(ids) == as_text(messages, prompt)
-    # Control tokens are those of the format, whatever the texts contain.
-    assert masked.count(EOS_ID) == len(answers)
-    turns = sum(message["role"] != "system" for message in messages)
-    assert ids.count(EOS_ID) == turns
-    assert ids.count(BOS_ID) == turns + (prompt and messages[-1]["role"] == "user")
-
-
-@settings(max_examples=300, deadline=None)
-@given(chats(), text)
-def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, answer):
-    if messages[-1]["role"] == "assistant":
-        messages = [*messages, {"role": "user", "content": "go on"}]
-    prompt, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=True)
-    whole, whole_target = render_chat(TOKENIZER, [*messages, {"role": "assistant", "content": answer}])
-    answer_ids = [*encode_text(TOKENIZER, answer), EOS_ID]
-    n = len(prompt) + len(answer_ids)
-    assert whole[:n] == prompt + answer_ids
-    assert whole_target[:n] == loss_mask + [True] * len(answer_ids)
-
-
-def without_control_tokens(text: str) -> bool:
-    return not any(token in text for token in ("<s>", "</s>", "<unk>"))
-
-
-def begins_with_blank_line(text: str) -> bool:
-    blanks = text[: len(text) - len(text.lstrip())]
-    return "\n" in blanks or "\r" in blanks
-
-
-@settings(max_examples=500, deadline=None)
-@given(chats(text.filter(without_control_tokens)), st.booleans())
-def test_transformers_renders_the_same_ids(messages, prompt):
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    rendered = TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    assert rendered == as_text(messages, prompt)
-    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
-    if not any(map(begins_with_blank_line, answers)):
-        assert ids == TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
-
-
-def test_the_documented_difference_to_transformers_is_one_line_end():
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\na"}]
-    ids, _ = render_chat(TOKENIZER, messages)
-    theirs = TOKENIZER.apply_chat_template(messages, return_dict=False)
-    assert ids != theirs
-    assert TOKENIZER.decode(ids) == TOKENIZER.decode(theirs)
-
-
-U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "no messages"),
-        ([S], "message 0 is a system message, and none of the user follows"),
-        ([A], "message 0 is of assistant at the start, where user"),
-        ([S, A], "message 1 is of assistant after system, where user"),
-        ([U, S], "message 1 is a system message: only the first"),
-        ([S, S, U], "message 1 is a system message: only the first"),
-        ([U, U], "message 1 is of user after user, where assistant"),
-        ([U, A, A], "message 2 is of assistant after assistant, where user"),
-        ([U, {"role": "tool", "content": "x"}], "message 1 has the unknown role 'tool'"),
-        ([{"role": "user"}], "message 0 is not an object with a role and a text"),
-        (["hi"], "message 0 is not an object with a role and a text"),
-        ([{"role": "user", "content": None}], "message 0 is not an object with a role and a text.*None"),
-        ([{"role": "user", "content": "\udfff"}], r"message 0 .user. is not Unicode"),
-    ],
-)
-def test_wrong_chats_are_refused_by_index(messages, message):
-    with pytest.raises(ValueError, match=message):
-        render_chat(TOKENIZER, messages)
-
-
-@pytest.mark.parametrize("messages", [[A], [U, U], [U, S], [{"role": "tool", "content": "x"}]])
-def test_the_template_refuses_roles_out_of_order(messages):
-    with pytest.raises(TemplateError, match="roles must be"):
-        TOKENIZER.apply_chat_template(messages)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,228 @@
+"""The chat format: roles and their order, the template, rendering to token ids, cutting what is too long.
+
+    ids, loss_mask = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
+    prompt = truncate_chat(tokenizer, [*dialogue, {"role": "user", "content": "and now?"}], max_tokens=512).ids
+
+A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. Data readers,
+training, the server and the web page all use this module, which imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from common.errors import UserError
+from model.tokenizer import BOS_ID, EOS_ID, check_unicode, encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = dict[str, str]  # {"role", "content"}
+
+START, END = "", "the end"
+# The grammar: which roles may follow a role. Everything that depends on the order of messages uses this table.
+FOLLOWED_BY: dict[str, tuple[str, ...]] = {
+    START: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant", END),
+    "assistant": ("user", END),
+}
+ROLES = tuple(role for role in FOLLOWED_BY if role != START)
+BARE_ROLE = "system"  # its text stands alone, without <s>, header and </s>
+TURN_ROLE = "user"  # a turn is a message of this role and all that follow, up to the next one
+ANSWER_ROLE = "assistant"  # what the model writes: the content of these messages is trained on
+
+# The same text as render_chat, for transformers, vLLM and llama.cpp. Two things differ from the published template: the
+# header of the next answer depends on add_generation_prompt, and a role out of order is an error instead of dropped.
+CHAT_TEMPLATE = (
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
+    "{{ raise_exception('roles must be: perhaps system, then user and assistant in turn; found ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt and turns and turns[-1]['role'] == 'user' %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+
+
+class PromptTooLong(UserError):
+    """The part of a chat that must stay, its last question, does not fit."""
+
+
+def check_messages(messages: list[Message], *, answered: bool | None = None) -> None:
+    """Raise UserError, naming the index of the message, unless the roles follow the grammar and all contents are text.
+
+    answered: True: the last message must be an answer; False: it must wait for one; None: either.
+    """
+    roles: list[str] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or not isinstance(message.get("content"), str):
+            raise UserError(f"messages[{i}] is not an object with a role and a text as content: {message!r:.80}")
+        if message["role"] not in ROLES:
+            raise UserError(f"messages[{i}] has the unknown role {message['role']!r}; use {' or '.join(ROLES)}")
+        check_unicode(message["content"], f"messages[{i}] ({message['role']})")
+        roles.append(message["role"])
+    steps = itertools.pairwise([START, *roles, END])
+    wrong = next((i for i, (role, following) in enumerate(steps) if following not in FOLLOWED_BY[role]), None)
+    asking = [role for role, following in FOLLOWED_BY.items() if ANSWER_ROLE in following]
+    if wrong is not None:
+        found, where = roles[: wrong + 1], f"messages[{wrong}]"
+        expected = [role for role in FOLLOWED_BY[roles[wrong - 1] if wrong else START] if role != END]
+    elif answered is not None and answered != (roles[-1] == ANSWER_ROLE):
+        found, where, expected = roles, "the last", [ANSWER_ROLE] if answered else asking
+    else:
+        return
+    shown = ("... " if len(found) > 8 else "") + " ".join(found[-8:]) if found else "no messages"
+    raise UserError(f"roles out of order: {shown}; {where} must be {' or '.join(expected)}")
+
+
+def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """Return the messages before the first turn (a system message, or none), and the turns of a valid chat."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == TURN_ROLE]
+    first = starts[0] if starts else len(messages)
+    return messages[:first], [messages[i:j] for i, j in itertools.pairwise([*starts, len(messages)])]
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a chat, and which of them are trained on: each answer with its closing `</s>`.
+
+    Each piece is encoded alone. So the mask is exact, the content of a message cannot pose as a control token, and an
+    answer has the same ids in training as the model has to produce when it is asked. These are also the ids of
+    `tokenizer.apply_chat_template`, with one exception beside literal control tokens: where an answer begins with a
+    blank line, the template merges the line end of the header with it ("\\n\\n" is one token).
+
+    Args:
+        add_generation_prompt: end with the header of the next answer (not if the chat ends with an answer).
+        continue_final_message: leave out the end of the last message if it is an answer, so that the model continues it.
+    """
+    check_messages(messages)
+    rendered = _render_messages(tokenizer, messages, add_generation_prompt)
+    if continue_final_message and rendered[-1].answer:
+        rendered[-1] = _Rendered(rendered[-1].prefix, rendered[-1].answer[:-1], [])
+    return _join(rendered)
+
+
+@dataclass(frozen=True)
+class TruncatedChat:
+    """A rendered chat of limited length.
+
+    Attributes:
+        ids: token ids.
+        loss_mask: which of them are trained on.
+        answer_start: index in `ids` where the last answer begins, or will begin.
+        messages: the messages that are left.
+        dropped_turns: how many of the oldest turns were left out.
+        dropped_system: the system message was left out.
+        answer_cut: the last answer does not end in `</s>`, because it was cut.
+    """
+
+    ids: list[int]
+    loss_mask: list[bool]
+    answer_start: int
+    messages: list[Message]
+    dropped_turns: int = 0
+    dropped_system: bool = False
+    answer_cut: bool = False
+
+
+def truncate_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int) -> TruncatedChat:
+    """Render a chat in at most `max_tokens` tokens, cut at turn boundaries: the oldest turns are left out first.
+
+    A chat that waits for an answer ends with the header of that answer; it keeps its system message. A chat that is
+    answered loses its system message if the last turn does not fit beside it, and then the end of its last answer: no
+    `</s>` is trained on there, because the answer does not end there.
+
+    Raises PromptTooLong if the last question (with the system message of a chat that waits for an answer) does not fit,
+    or leaves no room for a single token of the answer that is there.
+    """
+    check_messages(messages)
+    answered = messages[-1]["role"] == ANSWER_ROLE
+    system, turns = split_turns(messages)
+    rendered = iter(_render_messages(tokenizer, messages, add_generation_prompt=True))
+    system_ids = [token for _ in system for token in next(rendered).prefix]
+    *older, last = [[next(rendered) for _ in turn] for turn in turns]
+    last += rendered  # the header of the next answer
+    last_ids, last_mask = _join(last)
+    # The line end after the last answer is not trained on: it is cut without further notice.
+    needed = len(last_ids) - len(last[-1].suffix)
+    prompt_len = needed - len(last[-1].answer)
+
+    n_question = prompt_len if answered else len(system_ids) + prompt_len
+    limit = max_tokens - 1 if answered else max_tokens
+    if n_question > limit:
+        what = "the last question has" if answered or not system else "the system message and the last question have"
+        raise PromptTooLong(f"{what} {n_question} tokens, and {limit} is the limit: shorten it")
+    room = max_tokens - needed
+    dropped_system = bool(system) and len(system_ids) > room
+    if dropped_system:
+        system, system_ids = [], []
+    room -= len(system_ids)
+    ids, loss_mask = last_ids, last_mask
+    kept = 1
+    for turn in reversed(older):
+        turn_ids, turn_mask = _join(turn)
+        room -= len(turn_ids)
+        if room < 0:
+            break
+        ids, loss_mask = turn_ids + ids, turn_mask + loss_mask
+        kept += 1
+    ids, loss_mask = system_ids + ids, [False] * len(system_ids) + loss_mask
+    return TruncatedChat(
+        ids=ids[:max_tokens],
+        loss_mask=loss_mask[:max_tokens],
+        answer_start=len(ids) - len(last_ids) + prompt_len,
+        messages=[*system, *(message for turn in turns[-kept:] for message in turn)],
+        dropped_turns=len(turns) - kept,
+        dropped_system=dropped_system,
+        answer_cut=needed > max_tokens,
+    )
+
+
+class _Rendered(NamedTuple):
+    """Token ids of a message; only those of `answer` are trained on."""
+
+    prefix: list[int]
+    answer: list[int]
+    suffix: list[int]
+
+
+def _render_messages(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], add_generation_prompt: bool
+) -> list[_Rendered]:
+    """Render each message of a valid chat, and the header of the next answer if it is asked for and one may follow."""
+    texts = ["\n", f"{ANSWER_ROLE}\n"]
+    for message in messages:  # the content of an answer is encoded alone, without its header
+        alone = message["role"] in (BARE_ROLE, ANSWER_ROLE)
+        texts.append(message["content"] if alone else f"{message['role']}\n{message['content']}")
+    newline, header, *encoded = encode_texts(tokenizer, texts)
+    rendered = []
+    for message, ids in zip(messages, encoded, strict=True):
+        if message["role"] == BARE_ROLE:
+            rendered.append(_Rendered(ids, [], []))
+        elif message["role"] == ANSWER_ROLE:
+            rendered.append(_Rendered([BOS_ID, *header], [*ids, EOS_ID], newline))
+        else:
+            rendered.append(_Rendered([BOS_ID, *ids, EOS_ID, *newline], [], []))
+    if add_generation_prompt and ANSWER_ROLE in FOLLOWED_BY[messages[-1]["role"]]:
+        rendered.append(_Rendered([BOS_ID, *header], [], []))
+    return rendered
+
+
+def _join(rendered: list[_Rendered]) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    loss_mask: list[bool] = []
+    for prefix, answer, suffix in rendered:
+        ids += prefix + answer + suffix
+        loss_mask += [False] * len(prefix) + [True] * len(answer) + [False] * len(suffix)
+    return ids, loss_mask

@@ -1,0 +1,265 @@
+"""model/chat_format.py: the grammar, exact masks, the template's ids, and chats cut at turn boundaries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+
+from common.errors import UserError
+from common.files import ROOT
+from model.chat_format import CHAT_TEMPLATE, PromptTooLong, check_messages, render_chat, split_turns, truncate_chat
+from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
+
+TOKENIZER = load_tokenizer()
+
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
+# Hypothesis alone would hardly ever write these.
+awkward = st.lists(
+    st.sampled_from(["<s>", "</s>", "<unk>", "user\n", "assistant\n", "\n", "\r\n", " ", "\t", "，我们", "12", "a"])
+).map("".join)
+text = unicode_text | awkward
+
+
+@st.composite
+def chats(draw, content=text):
+    messages = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
+    for i in range(draw(st.integers(1, 5))):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": draw(content)})
+    return messages
+
+
+def as_text(messages: list[dict], add_generation_prompt: bool) -> str:
+    """The chat format, written down a second time."""
+    system, turns = "", messages
+    if messages[0]["role"] == "system":
+        system, turns = messages[0]["content"], messages[1:]
+    whole = system + "".join(f"<s>{turn['role']}\n{turn['content']}</s>\n" for turn in turns)
+    return whole + ("<s>assistant\n" if add_generation_prompt and turns[-1]["role"] == "user" else "")
+
+
+def chat(*contents: str, system: str | None = None) -> list[dict]:
+    roles = ["user", "assistant"]
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return messages + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+# --- rendering -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_format_of_the_published_models():
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    messages += [{"role": "assistant", "content": "A"}, {"role": "user", "content": "V"}]
+    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=True)
+    assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n<s>assistant\n"
+    ids, _ = render_chat(TOKENIZER, messages)
+    assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n"
+
+
+@settings(max_examples=300, deadline=None)
+@given(chats(), st.booleans())
+def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prompt):
+    ids, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
+    assert len(ids) == len(loss_mask)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    masked = [i for i, target in zip(ids, loss_mask, strict=True) if target]
+    assert TOKENIZER.decode(masked) == "".join(f"{answer}</s>" for answer in answers)
+    assert TOKENIZER.decode(ids) == as_text(messages, prompt)
+    # Control tokens are those of the format, whatever the texts contain.
+    assert masked.count(EOS_ID) == len(answers)
+    turns = sum(message["role"] != "system" for message in messages)
+    assert ids.count(EOS_ID) == turns
+    assert ids.count(BOS_ID) == turns + (prompt and messages[-1]["role"] == "user")
+
+
+@settings(max_examples=300, deadline=None)
+@given(chats(), text)
+def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, answer):
+    if messages[-1]["role"] == "assistant":
+        messages = [*messages, {"role": "user", "content": "go on"}]
+    prompt, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=True)
+    whole, whole_target = render_chat(TOKENIZER, [*messages, {"role": "assistant", "content": answer}])
+    answer_ids = [*encode_text(TOKENIZER, answer), EOS_ID]
+    n = len(prompt) + len(answer_ids)
+    assert whole[:n] == prompt + answer_ids
+    assert whole_target[:n] == loss_mask + [True] * len(answer_ids)
+
+
+def without_control_tokens(text: str) -> bool:
+    return not any(token in text for token in ("<s>", "</s>", "<unk>"))
+
+
+def begins_with_blank_line(text: str) -> bool:
+    blanks = text[: len(text) - len(text.lstrip())]
+    return "\n" in blanks or "\r" in blanks
+
+
+@settings(max_examples=500, deadline=None)
+@given(chats(text.filter(without_control_tokens)), st.booleans())
+def test_transformers_renders_the_same_ids(messages, prompt):
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    rendered = TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    assert rendered == as_text(messages, prompt)
+    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
+    if not any(map(begins_with_blank_line, answers)):
+        assert ids == TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+
+
+def test_the_documented_difference_to_transformers_is_one_line_end():
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\na"}]
+    ids, _ = render_chat(TOKENIZER, messages)
+    theirs = TOKENIZER.apply_chat_template(messages, return_dict=False)
+    assert ids != theirs
+    assert TOKENIZER.decode(ids) == TOKENIZER.decode(theirs)
+
+
+U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], r"roles out of order: no messages; messages\[0\] must be system or user$"),
+        ([S], r"roles out of order: system; messages\[1\] must be user$"),
+        ([A], r"roles out of order: assistant; messages\[0\] must be system or user$"),
+        ([S, A], r"order: system assistant; messages\[1\] must be user$"),
+        ([U, S], r"order: user system; messages\[1\] must be assistant$"),
+        ([S, S, U], r"order: system system; messages\[1\] must be user$"),
+        ([U, U], r"order: user user; messages\[1\] must be assistant$"),
+        ([U, A, A], r"order: user assistant assistant; messages\[2\] must be user$"),
+        ([U, A] * 5 + [A], r"order: \.\.\. (assistant user ){3}assistant assistant; messages\[10\] must be user$"),
+        ([U, {"role": "tool", "content": "x"}], r"messages\[1\] has the unknown role 'tool'; use system or user or"),
+        ([{"role": "user"}], r"messages\[0\] is not an object with a role and a text"),
+        (["hi"], r"messages\[0\] is not an object with a role and a text"),
+        ([{"role": "user", "content": None}], r"messages\[0\] is not an object with a role and a text.*None"),
+        ([{"role": ["user"], "content": "x"}], r"messages\[0\] has the unknown role \['user'\]"),
+        ([{"role": "user", "content": "\udfff"}], r"messages\[0\] .user. is not Unicode"),
+    ],
+)
+def test_wrong_chats_are_refused_by_index(messages, error):
+    for check in (check_messages, lambda messages: render_chat(TOKENIZER, messages)):
+        with pytest.raises(UserError, match=error):
+            check(messages)
+
+
+def test_who_may_speak_last():
+    for messages, answered in (([U, A], True), ([S, U, A, U], False)):
+        check_messages(messages, answered=answered)
+        with pytest.raises(UserError, match="; the last must be (assistant|user)$"):
+            check_messages(messages, answered=not answered)
+
+
+@pytest.mark.parametrize("messages", [[A], [U, U], [U, S], [{"role": "tool", "content": "x"}]])
+def test_the_template_refuses_roles_out_of_order(messages):
+    with pytest.raises(TemplateError, match="roles must be"):
+        TOKENIZER.apply_chat_template(messages)
+
+
+# --- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def learned(ids: list[int], loss_mask: list[bool]) -> list[str]:
+    """Return the text of each run of targets."""
+    runs, inside = [], False
+    for token, target in zip(ids, loss_mask, strict=True):
+        if target and not inside:
+            runs.append([])
+        if target:
+            runs[-1].append(token)
+        inside = target
+    return [TOKENIZER.decode(run) for run in runs]
+
+
+words = st.lists(
+    st.sampled_from(["春眠", "</s>", "<s>", "\n", " ", "🙂", "code()", "assistant\n", "a", "é"]), min_size=1, max_size=8
+).map("".join).filter(str.strip)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.none() | words, st.lists(st.tuples(words, words), min_size=1, max_size=5), st.integers(2, 120))
+def test_targets_are_the_answers_however_a_chat_is_cut(system, turns, max_tokens):
+    messages = chat(*(text for turn in turns for text in turn), system=system)
+    answers = [answer for _, answer in turns]
+    last, last_mask = render_chat(TOKENIZER, messages[-2:])
+    n_prompt = last_mask.index(True)
+    if n_prompt >= max_tokens:
+        with pytest.raises(PromptTooLong, match=f"has {n_prompt} tokens, and {max_tokens - 1} is the limit"):
+            truncate_chat(TOKENIZER, messages, max_tokens)
+        return
+    cut = truncate_chat(TOKENIZER, messages, max_tokens)
+    found = learned(cut.ids, cut.loss_mask)
+    assert len(cut.ids) == len(cut.loss_mask) <= max_tokens and found
+    assert cut.ids[: cut.answer_start][-n_prompt:] == last[:n_prompt]
+    assert cut.dropped_system == (bool(system) and cut.messages[0]["role"] != "system")
+    kept = messages[-2 * (len(turns) - cut.dropped_turns) :]
+    assert cut.messages == ([messages[0], *kept] if system and not cut.dropped_system else kept)
+    if cut.answer_cut:
+        assert len(last) - 1 > max_tokens == len(cut.ids) and cut.messages == messages[-2:]
+        assert cut.ids == last[:max_tokens] and EOS_ID not in cut.ids[n_prompt:]
+        (text,) = found
+        assert answers[-1].encode().startswith(text.encode().rstrip("\ufffd".encode()))  # a character may be cut too
+        return
+    assert found == [answer + "</s>" for answer in answers[cut.dropped_turns :]]
+    expected = render_chat(TOKENIZER, cut.messages)
+    assert (cut.ids, cut.loss_mask) == (expected[0][:max_tokens], expected[1][:max_tokens])
+    assert len(expected[0]) <= max_tokens + 1  # at most the line end at the end is missing
+    # Nothing more would have fitted.
+    if cut.dropped_system:
+        assert len(render_chat(TOKENIZER, [messages[0], *messages[-2:]])[0]) - 1 > max_tokens
+    if cut.dropped_turns:
+        with_system = [messages[0]] if system and not cut.dropped_system else []
+        more = [*with_system, *messages[-2 * len(found) - 2 :][-2 * len(turns) :]]
+        assert len(render_chat(TOKENIZER, more)[0]) - 1 > max_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=15), min_size=1, max_size=9), st.none() | st.text(max_size=9), st.integers(1, 150))
+def test_prompts_are_cut_at_turn_boundaries_and_keep_their_system_message(contents, system, limit):
+    if len(contents) % 2 == 0:
+        contents.pop()
+    contents[0] += "<s>user"  # text, not the head of a message
+    n_turns = (len(contents) + 1) // 2
+    options = [
+        render_chat(TOKENIZER, chat(*contents[2 * cut :], system=system), add_generation_prompt=True)[0]
+        for cut in range(n_turns)
+    ]
+    messages = chat(*contents, system=system)
+    fitting = [cut for cut in range(n_turns) if len(options[cut]) <= limit]
+    if fitting:
+        prompt = truncate_chat(TOKENIZER, messages, limit)
+        assert (prompt.ids, prompt.dropped_turns) == (options[fitting[0]], fitting[0])
+        assert prompt.answer_start == len(prompt.ids)
+        assert not (prompt.dropped_system or prompt.answer_cut)
+    else:
+        with pytest.raises(PromptTooLong, match=f" {len(options[-1])} tokens, and {limit} is the limit"):
+            truncate_chat(TOKENIZER, messages, limit)
+
+
+def test_turns_begin_at_user_messages():
+    assert split_turns([S, U, A, U]) == ([S], [[U, A], [U]])
+    assert split_turns([U, A]) == ([], [[U, A]])
+    assert split_turns([]) == ([], []) and split_turns([S]) == ([S], [])
+
+
+@settings(max_examples=100, deadline=None)
+@given(chats())
+def test_the_final_answer_can_be_continued(messages):
+    open_end = render_chat(TOKENIZER, messages, add_generation_prompt=True, continue_final_message=True)[0]
+    if messages[-1]["role"] == "user":
+        assert open_end == render_chat(TOKENIZER, messages, add_generation_prompt=True)[0]
+        return
+    before = render_chat(TOKENIZER, messages[:-1], add_generation_prompt=True)[0]
+    assert open_end == before + encode_text(TOKENIZER, messages[-1]["content"])
+
+
+def test_the_grammar_needs_neither_torch_nor_transformers():
+    code = "import model.chat_format, sys; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_shipped_tokenizer_has_the_template():
+    assert TOKENIZER.chat_template == CHAT_TEMPLATE
