@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.files import recover_folder
 from model.architecture import TOKENIZER_DIR
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def load_tokenizer(path: Path | str = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     Raises UserError if the folder is not a tokenizer, or one whose <unk>, <s>, </s> are not the ids 0, 1, 2.
     """
     path = Path(path)
+    if not path.exists():
+        recover_folder(path)  # a process that replaced it was killed between two renames
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"{path}: no tokenizer.json in it; name a tokenizer folder, or make one: train_tokenizer.py")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -16,22 +16,21 @@ from transformers import AutoTokenizer
 
 import train_tokenizer
 from common.errors import UserError
-from model.tokenizer import load_tokenizer, tokenizer_hash
-from train_tokenizer import (
+from common.files import atomic_folder, exclusive
+from data_pipeline import bpe
+from data_pipeline.bpe import (
     MAX_TOKEN_BYTES,
-    NoText,
-    Sample,
-    is_held_out,
     longest_tokens,
-    main,
     measure,
-    publish,
     round_trip_failures,
-    row_text,
     train_bpe,
     unicode_samples,
     write_tokenizer,
 )
+from data_pipeline.records import Malformed
+from data_pipeline.tokenizer_data import Sample, is_held_out, row_text
+from model.tokenizer import load_tokenizer, tokenizer_hash
+from train_tokenizer import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,7 +79,10 @@ def test_the_command_writes_a_tokenizer_and_a_report(tmp_path, data):
     tokenizer = load_tokenizer(out)
     assert len(tokenizer) == 600
     assert sorted(path.name for path in out.iterdir()) == sorted(train_tokenizer.FILES)
-    assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]  # no temporary folder is left
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        ".tokenizer.lock",
+        "tokenizer",
+    ]  # nothing else is left
     training = json.loads((out / "training.json").read_text(encoding="utf-8"))
     assert training["tokenizer_hash"] == tokenizer_hash(tokenizer) == tokenizer_hash(AutoTokenizer.from_pretrained(out))
     assert training["files"] == {"data.jsonl": 1}
@@ -91,7 +93,7 @@ def test_the_command_writes_a_tokenizer_and_a_report(tmp_path, data):
     # Without --overwrite a second run does nothing, and says so in one line.
     before = folder_content(out)
     again = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", cwd=tmp_path)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert again.stderr.strip().startswith("error: ")
     assert "--overwrite" in again.stderr
     assert "\n" not in again.stderr.strip()
@@ -168,7 +170,7 @@ def test_formats(tmp_path, texts, kind):
     [
         ({"text": "a", "q": "b"}, "a"),
         ({"instruction": "i", "input": "", "output": "o", "history": [["h", "j"]]}, "h\nj\ni\no"),
-        ({"history": "[]", "q": "q", "a": "a"}, "q\na"),
+        ({"history": "[['h', 'j']]", "q": "q", "a": "a"}, "h\nj\nq\na"),
         ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]}, "u\nv"),
         ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "v"}]}, "u\nv"),
     ],
@@ -184,11 +186,11 @@ def test_texts_of_rows(row, text):
         ({"text": 3}, "text is not a text but int"),
         ({"text": " \n"}, "the text is empty"),
         ({"q": "", "a": None}, "the text is empty"),
-        ({"messages": [{"role": "user"}]}, "a message of the dialogue has no text"),
+        ({"messages": [{"role": "user"}]}, "no content; the fields are role"),
     ],
 )
 def test_rows_without_text(row, reason):
-    with pytest.raises(NoText, match=reason):
+    with pytest.raises(Malformed, match=reason):
         row_text(row)
 
 
@@ -251,25 +253,38 @@ def test_a_lossy_tokenizer_is_noticed_and_not_written(tmp_path, data, monkeypatc
     run(data, tmp_path / "out")
     before = folder_content(tmp_path / "out")
     assert round_trip_failures(load_tokenizer(tmp_path / "out"), unicode_samples()) == []
-    monkeypatch.setattr(train_tokenizer, "train_bpe", lossy_bpe)
+    monkeypatch.setattr(bpe, "train_bpe", lossy_bpe)
     with pytest.raises(UserError, match="do not survive encoding and decoding, nothing was written"):
         run(data, tmp_path / "out", "--overwrite")
     assert folder_content(tmp_path / "out") == before
-    assert not list(tmp_path.glob(".out*"))
+    assert not list(tmp_path.glob(".out*.tmp"))
 
 
-def test_wrong_flags_are_reported_together(tmp_path, data):
-    with pytest.raises(UserError) as error:
-        run(data, data, "--held_out", "1", "--max_bytes", "0", "--min_frequency", "0", vocab_size=100)
+def refused(capsys, *args, **kwargs) -> str:
+    """Run with wrong flags; return what is printed."""
+    with pytest.raises(SystemExit) as ended:
+        run(*args, **kwargs)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_wrong_flags_are_reported_together(data, capsys):
+    printed = refused(capsys, data, data, "--held_out", "1", "--max_bytes", "0", "--min_frequency", "0", vocab_size=100)
     for flag in ("--vocab_size 100", "--held_out 1", "--max_bytes 0", "--min_frequency 0", "--out_dir"):
-        assert flag in str(error.value)
+        assert flag in printed
 
 
-def test_a_folder_with_other_things_is_not_touched(tmp_path, data):
+def test_a_folder_with_other_things_is_not_touched(tmp_path, data, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
-        run(data, tmp_path / "out", "--overwrite")
+    assert "holds other files (thesis.tex)" in refused(capsys, data, tmp_path / "out", "--overwrite")
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(tmp_path, data):
+    busy = pytest.raises(UserError, match="another process is training a tokenizer into .*out")
+    with exclusive(tmp_path, "out", ""), busy:
+        run(data, tmp_path / "out")
+    run(data, tmp_path / "out")
 
 
 def test_a_readme_survives_a_new_tokenizer(tmp_path, data):
@@ -284,9 +299,9 @@ def test_a_readme_survives_a_new_tokenizer(tmp_path, data):
     ("name", "content", "message"),
     [
         ("a.jsonl", "", "a.jsonl: the file is empty"),
-        ("a.jsonl", '\n{"body": "x"}\n', "a.jsonl, line 2: no field 'text'; the fields are body: use --text_field"),
-        ("a.csv", "id,body\n1,x\n", "a.csv, line 2: no field 'text'; the fields are id, body"),
-        ("a.jsonl", '{"text": "x"\n', "a.jsonl, line 1: invalid JSON"),
+        ("a.jsonl", '\n{"body": "x"}\n', "a.jsonl:2: no field 'text'; the fields are body: use --text_field"),
+        ("a.csv", "id,body\n1,x\n", "a.csv:2: no field 'text'; the fields are id, body"),
+        ("a.jsonl", '{"text": "x"\n', "a.jsonl:1: invalid JSON"),
         ("a.docx", "x", "a.docx: cannot tell its format"),
         ("a.py", "\udcff", "a.py: invalid UTF-8 at byte 1"),
     ],
@@ -311,7 +326,7 @@ def test_bad_lines_are_skipped_and_told_once(tmp_path, data, capsys):
     told = capsys.readouterr().err
     assert "skipped 3 rows" in told
     for line, reason in ((1501, "invalid JSON"), (1502, "no field 'text'"), (1503, "invalid UTF-8")):
-        assert f"data.jsonl, line {line}: {reason}" in told
+        assert f"data.jsonl:{line}: {reason}" in told
 
 
 def test_too_little_text_is_refused(tmp_path):
@@ -324,11 +339,10 @@ def test_too_little_text_is_refused(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("moment", range(3))
 def test_killed_while_replacing_the_old_tokenizer_still_loads(tmp_path, texts, moment):
-    """A process dies before the rename number `moment`: what lies there is the old tokenizer, and it is complete."""
-    old, new = train_bpe(texts, 500), train_bpe(some_texts(seed=1), 600)
-    write_tokenizer(old, tmp_path / "out", {})
+    """A process dies before the rename number `moment`, or after both: a complete tokenizer loads."""
+    write_tokenizer(train_bpe(texts, 500), tmp_path / "out", {})
     old_hash = tokenizer_hash(load_tokenizer(tmp_path / "out"))
-    write_tokenizer(new, tmp_path / "finished", {})
+    new = train_bpe(some_texts(seed=1), 600)
     replace, calls = os.replace, []
 
     def die(*paths) -> None:
@@ -337,15 +351,20 @@ def test_killed_while_replacing_the_old_tokenizer_still_loads(tmp_path, texts, m
         calls.append(paths)
         replace(*paths)
 
+    def publish() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            write_tokenizer(new, folder, {})
+
     pid = os.fork()
     if pid == 0:
         os.replace = die
         try:
-            publish(tmp_path / "finished", tmp_path / "out")
+            publish()
         finally:
             os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert tokenizer_hash(load_tokenizer(tmp_path / "out")) == old_hash
-    write_tokenizer(new, tmp_path / "again", {})
-    publish(tmp_path / "again", tmp_path / "out")  # the next run finds nothing in its way
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (9 if moment < 2 else 0)
+    assert (tokenizer_hash(load_tokenizer(tmp_path / "out")) == old_hash) == (moment < 2)
+    with exclusive(tmp_path, "out", ""):
+        publish()  # the next run finds nothing in its way, and leaves nothing of the killed one
     assert len(load_tokenizer(tmp_path / "out")) == 600
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]

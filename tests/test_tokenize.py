@@ -95,7 +95,7 @@ def test_documents_of_every_format(tokenizer, tmp_path):
 
 
 def test_several_files_and_many_blocks_keep_their_order(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.readers.BLOCK_BYTES", 200)
+    monkeypatch.setattr("data_pipeline.text_files.BLOCK_BYTES", 200)
     texts = [f"text {i} " + "春" * (i % 7) for i in range(300)]
     paths = [texts_file(tmp_path / "a.jsonl", texts[:100]), texts_file(tmp_path / "b.jsonl", texts[100:])]
     seen = []
@@ -288,9 +288,9 @@ SCRIPT = """
 import os, sys, time
 from pathlib import Path
 from model.tokenizer import load_tokenizer
-from data_pipeline import readers, tokenize
+from data_pipeline import text_files, tokenize
 if os.environ.get("HANG"):
-    readers.BLOCK_BYTES = 1000
+    text_files.BLOCK_BYTES = 1000
     add = tokenize._Writer.add
     def hang(self, *args):
         add(self, *args)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from data_pipeline.bpe import measure
+from data_pipeline.tokenizer_data import is_held_out
 from model.tokenizer import EOS_ID, TOKENIZER_DIR, encode_text, encode_texts, load_tokenizer, tokenizer_hash
-from train_tokenizer import is_held_out, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("MINIMIND_DATA", ROOT.parent / "shared" / "data"))

@@ -1,0 +1,166 @@
+"""Train a byte-level BPE tokenizer, write it as a Hugging Face folder, and measure what it can do."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from model.chat_format import CHAT_TEMPLATE
+from model.tokenizer import (
+    BOS,
+    BOS_ID,
+    EOS,
+    EOS_ID,
+    UNK,
+    UNK_ID,
+    encode_text,
+    encode_texts,
+    tokenizer_hash,
+)
+
+# How text is cut before merging; no token crosses a cut. It is Qwen2's rule, which llama.cpp knows by the name "qwen2":
+# a word with the character before it, digits one by one (a number is then spelled alike wherever it stands),
+# punctuation with the line end after it, line ends, blanks.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MAX_TOKEN_BYTES = 18  # 6 Chinese characters: no boilerplate sentence of the training data becomes a token
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+    """Train byte-level BPE on `texts`. The result depends on which texts there are, not on their order."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, normalized=False, special=True) for token in (UNK, BOS, EOS)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_TOKEN_BYTES,
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, training: dict) -> None:
+    """Write a complete Hugging Face tokenizer folder; `training` describes how it was made."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "pad_token": UNK,  # libraries want one; we mask padding and never look at its id
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    contents = {"tokenizer_config.json": config, "training.json": training}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8", newline="\n")
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Sizes of some texts in bytes, characters and tokens."""
+
+    texts: int
+    n_bytes: int
+    chars: int
+    tokens: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.n_bytes / max(self.tokens, 1)
+
+    @property
+    def chars_per_token(self) -> float:
+        return self.chars / max(self.tokens, 1)
+
+
+def measure(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Compression:
+    """Count bytes, characters and tokens of `texts`."""
+    texts = list(texts)
+    n_bytes = sum(len(text.encode("utf-8")) for text in texts)
+    tokens = sum(map(len, encode_texts(tokenizer, texts)))
+    return Compression(len(texts), n_bytes, sum(map(len, texts)), tokens)
+
+
+def unicode_samples(per_plane: int = 512) -> Iterator[tuple[str, str]]:
+    """Yield (description, text): characters spread over all 17 planes, alone and side by side, and awkward sequences.
+
+    Characters are taken at even distances, so the sample is the same each time.
+    """
+    for plane in range(17):
+        start = plane << 16
+        characters = [chr(start + i * 0x10000 // per_plane + i % 97) for i in range(per_plane)]
+        characters = [c for c in characters if not 0xD800 <= ord(c) <= 0xDFFF and ord(c) >> 16 == plane]
+        yield from ((f"plane {plane}, U+{ord(c):04X}", c) for c in characters)
+        yield f"plane {plane}, in a row", "".join(characters)
+        yield f"plane {plane}, between words", " ".join(f"a{c}b 中{c}文" for c in characters)
+    basic = [chr(i) for i in range(0xD800)]
+    yield "all characters up to U+D7FF in a row", "".join(basic)
+    yield from ((f"control character U+{ord(c):04X}", f"a{c}b") for c in basic if unicodedata.category(c) == "Cc")
+    marks = [c for c in basic if unicodedata.combining(c)]
+    yield from ((f"lone combining mark U+{ord(c):04X}", c) for c in marks)
+    yield "many marks on one letter", "e" + "".join(marks)
+    yield "composed and decomposed", "\u00e9 e\u0301 \u1e69 s\u0323\u0307 s\u0307\u0323 \uac00 \u1100\u1161"
+    yield "emoji sequences", "👩‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇨🇳🇯🇵 1️⃣ ❤️ \u200d \ufe0f"
+    yield "blanks", " \t\n\r\n\n  \u00a0\u2003\u3000\u200b\ufeff \v\f\x85\u2028\u2029 "
+    yield "right to left", "שלום \u202eעולם\u202c العربية"
+    yield "special tokens as text", f"{UNK}{BOS} a {EOS}\n{BOS}user\n{EOS}"
+    yield "nothing", ""
+
+
+def round_trip_failures(tokenizer: PreTrainedTokenizerFast, samples: Iterable[tuple[str, str]]) -> list[str]:
+    """Return descriptions of the texts that decoding does not give back exactly, or that become a control token."""
+    failures = []
+    for name, text in samples:
+        ids = encode_text(tokenizer, text)
+        if {UNK_ID, BOS_ID, EOS_ID} & set(ids):
+            failures.append(f"{name}: text became a control token")
+        elif (back := tokenizer.decode(ids)) != text:
+            failures.append(f"{name}: {text[:20]!r} came back as {back[:20]!r}")
+    return failures
+
+
+def longest_tokens(tokenizer: PreTrainedTokenizerFast, count: int = 20) -> list[str]:
+    """Return the tokens with most characters, decoded."""
+    tokens = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    return sorted(tokens, key=lambda token: (-len(token), token))[:count]
+
+
+def print_report(tokenizer: PreTrainedTokenizerFast, compression: dict[str, Compression], n_samples: int) -> None:
+    """Print the vocabulary, the compression by file and the longest tokens."""
+    special = ", ".join(f"{token}={tokenizer.convert_tokens_to_ids(token)}" for token in (UNK, BOS, EOS))
+    print(f"vocabulary      {len(tokenizer):,} tokens, {special}, hash {tokenizer_hash(tokenizer)}")
+    width = max(map(len, compression))
+    print(f"held-out text   {'':<{width}}  {'texts':>8}  {'bytes':>11}  bytes/token  chars/token")
+    for name, figures in compression.items():
+        print(
+            f"                {name:<{width}}  {figures.texts:>8,}  {figures.n_bytes:>11,}  "
+            f"{figures.bytes_per_token:>11.3f}  {figures.chars_per_token:>11.3f}"
+        )
+    print(f"round trip      {n_samples:,} samples of all 17 Unicode planes come back unchanged")
+    print("longest tokens  " + " ".join(map(repr, longest_tokens(tokenizer))))
