@@ -119,7 +119,7 @@ def page() -> None:
                     st.rerun()
 
 
-def start_server() -> None:
+def main() -> None:
     """Do what `streamlit run` does; wrong flags and --help end the process before that."""
     parse_options(Options, __doc__)
 
@@ -134,4 +134,4 @@ if __name__ == "__main__":
     if runtime is not None and runtime.exists():
         page()
     else:
-        run_script(start_server)
+        run_script(main)
