@@ -57,8 +57,8 @@ def main() -> None:
     tokenizer = open_tokenizer(options, config)
     cache = options.cache_dir or options.out_dir / "cache"
     with main_process_first(dist_env, "tokens"):
-        corpus = tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field)
-    train, val = train_and_val(corpus, options, config.max_seq_len)
+        dataset = tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field)
+    train, val = train_and_val(dataset, options, config.max_seq_len)
 
     # What learns: a network that knows nothing.
     model = new_model(config, options.seed)

@@ -26,7 +26,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from data_pipeline.tokenize import tokenize_chat_data
+from data_pipeline.tokenize_chats import tokenize_chat_data
 from model.device import resolve_device
 from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
 from trainer.losses import next_token_loss
@@ -61,10 +61,10 @@ def main() -> None:
     seq_len = model.config.max_seq_len
     cache = options.cache_dir or options.out_dir / "cache"
     with main_process_first(dist_env, "tokens"):
-        corpus = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
+        dataset = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
     if options.show_sample:
-        show_sample(corpus, tokenizer)
-    train, val = train_and_val(corpus, options, seq_len)
+        show_sample(dataset, tokenizer)
+    train, val = train_and_val(dataset, options, seq_len)
 
     # Learning.
     fit(model, next_token_loss, train, val, options, run, dist_env)

@@ -28,7 +28,7 @@ import torch
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
-from data_pipeline.tokenize import tokenize_chat_data
+from data_pipeline.tokenize_chats import tokenize_chat_data
 from model.device import DTYPES, resolve_device
 from model.lora import ALL_PROJECTIONS, add_adapter, merge, read_description, trainable_share
 from model.weights import save_checkpoint
@@ -107,10 +107,10 @@ def main() -> None:
     seq_len = model.config.max_seq_len
     cache = options.cache_dir or options.out_dir / "cache"
     with main_process_first(dist_env, "tokens"):
-        corpus = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
+        dataset = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
     if options.show_sample:
-        show_sample(corpus, tokenizer)
-    train, val = train_and_val(corpus, options, seq_len)
+        show_sample(dataset, tokenizer)
+    train, val = train_and_val(dataset, options, seq_len)
 
     # Learning.
     fit(adapted, next_token_loss, train, val, options, run, dist_env)

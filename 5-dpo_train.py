@@ -23,6 +23,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common.cli import flag, parse_options
@@ -31,7 +32,7 @@ from common.files import ROOT
 from data_pipeline.preferences import read_pairs, train_and_val_pairs
 from model.device import resolve_device, resolve_dtype
 from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
-from trainer.losses import dpo_loss
+from trainer.losses import compute_ref_logps, dpo_loss
 from trainer.options import TuneOptions
 from trainer.recipe import open_tokenizer, require_files, starting_model, weights_run
 from trainer.trainer import fit
@@ -82,15 +83,11 @@ def main() -> None:
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
     with main_process_first(dist_env, "the reference model's opinions"):
+        dtype = resolve_dtype(options.dtype, device)
+        weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
         for part in (train, val) if val else (train,):
-            part.add_reference(
-                model,
-                device,
-                resolve_dtype(options.dtype, device),
-                options.batch_size,
-                options.cache_dir or options.out_dir / "cache",
-                origin.fingerprint if origin else f"random weights of seed {options.seed}",
-            )
+            compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
+            part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
 
     # Learning.
     fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, dist_env)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data_pipeline import readers, text_files
-from data_pipeline.readers import BadLine, Record, columns, iter_records, total_bytes
+from data_pipeline.readers import Record, columns, iter_records
+from data_pipeline.text_files import BadLine, total_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}

@@ -194,12 +194,12 @@ def adapter_run(
     )
 
 
-def show_sample(corpus: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
+def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
     """Print one document, what is learned of it in green (in a log without colours: between » and «)."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
-    tokens = corpus.document(0)
-    loss_mask = corpus.targets[: len(tokens)] if corpus.targets is not None else np.arange(len(tokens)) > 0
+    tokens = dataset.document(0)
+    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
     print(f"--- the first sample; learned is what stands {'in green' if colour else 'between » and «'}:")
     for learned, group in itertools.groupby(
         zip(tokens.tolist(), loss_mask.tolist(), strict=True), lambda pair: pair[1]
@@ -210,13 +210,13 @@ def show_sample(corpus: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def train_and_val(
-    corpus: TokenizedDataset, options: TrainOptions, seq_len: int
+    dataset: TokenizedDataset, options: TrainOptions, seq_len: int
 ) -> tuple[PackedRows, PackedRows | None]:
-    """Training and validation rows of a corpus; None where --val_fraction is 0."""
-    n_tokens = max(int(corpus.offsets[-1]), 1)
-    train_ids, val_ids = corpus.split(min(options.val_fraction, options.val_tokens / n_tokens))
-    train = PackedRows(corpus, train_ids, seq_len, options.seed)
-    val = PackedRows(corpus, val_ids, seq_len, options.seed) if len(val_ids) else None
+    """Training and validation rows of a tokenized dataset; None where --val_fraction is 0."""
+    n_tokens = max(int(dataset.offsets[-1]), 1)
+    train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
+    train = PackedRows(dataset, train_ids, seq_len, options.seed)
+    val = PackedRows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
     held_out = f"{len(val_ids):,} documents, {val.n_tokens:,} tokens" if val else "nothing"
     print(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "
