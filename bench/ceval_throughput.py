@@ -26,35 +26,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
-from common.errors import UserError, run_script  # noqa: E402
-from evaluation import ceval  # noqa: E402
+from common.errors import run_script  # noqa: E402
+from evaluation.ceval import read_examples, read_questions  # noqa: E402
+from evaluation.evaluated_model import EvaluatedModel  # noqa: E402
 from evaluation.scoring import MultipleChoice, draft_models, score, score_cascade  # noqa: E402
-from model.chat_format import render_chat  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
-from model.tokenizer import encode_text, load_tokenizer  # noqa: E402
+from model.tokenizer import load_tokenizer  # noqa: E402
 from model.weights import load_checkpoint  # noqa: E402
 
 
-def make_items(data_dir: Path, tokenizer, n: int, shots: int, style: str) -> list[MultipleChoice]:
-    """Return `n` questions, evenly spaced in the validation set; examples that do not fit into 512 tokens are left out."""
-    questions = ceval.read_questions(data_dir, "val", answers=True)
+def make_items(data_dir: Path, model: EvaluatedModel, n: int, shots: int, style: str) -> list[MultipleChoice]:
+    """Return `n` questions, evenly spaced in the validation set; examples that do not fit into the context are left out."""
+    questions = read_questions(data_dir, "val", answers=True)
     # Whole subjects, as in a real run: examples are shared by the questions of a subject.
     step = max(1, round(len(questions) / n)) if not shots else 1
     questions = questions[::step][:n]
-    examples = ceval.read_questions(data_dir, "dev", answers=True) if shots else []
-    items = []
-    for q in questions:
-        own = [example for example in examples if example.subject == q.subject][:shots]
-        texts = ceval.answers_of(q, style)
-        while True:
-            ids, _ = render_chat(tokenizer, ceval.chat_prompt(q, own, style), add_generation_prompt=True)
-            if len(ids) <= 480 or not own:
-                break
-            own = own[1:]
-        lengths = [float(len(text.encode())) for text in texts] if style == "text" else None
-        items.append(MultipleChoice(ids, [encode_text(tokenizer, text) for text in texts], lengths))
-    return items
+    examples = read_examples(data_dir, [question.subject for question in questions], shots)
+    return [model.to_multiple_choice(q, examples[q.subject], style, plain=False)[0] for q in questions]
 
 
 @torch.inference_mode()
@@ -93,12 +82,10 @@ def main() -> None:
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     if args.weights:
-        try:
-            model = load_checkpoint(args.weights, dtype=torch.float32).model
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        model = load_checkpoint(args.weights, dtype=torch.float32).model
     else:
         model = Transformer(preset("minimind-v1-small")).eval()
+    evaluated = EvaluatedModel(model, tokenizer, "bench", context=480)
     print(f"{torch.get_num_threads()} threads, {args.questions} questions, best of {args.rounds} rounds")
     print("| | | questions/s | ratio | ratio by CPU time | different answers |")
     print("|---|---|---|---|---|---|")
@@ -111,7 +98,7 @@ def main() -> None:
     for title, shots, style in kinds:
         if args.only not in (None, title):
             continue
-        items = make_items(args.data_dir, tokenizer, args.questions, shots, style)
+        items = make_items(args.data_dir, evaluated, args.questions, shots, style)
         modes = {
             "one at a time": lambda items=items: (one_at_a_time(model, items), []),
             "batched": lambda items=items: (score(model, items), []),
