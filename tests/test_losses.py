@@ -75,7 +75,7 @@ def with_reference(encoded, reference, tmp_path, batch_size: int = 3) -> Prefere
 
 def margin_rounding(pairs: PreferencePairs, beta: float) -> float:
     """Return the rounding error of beta times the four log-probabilities of a pair; those grow with the length."""
-    largest = float(np.abs(pairs.reference).max())
+    largest = float(np.abs(pairs.ref_logps).max())
     return 4 * beta * rounding(**shape_of(LMConfig(**SHAPE))) * largest
 
 
