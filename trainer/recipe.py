@@ -169,7 +169,7 @@ def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -
     loss_mask = dataset.targets[: len(tokens)] if dataset.targets is not None else np.arange(len(tokens)) > 0
     print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
     pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
-    for is_target, group in itertools.groupby(pairs, lambda pair: pair[1]):
+    for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
-        print(f"{on}{text}{off}" if is_target else text, end="")
+        print(f"{on}{text}{off}" if learned else text, end="")
     print("\n---")
