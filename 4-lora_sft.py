@@ -69,11 +69,12 @@ def main() -> None:
     import torch
 
     from data_pipeline.tokenize import tokenize_chat_data
+    from inference.model_finder import checkpoint_name
     from model.device import DTYPES, resolve_device
     from model.lora import add_adapter, merge, read_description, save_adapter, trainable_share
     from model.model import parameter_counts
     from model.tokenizer import tokenizer_hash
-    from model.weights import check_can_write, checkpoint_name, save_checkpoint
+    from model.weights import check_can_write, save_checkpoint
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
     from trainer.recipe import make_out_dir, open_tokenizer, packed_rows, require_files, starting_model

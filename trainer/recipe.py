@@ -15,18 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize import TokenizedDataset
+from inference.model_finder import checkpoint_name, find_model
 from model.device import DTYPES
 from model.LMConfig import PRESETS, LMConfig
 from model.model import Transformer, describe_parameters, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import (
-    Checkpoint,
-    check_can_write,
-    checkpoint_name,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from model.weights import Checkpoint, check_can_write, load_checkpoint, save_checkpoint
 from trainer.checkpoint import complete_states
 from trainer.distributed import DistEnv, main_process_first
 from trainer.options import TrainOptions, TuneOptions
@@ -74,7 +68,7 @@ def starting_model(
     if options.init_from is not None:
         path: Path | None = Path(options.init_from)
     else:
-        path = find_checkpoint(options.out_dir, stages, options.config() if options.preset else None)
+        path = find_model(options.out_dir, stages, options.config() if options.preset else None)
     if path is None:
         size = f" of the size of {options.preset}" if options.preset else ""
         raise UserError(
@@ -102,7 +96,7 @@ def weights_run(
     origin: the checkpoint it started from; None: random weights.
     Raises UserError if a checkpoint of another architecture is in the way, or the folder cannot be written.
     """
-    config = model.config
+    config: LMConfig = model.config  # type: ignore[assignment]
     path = options.out_dir / checkpoint_name(stage, config)
     make_out_dir(options.out_dir)
     if options.resume is None or not complete_states(options.out_dir / f"{path.stem}.resume"):
