@@ -14,7 +14,6 @@ from common.files import atomic_folder, exclusive
 from export.huggingface import (
     check_target,
     describe,
-    dtype_name,
     read_folder,
     write_description,
     write_llama,
@@ -24,7 +23,7 @@ from export.model_card import model_card
 from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
 from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
 from model.tokenizer import load_tokenizer
-from model.weights import Checkpoint, save_checkpoint
+from model.weights import Checkpoint, dtype_name, save_checkpoint
 
 
 def check_output(options: ExportOptions) -> None:
