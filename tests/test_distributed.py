@@ -6,6 +6,7 @@ Many cases share a launch, because starting a process takes longer than training
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import torch
 from distributed_worker import train
 from launching import deepspeed, environment, torchrun
-from test_trainer import options
+from test_trainer import ROW, config, options
+from tolerances import assert_moments_alike, assert_trained_alike, rounding, shape_of
 
 from common.errors import UserError
 from trainer.distributed import DistEnv
-from trainer.parallel.zero_config import validate_zero_config
+from trainer.options import validate_zero_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -41,6 +43,8 @@ RESUMED = [
     ("one", "zero3"), ("plain", "zero1"), ("plain", "zero2"), ("plain", "zero3"), ("fsdp", "zero2"), ("zero1", "zero1"),
     ("zero2", "zero2"), ("zero3", "zero3"), ("zero1", "zero3"),
 ]  # fmt: skip
+# Of a gradient: 8 rows a step, of a run: its gradients follow each other.
+ROUNDING = rounding(**shape_of(config(), 8 * ROW, backward=True))
 BACK_TO_ONE = ["plain", "fsdp", "zero1", "zero2", "zero3"]
 
 
@@ -105,25 +109,24 @@ def results(folder: Path, step: int = 6) -> tuple[dict[str, torch.Tensor], dict[
     return weights, moments, [json.loads(line) for line in (folder / "tiny.metrics.jsonl").read_text().splitlines()]
 
 
-def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name].float(), b[name].float(), **tolerance, msg=lambda words, name=name: f"{name}: {words}"
-        )
+def assert_same_end(found: tuple, expected: tuple) -> None:
+    """Weights and optimizer states of two runs differ by rounding only."""
+    assert_trained_alike(found[0], expected[0], ROUNDING, STEPS["max_steps"] * options(Path()).learning_rate)
+    assert_moments_alike(found[1], expected[1], ROUNDING)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_what_one_trains(trained, engine, model):
     expected, found = results(trained / f"one_{model}"), results(trained / f"{engine}_{model}")
-    assert_close(found[0], expected[0], atol=5e-5, rtol=0)
-    assert_close(found[1], expected[1], atol=1e-5, rtol=1e-3)
+    assert_same_end(found, expected)
     assert len(expected[2]) == len(found[2]) == 6
     for a, b in zip(expected[2], found[2], strict=True):
         assert ("val_loss" in a) == ("val_loss" in b)
-        for name in {"loss", "grad_norm", "val_loss", "lr", "tokens"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+        for name in {"loss", "val_loss", "lr", "tokens"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=ROUNDING), name
+        later = math.sqrt(ROUNDING)  # what the weights differ by, see `assert_trained_alike`
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=ROUNDING if a["step"] == 1 else later)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -132,8 +135,10 @@ def test_half_precision_is_for_the_computation_only(trained, engine):
     exact = results(trained / "one_moe")
     assert found[2][0]["loss"] != exact[2][0]["loss"]  # it was asked for
     for a, b in zip(expected[2], found[2], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=3e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=3e-2)
+        # The 8 rows of a step round each in its own way: their mean by less.
+        for name, backward in (("loss", False), ("grad_norm", True)):
+            depth = shape_of(config(), backward=backward)["depth"]
+            assert a[name] == pytest.approx(b[name], rel=rounding(torch.bfloat16, depth=depth) / math.sqrt(8))
     state = torch.load(trained / f"{engine}_bfloat16" / "tiny.resume" / "step_00000006" / "state.pt", weights_only=True)
     tensors = [*state["model"].values(), *found[1].values()]
     assert {x.dtype for x in tensors} == {torch.float32}
@@ -149,8 +154,7 @@ def test_what_one_engine_began_another_ends(trained, source, engine):
     if source == engine:
         assert all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
         assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
-    assert_close(found[0], expected[0], atol=5e-5, rtol=0)
-    assert_close(found[1], expected[1], atol=1e-5, rtol=1e-3)
+    assert_same_end(found, expected)
     assert [line["step"] for line in found[2]] == [4, 5, 6]
 
 
@@ -159,8 +163,7 @@ def test_one_process_ends_what_two_began(trained, source, tmp_path):
     settings = ONE | {"resume": halfway(trained / f"{source}_dense")}
     train({"out_dir": str(tmp_path), "options": settings}, DistEnv())
     found, expected = results(tmp_path), results(trained / "one_dense")
-    assert_close(found[0], expected[0], atol=5e-5, rtol=0)
-    assert_close(found[1], expected[1], atol=1e-5, rtol=1e-3)
+    assert_same_end(found, expected)
 
 
 def test_without_the_optimizers_state_it_would_not_come_to_the_same(trained, tmp_path):
@@ -218,9 +221,9 @@ def test_three_processes_and_one_that_fails(tmp_path):
         expected = json_and_weights(tmp_path / f"one_{model}")
         for engine in ("plain", "fsdp"):
             found = json_and_weights(tmp_path / f"{engine}_{model}")
-            assert_close(found[0], expected[0], atol=5e-5, rtol=0)
+            assert_trained_alike(found[0], expected[0], ROUNDING, sum(line["lr"] for line in expected[1]))
             assert [x["tokens"] for x in found[1]] == [x["tokens"] for x in expected[1]]
-            assert found[1][-1]["val_loss"] == pytest.approx(expected[1][-1]["val_loss"], rel=1e-4)
+            assert found[1][-1]["val_loss"] == pytest.approx(expected[1][-1]["val_loss"], rel=ROUNDING)
 
 
 def json_and_weights(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -263,9 +266,9 @@ def test_a_deepspeed_file_that_contradicts_the_flags_is_refused_by_name(tmp_path
     content = {"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "train_micro_batch_size_per_gpu": "auto"}
     content |= {"fp16": {"enabled": True}, "scheduler": {}, "optimizer": {"type": "AdamW", "params": {"lr": 3.0}}}
     path.write_text(json.dumps(content))
-    found = "\n".join(validate_zero_config(path, options(tmp_path), "float32"))
+    found = "\n".join(validate_zero_config(options(tmp_path, deepspeed=path), "float32"))
     for words in ('"gradient_clipping" is 5.0, but --grad_clip', '"fp16" is True, but --dtype', "scheduler", "lr of"):
         assert words in found
     assert "train_micro_batch" not in found
     path.write_text('{"zero_optimization": {"stage": 0}}')
-    assert "stage" in validate_zero_config(path, options(tmp_path), "float32")[0]
+    assert "stage" in validate_zero_config(options(tmp_path, deepspeed=path), "float32")[0]

@@ -11,6 +11,7 @@ by two standard deviations more than usual in one of many values.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -22,6 +23,11 @@ def rounding(dtype: torch.dtype = torch.float32, *, terms: int = 1, depth: int =
     return 4 * torch.finfo(dtype).eps * math.sqrt(terms * depth)
 
 
+def rms(x: torch.Tensor) -> float:
+    """Return the root of the mean square."""
+    return float(x.detach().double().square().mean().sqrt())
+
+
 def close_to(
     expected: torch.Tensor, *, terms: int = 1, depth: int = 1, dtype: torch.dtype | None = None
 ) -> dict[str, float]:
@@ -31,8 +37,7 @@ def close_to(
     is the difference of large ones.
     """
     relative = rounding(dtype or expected.dtype, terms=terms, depth=depth)
-    size = float(expected.detach().double().square().mean().sqrt())
-    return dict(atol=relative * size, rtol=relative)
+    return dict(atol=relative * rms(expected), rtol=relative)
 
 
 def shape_of(config: LMConfig, length: int | None = None, *, backward: bool = False) -> dict[str, int]:
@@ -44,3 +49,52 @@ def shape_of(config: LMConfig, length: int | None = None, *, backward: bool = Fa
     terms = max(config.dim, config.hidden_dim or 0, length or config.max_seq_len)
     depth = 6 * config.n_layers + 2
     return dict(terms=terms, depth=3 * depth if backward else depth)
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    """Return the norm of all tensors together."""
+    return math.sqrt(sum(float(x.detach().double().square().sum()) for x in tensors))
+
+
+def assert_gradients_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    """Assert that each gradient is off by at most `relative` of its norm.
+
+    One that is the small difference of large terms, as a router's may be, is known to the precision of those: of the
+    norm of all gradients.
+    """
+    assert found.keys() == expected.keys()
+    floor = torch.finfo(torch.float32).eps * norm(expected.values())
+    for name, gradient in expected.items():
+        difference = norm([found[name].double() - gradient.double()])
+        assert difference <= relative * norm([gradient]) + floor, (name, difference, norm([gradient]))
+
+
+def assert_trained_alike(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float, learned: float
+) -> None:
+    """Assert that two runs of AdamW ended with the same weights, but for the rounding of their gradients.
+
+    AdamW divides a gradient by its own size: one that is as small as its rounding error moves its weight by rounding
+    alone, in each step by up to the learning rate. Such are a share of `relative` of all, so the weights differ by the
+    square root of `relative` of the largest possible move.
+
+    Args:
+        relative: the rounding error of a gradient, relative to its size.
+        learned: the sum of the learning rates of all steps.
+    """
+    assert found.keys() == expected.keys()
+    count = sum(x.numel() for x in expected.values())
+    difference = norm(found[name].double() - expected[name].double() for name in expected) / math.sqrt(count)
+    assert difference <= math.sqrt(relative) * learned, (difference, relative, learned)
+
+
+def assert_moments_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    """Assert that two states of AdamW are the same, but for the rounding that `assert_trained_alike` explains.
+
+    Keys are "<name of the weight>.<kind>"; gradients follow the weights, so they are off by as much.
+    """
+    assert found.keys() == expected.keys()
+    for kind in {name.rpartition(".")[2] for name in expected}:
+        names = [name for name in expected if name.endswith(f".{kind}")]
+        difference = norm(found[name].double() - expected[name].double() for name in names)
+        assert difference <= math.sqrt(relative) * norm(expected[name] for name in names), (kind, difference)

@@ -6,12 +6,15 @@ torchrun --nproc_per_node 2 tests/two_processes.py FOLDER
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tolerances import norm
 
 from common.errors import UserError
 from model.model import Transformer
@@ -86,8 +89,8 @@ def main() -> None:
     for name, result in results.items():
         facts[name] = {key: value for key, value in result.items() if key != "weights"}
         if "weights" in result:
-            apart = [float((value - whole[key]).abs().max()) for key, value in result["weights"].items()]
-            facts[name]["apart"] = max(apart)
+            difference = norm(value - whole[key] for key, value in result["weights"].items())
+            facts[name]["apart"] = difference / math.sqrt(sum(value.numel() for value in whole.values()))
     (folder / f"rank{dist_env.rank}.json").write_text(json.dumps(facts))
     cleanup_distributed(dist_env)
 
