@@ -43,16 +43,15 @@ class DpoOptions(TuneOptions):
     weight_decay: float = flag(0.0, "weight decay of matrices")
 
     def validate(self) -> list[str]:
-        found = super().validate()
-        if not self.beta > 0:
-            found.append(f"--beta {self.beta} must be more than 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            found.append(f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5")
-        if not 0 <= self.max_dropped <= 1:
-            found.append(f"--max_dropped {self.max_dropped} must be between 0 and 1")
-        if self.label_smoothing and self.loss == "ipo":
-            found.append("--label_smoothing has no meaning for --loss ipo")
-        return found
+        rules = {
+            f"--beta {self.beta} must be more than 0": self.beta > 0,
+            f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5": 0
+            <= self.label_smoothing
+            < 0.5,
+            f"--max_dropped {self.max_dropped} must be between 0 and 1": 0 <= self.max_dropped <= 1,
+            "--label_smoothing has no meaning for --loss ipo": not (self.label_smoothing and self.loss == "ipo"),
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
 
 
 def main() -> None:
