@@ -31,7 +31,7 @@ from common.files import atomic_write
 from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
 from model.model import Transformer
 from model.tokenizer import tokenizer_hash
-from model.weights_file import check_intact, fingerprint_of, read_description, read_tensors, some_names, write_json
+from model.weights_file import check_intact, fingerprint_of, read_description, read_tensors, list_names, write_json
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
 _TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt, but stored in old files
@@ -80,10 +80,10 @@ def save_checkpoint(
     """
     path = Path(path)
     config = model.config
-    state = _state_to_save(model, dtype, path)
+    state = state_to_save(model, dtype, path)
     check_can_write(path, config, overwrite)
     previous = _previous_description(path)
-    ours = {"config": config.own_fields(), "dtype": _dtype_name(dtype)}
+    ours = {"config": config.own_fields(), "dtype": dtype_name(dtype)}
     new = ours | {key: value for key, value in info.items() if key not in ("fingerprint", "previous")} | ours
     json.dumps(new, allow_nan=False)  # fails here, before anything is written, if it cannot be JSON
     try:
@@ -124,21 +124,24 @@ def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False)
         )
 
 
-def _state_to_save(model: Transformer, dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
-    """Return the state dict in `dtype` on the CPU, the tied pair sharing memory. Raises UserError if it cannot be saved."""
+def state_to_save(model: Transformer, dtype: torch.dtype, path: Path | str) -> dict[str, Tensor]:
+    """Return the state dict in `dtype` on the CPU, the tied pair sharing its memory.
+
+    Raises UserError for weights that could not be read again; `path` is for its message.
+    """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {_dtype_name(dtype)}")
+        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {dtype_name(dtype)}")
     state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(state, model.config, path)
     # Non-finite before the cast: the training went wrong. After it: float16 ends at 65,504.
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{path} was not written: these weights are not finite: {some_names(broken)}")
+        raise UserError(f"{path} was not written: these weights are not finite: {list_names(broken)}")
     state = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"{path} was not written: too large for {_dtype_name(dtype)}: {some_names(broken)}; save as float32 or bfloat16"
+            f"{path} was not written: too large for {dtype_name(dtype)}: {list_names(broken)}; save as float32 or bfloat16"
         )
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
         raise UserError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
@@ -191,11 +194,21 @@ def load_checkpoint(
     dtype = dtype or state[EMBEDDING].dtype
     # A copy, because the tensors are mapped from the file, which another process may delete or overwrite in place.
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
+    return Checkpoint(build_model(state, config, path), config, info, path, fingerprint_of(path), notes)
+
+
+def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> Transformer:
+    """Return a Transformer of exactly these tensors, the output tied to the embedding, in evaluation mode.
+
+    Raises UserError for weights that do not fit; `path` is for its message.
+    """
+    state = state | {OUTPUT: state[EMBEDDING]} if EMBEDDING in state else state
+    _check_names_and_shapes(state, config, path)
     with torch.device("meta"):  # no memory, and no random numbers that are thrown away
         model = Transformer(config)
-    model.load_state_dict(state | {OUTPUT: state[EMBEDDING]}, strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)
     model.output.weight = model.tok_embeddings.weight
-    return Checkpoint(model.eval(), config, info, path, fingerprint_of(path), notes)
+    return model.eval()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
@@ -219,7 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
     if tables:
         notes.append(f"{tables} tables (mask, pos_cis) in it: ignored, because they are computed")
     if EMBEDDING not in state or state[EMBEDDING].dim() != 2:
-        raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {some_names(list(state))}")
+        raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {list_names(list(state))}")
     if OUTPUT not in state:
         state[OUTPUT] = state[EMBEDDING]
         notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
@@ -239,10 +252,10 @@ def _config_from_json(info: dict, file: Path) -> LMConfig:
     fields, types = info["config"], FIELD_TYPES
     unknown = sorted(set(fields) - set(types))
     if unknown:
-        raise UserError(f'{file}: unknown fields in "config": {some_names(unknown)}; written by another version?')
+        raise UserError(f'{file}: unknown fields in "config": {list_names(unknown)}; written by another version?')
     fractions = [name for name, value in fields.items() if types[name] == "int" and type(value) is not int]
     if fractions:
-        raise UserError(f'{file}: "config" cannot be used: not a whole number: {some_names(fractions)}')
+        raise UserError(f'{file}: "config" cannot be used: not a whole number: {list_names(fractions)}')
     try:
         return LMConfig(**fields)
     except (ValueError, TypeError) as error:
@@ -257,7 +270,7 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
     first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
     missing = [name for name in ("layers.0.attention.wk.weight", first) if name not in state]
     if missing:
-        raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {some_names(list(state))}")
+        raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {list_names(list(state))}")
     hidden_dim, kv_dim = len(state[first]), len(state["layers.0.attention.wk.weight"])
     fields: dict[str, Any] = dict(
         dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0
@@ -328,7 +341,7 @@ def _replace_fields(config: LMConfig, overrides: dict[str, Any], path: Path) -> 
 # ---- checks
 
 
-def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path) -> None:
+def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> None:
     """Raise UserError, naming the weights, unless exactly those of `config` are there in its shapes."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
@@ -336,27 +349,27 @@ def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Pa
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     if missing:
-        errors.append(f"missing: {some_names(missing)}")
+        errors.append(f"missing: {list_names(missing)}")
     if unexpected:
-        errors.append(f"unexpected: {some_names(unexpected)}")
+        errors.append(f"unexpected: {list_names(unexpected)}")
     misshapen = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
     if misshapen:
-        errors.append(f"other shapes: {some_names(misshapen)}")
+        errors.append(f"other shapes: {list_names(misshapen)}")
     if errors:
         raise UserError(f"{path}: the weights do not fit their architecture; {'; '.join(errors)}")
 
 
 def _check_values(state: dict[str, Tensor], path: Path) -> None:
-    strange = [f"{name} ({_dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
+    strange = [f"{name} ({dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
     if strange:
-        raise UserError(f"{path}: not floating-point weights: {some_names(strange)}")
+        raise UserError(f"{path}: not floating-point weights: {list_names(strange)}")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{path}: these weights are not finite (a run that diverged?): {some_names(broken)}")
+        raise UserError(f"{path}: these weights are not finite (a run that diverged?): {list_names(broken)}")
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
         raise UserError(f"{path}: {OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
 
@@ -373,5 +386,6 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LMConfig, info:
         )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

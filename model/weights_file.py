@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise UserError(f"{path} is not a plain state dict: not a tensor: {some_names(others)}")
+        raise UserError(f"{path} is not a plain state dict: not a tensor: {list_names(others)}")
     return state
 
 
@@ -112,7 +112,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write("\n")
 
 
-def some_names(names: list[str], limit: int = 4) -> str:
+def list_names(names: list[str], limit: int = 4) -> str:
     """Return the first names as one text, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
