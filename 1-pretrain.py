@@ -2,25 +2,20 @@
 
     python 1-pretrain.py                                                 # the 26.88M model on dataset/pretrain_data.csv
     python 1-pretrain.py --preset minimind-v1 --compile --use_wandb      # the 108M model
-    python 1-pretrain.py --resume                                        # go on where a run was stopped
+    python 1-pretrain.py --resume                                        # continue a run that was stopped
     torchrun --nproc_per_node 2 1-pretrain.py                            # two processes, one per GPU
 
-In:  dataset/pretrain_data.csv with a column `text` (python data_process.py pretrain makes it); also JSONL, TXT, Parquet
-Out: out/pretrain_{dim}[_moe].pth, the weights, and .json, how they were made (0-eval_pretrain.py writes with them)
-     out/pretrain_{dim}[_moe].metrics.jsonl and .png, how the loss fell
-     out/pretrain_{dim}[_moe].resume/, what --resume needs
+In:  dataset/pretrain_data.csv with a column `text` (made by python data_process.py pretrain); also JSONL, TXT, Parquet
+Out: out/pretrain_{dim}[_moe].pth, the weights, and .json, how they were made (0-eval_pretrain.py generates with them)
+     out/pretrain_{dim}[_moe].metrics.jsonl and .png, the loss over time
+     out/pretrain_{dim}[_moe].resume/, the state for --resume
 
 Every text becomes `<s>text</s>`. Texts are packed into rows of --max_seq_len tokens without seeing each other. At each
-token the model gives a probability to every entry of the vocabulary, and the loss is how surprised it was by the token
+token the model assigns a probability to every entry of the vocabulary, and the loss is how surprised it was by the token
 that really came next: ln(6400) = 8.76 when it knows nothing. After this stage it continues texts; it does not answer.
 """
 
 from __future__ import annotations
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +23,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from data_pipeline.tokenize import tokenize_pretrain_data
-from model.device import resolve_device
-from model.model import describe_parameters
-from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
-from trainer.losses import next_token_loss
 from trainer.options import TrainOptions
-from trainer.recipe import new_model, open_tokenizer, require_files, train_and_val, weights_run
-from trainer.trainer import fit
 
 
 @dataclass
@@ -49,23 +37,33 @@ class PretrainOptions(TrainOptions):
 
 def main() -> None:
     options = parse_options(PretrainOptions, __doc__)
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
-    # What it learns from: texts, as tokens on disk.
+    # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from data_pipeline.tokenize import tokenize_pretrain_data
+    from model.device import resolve_device
+    from model.model import describe_parameters
+    from trainer.distributed import cleanup_distributed, init_distributed
+    from trainer.losses import next_token_loss
+    from trainer.recipe import new_model, open_tokenizer, packed_rows, require_files, weights_run
+    from trainer.trainer import fit
+
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
+
+    # Data: texts, tokenized once and kept on the disk.
     config = options.config()
     tokenizer = open_tokenizer(options, config)
-    cache = options.cache_dir or options.out_dir / "cache"
-    with main_process_first(dist_env, "tokens"):
-        corpus = tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field)
-    train, val = train_and_val(corpus, options, config.max_seq_len)
+    train, val = packed_rows(
+        options, dist_env, config.max_seq_len,
+        lambda cache: tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field),
+    )  # fmt: skip
 
-    # What learns: a network that knows nothing.
+    # Model: random weights.
     model = new_model(config, options.seed)
     print(describe_parameters(model))
     run = weights_run("pretrain", options, model, tokenizer)
 
-    # Learning.
+    # Loss: cross entropy of the next token.
     fit(model, next_token_loss, train, val, options, run, dist_env)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"

@@ -2,48 +2,33 @@
 
     python 4-lora_sft.py --lora_name identity --data_path dataset/sample/lora_identity.jsonl
     python 4-lora_sft.py --lora_name shop --data_path shop.jsonl --rank 16 --target_modules wq wv --merge
-    python 2-eval.py --lora out/lora_identity_512                              # talk to the result
+    python 2-eval.py --lora out/lora_identity_512                              # chat with the result
 
-In:  out/full_sft_{dim}[_moe].pth (or --init_from any checkpoint), and dialogues as 3-full_sft.py takes them
+In:  out/full_sft_{dim}[_moe].pth (or any checkpoint with --init_from), and dialogues as for 3-full_sft.py
 Out: out/lora_{name}_{dim}[_moe]/, an adapter in peft's format (a few percent of the model's size)
      with --merge also out/lora_{name}_{dim}[_moe].pth, the full model with the adapter added
 
 Every chosen matrix W stays as it is; beside it two thin ones are trained, and W + alpha / rank * B A is used. Data and
-loss are those of stage 3. The adapter belongs to the very weights it was trained on, and knows their fingerprint.
+loss are those of stage 3. An adapter fits only the weights it was trained on, and stores their fingerprint.
 """
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
-from data_pipeline.tokenize import tokenize_chat_data
-from model.device import DTYPES, resolve_device
-from model.lora import ALL_PROJECTIONS, add_adapter, merge, read_description, trainable_share
-from model.weights import save_checkpoint
-from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
-from trainer.losses import next_token_loss
 from trainer.options import TuneOptions
-from trainer.recipe import (
-    adapter_run,
-    open_tokenizer,
-    require_files,
-    show_sample,
-    starting_model,
-    train_and_val,
-)
-from trainer.trainer import fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from model.weights import Checkpoint
+    from trainer.trainer import Run
 
 
 @dataclass
@@ -52,19 +37,19 @@ class LoraOptions(TuneOptions):
         [ROOT / "dataset" / "sample" / "lora_identity.jsonl"],
         "dialogues: CSV or JSONL, as for 3-full_sft.py (default: dataset/sample/lora_identity.jsonl)", nargs="+",
     )  # fmt: skip
-    lora_name: str = flag("identity", "what the adapter is called")
+    lora_name: str = flag("identity", "name of the adapter")
     rank: int = flag(8, "width of the adapter's matrices")
     alpha: float = flag(16.0, "the adapter's output is scaled by alpha / rank")
     lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped while training")
     target_modules: list[str] = flag(
-        list(ALL_PROJECTIONS), "linear layers that get an adapter (default: all)", nargs="+"
+        ["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "linear layers that get an adapter (default: all)", nargs="+"
     )
     merge: bool = flag(False, "also write the full model with the adapter added")
     learning_rate: float = flag(1e-3, "peak learning rate")
     batch_size: int = flag(8, "rows of max_seq_len tokens that go through the model at once, per process")
-    weight_decay: float = flag(0.0, "decay of the adapter's matrices")
+    weight_decay: float = flag(0.0, "weight decay of the adapter's matrices")
     epochs: float = flag(3.0, "passes over the data; may be a fraction")
-    show_sample: bool = flag(False, "print one sample with what is learned of it marked")
+    show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
 
     def validate(self) -> list[str]:
         found = super().validate()
@@ -77,19 +62,33 @@ class LoraOptions(TuneOptions):
         if not 0 <= self.lora_dropout < 1:
             found.append(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
         if self.init_from == "none":
-            found.append("--init_from none: an adapter needs trained weights to stand beside")
+            found.append("--init_from none: an adapter needs trained weights to start from")
         return found
 
 
 def main() -> None:
     options = parse_options(LoraOptions, __doc__)
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
-    # What learns: an adapter on frozen weights.
+    # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    import torch
+
+    from data_pipeline.tokenize import tokenize_chat_data
+    from model.device import DTYPES, resolve_device
+    from model.lora import add_adapter, merge, read_description, trainable_share
+    from model.weights import save_checkpoint
+    from trainer.distributed import cleanup_distributed, init_distributed
+    from trainer.losses import next_token_loss
+    from trainer.recipe import open_tokenizer, packed_rows, require_files, starting_model
+    from trainer.trainer import fit
+
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
     require_files(options.data_path, "name a file of dialogues with --data_path")
+
+    # Model: an adapter on frozen weights.
     tokenizer = open_tokenizer(options)
     model, base = starting_model(options, ["full_sft", "rl"], tokenizer)
-    torch.manual_seed(options.seed)  # half of an adapter's matrices begin with random values
+    assert base is not None  # --init_from none was refused
+    torch.manual_seed(options.seed)  # half of an adapter's matrices start with random values
     try:
         adapted = add_adapter(
             model,
@@ -98,29 +97,78 @@ def main() -> None:
             dropout=options.lora_dropout,
             targets=options.target_modules,
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--target_modules: {error}") from error
     print(trainable_share(adapted))
-    run = adapter_run(options.lora_name, options, adapted, tokenizer, base, merge=options.merge)
+    run = adapter_run(options, adapted, base, tokenizer)
 
-    # What it learns from: dialogues.
+    # Data: dialogues.
     seq_len = model.config.max_seq_len
-    cache = options.cache_dir or options.out_dir / "cache"
-    with main_process_first(dist_env, "tokens"):
-        corpus = tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len)
-    if options.show_sample:
-        show_sample(corpus, tokenizer)
-    train, val = train_and_val(corpus, options, seq_len)
+    train, val = packed_rows(
+        options, dist_env, seq_len,
+        lambda cache: tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len),
+        tokenizer if options.show_sample else None,
+    )  # fmt: skip
 
-    # Learning.
+    # Loss: cross entropy of the next token of the assistant.
     fit(adapted, next_token_loss, train, val, options, run, dist_env)
+    folder = options.out_dir / run.name
     if dist_env.is_main and options.merge:
         path = options.out_dir / f"{run.name}.pth"
-        info = read_description(options.out_dir / run.name) | {"merged_adapter": run.name}
+        info = read_description(folder) | {"merged_adapter": run.name}
         save_checkpoint(path, merge(adapted), dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
         print(f"merged into {path}")
     cleanup_distributed(dist_env)
-    print(f"done: {options.out_dir / run.name}; now try: python 2-eval.py --lora {options.out_dir / run.name}")
+    print(f"done: {folder}; now try: python 2-eval.py --lora {folder}")
+
+
+def adapter_run(options: LoraOptions, adapted: Any, base: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> Run:
+    """Return a run that writes the adapter folder OUT_DIR/lora_<name>_<dim>[_moe].
+
+    Raises UserError if an adapter, or with --merge a .pth file, of another architecture is in the way.
+    """
+    from inference.model_finder import checkpoint_name
+    from model.LMConfig import LMConfig, architecture_differences
+    from model.lora import read_description, save_adapter
+    from model.model import parameter_counts
+    from model.tokenizer import tokenizer_hash
+    from model.weights import check_can_write
+    from trainer.recipe import make_out_dir
+    from trainer.trainer import Run
+
+    file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
+    folder = file.with_suffix("")
+    make_out_dir(options.out_dir)
+    if folder.exists() and not options.overwrite:
+        try:
+            theirs = LMConfig(**read_description(folder)["config"])
+        except ValueError as error:
+            raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
+        if differences := architecture_differences(theirs, base.config):
+            raise UserError(
+                f"{folder} is an adapter of another model ({'; '.join(differences)}): replace it with --overwrite, or "
+                "choose another --lora_name"
+            )
+    if options.merge:
+        check_can_write(file, base.config, options.overwrite)
+    settings = adapted.peft_config["default"]
+    return Run(
+        stage="lora",
+        name=folder.name,
+        config=base.config,
+        identity={
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "origin": base.fingerprint,
+            "adapter": {
+                "r": settings.r,
+                "lora_alpha": settings.lora_alpha,
+                "lora_dropout": settings.lora_dropout,
+                "target_modules": sorted(settings.target_modules),
+            },
+        },
+        save_weights=lambda info: save_adapter(folder, adapted, base, info),
+        active_parameters=parameter_counts(adapted.get_base_model())["active"],
+    )
 
 
 if __name__ == "__main__":

@@ -4,23 +4,18 @@
     python 5-dpo_train.py --data_path pairs.jsonl --beta 0.1 --loss ipo
     python 5-dpo_train.py --resume
 
-In:  out/full_sft_{dim}[_moe].pth, and dataset/dpo/train_data.json (python data_process.py dpo makes it) or JSONL:
+In:  out/full_sft_{dim}[_moe].pth, and dataset/dpo/train_data.json (made by python data_process.py dpo) or JSONL:
      {"prompt", "chosen", "rejected"} or {"conversations", "chosen", "rejected"}, with one or more turns before the answers
 Out: out/rl_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
 
 The model is compared with itself before this stage (the reference): the loss falls as the better answer gains
-probability over the worse one, measured against what the reference gave them. --beta says how dearly moving away from
-the reference is paid for. The loss starts at ln 2 = 0.693, the accuracy (share of pairs told apart) at 0.
+probability over the worse one, relative to the probabilities under the reference. --beta sets the penalty for moving
+away from the reference. The loss starts at ln 2 = 0.693, the accuracy (share of pairs ranked correctly) at 0.
 
-For a mixture of experts the balance loss is not part of this stage: pairs are few, and the gate hardly moves.
+For a mixture of experts the balance loss is not part of this stage: pairs are few, and the gate hardly changes.
 """
 
 from __future__ import annotations
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +23,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from data_pipeline.preferences import read_pairs, train_and_val_pairs
-from model.device import resolve_device, resolve_dtype
-from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
-from trainer.losses import dpo_loss
 from trainer.options import TuneOptions
-from trainer.recipe import open_tokenizer, require_files, starting_model, weights_run
-from trainer.trainer import fit
 
 
 @dataclass
@@ -43,14 +32,14 @@ class DpoOptions(TuneOptions):
         [ROOT / "dataset" / "dpo" / "train_data.json"],
         "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",
     )  # fmt: skip
-    beta: float = flag(0.1, "strength of the pull back to the reference model")
+    beta: float = flag(0.1, "strength of the pull towards the reference model")
     loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
-    label_smoothing: float = flag(0.0, "share of the pairs assumed to be the wrong way round (sigmoid only)")
-    max_dropped: float = flag(0.1, "share of the pairs that may be left out because they do not fit into max_seq_len")
+    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
+    max_dropped: float = flag(0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len")
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")
     val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")
-    weight_decay: float = flag(0.0, "decay of matrices")
+    weight_decay: float = flag(0.0, "weight decay of matrices")
 
     def validate(self) -> list[str]:
         found = super().validate()
@@ -67,21 +56,30 @@ class DpoOptions(TuneOptions):
 
 def main() -> None:
     options = parse_options(DpoOptions, __doc__)
+
+    # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from data_pipeline.preferences import read_pairs, train_and_val_pairs
+    from model.device import resolve_device, resolve_dtype
+    from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
+    from trainer.losses import dpo_loss
+    from trainer.recipe import open_tokenizer, require_files, starting_model, weights_run
+    from trainer.trainer import fit
+
     device = resolve_device(options.device)
     dist_env = init_distributed(device.type, options.timeout)
-
-    # What learns: a model that answers.
     require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
+
+    # Model: one that answers.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft"], tokenizer)
     run = weights_run("rl", options, model, tokenizer, origin)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
-    run = replace(run, identity=run.identity | {"objective": objective})  # another one cannot be resumed
+    run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
 
-    # What it learns from: pairs, and what the model thought of them before.
+    # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    with main_process_first(dist_env, "the reference model's opinions"):
+    with main_process_first(dist_env, "log-probabilities of the reference model"):
         for part in (train, val) if val else (train,):
             part.add_reference(
                 model,
@@ -92,7 +90,7 @@ def main() -> None:
                 origin.fingerprint if origin else f"random weights of seed {options.seed}",
             )
 
-    # Learning.
+    # Loss: the better answer should gain probability over the worse one.
     fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, dist_env)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"

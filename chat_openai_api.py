@@ -12,180 +12,61 @@ the server's context holds.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
-
-import argparse
-import itertools
 import os
-import time
 import urllib.parse
+from dataclasses import dataclass
+from typing import Any
 
-import openai
-
-from common.cli import Parser
-from common.errors import UserError, run_script
-from inference.options import SamplingParams, add_sampling_flags
-from inference.terminal import interact, use_utf8, visible
-from model.chat_format import split_turns
+from common.cli import flag, flag_group, parse_options, range_errors
+from common.errors import run_script
+from inference.options import ChatOptions, SamplingParams, sampling_flags
+from inference.terminal import use_utf8
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
-STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
-EXTENSIONS = ("top_k", "min_p", "repetition_penalty")  # not OpenAI's: sent only if they are asked for, as all others
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--base_url", default="http://127.0.0.1:8000/v1", metavar="URL", help="(default: http://127.0.0.1:8000/v1)"
+@dataclass
+class Options(ChatOptions):
+    base_url: str = flag("http://127.0.0.1:8000/v1", "address of the server", metavar="URL")
+    model: str | None = flag(None, "name of the model (default: the first one the server has)", metavar="NAME")
+    api_key: str | None = flag(None, f"better in the environment as {KEY_VARIABLE} (default: none)", metavar="KEY")
+    timeout: float = flag(60.0, "how long to wait for the next piece", above=0, metavar="SECONDS")
+    stop: list[str] = flag([], "end before this text appears; repeatable", action="append", metavar="TEXT")
+    sampling: dict[str, Any] = flag_group(
+        "how tokens are chosen", "The server decides what is not given here.", sampling_flags
     )
-    parser.add_argument("--model", metavar="NAME", help="(default: the first that the server has)")
-    parser.add_argument("--system", metavar="TEXT", help="a system message, in front of everything")
-    parser.add_argument("--api_key", metavar="KEY", help=f"better in the environment as {KEY_VARIABLE} (default: none)")
-    parser.add_argument("--history_turns", type=int, default=5, metavar="N", help="earlier turns it sees (default: 5)")
-    parser.add_argument(
-        "--timeout", type=float, default=60, metavar="SECONDS", help="wait so long for the next piece (default: 60)"
-    )
-    # Nothing is sent for a flag that is not given: the server then decides.
-    undecided = dict.fromkeys([*STANDARD, *EXTENSIONS, "max_new_tokens"])
-    add_sampling_flags(parser, **undecided)
-    args = parser.parse_args()
-    errors = []
-    if args.history_turns < 0:
-        errors.append(f"--history_turns {args.history_turns} must not be negative")
-    if not args.timeout > 0:
-        errors.append(f"--timeout {args.timeout} must be above 0")
-    if not args.base_url.startswith(("http://", "https://")):
-        errors.append(f"--base_url {args.base_url} must begin with http:// or https://")
-    given = {name: value for name in undecided if (value := getattr(args, name)) is not None}
-    try:
-        SamplingParams(**given, stop=tuple(args.stop))
-    except ValueError as error:
-        errors.append(str(error))
-    if errors:
-        parser.error(errors)
-    return args
 
-
-class Chat:
-    """A conversation with a server."""
-
-    def __init__(self, client: openai.OpenAI, args: argparse.Namespace) -> None:
-        """Asks the server for its models. UserError if it is not there, or has no such model."""
-        self.client, self.base_url = client, args.base_url
+    def validate(self) -> list[str]:
+        errors = super().validate() + range_errors(SamplingParams, self.sampling)
+        if "" in self.stop:
+            errors.append("--stop must not be empty")
         try:
-            models = {model.id: model for model in client.models.list()}
-        except openai.APIError as error:
-            raise UserError(self.explain(error)) from error
-        if not models:
-            raise UserError(f"{args.base_url} has no models")
-        self.model = args.model or next(iter(models))
-        if self.model not in models:
-            raise UserError(f"--model {self.model}: {args.base_url} has {', '.join(models)}")
-        self.context = getattr(models[self.model], "max_model_len", None)  # this server and a few others say it
-        self.history_turns = args.history_turns
-        self.system = [{"role": "system", "content": args.system}] if args.system else []
-        self.turns: list[dict] = []
-        self.how = {name: getattr(args, name) for name in STANDARD if getattr(args, name) is not None}
-        self.how["extra_body"] = {name: getattr(args, name) for name in EXTENSIONS if getattr(args, name) is not None}
-        if args.stop:
-            self.how["stop"] = args.stop
-        # Where the server says how much it holds, half is kept for the answer; it refuses what does not fit then, and
-        # `answer` leaves turns out.
-        limit = args.max_new_tokens or (self.context and self.context // 2)
-        if limit:
-            self.how["max_tokens"] = limit
-
-    def answer(self, question: str) -> None:
-        """Print the answer as it comes; both become part of the conversation.
-
-        Raises ValueError, and nothing changes, if there is no answer.
-        """
-        turns = split_turns(self.turns)[1]
-        history = turns[-self.history_turns :] if self.history_turns else []
-        left_out = 0
-        while True:
-            messages = [*self.system, *itertools.chain(*history[left_out:]), {"role": "user", "content": question}]
-            try:
-                pieces = self.client.chat.completions.create(
-                    model=self.model, messages=messages, stream=True, stream_options={"include_usage": True}, **self.how
-                )
-                break
-            except openai.BadRequestError as error:
-                if error.code != "context_length_exceeded" or left_out == len(history):
-                    raise ValueError(self.explain(error)) from error
-                left_out += 1
-            except openai.APIError as error:
-                raise ValueError(self.explain(error)) from error
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the question is not Unicode at character {error.start}: write it again") from error
-            except KeyboardInterrupt:
-                raise ValueError("stopped") from None
-        if left_out:
-            print(f"[the context is full: {left_out} of {len(history)} earlier turns left out]")
-        self._print(question, pieces)
-
-    def _print(self, question: str, pieces: openai.Stream) -> None:
-        started, text, finish, usage, end = time.perf_counter(), "", None, None, ""
-        try:
-            for piece in pieces:
-                usage = piece.usage or usage
-                for choice in piece.choices:
-                    finish = choice.finish_reason or finish
-                    new = choice.delta.content or ""
-                    text += new
-                    print(visible(new), end="", flush=True)
-            if finish is None:
-                end = " [cut off: the server ended the answer early]"
-            elif finish != "stop":
-                end = f" [cut off: {finish}]"
-        except KeyboardInterrupt:
-            end = " [stopped]"
-        except openai.APIError as error:
-            end = f" [cut off: {self.explain(error)}]"
-        finally:
-            pieces.close()  # the server stops writing then
-        seconds = time.perf_counter() - started
-        rate = f"[{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:.1f} tokens/s]" if usage else ""
-        print(f"{end}\n{rate}\n", flush=True)
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-
-    def explain(self, error: openai.APIError) -> str:
-        """What went wrong, and what to do."""
-        if isinstance(error, openai.APITimeoutError):
-            return f"{self.base_url} did not answer in time: it may be busy; --timeout gives it longer"
-        if isinstance(error, openai.APIConnectionError):
-            return f"no server at {self.base_url}: start one (python my_openai_api.py), or name another with --base_url"
-        told = error.body.get("message") if isinstance(error.body, dict) else None
-        message = str(told or error.message)
-        if isinstance(error, openai.AuthenticationError):
-            return f"{self.base_url} refuses the key ({message}): give it with --api_key or in {KEY_VARIABLE}"
-        if isinstance(error, openai.NotFoundError):
-            return f"{self.base_url} says: {message}; does the address end in /v1?"
-        return f"{self.base_url} says: {message}"
+            address = urllib.parse.urlsplit(self.base_url)
+            if address.scheme not in ("http", "https"):
+                raise ValueError("it must begin with http:// or https://")
+            if not address.hostname or address.port == 0:
+                raise ValueError("no host and port")
+            address.hostname.encode("idna")
+        except ValueError as error:  # UnicodeError is one, too
+            errors.append(f"--base_url {self.base_url} is not an address ({error}): like http://127.0.0.1:8000/v1")
+        self.api_key = self.api_key or os.environ.get(KEY_VARIABLE) or "none"  # the library insists on one
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            errors.append("the key has characters that cannot be sent: keys are ASCII letters, digits and signs")
+        return errors
 
 
 def main() -> None:
     use_utf8()
-    args = parse_args()
-    key = args.api_key or os.environ.get(KEY_VARIABLE) or "none"  # the library insists on one
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("the key has characters that cannot be sent: keys are ASCII letters, digits and signs")
-    try:
-        address = urllib.parse.urlsplit(args.base_url)
-        if not address.hostname or address.port == 0:
-            raise ValueError("no host and port")
-        address.hostname.encode("idna")
-    except ValueError as error:  # UnicodeError is one, too
-        raise UserError(
-            f"--base_url {args.base_url} is not an address ({error}): like http://127.0.0.1:8000/v1"
-        ) from error
-    with openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout) as client:
-        chat = Chat(client, args)
-        print(f"{chat.model} at {args.base_url}" + (f", {chat.context} tokens of context" if chat.context else ""))
-        interact(chat)
+    options = parse_options(Options, __doc__)
+    import openai  # takes a second
+
+    from inference.remote_chat import RemoteChat
+
+    sampling = options.sampling | ({"stop": options.stop} if options.stop else {})
+    with openai.OpenAI(base_url=options.base_url, api_key=options.api_key, timeout=options.timeout) as client:
+        chat = RemoteChat(client, options.model, sampling, options.system, options.history_turns)
+        print(f"{chat.model} at {chat.base_url}" + (f", {chat.context} tokens of context" if chat.context else ""))
+        chat.run()
 
 
 if __name__ == "__main__":

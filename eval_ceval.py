@@ -73,9 +73,9 @@ def main() -> None:
     from evaluation import ceval_results
     from evaluation.ceval import read_examples, read_questions
     from evaluation.evaluated_model import EvaluatedModel, open_transformers_folder
+    from inference.model_finder import find_model
+    from inference.model_loader import open_model
     from model.device import DTYPES, resolve_device
-    from model.tokenizer import load_tokenizer
-    from model.weights import find_checkpoint, load_checkpoint
 
     part = "test" if options.test else "val"
     questions = read_questions(options.data_dir, part, answers=not options.test, subjects=options.subjects)
@@ -91,16 +91,14 @@ def main() -> None:
         trust, plain = options.trust_remote_code, options.plain
         model = open_transformers_folder(options.hf, device, dtype, trust_remote_code=trust, plain=plain)
     else:
-        tokenizer = load_tokenizer(options.tokenizer)
-        if options.lora is not None:
-            from model.lora import load_adapter
-
-            checkpoint = load_adapter(options.lora, device, dtype, tokenizer)
-        else:
-            path = options.weights or find_checkpoint(ROOT / "out", ["rl", "full_sft"])
+        path = options.weights
+        if path is None and options.lora is None:
+            path = find_model(ROOT / "out", ["rl", "full_sft"])
             if path is None:
                 raise UserError("no rl_*.pth or full_sft_*.pth in out: train one, or name a file with --weights")
-            checkpoint = load_checkpoint(path, device, dtype, tokenizer)
+        checkpoint, tokenizer = open_model(
+            path, lora=options.lora, tokenizer=options.tokenizer, device=device, dtype=dtype
+        )
         for note in checkpoint.notes:
             print(f"note: {note}")
         model = EvaluatedModel(checkpoint.model, tokenizer, str(checkpoint.path), checkpoint.config.max_seq_len)

@@ -30,24 +30,20 @@ def main() -> None:
     import transformers  # heavy imports come after the command line is checked, so that --help is fast
 
     from export.exporter import check_output, export_folder, import_folder, upload
-    from model.tokenizer import load_tokenizer
-    from model.weights import find_checkpoint, load_checkpoint
+    from inference.model_finder import find_model
+    from inference.model_loader import open_model
 
     transformers.utils.logging.disable_progress_bar()
     if options.format == "pth":
         result, agreement = import_folder(options.weights, options)
     else:
         check_output(options)
-        tokenizer = load_tokenizer(options.tokenizer)
-        if options.lora is not None:
-            from model.lora import load_adapter
-
-            source = load_adapter(options.lora, tokenizer=tokenizer, base=options.weights)
-        else:
-            path = options.weights or find_checkpoint(options.out_dir, ["rl", "full_sft", "pretrain"])
+        path = options.weights
+        if path is None and options.lora is None:
+            path = find_model(options.out_dir, ["rl", "full_sft", "pretrain"])
             if path is None:
                 raise UserError(f"no checkpoint in {options.out_dir}: train one, or name it with --weights FILE")
-            source = load_checkpoint(path, tokenizer=tokenizer)
+        source, tokenizer = open_model(path, lora=options.lora, tokenizer=options.tokenizer)
         for note in source.notes:
             print(f"note: {note}")
         result, agreement = export_folder(source, tokenizer, options)

@@ -21,17 +21,14 @@ from pathlib import Path
 import streamlit as st
 import torch
 from streamlit.delta_generator import DeltaGenerator
-from transformers import PreTrainedTokenizerFast
 
 from common.cli import Parser
 from common.errors import UserError, run_script
-from inference.backends import Backend
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
-from inference.model_loader import backend_from_args, context_length, open_model
+from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import SamplingParams, add_model_flags, add_sampling_flags, sampling_from_args
 from inference.terminal import visible
 from model.model import parameter_counts
-from model.weights import Checkpoint
 from serving.chat_model import Answer, ChatModel, Conversation, Exchange
 from serving.web.page import (
     COPY_CSS,
@@ -104,25 +101,13 @@ def available(args: argparse.Namespace) -> list[Entry]:
     return [named, *(entry for entry in found if entry.path.resolve() != named.path.resolve())]
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model that is in memory."""
-
-    checkpoint: Checkpoint
-    tokenizer: PreTrainedTokenizerFast
-    context: int
-    backend: Backend | None
-
-
 @st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
-def load(_args: argparse.Namespace, path: Path, stamp: tuple, flags: str) -> Loaded:
+def load(_args: argparse.Namespace, path: Path, stamp: tuple, flags: str) -> TextGenerator:
     """Read a model, once for all sessions; again if one of its files changed. `path`, `stamp` and `flags` are the key.
 
     Raises UserError or OSError with what is wrong with it.
     """
-    checkpoint, tokenizer = open_model(path, _args)
-    backend = backend_from_args(_args, checkpoint.model)
-    return Loaded(checkpoint, tokenizer, context_length(checkpoint, _args), backend)
+    return load_text_generator(path, _args)
 
 
 @st.cache_resource(show_spinner=False)
@@ -174,7 +159,7 @@ def watch(args: argparse.Namespace, shown: list[Entry]) -> None:
         st.rerun()
 
 
-def loaded_model(entry: Entry, args: argparse.Namespace, texts: Texts) -> Loaded | None:
+def loaded_model(entry: Entry, args: argparse.Namespace, texts: Texts) -> TextGenerator | None:
     """The model; None, and the reason is on the page, if it cannot be loaded."""
     try:
         with st.spinner(literal(texts("loading", name=entry.path.name))):
@@ -185,7 +170,7 @@ def loaded_model(entry: Entry, args: argparse.Namespace, texts: Texts) -> Loaded
         return None
 
 
-def show_facts(entry: Entry, loaded: Loaded | None, texts: Texts) -> None:
+def show_facts(entry: Entry, loaded: TextGenerator | None, texts: Texts) -> None:
     """What is known of the chosen model."""
     first = [stage_text(entry, texts), *([texts("exported")] if entry.kind == EXPORT else [])]
     first += [texts("on_base", base=entry.base)] if entry.base else []

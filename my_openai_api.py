@@ -22,17 +22,16 @@ import argparse
 import functools
 import os
 import socket
-from pathlib import Path
 
 import uvicorn
 
 from common.cli import Parser
 from common.errors import UserError, run_script
 from inference.generator import BatchGenerator
-from inference.model_loader import backend_from_args, context_length, open_model
+from inference.model_finder import CHAT_STAGES, require_model
+from inference.model_loader import load_text_generator
 from inference.options import add_model_flags, add_sampling_flags, sampling_from_args
 from inference.terminal import use_utf8
-from model.weights import find_checkpoint
 from serving.app import create_app
 from serving.endpoint import ServedModel
 from serving.engine import Engine
@@ -95,21 +94,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def find_model(args: argparse.Namespace) -> Path:
-    """--weights, or the newest model that answers."""
-    if args.weights is not None:
-        return args.weights
-    weights = find_checkpoint(args.out_dir, ["rl", "full_sft"])
-    found = [] if weights is None else [(weights.stat().st_mtime_ns, weights)]
-    found += [(file.stat().st_mtime_ns, file.parent) for file in args.out_dir.glob("lora_*/adapter_config.json")]
-    if not found:
-        raise UserError(
-            f"nothing to serve in {args.out_dir} (no rl_*.pth, full_sft_*.pth, lora_*): "
-            "run 3-full_sft.py, or name a model with --weights"
-        )
-    return max(found)[1]
-
-
 def bind(host: str, port: int) -> socket.socket:
     """A socket with that address: one that is taken is found out before the model is loaded.
 
@@ -133,14 +117,19 @@ def main() -> None:
     use_utf8()
     args = parse_args()
     sock = bind(args.host, args.port)
-    checkpoint, tokenizer = open_model(find_model(args), args)
-    context = context_length(checkpoint, args)
+    path = args.weights or require_model(args.out_dir, CHAT_STAGES, "3-full_sft.py")
+    generator = load_text_generator(path, args)
+    checkpoint, context = generator.checkpoint, generator.context
     if args.max_new_tokens is None:
         args.max_new_tokens = context
     defaults = sampling_from_args(args)
-    backend = backend_from_args(args, checkpoint.model)
     make_decoder = functools.partial(
-        BatchGenerator, checkpoint.model, args.max_rows, context, tokenizer=tokenizer, backend=backend
+        BatchGenerator,
+        checkpoint.model,
+        args.max_rows,
+        context,
+        tokenizer=generator.tokenizer,
+        backend=generator.backend,
     )
     config = checkpoint.config
     try:
@@ -153,7 +142,7 @@ def main() -> None:
         ) from error
     path = checkpoint.path.resolve()
     name = args.served_model_name or (path.name if path.is_dir() else path.stem)
-    served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint)
+    served = ServedModel(name, generator.tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint)
     app = create_app(engine, served, defaults, api_key=args.api_key, cors_origins=args.cors_origins)
 
     host, port = sock.getsockname()[:2]

@@ -42,14 +42,14 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from common.cli import Parser, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
 from common.files import atomic_write  # noqa: E402
-from export.huggingface import read_folder  # noqa: E402
 from inference.generator import generate  # noqa: E402
-from inference.model_loader import device_and_dtype, open_tokenizer  # noqa: E402
+from inference.model_loader import open_model  # noqa: E402
 from inference.options import SamplingParams, add_sampling_flags, sampling_from_args  # noqa: E402
 from inference.terminal import use_utf8  # noqa: E402
 from model.chat_format import truncate_chat  # noqa: E402
+from model.device import resolve_device, resolve_dtype  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
-from model.weights import Checkpoint, load_checkpoint  # noqa: E402
+from model.weights import Checkpoint  # noqa: E402
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -166,23 +166,11 @@ def read_questions(path: Path | None) -> list[str]:
 
 def open_models(args: argparse.Namespace) -> list[Contestant]:
     """Load every model before the first question: a wrong path should not cost an hour. Names are made unique."""
-    device, dtype = device_and_dtype(args)
-    shared = open_tokenizer(args.tokenizer)
-    found = []
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    found: list[Contestant] = []
     for path in args.models:
-        tokenizer = shared
-        try:
-            if (path / "adapter_config.json").is_file():
-                from model.lora import load_adapter  # peft takes seconds to import
-
-                checkpoint = load_adapter(path, tokenizer=shared)
-            elif path.is_dir():
-                checkpoint, tokenizer = read_folder(path), open_tokenizer(path)
-            else:
-                checkpoint = load_checkpoint(path, tokenizer=shared)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        checkpoint.model.to(device, dtype).eval()
+        checkpoint, tokenizer = open_model(path, tokenizer=args.tokenizer, device=device, dtype=dtype)
         names = [one.name for one in found]
         name = path.name if path.name not in names else str(path)
         found.append(Contestant(name if name not in names else f"{name} ({len(found) + 1})", checkpoint, tokenizer))

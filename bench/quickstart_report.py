@@ -23,12 +23,13 @@ from common.files import ROOT, atomic_write
 from data_pipeline.preferences import PreferencePairs, read_pairs
 from data_pipeline.records import iter_conversations
 from inference.generator import generate_text
+from inference.model_finder import find_model
+from inference.model_loader import open_model
 from inference.options import SamplingParams
 from model.chat_format import render_chat
-from model.lora import load_adapter
 from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
-from model.weights import Checkpoint, find_checkpoint, load_checkpoint
+from model.weights import Checkpoint
 from trainer.losses import sequence_logps
 from trainer.metrics import read_metrics
 
@@ -83,15 +84,10 @@ def transcript(model: Transformer, tokenizer: PreTrainedTokenizerFast) -> str:
     return "\n".join(lines)
 
 
-def load(path: Path | None, tokenizer: PreTrainedTokenizerFast, what: str) -> Checkpoint:
+def load(path: Path | None, what: str) -> Checkpoint:
     if path is None or not path.exists():
         raise UserError(f"{what} is missing: create it with bash quickstart.sh")
-    try:
-        if path.is_dir():
-            return load_adapter(path, dtype=torch.float32, tokenizer=tokenizer)
-        return load_checkpoint(path, dtype=torch.float32, tokenizer=tokenizer)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return open_model(path, dtype=torch.float32)[0]
 
 
 def losses_table(out_dir: Path, names: list[str]) -> str:
@@ -130,12 +126,12 @@ def main() -> None:
     out, data = args.out_dir, args.data_dir
     started = time.perf_counter()
     tokenizer = load_tokenizer()
-    base = load(find_checkpoint(out, ["pretrain"]), tokenizer, "the pretrained model")
-    sft = load(find_checkpoint(out, ["full_sft"]), tokenizer, "the fine-tuned model")
-    rl = load(find_checkpoint(out, ["rl"]), tokenizer, "the model after DPO")
+    base = load(find_model(out, ["pretrain"]), "the pretrained model")
+    sft = load(find_model(out, ["full_sft"]), "the fine-tuned model")
+    rl = load(find_model(out, ["rl"]), "the model after DPO")
     size = base.path.stem.removeprefix("pretrain_")
     adapter_path = out / f"lora_identity_{size}"
-    adapter = load(adapter_path, tokenizer, "the identity adapter")
+    adapter = load(adapter_path, "the identity adapter")
 
     questions = dialogues(data / "sft_heldout.jsonl")
     recall = dialogues(data / "recall_heldout.jsonl")

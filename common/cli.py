@@ -10,7 +10,8 @@
 
     options = parse_options(Options, __doc__)
 
-A field is a flag, its default is the flag's default. Only whole names of flags are accepted.
+A field is a flag, its default is the flag's default. Only whole names of flags are accepted. Flags that several scripts
+share stand in a dataclass of their own: a script inherits from it, or has it as a field (`option_group`).
 """
 
 from __future__ import annotations
@@ -18,20 +19,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+from common.errors import UserError
 
 FlagSpec = tuple[Any, str]  # (type, help) of a flag that is declared elsewhere
 
 
-def flag(default: Any, help: str, *, group: str = "", positional: bool = False, **settings: Any) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str = "",
+    positional: bool = False,
+    min: float | None = None,
+    above: float | None = None,
+    max: float | None = None,
+    **settings: Any,
+) -> Any:
     """Return a dataclass field that becomes a flag.
 
     Args:
@@ -39,9 +53,11 @@ def flag(default: Any, help: str, *, group: str = "", positional: bool = False, 
         help: the default value is added to it, unless it says "(default: ...)" itself.
         group: title under which `--help` shows the flag.
         positional: an argument without a name.
+        min, above, max: limits of a number; `above` itself is not allowed. `parse_options` reports values outside.
         settings: for `ArgumentParser.add_argument`.
     """
-    metadata = {"help": help, "group": group, "positional": positional, "settings": settings}
+    limits = {name: value for name, value in (("min", min), ("above", above), ("max", max)) if value is not None}
+    metadata = {"help": help, "group": group, "positional": positional, "limits": limits, "settings": settings}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -56,11 +72,46 @@ def flag_group(title: str, description: str, flags: Callable[[], dict[str, FlagS
     return dataclasses.field(default_factory=dict, metadata=metadata)
 
 
+def option_group(options: Callable[..., Any], title: str, **defaults: Any) -> Any:
+    """Return a dataclass field that holds an instance of another dataclass, whose fields become flags under `title`.
+
+    defaults: replace defaults of that dataclass, for this script only.
+    """
+    metadata = {"options": options, "title": title, "defaults": defaults}
+    return dataclasses.field(default_factory=lambda: options(**defaults), metadata=metadata)
+
+
+def range_errors(options: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with `values` (name -> value), by the limits of the flags of a dataclass: a line for each."""
+    found = []
+    for field in dataclasses.fields(options):
+        limits, value = field.metadata.get("limits"), values.get(field.name)
+        if not limits or not isinstance(value, (int, float)):
+            continue
+        low, above, high = (limits.get(name) for name in ("min", "above", "max"))
+        # Written so that NaN is refused too.
+        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if inside and math.isfinite(value):
+            continue
+        if low is not None and high is not None:
+            wanted = f"between {low} and {high}"
+        else:
+            words = [("at least", low), ("above", above), ("at most", high)]
+            wanted = " and ".join(f"{word} {limit}" for word, limit in words if limit not in (None, -math.inf))
+        found.append(f"--{field.name} {value} must be {wanted or 'a finite number'}")
+    return found
+
+
 Options = typing.TypeVar("Options")
 
 
 def parse_options(
-    options: type[Options], description: str | None, argv: list[str] | None = None, **defaults: Any
+    options: type[Options],
+    description: str | None,
+    argv: list[str] | None = None,
+    *,
+    parser_class: type[Parser] | None = None,
+    **defaults: Any,
 ) -> Options:
     """Read the command line into a dataclass of flags; exit with all that is wrong at once.
 
@@ -69,13 +120,34 @@ def parse_options(
     Args:
         description: of the script, for `--help`; usually its docstring.
         argv: the command line; None: that of the process.
+        parser_class: a `Parser` that reports errors in another way.
         defaults: replace defaults of the fields.
     """
-    parser = Parser(description=description)
-    hints = typing.get_type_hints(options)
+    parser = (parser_class or Parser)(description=description)
+    members: dict[str, list[str]] = {}  # field of a `flag_group` -> its flags
     groups: dict[str, Any] = {"": parser}
-    members: dict[str, list[str]] = {}  # field of a group -> its flags
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+    _add_flags(parser, groups, options, defaults, members)
+    given = vars(parser.parse_args(argv))
+    for field_name, names in members.items():
+        values = {name: given.pop(name) for name in names}
+        given[field_name] = {name: value for name, value in values.items() if value is not None}
+    errors: list[str] = []
+    try:
+        result = _build(options, given, errors)
+        errors += result.validate()
+    except UserError as error:  # from a dataclass that checks itself
+        errors.append(str(error))
+    if errors:
+        parser.error(errors)
+    return result
+
+
+def _add_flags(
+    parser: Parser, groups: dict[str, Any], options: Any, defaults: dict[str, Any], members: dict[str, list[str]]
+) -> None:
+    """Add the flags of a dataclass to `parser`. Fills `groups` (title -> group) and `members`."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
         metadata = field.metadata
         if "help" in metadata:
             title = metadata["group"]
@@ -89,14 +161,26 @@ def parse_options(
             members[field.name] = list(flags)
             for name, (kind, help) in flags.items():
                 _add(group, f"--{name}", kind, None, help, {})
-    given = vars(parser.parse_args(argv))
-    for field_name, names in members.items():
-        values = {name: given.pop(name) for name in names}
-        given[field_name] = {name: value for name, value in values.items() if value is not None}
-    result = options(**given)
-    if errors := result.validate():  # type: ignore[attr-defined]
-        parser.error(errors)
-    return result
+        elif "options" in metadata:
+            inner = {"": parser.add_argument_group(metadata["title"])}
+            _add_flags(parser, inner, metadata["options"], metadata["defaults"], members)
+
+
+def _build(options: Any, given: dict[str, Any], errors: list[str]) -> Any:
+    """Return an instance of `options` from the values of its flags, which are taken out of `given`.
+
+    A value outside its limits is reported in `errors` and replaced by the default, so that the other checks can run.
+    """
+    values = {}
+    for field in dataclasses.fields(options):
+        if "options" in field.metadata:
+            values[field.name] = _build(field.metadata["options"], given, errors)
+        elif field.name in given:
+            values[field.name] = given.pop(field.name)
+            if wrong := range_errors(options, {field.name: values[field.name]}):
+                errors += wrong
+                values[field.name] = _default(field)
+    return options(**values)
 
 
 def _add(parser: Any, name: str, kind: Any, default: Any, help: str, settings: dict) -> None:
@@ -108,6 +192,7 @@ def _add(parser: Any, name: str, kind: Any, default: Any, help: str, settings: d
     shown = default is not None and kind is not bool and default != [] and default != ()
     if shown and "(default" not in help:
         help += f" (default: {default})"
+    default = list(default) if isinstance(default, tuple) else default  # what action="append" adds to
     parser.add_argument(name, default=default, help=help.replace("%", "%%"), **settings)
 
 

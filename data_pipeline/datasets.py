@@ -10,15 +10,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.packing import Packing, pack
+from data_pipeline.packing import Packing, pack, sample_order
 from data_pipeline.tokenize import TokenizedDataset
 
 
@@ -133,3 +136,94 @@ class PackedRows:
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors["cu_seqlens"] = torch.tensor(boundaries, dtype=torch.int32)
         return Batch(tensors, int((labels != -100).sum()), ids.size - n_padding, int((lengths**2).sum()))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which samples belong to which optimizer step: a pure function of the seed, whatever was interrupted before.
+
+    Sample g of the run is sample `sample_order(n_samples, seed, g // n_samples)[g % n_samples]` of the data set; step s
+    takes the samples from s * per_step on; the last step of the run may have fewer.
+    """
+
+    n_samples: int
+    per_step: int
+    total_samples: int
+    seed: int
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.total_samples / self.per_step)
+
+    def samples(self, step: int) -> list[int]:
+        """Return the data-set indices of one step, over all micro-batches and processes."""
+        first = step * self.per_step
+        return [self._sample(g) for g in range(first, min(first + self.per_step, self.total_samples))]
+
+    def _sample(self, g: int) -> int:
+        epoch, position = divmod(g, self.n_samples)
+        if epoch not in self._orders:
+            self._orders.pop(epoch - 2, None)
+            self._orders[epoch] = sample_order(self.n_samples, self.seed, epoch)
+        return int(self._orders[epoch][position])
+
+
+@dataclass(frozen=True)
+class DataFailure:
+    """Take the place of a step's batches when a thread that prepared them raised `error`."""
+
+    error: BaseException
+
+
+@dataclass
+class BatchLoader:
+    """One process's micro-batches of every step, prepared by threads while earlier steps compute.
+
+    micro_batch: rows that go through the model at once; may be lowered during a run.
+    """
+
+    data: Dataset
+    schedule: Schedule
+    rank: int
+    world_size: int
+    micro_batch: int
+    num_workers: int
+
+    def batches(self, step: int, size: int | None = None) -> list[Batch]:
+        """Return this process's samples of a step in micro-batches of `size` (default: the current one)."""
+        return list(self.shard(self.data, self.schedule.samples(step), size or self.micro_batch))
+
+    def shard(self, data: Dataset, samples: list[int], micro_batch: int) -> Iterator[Batch]:
+        """Yield this process's part of the samples, in as many micro-batches as every other process has.
+
+        Where there are too few samples it repeats one in a dummy batch that does not count, because sharded parameters
+        need all processes for every forward pass.
+        """
+        mine = samples[self.rank :: self.world_size]
+        for begin in range(0, len(samples[:: self.world_size]), micro_batch):
+            some = mine[begin : begin + micro_batch]
+            yield data.batch(some) if some else dataclasses.replace(data.batch(samples[:1]), dummy=True)
+
+    def prefetch(self, first: int) -> Iterator[list[Batch] | DataFailure]:
+        """Yield the batches of every step from `first` on.
+
+        Batches that could not be prepared become a DataFailure: all processes have to learn of it before they stop.
+        """
+
+        def prepare(step: int) -> tuple[int, list[Batch]]:
+            size = self.micro_batch
+            return size, self.batches(step, size)
+
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="batches") as pool:
+            ahead = iter(range(first, self.schedule.total_steps))
+            for step in range(first, self.schedule.total_steps):
+                while len(waiting) <= self.num_workers and (n := next(ahead, None)) is not None:
+                    waiting.append(pool.submit(prepare, n))
+                future = waiting.popleft()
+                if (error := future.exception()) is not None:
+                    yield DataFailure(error)
+                    continue
+                size, batches = future.result()
+                yield batches if size == self.micro_batch else self.batches(step)

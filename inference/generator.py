@@ -160,7 +160,7 @@ class BatchGenerator:
 
         for prompt, sampling, key, factor in zip(prompts, samplings, keys, factors, strict=True):
             stream = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
-            if sampling.penalises:
+            if sampling.has_penalties:
                 row = len(self.rows)
                 self._counts[row] = 0
                 self._in_prompt[row] = False
@@ -266,7 +266,7 @@ class BatchGenerator:
                 )
 
     def _group(self, indices: range) -> list[tuple[list[int], Tensor | None, BatchedSamplingParams]]:
-        """Rows by kind of sampling: (indices, the same as a tensor or None for all of `indices`, knobs)."""
+        """Rows by kind of sampling: (indices, the same as a tensor or None for all of `indices`, params)."""
         kinds: dict[tuple, list[int]] = {}
         for i in indices:
             kinds.setdefault(self.rows[i].sampling.kind(), []).append(i)
@@ -284,15 +284,15 @@ class BatchGenerator:
     ) -> Tensor:
         """Next tokens of the rows from `first` on, whose logits (rows, vocab) these are."""
         tokens = None
-        for members, index, knobs in groups:
+        for members, index, params in groups:
             uniform = counts = in_prompt = None
-            if not knobs.greedy:
+            if not params.greedy:
                 uniform = torch.tensor([self.rows[i].random.random() for i in members], device=self.device)
-            if knobs.penalises:
+            if params.has_penalties:
                 which = slice(members[0], members[-1] + 1) if index is None else index
                 counts, in_prompt = self._counts[which], self._in_prompt[which]
-            chosen = sample_next(logits if index is None else logits[index - first], knobs, uniform, counts, in_prompt)
-            if knobs.penalises:
+            chosen = sample_next(logits if index is None else logits[index - first], params, uniform, counts, in_prompt)
+            if params.has_penalties:
                 rows = torch.arange(members[0], members[-1] + 1, device=self.device) if index is None else index
                 self._counts[rows, chosen] += 1
             if index is None:

@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.errors import UserError
+from model.architecture import Architecture
 
 WEIGHTS, ADAPTER, EXPORT = "weights", "adapter", "export"
 # Files that make up a model, the heavy one first.
@@ -80,6 +83,38 @@ def read_entry(path: Path) -> Entry | None:
 def default_model(entries: list[Entry]) -> Entry:
     """The newest that answers, else the newest."""
     return next((entry for entry in entries if entry.stage in CHAT_STAGES and entry.kind != EXPORT), entries[0])
+
+
+def checkpoint_name(stage: str, config: Architecture) -> str:
+    """Return the file name of a stage's weights: `pretrain_512.pth`, `full_sft_512_moe.pth`."""
+    return f"{stage}_{_size(config)}.pth"
+
+
+def _size(config: Architecture) -> str:
+    return f"{config.dim}{'_moe' if config.use_moe else ''}"
+
+
+def find_model(out_dir: Path, stages: Sequence[str], config: Architecture | None = None) -> Path | None:
+    """Return the model of `stages` in a folder that was written last, or None. "lora" stands for the folders of adapters.
+
+    config: find only weights with its size in their names; None: of any size.
+    """
+    sizes = r"\d+(_moe)?" if config is None else _size(config)
+    weights = re.compile(rf"({'|'.join(map(re.escape, stages))})_{sizes}\.pth")
+    for entry in list_models(out_dir):
+        named = entry.path.name.startswith("lora_") if entry.kind == ADAPTER else weights.fullmatch(entry.path.name)
+        if named and (entry.kind == WEIGHTS or "lora" in stages):
+            return entry.path
+    return None
+
+
+def require_model(out_dir: Path, stages: Sequence[str], script: str) -> Path:
+    """Return `find_model`'s result. Raises UserError if there is none; `script` makes one."""
+    path = find_model(out_dir, stages)
+    if path is None:
+        names = ", ".join("lora_*" if stage == "lora" else f"{stage}_*.pth" for stage in stages)
+        raise UserError(f"no {names} in {out_dir}: run {script}, or name a model with --weights")
+    return path
 
 
 def _entry(path: Path, kind: str, files: list[Path], info: dict) -> Entry | None:

@@ -1,15 +1,23 @@
-"""Open a model from a path: a .pth file, the folder of an adapter, or an exported folder."""
+"""Open a model from a path, whatever kind it is, and make it ready to generate text.
+
+checkpoint, tokenizer = open_model(Path("out/lora_identity_512"), dtype=torch.float32)
+generator = load_text_generator(Path("out/full_sft_512.pth"), ModelOptions(quantize="int8"))
+"""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
+from export.huggingface import read_folder
 from inference.backends import Backend, choose_backend
+from inference.generator import TokenOutput, generate
+from inference.options import ModelOptions, SamplingParams
 from model.device import resolve_device, resolve_dtype
 from model.model import describe_parameters
 from model.rope import parse_scaling
@@ -17,76 +25,91 @@ from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, load_checkpoint
 
 
-def backend_from_args(args: argparse.Namespace, model: torch.nn.Module) -> Backend | None:
-    """What --compile and --quantize mean for this model, for `BatchGenerator` and `generate`. UserError if it cannot be."""
-    try:
-        return choose_backend(model, args.compile, args.quantize)
-    except ValueError as error:
-        raise UserError(f"--compile {args.compile} --quantize {args.quantize}: {error}") from error
+def open_model(
+    path: Path | None,
+    *,
+    lora: Path | None = None,
+    tokenizer: Path = TOKENIZER_DIR,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
+    """Return the model at `path`, in evaluation mode, and its tokenizer.
 
+    Args:
+        path: a .pth file; the folder of an adapter, which is merged into its base; or an exported folder.
+        lora: the folder of an adapter to merge into the weights at `path`. If `path` is None, these are in the file beside
+            the adapter that it was trained on.
+        tokenizer: its folder. With the default an exported folder uses the tokenizer inside it.
+        dtype: of the weights; None: as they are stored (with an adapter: float32).
 
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype mean here. UserError for a device that is not there."""
-    try:
-        device = resolve_device(args.device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return device, resolve_dtype(args.dtype, device)
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder. UserError if there is none."""
-    try:
-        return load_tokenizer(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def open_checkpoint(path: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
-    """The model in a file, ready to write. UserError if it cannot be."""
-    device, dtype = device_and_dtype(args)
-    try:
-        checkpoint = load_checkpoint(path, device=device, dtype=dtype, tokenizer=tokenizer)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(describe_checkpoint(checkpoint))
-    return checkpoint
-
-
-def open_model(path: Path, args: argparse.Namespace) -> tuple[Checkpoint, PreTrainedTokenizerFast]:
-    """The model in a file, an adapter folder or an exported folder, ready to write, and its tokenizer.
-
-    An export has its tokenizer with it; an adapter has its base beside it. UserError if it cannot be used.
+    Raises UserError if the model cannot be used.
     """
-    if not path.is_dir():
-        tokenizer = open_tokenizer(args.tokenizer)
-        return open_checkpoint(path, args, tokenizer), tokenizer
-    device, dtype = device_and_dtype(args)
+    if lora is None and path is not None and (path / "adapter_config.json").is_file():
+        path, lora = None, path
     try:
-        if (path / "adapter_config.json").is_file():
-            from model.lora import load_adapter  # peft takes seconds to import
-
-            tokenizer = open_tokenizer(args.tokenizer)
-            checkpoint = load_adapter(path, device, dtype, tokenizer)
-        else:
-            from export.huggingface import read_folder
-
-            tokenizer = open_tokenizer(path if args.tokenizer == TOKENIZER_DIR else args.tokenizer)
+        if path is not None and path.is_dir():
             checkpoint = read_folder(path)
-            if checkpoint.config.vocab_size != len(tokenizer):
+            loaded = load_tokenizer(path if tokenizer == TOKENIZER_DIR else tokenizer)
+            if checkpoint.config.vocab_size != len(loaded):
                 raise UserError(
-                    f"{path}: the model has {checkpoint.config.vocab_size} tokens, the tokenizer {len(tokenizer)}: "
-                    "use the one it was exported with"
+                    f"{path}: the model has {checkpoint.config.vocab_size} tokens and the tokenizer {len(loaded)}: "
+                    "use the tokenizer it was exported with"
                 )
-            checkpoint.model.to(device, dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+            checkpoint.model.to(device=device, dtype=dtype)
+        else:
+            loaded = load_tokenizer(tokenizer)
+            if lora is not None:
+                from model.lora import load_adapter  # peft takes seconds to import
+
+                checkpoint = load_adapter(lora, device, dtype, loaded, path)
+            else:
+                checkpoint = load_checkpoint(path, device, dtype, loaded)
+    except OSError as error:  # from torch, for some damaged files
+        raise UserError(f"{lora or path} cannot be read ({error}): copy it again or save it anew") from error
+    checkpoint.model.eval()
+    return checkpoint, loaded
+
+
+@dataclass(frozen=True)
+class TextGenerator:
+    """A model with everything that generating text needs.
+
+    context: maximum length of prompt and answer together, in tokens.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerFast
+    context: int
+    backend: Backend | None = None
+
+    def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[TokenOutput]:
+        """Yield the tokens of the answer to one prompt as they are made."""
+        return generate(
+            self.checkpoint.model,
+            [prompt],
+            sampling,
+            tokenizer=self.tokenizer,
+            max_len=self.context,
+            backend=self.backend,
+        )
+
+
+def load_text_generator(path: Path | None, options: ModelOptions, lora: Path | None = None) -> TextGenerator:
+    """Open a model as `options` say, and print what it is. `path`, `lora` and errors are those of `open_model`."""
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    checkpoint, tokenizer = open_model(path, lora=lora, tokenizer=options.tokenizer, device=device, dtype=dtype)
     print(describe_checkpoint(checkpoint))
-    return checkpoint, tokenizer
+    context = set_context(checkpoint, options)
+    try:
+        backend = choose_backend(checkpoint.model, options.compile, options.quantize)
+    except ValueError as error:
+        raise UserError(f"--compile {options.compile} --quantize {options.quantize}: {error}") from error
+    return TextGenerator(checkpoint, tokenizer, context, backend)
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:
-    """Which weights these are and how they were made, in a few lines."""
+    """Return in a few lines which weights these are and how they were made."""
     config, info = checkpoint.config, checkpoint.info
     weight = checkpoint.model.get_input_embeddings().weight
     origin = [str(info["stage"])] if "stage" in info else []
@@ -100,26 +123,24 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     return "\n".join(lines)
 
 
-def context_length(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
-    """Tokens of prompt and answer together; says so if they are more than the model was trained at.
+def set_context(checkpoint: Checkpoint, options: ModelOptions) -> int:
+    """Return how many tokens prompt and answer may have together; print it if the model was trained at fewer.
 
     With --rope_scaling the model gets its `extension`, which every `BatchGenerator` of it then follows.
     """
     trained = checkpoint.config.max_seq_len
-    if args.max_seq_len is not None and args.max_seq_len < 2:
-        raise UserError(f"--max_seq_len {args.max_seq_len} leaves no room: give at least 2")
-    if args.rope_scaling == "none":
-        context = args.max_seq_len or trained
+    if options.rope_scaling == "none":
+        context = options.max_seq_len or trained
         if context > trained:
             print(f"note: trained at {trained} tokens; what comes after them may be poor (--rope_scaling may help)")
         return context
     try:
-        method, factor = parse_scaling(args.rope_scaling)
-        extension = checkpoint.config.extension(method, factor, args.max_seq_len)
+        method, factor = parse_scaling(options.rope_scaling)
+        extension = checkpoint.config.extension(method, factor, options.max_seq_len)
     except ValueError as error:
         raise UserError(str(error)) from error
     checkpoint.model.extension = extension
-    context = args.max_seq_len or int(trained * factor)
+    context = options.max_seq_len or int(trained * factor)
     factors = " or ".join(f"{step:g}" for step in extension.factors)
     print(
         f"context of {context} tokens: texts beyond the {trained} of the training are scaled ({method}, {factors} times)"

@@ -1,9 +1,11 @@
-"""A chat on the terminal: questions and commands from the user, whoever answers them."""
+"""A conversation on the terminal: questions and commands from the user, answers printed as they come. No torch here."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -14,61 +16,136 @@ HELP = """\
   /exit        end (also: Ctrl-D); Ctrl-C stops an answer"""
 
 
-class Chat(Protocol):
-    system: list[dict]  # the system message, if there is one
-    turns: list[dict]  # user and assistant in turn
+class Output(Protocol):
+    """What is read of a `TokenOutput`."""
 
-    def answer(self, question: str) -> None:
-        """Print the answer as it comes; both become part of the turns. ValueError, and nothing changes, if it cannot."""
+    @property
+    def text(self) -> str: ...
+    @property
+    def finish(self) -> str | None: ...
 
 
-def interact(chat: Chat) -> None:
-    """Read questions and commands until /exit or the end of the input."""
-    print(f"ask something, or:\n{HELP}\n")
-    while (line := read_line("> ")) is not None:
-        command, _, argument = line.strip().partition(" ")
-        if command in ("/exit", "/quit"):
+class Chat:
+    """A conversation; a subclass defines `reply`."""
+
+    def __init__(self, system: str | None, history_turns: int) -> None:
+        """
+        Args:
+            system: text of the system message, which stands before everything.
+            history_turns: how many earlier questions, with their answers, are seen.
+        """
+        self.system = [{"role": "system", "content": system}] if system else []
+        self.turns: list[dict] = []  # user and assistant in turn
+        self.history_turns = history_turns
+
+    def reply(self, question: str) -> str:
+        """Print the answer as it comes and return it. Raises ValueError, before anything is printed, if there is none."""
+        raise NotImplementedError
+
+    def ask(self, question: str) -> None:
+        """Print the answer; question and answer become part of the conversation. Raises ValueError, and nothing changes."""
+        text = self.reply(question)
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+
+    def run(self) -> None:
+        """Read questions and commands until /exit or the end of the input."""
+        print(f"ask something, or:\n{HELP}\n")
+        while (line := read_line("> ")) is not None:
+            command, _, argument = line.strip().partition(" ")
+            if command in ("/exit", "/quit"):
+                return
+            if command == "/clear":
+                self.turns.clear()
+                print("forgotten")
+            elif command == "/save":
+                self.save(argument.strip())
+            elif command.startswith("/") and command[1:].isalpha() and not argument:
+                print(HELP if command == "/help" else f"no such command: {command}\n{HELP}")
+            elif command:
+                try:
+                    self.ask(line)
+                except ValueError as error:
+                    print(f"not answered: {error}", file=sys.stderr, flush=True)
+
+    def save(self, name: str) -> None:
+        """Append the conversation to a file that 3-full_sft.py can train on."""
+        if not name or not self.turns:
+            print("nothing to save yet" if name else "name a file: /save FILE")
             return
-        if command == "/clear":
-            chat.turns.clear()
-            print("forgotten")
-        elif command == "/save":
-            save(chat, argument.strip())
-        elif command.startswith("/") and command[1:].isalpha() and not argument:
-            print(HELP if command == "/help" else f"no such command: {command}\n{HELP}")
-        elif command:
-            try:
-                chat.answer(line)
-            except ValueError as error:
-                print(f"not answered: {error}", file=sys.stderr, flush=True)
+        try:
+            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": [*self.system, *self.turns]}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
+        else:
+            n = len(self.turns) // 2
+            print(f"appended {n} turn{'s' * (n != 1)} to {name}")
 
 
-def save(chat: Chat, name: str) -> None:
-    """Append the conversation to a file that 3-full_sft.py can train on."""
-    if not name or not chat.turns:
-        print("nothing to save yet" if name else "name a file: /save FILE")
-        return
+# ---- printing answers
+
+
+def print_answer(outputs: Iterable[Output], max_new_tokens: int, context: int) -> tuple[str, bool]:
+    """Print an answer token by token, then why it was cut off (if it was), its length and speed.
+
+    Returns:
+        the text, and whether Ctrl-C stopped it.
+    """
+    started, received = time.perf_counter(), 0
+    finish: str | None = None
+
+    def pieces() -> Iterator[str]:
+        nonlocal received, finish
+        for output in outputs:
+            received, finish = received + 1, output.finish
+            yield output.text
+
+    text, stopped = print_pieces(pieces())
+    end = " [stopped]" if stopped else ""
+    if finish == "length" and received >= max_new_tokens:
+        end = f" [cut off: --max_new_tokens {max_new_tokens}]"
+    elif finish == "length":
+        end = f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"
+    print(f"{end}\n[{received} tokens, {received / (time.perf_counter() - started):.1f} tokens/s]\n", flush=True)
+    return text, stopped
+
+
+def print_pieces(pieces: Iterable[str]) -> tuple[str, bool]:
+    """Print pieces of a text as they come; return all of it, and whether Ctrl-C stopped it."""
+    text = ""
     try:
-        with Path(name).expanduser().open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": [*chat.system, *chat.turns]}, ensure_ascii=False) + "\n")
-    except OSError as error:
-        print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
-    else:
-        n = len(chat.turns) // 2
-        print(f"appended {n} turn{'s' * (n != 1)} to {name}")
+        for piece in pieces:
+            text += piece
+            print(visible(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        return text, True
+    return text, False
+
+
+def visible(text: str) -> str:
+    """Return `text` with control characters as pictures (U+2400...): a model must not control the terminal."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(128, 160), 65533)
+
+
+# ---- the terminal itself
 
 
 def use_utf8() -> None:
     """Read and write UTF-8 whatever the terminal's settings: the default elsewhere cannot print Chinese."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+        errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"
+        stream.reconfigure(encoding="utf-8", errors=errors)  # type: ignore[union-attr]
 
 
 def read_line(prompt: str) -> str | None:
-    """A line from the user, with line editing where there is any; None at the end of the input or Ctrl-C."""
+    """Return a line from the user, with line editing where it is available; None at the end of the input or Ctrl-C."""
     try:
-        import readline  # noqa: F401  gives input() its arrow keys; not there on Windows
+        import readline  # noqa: F401  gives input() its arrow keys; not available on Windows
     except ImportError:
         pass
     try:
@@ -76,12 +153,3 @@ def read_line(prompt: str) -> str | None:
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-
-
-def visible(text: str) -> str:
-    """`text` with control characters as pictures (U+2400...): a model must not steer the terminal."""
-    return text.translate(_PICTURES)
-
-
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(range(128, 160), 65533)

@@ -21,7 +21,6 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -56,27 +55,6 @@ class Checkpoint:
     path: Path
     fingerprint: str
     notes: list[str] = field(default_factory=list)
-
-
-# ---- names and places
-
-
-def checkpoint_name(stage: str, config: LMConfig) -> str:
-    """File name of a stage's weights: `pretrain_512.pth`, `full_sft_512_moe.pth`."""
-    return f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
-
-
-def find_checkpoint(out_dir: Path | str, stages: Sequence[str], config: LMConfig | None = None) -> Path | None:
-    """The file written last among those of `stages` in `out_dir`, of any size or of `config`'s; or None."""
-    out_dir = Path(out_dir)
-    if not out_dir.is_dir():
-        return None
-    if config is None:
-        name = re.compile(rf"(?:{'|'.join(map(re.escape, stages))})_\d+(?:_moe)?\.pth")
-        found = [path for path in out_dir.iterdir() if name.fullmatch(path.name) and path.is_file()]
-    else:
-        found = [path for stage in stages if (path := out_dir / checkpoint_name(stage, config)).is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 # ---- writing

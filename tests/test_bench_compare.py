@@ -201,6 +201,6 @@ def test_a_judge_that_is_not_there(models, tmp_path, main, capsys):
     question, output = tmp_path / "q.txt", tmp_path / "out.md"
     question.write_text(QUESTIONS[0], encoding="utf-8")
     judge = ["--judge_base_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_timeout", 1]
-    with pytest.raises(UserError, match="no verdict at all: look at --judge_base_url"):
+    with pytest.raises(UserError, match="no verdict at all: check --judge_base_url"):
         main(*models[:2], "--questions", question, "--output", output, "--max_new_tokens", 2, *judge)
     assert "1 of 1 verdicts failed" in capsys.readouterr().out and output.with_suffix(".json").is_file()

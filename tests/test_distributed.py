@@ -20,7 +20,7 @@ from tolerances import assert_moments_alike, assert_trained_alike, rounding, sha
 
 from common.errors import UserError
 from trainer.distributed import DistEnv
-from trainer.parallel.zero_config import validate_zero_config
+from trainer.options import validate_zero_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -266,9 +266,9 @@ def test_a_deepspeed_file_that_contradicts_the_flags_is_refused_by_name(tmp_path
     content = {"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "train_micro_batch_size_per_gpu": "auto"}
     content |= {"fp16": {"enabled": True}, "scheduler": {}, "optimizer": {"type": "AdamW", "params": {"lr": 3.0}}}
     path.write_text(json.dumps(content))
-    found = "\n".join(validate_zero_config(path, options(tmp_path), "float32"))
+    found = "\n".join(validate_zero_config(options(tmp_path, deepspeed=path), "float32"))
     for words in ('"gradient_clipping" is 5.0, but --grad_clip', '"fp16" is True, but --dtype', "scheduler", "lr of"):
         assert words in found
     assert "train_micro_batch" not in found
     path.write_text('{"zero_optimization": {"stage": 0}}')
-    assert "stage" in validate_zero_config(path, options(tmp_path), "float32")[0]
+    assert "stage" in validate_zero_config(options(tmp_path, deepspeed=path), "float32")[0]

@@ -130,7 +130,7 @@ def test_training_mode_is_refused():
         generate(make().train(), [[1]])
 
 
-# ---- knobs
+# ---- params
 
 
 def draw(logits: list[float], n: int = 20_000, **fields) -> torch.Tensor:
@@ -177,8 +177,8 @@ def test_what_is_left_to_choose_from(fields, kept):
 @pytest.mark.parametrize("fields", [{}, dict(top_k=2), dict(top_p=0.5), dict(min_p=0.5)])
 def test_never_a_token_that_was_left_out(uniform, fields):
     logits = torch.tensor([[-torch.inf, 3.0, 3.0, -torch.inf, -torch.inf]])
-    knobs = BatchedSamplingParams([SamplingParams(temperature=0.7, **fields)])
-    assert sample_next(logits, knobs, torch.tensor([uniform])).item() in (1, 2)
+    params = BatchedSamplingParams([SamplingParams(temperature=0.7, **fields)])
+    assert sample_next(logits, params, torch.tensor([uniform])).item() in (1, 2)
 
 
 def test_extreme_temperatures():
@@ -246,7 +246,7 @@ def test_seed():
     unseeded = dataclasses.replace(sampling, seed=None)
     a, b = (generate_ids(model, prompts[:1], unseeded, eos_id=None) for _ in range(2))
     assert a != b
-    # The same whatever else is decoded, and with whatever other knobs.
+    # The same whatever else is decoded, and with whatever other params.
     others = [
         sampling,
         SamplingParams(max_new_tokens=9, temperature=2.0, top_p=0.5, seed=1),
@@ -264,7 +264,7 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_wrong_knobs_are_all_named():
+def test_wrong_parameters_are_all_named():
     with pytest.raises(ValueError) as error:
         SamplingParams(
             max_new_tokens=0, temperature=math.nan, top_k=-1, top_p=0, min_p=1.1, repetition_penalty=0,

@@ -256,10 +256,10 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(data, undisturbed
     with Launch([*torchrun(2, "--max_restarts", 2, "--monitor_interval", 0.1), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: list(states.glob("step_*[1-9]?/COMPLETE")))  # step 10 or later
         run.workers()[1].send_signal(signal.SIGKILL)
-        run.wait_until(lambda: "restart 1): going on from" in run.text and "step 30/" in run.text)
+        run.wait_until(lambda: "restart 1): continuing from" in run.text and "step 30/" in run.text)
         run.workers()[0].send_signal(signal.SIGKILL)
         assert run.end() == 0, run.text
-        found = re.findall(r"started again by the launcher \(restart (\d)\): going on from step_0*(\d+)", run.text)
+        found = re.findall(r"restarted by the launcher \(restart (\d)\): continuing from step_0*(\d+)", run.text)
         assert [number for number, _ in found] == ["1", "2"] and 0 < int(found[0][1]) < int(found[1][1]) < 80, run.text
         assert not run.alive()
     assert bit_identical(tmp_path, undisturbed)
@@ -277,8 +277,8 @@ def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
         errors = [line for line in run.text.splitlines() if "error: " in line]
         assert len(errors) == 1, run.text
         assert re.search(
-            rf"1 of 2 processes did not come within --timeout 15 seconds.*rank 1 \(process {workers[1].pid} on .*\), last "
-            r"seen at .*step \d+.* \(\w+\.py, line \d+\)",
+            rf"1 of 2 processes did not respond within --timeout 15 seconds.*rank 1 \(process {workers[1].pid} on .*\), "
+            r"last seen at .*step \d+.* \(\w+\.py, line \d+\)",
             errors[0],
         ), errors[0]
         # torchrun gives it 30 seconds to end, which a stopped process cannot, and kills it; here it need not wait so long.

@@ -6,7 +6,21 @@ import json
 import os
 from pathlib import Path
 
-from inference.model_finder import ADAPTER, EXPORT, WEIGHTS, default_model, list_models, read_entry
+import pytest
+
+from common.errors import UserError
+from inference.model_finder import (
+    ADAPTER,
+    EXPORT,
+    WEIGHTS,
+    checkpoint_name,
+    default_model,
+    find_model,
+    list_models,
+    read_entry,
+    require_model,
+)
+from model.LMConfig import preset
 
 
 def put(path: Path, content: bytes = b"weights", when: float = 1e9, **info) -> Path:
@@ -92,3 +106,47 @@ def test_nothing_there(tmp_path):
     assert list_models(tmp_path) == [] == list_models(tmp_path / "none")
     assert list_models(put(tmp_path / "file")) == []
     assert read_entry(tmp_path / "none.pth") is None
+
+
+def test_names_and_finding(tmp_path):
+    assert checkpoint_name("pretrain", preset("minimind-v1-small")) == "pretrain_512.pth"
+    assert checkpoint_name("full_sft", preset("minimind-v1-moe")) == "full_sft_512_moe.pth"
+    assert find_model(tmp_path / "none", ["pretrain"]) is None
+    assert find_model(tmp_path, ["pretrain"]) is None
+    names = [
+        "pretrain_512.pth",
+        "full_sft_192.pth",
+        "rl_512_moe.pth",
+        "pretrain_192.pth",
+        "pretrain_x.pth",
+        "other.pth",
+    ]
+    for age, name in enumerate(names):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    (tmp_path / "pretrain_768.pth").mkdir()
+
+    def found(*args) -> str | None:
+        path = find_model(tmp_path, *args)
+        return path and path.name
+
+    assert found(["pretrain", "full_sft"]) == "pretrain_512.pth"
+    assert found(["full_sft", "rl"]) == "full_sft_192.pth"
+    assert found(["rl"]) == "rl_512_moe.pth"
+    assert found(["pretrain"], preset("toy")) == "pretrain_192.pth"
+    assert found(["rl"], preset("toy")) is None
+    assert found(["rl"], preset("minimind-v1-moe")) == "rl_512_moe.pth"
+    os.utime(tmp_path / "pretrain_192.pth", (5000, 5000))
+    assert found(["pretrain", "full_sft"]) == "pretrain_192.pth"
+
+
+def test_adapters_are_found_too(tmp_path):
+    put(tmp_path / "full_sft_64.pth", when=1e9 + 1)
+    adapter = put_folder(tmp_path / "lora_x_64", "adapter_model.safetensors", "adapter_config.json", 1e9 + 2)
+    put_folder(tmp_path / "full_sft_64-llama", "model.safetensors", "config.json", 1e9 + 3, stage="full_sft")
+    assert find_model(tmp_path, ["full_sft", "lora"]) == adapter
+    assert (
+        find_model(tmp_path, ["full_sft"]) == require_model(tmp_path, ["full_sft"], "") == tmp_path / "full_sft_64.pth"
+    )
+    with pytest.raises(UserError, match=r"no rl_\*.pth, lora_\* in .*none: run 3-full_sft.py, or name a model"):
+        require_model(tmp_path / "none", ["rl", "lora"], "3-full_sft.py")

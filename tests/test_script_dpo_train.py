@@ -200,7 +200,7 @@ def test_stopped_and_resumed_and_never_onto_another_base(run, out, pairs, tokeni
     assert result.code == 0 and "resuming after step 4" in result.out
     assert same(weights(out), whole)  # measured against the same reference as before, not against step 4
     write_base(out / "full_sft_32.pth", tokenizer, seed=1)
-    assert "it is another run: origin: " in run(*flags, "--resume").error()
+    assert "this is a different run: origin: " in run(*flags, "--resume").error()
     assert same(weights(out), whole)
 
 

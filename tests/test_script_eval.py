@@ -49,10 +49,10 @@ def call(monkeypatch, capsys):
     return inside
 
 
-def message(result: subprocess.CompletedProcess) -> str:
-    """The one line on stderr of a script that failed as it should."""
-    assert result.returncode == 1, result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+def message(result: subprocess.CompletedProcess, lines: int = 1, code: int = 1) -> str:
+    """Return stderr of a script that failed as it should: one line, or one for each wrong flag (code 2)."""
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("error: ") == result.stderr.count("\n") == lines, result.stderr
     return result.stderr
 
 
@@ -194,8 +194,9 @@ def test_wrong_input_is_one_clear_line(out, tmp_path, call):
     def fails(*args) -> str:
         return message(call(*args))
 
-    assert f"nothing to chat with in {tmp_path}" in fails("--out_dir", tmp_path)
+    assert f"no full_sft_*.pth, rl_*.pth, lora_* in {tmp_path}: run 3-full_sft.py" in fails("--out_dir", tmp_path)
     assert "is not an adapter" in fails("--lora", tmp_path / "none")
-    assert "--min_p 3.0 must be" in fails("--out_dir", out, "--min_p", 3)
-    assert "--history_turns -1 must not" in fails("--out_dir", out, "--history_turns", -1)
+    wrong = message(call("--min_p", 3, "--history_turns", -1, "--max_seq_len", 1), lines=3, code=2)
+    assert "--min_p 3.0 must be between 0 and 1" in wrong and "--history_turns -1 must be at least 0" in wrong
+    assert "--max_seq_len 1 must be at least 2" in wrong
     assert "tokens, and 84 is the limit" in fails("--out_dir", out, *GREEDY, "--auto", "--system", "long " * 200)

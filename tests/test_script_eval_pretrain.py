@@ -45,10 +45,10 @@ def call(monkeypatch, capsys):
     return inside
 
 
-def message(result: subprocess.CompletedProcess) -> str:
-    """The one line on stderr of a script that failed as it should."""
-    assert result.returncode == 1, result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+def message(result: subprocess.CompletedProcess, lines: int = 1, code: int = 1) -> str:
+    """Return stderr of a script that failed as it should: one line, or one for each wrong flag (code 2)."""
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("error: ") == result.stderr.count("\n") == lines, result.stderr
     return result.stderr
 
 
@@ -165,13 +165,15 @@ def test_wrong_input_is_one_clear_line(out, tmp_path, call):
     assert f"no pretrain_*.pth in {tmp_path}: run 1-pretrain.py" in fails("--out_dir", tmp_path)
     (tmp_path / "text.pth").write_text("hello")
     assert "text.pth is" in fails("--weights", tmp_path / "text.pth")
-    wrong = fails("--out_dir", out, "--temperature", "-1", "--top_p", "2")
-    assert "--temperature -1.0 must be" in wrong and "--top_p 2.0 must be" in wrong
+    wrong = message(call("--out_dir", out, "--temperature", "-1", "--top_p", "2", "--max_seq_len", 1), lines=3, code=2)
+    assert "--temperature -1.0 must be at least 0" in wrong and "--top_p 2.0 must be above 0 and at most 1" in wrong
+    assert "--max_seq_len 1 must be at least 2" in wrong
+    assert "cannot be used together" in message(call("--prompt", "a", "--interactive"), code=2)
+    assert "--stop must not be empty" in message(call("--stop", ""), code=2)
     assert "no such file" in fails("--out_dir", out, "--prompt_file", tmp_path / "none.txt")
     (tmp_path / "blank.txt").write_text("\n \n")
     assert "is empty" in fails("--out_dir", out, "--prompt_file", tmp_path / "blank.txt")
     assert "is not a device" in fails("--out_dir", out, "--device", "abacus")
-    assert "leaves no room" in fails("--out_dir", out, "--max_seq_len", 1)
     assert "no tokenizer.json" in fails("--out_dir", out, "--tokenizer", tmp_path)
     (tmp_path / "pretrain_64.pth").write_bytes((out / "pretrain_64.pth").read_bytes()[:100_000])
     assert "damaged" in fails("--weights", tmp_path / "pretrain_64.pth")

@@ -149,7 +149,7 @@ def test_failures_leave_nothing(out, tmp_path, main):
         "--text .* cannot be read": ["--weights", good, "--text", tmp_path / "missing.txt"],
         "--ceval .* cannot be read": ["--weights", good, "--ceval", broken],
         "no tokenizer.json": ["--weights", good, "--tokenizer", empty],
-        "is a folder; name a .pth": ["--weights", empty],
+        "no config.json in": ["--weights", empty],
         "no config.json": ["--weights", empty, "--format", "pth"],
         "is not an exported model": ["--weights", tmp_path / "missing.pth", "--output", broken, "--overwrite"],
         "out.pth is a folder": ["--weights", empty, "--format", "pth", "--output", folder, "--overwrite"],

@@ -284,7 +284,7 @@ def test_stopped_and_resumed_and_never_onto_another_base(run, out, tmp_path, cha
     # The base of the run is gone: a newer one is not what its state belongs to.
     write_base(out / "pretrain_32.pth", tokenizer, seed=1)
     message = run(*flags, "--out_dir", out, "--resume").error()
-    assert "it is another run: origin: " in message
+    assert "this is a different run: origin: " in message
     other = write_jsonl(tmp_path / "other.jsonl", [{"messages": turns(f"q {i}", f"b {i}")} for i in range(12)])
     write_base(out / "pretrain_32.pth", tokenizer)
     assert "train_data: " in run(*flags, "--out_dir", out, "--resume", "--data_path", other).error()

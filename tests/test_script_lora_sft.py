@@ -160,7 +160,7 @@ def test_stopped_and_resumed_and_never_onto_another_base(run, out, chats, tokeni
     assert adapter_bytes(out / "lora_me_32") == whole
     assert "adapter.r: 8 -> 4" in run(*flags, "--resume", "--rank", 4).error()
     write_base(out / "full_sft_32.pth", tokenizer, seed=1)
-    assert "it is another run: origin: " in run(*flags, "--resume").error()
+    assert "this is a different run: origin: " in run(*flags, "--resume").error()
     assert adapter_bytes(out / "lora_me_32") == whole
 
 

@@ -15,7 +15,7 @@ from tolerances import rounding, shape_of
 
 from common.errors import UserError
 from tests.test_trainer import ROW, config, options, same, train, weights
-from trainer.trainer import hold_run
+from trainer.checkpoint import hold_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -49,7 +49,9 @@ def test_data_lost_on_one_rank_stops_both_with_the_same_words_and_a_state(two_pr
 
 def test_memory_that_runs_out_on_one_rank_halves_the_batch_on_both(two_processes):
     _, ranks, printed = two_processes
-    assert printed.count("out of memory with 4 rows at once. --auto_batch goes on with 2 rows and 2 accumulation") == 1
+    assert (
+        printed.count("out of memory with 4 rows at once. --auto_batch continues with 2 rows and 2 accumulation") == 1
+    )
     whole, memory = ranks[0]["whole"], ranks[0]["memory"]
     relative = rounding(**shape_of(config(), 8 * ROW, backward=True))
     assert memory["metrics"]["loss"] == pytest.approx(whole["metrics"]["loss"], rel=relative)
@@ -79,14 +81,14 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
     """The lock of another process keeps us out, ends with that process however it ends, and is no matter for other names."""
-    monkeypatch.setattr("common.run_lock.WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("common.files.WAIT_SECONDS", 0.3)
     with another_process_holds(tmp_path, "tiny") as process:
         with pytest.raises(UserError, match="another run is training tiny in .*--out_dir"):
             train(options(tmp_path))
         with hold_run(tmp_path, "other"):
             pass
     assert process.returncode == -signal.SIGKILL
-    monkeypatch.setattr("common.run_lock.WAIT_SECONDS", 10)
+    monkeypatch.setattr("common.files.WAIT_SECONDS", 10)
     model, _ = train(options(tmp_path))
     again, _ = train(options(tmp_path))  # and each of ours has let go
     assert same(weights(model), weights(again))
@@ -94,7 +96,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make a file")
 def test_a_folder_that_takes_no_files_is_not_called_busy(monkeypatch):
-    monkeypatch.setattr("common.run_lock.WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("common.files.WAIT_SECONDS", 0.3)
     with pytest.raises(UserError, match="nothing can be written into /proc"), hold_run(Path("/proc"), "tiny"):
         pass
 
@@ -105,7 +107,7 @@ def test_where_there_are_no_locks_nothing_is_deleted(tmp_path, monkeypatch, caps
     def no_locks(*_, **__):
         raise NotImplementedError("no locks here")
 
-    monkeypatch.setattr("common.run_lock.FileLock.acquire", no_locks)
+    monkeypatch.setattr("common.files.FileLock.acquire", no_locks)
     (tmp_path / ".tiny.pth.12345678.tmp").write_text("half")
     with hold_run(tmp_path, "tiny"):
         assert (tmp_path / ".tiny.pth.12345678.tmp").exists()

@@ -131,7 +131,7 @@ def gradient(opts, step_samples, model_fields=()) -> dict[str, torch.Tensor]:
     def capture(*_args, **_kwargs):
         captured.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    trainer.engine.optimizers[0].register_step_pre_hook(capture)
+    trainer.strategy.optimizers[0].register_step_pre_hook(capture)
     trainer.step(0, batches)
     return captured
 
@@ -201,7 +201,7 @@ def test_every_sample_once_an_epoch_in_the_same_order_for_every_world(
 ):
     """No duplicate and no gap for 1 to 4 processes, whatever is left over, and wherever a run is resumed.
 
-    These are the batches that the loop trains on: those of `Trainer._prefetch`, of one trainer for each rank.
+    These are the batches that the loop trains on: those of `Trainer.loader`, of one trainer for each rank.
     """
     per_step = 12 * micro_rows * accumulation  # divisible by every number of processes
     orders = []
@@ -218,9 +218,9 @@ def test_every_sample_once_an_epoch_in_the_same_order_for_every_world(
             assert trainer.schedule.per_step == per_step
             first = min(resumed_at, trainer.total_steps - 1)
             if halved:  # as --auto_batch does in the middle of a run
-                trainer.micro_batch = -(-opts.batch_size // 2)
-            for step, batches in trainer._prefetch(first):
-                assert all(0 < batch.n_targets <= trainer.micro_batch for batch in batches)
+                trainer.loader.micro_batch = -(-opts.batch_size // 2)
+            for step, batches in enumerate(trainer.loader.prefetch(first), start=first):
+                assert all(0 < batch.n_targets <= trainer.loader.micro_batch for batch in batches)
                 counted = [batch.inputs["samples"].tolist() for batch in batches if not batch.dummy]
                 steps.setdefault(step, {})[rank] = sum(counted, [])
                 n_batches.setdefault(step, set()).add(len(batches))
@@ -274,9 +274,9 @@ def test_resuming_another_run_is_refused_with_the_reason(tmp_path):
     with pytest.raises(SystemExit):
         train(opts, stop_after=5)
     again = dataclasses.replace(opts, resume="newest")
-    with pytest.raises(UserError, match="train_data: .* the files of --data_path have another content than then"):
+    with pytest.raises(UserError, match="train_data: .* the files of --data_path have other content than before"):
         train(again, train_rows=rows(seed=1))
-    with pytest.raises(UserError, match="train_data: .* the data is another because of --val_fraction 0.01 -> 0.2"):
+    with pytest.raises(UserError, match="train_data: .* the data differs because of --val_fraction 0.01 -> 0.2"):
         train(dataclasses.replace(again, val_fraction=0.2), train_rows=rows(range(50)))
     with pytest.raises(UserError, match="config.n_layers: 2 -> 3"):
         train(again, model_fields=[("n_layers", 3)])
@@ -479,8 +479,8 @@ def test_auto_batch_halves_until_it_fits_and_keeps_the_samples(tmp_path, capsys,
     opts = options(tmp_path / "b", batch_size=7, accumulation_steps=2, auto_batch=True)
     model, metrics = train(opts, loss_fn=short_of_memory(2, error))
     printed = capsys.readouterr().out
-    assert "out of memory with 7 rows at once. --auto_batch goes on with 4 rows and 4 accumulation steps" in printed
-    assert "goes on with 2 rows and 7 accumulation steps" in printed and printed.count("--auto_batch") == 2
+    assert "out of memory with 7 rows at once. --auto_batch continues with 4 rows and 4 accumulation steps" in printed
+    assert "continues with 2 rows and 7 accumulation steps" in printed and printed.count("--auto_batch") == 2
     relative = rounding(**shape_of(config(), 14 * ROW, backward=True))
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=relative)
     assert_trained_alike(weights(model), weights(whole), relative, opts.max_steps * opts.learning_rate)

@@ -19,7 +19,7 @@ from model import weights
 from model.LMConfig import LMConfig, preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import check_can_write, checkpoint_name, find_checkpoint, load_checkpoint, save_checkpoint
+from model.weights import check_can_write, load_checkpoint, save_checkpoint
 
 TINY = dict(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=97)
 MOE = dict(use_moe=True, n_routed_experts=4, n_shared_experts=2)
@@ -496,38 +496,3 @@ def test_full_disk_leaves_the_old_file_and_says_so(saved, limit):
     assert os.waitstatus_to_exitcode(os.waitpid(fork(save), 0)[1]) == 0
     assert before == (saved.read_bytes(), saved.with_suffix(".json").read_bytes())
     assert len(list(saved.parent.iterdir())) == 2
-
-
-# ---- names
-
-
-def test_names_and_finding(tmp_path):
-    assert checkpoint_name("pretrain", preset("minimind-v1-small")) == "pretrain_512.pth"
-    assert checkpoint_name("full_sft", preset("minimind-v1-moe")) == "full_sft_512_moe.pth"
-    assert find_checkpoint(tmp_path / "none", ["pretrain"]) is None
-    assert find_checkpoint(tmp_path, ["pretrain"]) is None
-    names = [
-        "pretrain_512.pth",
-        "full_sft_192.pth",
-        "rl_512_moe.pth",
-        "pretrain_192.pth",
-        "pretrain_x.pth",
-        "other.pth",
-    ]
-    for age, name in enumerate(names):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    (tmp_path / "pretrain_768.pth").mkdir()
-
-    def found(*args) -> str | None:
-        path = find_checkpoint(tmp_path, *args)
-        return path and path.name
-
-    assert found(["pretrain", "full_sft"]) == "pretrain_512.pth"
-    assert found(["full_sft", "rl"]) == "full_sft_192.pth"
-    assert found(["rl"]) == "rl_512_moe.pth"
-    assert found(["pretrain"], preset("toy")) == "pretrain_192.pth"
-    assert found(["rl"], preset("toy")) is None
-    assert found(["rl"], preset("minimind-v1-moe")) == "rl_512_moe.pth"
-    os.utime(tmp_path / "pretrain_192.pth", (5000, 5000))
-    assert found(["pretrain", "full_sft"]) == "pretrain_192.pth"

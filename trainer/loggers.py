@@ -1,154 +1,230 @@
-"""Where the figures go beside the terminal and JSONL: Weights & Biases, TensorBoard. No trouble of theirs ends a run."""
+"""Where a run is reported beside the terminal and the JSONL file: Weights & Biases, TensorBoard, and a log per process.
+
+None of them can end a run: wandb or TensorBoard are dropped with a warning when they fail.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import platform
 import sys
-from typing import TYPE_CHECKING, Protocol
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
 
-if TYPE_CHECKING:
-    from trainer.trainer import Trainer
+import torch
 
-FINISH_SECONDS = 60  # how long the end of a run waits for an upload
+from trainer.distributed import DistEnv
+from trainer.options import TrainOptions
+
+FINISH_SECONDS = 60  # the end of a run waits for an upload at most this long
 
 
-class Dashboard(Protocol):
-    """What can be told figures. `failures` are the exceptions it may raise when its service or its disk is gone."""
-
+class Logger(Protocol):
     name: str
-    failures: tuple[type[Exception], ...]
 
-    def log(self, figures: dict[str, float], step: int) -> None: ...
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Dashboards:
-    """Those that were asked for. One that fails is dropped with a warning, and the run goes on."""
+class Loggers:
+    """The loggers of a run. One that fails is dropped with a warning, and the run continues."""
 
-    def __init__(self, dashboards: list[Dashboard]) -> None:
-        self.active = dashboards
+    def __init__(self, active: list[Logger]) -> None:
+        self.active = active
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        for dashboard in list(self.active):
-            try:
-                dashboard.log(figures, step)
-            except dashboard.failures as error:
-                self._drop(dashboard, error)
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._call_each(lambda logger: logger.log(metrics, step))
 
     def close(self) -> None:
-        for dashboard in list(self.active):
-            try:
-                dashboard.close()
-            except dashboard.failures as error:
-                self._drop(dashboard, error)
+        self._call_each(lambda logger: logger.close())
         self.active = []
 
-    def _drop(self, dashboard: Dashboard, error: Exception) -> None:
-        self.active.remove(dashboard)
-        _warn(
-            f"{dashboard.name} failed ({_words(error)}): nothing more goes there in this run; training goes on, and all "
-            "figures are in .metrics.jsonl"
-        )
+    def _call_each(self, action: Callable[[Logger], None]) -> None:
+        for logger in list(self.active):
+            try:
+                action(logger)
+            except Exception as error:
+                if not _is_outage(error):
+                    raise
+                self.active.remove(logger)
+                _warn(
+                    f"{logger.name} failed ({_first_line(error)}): nothing more is sent there in this run; training "
+                    "continues, and all metrics are in .metrics.jsonl"
+                )
 
 
-def open_dashboards(trainer: Trainer) -> Dashboards:
-    """What --use_wandb and --use_tensorboard ask for."""
-    options = trainer.options
-    dashboards: list[Dashboard] = []
-    if options.use_wandb and (wandb := _open_wandb(trainer)) is not None:
-        dashboards.append(wandb)
+def open_loggers(options: TrainOptions, run_name: str, steps_done: int) -> Loggers:
+    """Open what --use_wandb and --use_tensorboard ask for."""
+    loggers: list[Logger] = []
+    if options.use_wandb and (wandb_logger := _open_wandb(options, run_name)) is not None:
+        loggers.append(wandb_logger)
     if options.use_tensorboard:
-        dashboards.append(TensorBoard(trainer))
-    return Dashboards(dashboards)
+        loggers.append(TensorBoardLogger(options.out_dir / "tensorboard" / run_name, steps_done))
+    return Loggers(loggers)
 
 
-class Wandb:
+class WandbLogger:
     """A run at Weights & Biases. What it cannot upload stays in OUT_DIR/wandb, for `wandb sync`."""
 
     name = "wandb"
 
-    def __init__(self, trainer: Trainer, mode: str) -> None:
+    def __init__(self, options: TrainOptions, run_name: str, mode: Any) -> None:
         import wandb
 
-        self.failures = _wandb_failures()
-        options = trainer.options
         self.run = wandb.init(
             project=options.wandb_project,
-            name=options.wandb_run_name or trainer.run.name,
+            name=options.wandb_run_name or run_name,
             dir=options.out_dir,
             mode=mode,
             config=options.describe(),
-            # A connection that is lost at the end must not keep the GPUs: whatever is left can be synced later.
+            # A connection that is lost at the end must not keep the GPUs: the rest can be uploaded later.
             settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self.run.log(figures, step=step)
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(metrics, step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
-class TensorBoard:
+class TensorBoardLogger:
     """Scalars in OUT_DIR/tensorboard/<run>: tensorboard --logdir out/tensorboard."""
 
     name = "TensorBoard"
-    failures = (OSError, RuntimeError, ValueError)
 
-    def __init__(self, trainer: Trainer) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only who asks for it pays
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.folder = trainer.options.out_dir / "tensorboard" / trainer.run.name
-        # After a resume, what was logged behind that step is not shown twice.
-        self.writer = SummaryWriter(self.folder, purge_step=trainer.steps_done + 1)
-        print(f"TensorBoard: tensorboard --logdir {self.folder.parent}")
+        self.writer = SummaryWriter(folder, purge_step=steps_done + 1)  # a resumed run logs later steps again
+        print(f"TensorBoard: tensorboard --logdir {folder.parent}")
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.writer.close()
 
 
-def _open_wandb(trainer: Trainer) -> Wandb | None:
-    """Online where there is an account, else offline; offline as well if the server cannot be reached; None at worst."""
+def _open_wandb(options: TrainOptions, run_name: str) -> WandbLogger | None:
+    """Open wandb online if there is an account and the server responds, else offline; None if neither works."""
     import wandb
 
-    folder = trainer.options.out_dir / "wandb"
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None:
-        mode = "online" if wandb.api.api_key else "offline"
-        if mode == "offline":
-            print(f"wandb: no account on this machine, logging offline to {folder}")
-    try:
-        return Wandb(trainer, mode)
-    except _wandb_failures() as error:
-        if mode == "online":
-            _warn(
-                f"wandb cannot be reached ({_words(error)}): logging offline to {folder}, upload it with `wandb sync`"
-            )
-            try:
-                return Wandb(trainer, "offline")
-            except _wandb_failures() as second:
-                error = second
-        _warn(f"wandb cannot be used ({_words(error)}): training without it")
-        return None
+    folder = options.out_dir / "wandb"
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    if mode == "offline" and "WANDB_MODE" not in os.environ:
+        print(f"wandb: no account on this machine, logging offline to {folder}")
+    for attempt in [mode, "offline"] if mode == "online" else [mode]:
+        try:
+            return WandbLogger(options, run_name, attempt)
+        except Exception as error:
+            if not _is_outage(error):
+                raise
+            if attempt == "online":
+                _warn(
+                    f"wandb cannot be reached ({_first_line(error)}): logging offline to {folder}, upload it with "
+                    "`wandb sync`"
+                )
+            else:
+                _warn(f"wandb cannot be used ({_first_line(error)}): training without it")
+    return None
 
 
-def _wandb_failures() -> tuple[type[Exception], ...]:
-    import wandb
-    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
-    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
-
-    ours = (OSError, RuntimeError, ValueError, TypeError, EOFError)  # TimeoutError and lost connections are OSErrors
-    return (wandb.Error, WandbServiceConnectionError, HandleAbandonedError, MailboxClosedError, *ours)
+def _is_outage(error: Exception) -> bool:
+    """Return whether a service or a disk is gone, and not our code wrong. Lost connections are OSErrors."""
+    known = (OSError, RuntimeError, ValueError, TypeError, EOFError)
+    return isinstance(error, known) or type(error).__module__.split(".")[0] == "wandb"
 
 
-def _words(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _warn(text: str) -> None:
     print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+
+class RankLog:
+    """The log of one process, out/logs/<run>.rank<N>.log: times, warnings, and the error that ended it.
+
+    The terminal shows rank 0 only. When a run of many processes fails or is slow, the reason is often in another log.
+
+    It is open while the run is (`with`); otherwise writing does nothing. Every line is written at once, so that it is
+    there when the process is killed the moment after. A full disk loses lines of the log and nothing else.
+    """
+
+    def __init__(self, out_dir: Path, name: str, dist_env: DistEnv) -> None:
+        self.path = out_dir / "logs" / f"{name}.rank{dist_env.rank}.log"
+        self.dist_env = dist_env
+        self._file: IO[str] | None = None
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> RankLog:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", newline="", buffering=1)  # noqa: SIM115
+        self._cleanup.callback(self._close)
+        self._cleanup.enter_context(self._record_warnings())
+        self.write(
+            f"--- started: process {os.getpid()} on {platform.node()}, rank {self.dist_env.rank} of {self.dist_env.size}, "
+            f"PyTorch {torch.__version__}"
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.write("--- finished")
+        elif isinstance(error, SystemExit):
+            self.write(f"--- stopped (exit code {error.code})")
+        else:
+            self.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
+        self._cleanup.close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+    def write(self, text: str) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    @contextlib.contextmanager
+    def _record_warnings(self) -> Iterator[None]:
+        """Write warnings of Python and of the logging module here; on the terminal show only those of rank 0."""
+        show = warnings.showwarning
+
+        def record(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+            self.write(f"WARNING {category.__name__}: {message} ({filename}, line {lineno})")
+            if self.dist_env.is_main:
+                show(message, category, filename, lineno, *rest)
+
+        handler = _Handler(self)
+        warnings.showwarning = record  # type: ignore[assignment]
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
+            logging.getLogger().removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, log: RankLog) -> None:
+        super().__init__(logging.WARNING)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.write(f"{record.levelname} {record.name}: {record.getMessage()}")

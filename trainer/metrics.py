@@ -1,26 +1,26 @@
-"""What a run tells about itself: a progress bar, one line every few steps, the same as JSONL, a plot, dashboards."""
+"""Metrics of a run: a progress bar, one line every few steps, the same as JSONL, a plot, loggers; timers and a profiler."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
-from trainer.distributed import all_reduce_sum
-from trainer.loggers import Dashboards, open_dashboards
+from model.LMConfig import LMConfig
+from trainer.distributed import DistEnv, all_reduce_sum
+from trainer.loggers import Loggers, RankLog, open_loggers
+from trainer.options import TrainOptions
 
-if TYPE_CHECKING:
-    from trainer.trainer import Trainer
-
-# Dense half-precision peak of one device in FLOP/s, from the makers' data sheets (no sparsity).
+# Dense half-precision peak of one device in FLOP/s, from the data sheets (no sparsity).
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -39,10 +39,15 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+# Parts of the terminal's line that have a form of their own; anything else a loss reports is shown by its name.
+FORMATTED = {
+    "step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second", "tokens_per_second_per_process",
+    "mfu", "skew", "slowest_rank", "memory_gb", "eta_seconds",
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of the device in half precision; None where it is not known (CPUs, float32)."""
+    """Return the peak FLOP/s of the device in half precision; None where it is not known (CPUs, float32)."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
@@ -50,7 +55,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def training_flops(n_tokens: float, attention_pairs: float, parameters: int, n_layers: int, dim: int) -> float:
-    """FLOPs of forward and backward on real tokens (padding is not counted as work).
+    """Return the FLOPs of forward and backward on real tokens (padding is not counted).
 
     6 per parameter and token (PaLM, https://arxiv.org/abs/2204.02311, appendix B), and for attention
     2 products * 2 FLOPs * dim * length^2 / 2 (causal) per layer and document, three times for forward and backward.
@@ -59,179 +64,163 @@ def training_flops(n_tokens: float, attention_pairs: float, parameters: int, n_l
 
 
 class MetricsLogger:
-    """Collects what steps report and writes it; only the main process writes."""
+    """Collect the sums of each step and report them; only rank 0 prints and writes.
 
-    def __init__(self, trainer: Trainer) -> None:
-        options, run = trainer.options, trainer.run
-        self.trainer = trainer
-        self.path: Path = options.out_dir / f"{run.name}.metrics.jsonl"
-        self.image: Path = options.out_dir / f"{run.name}.png"
-        self.total = trainer.total_steps
-        self.peak = peak_flops(trainer.device, trainer.dtype)
-        self.main = trainer.dist_env.is_main
+    Args:
+        name: of the run.
+        steps_done: steps before this process started (a resumed run).
+        config, active_parameters, dtype: of the model, for MFU; active_parameters 0: unknown.
+        timer, log: those of this process.
+    """
+
+    def __init__(
+        self, options: TrainOptions, name: str, dist_env: DistEnv, device: torch.device, *, total_steps: int,
+        steps_done: int, config: LMConfig, active_parameters: int, dtype: torch.dtype, timer: StepTimer, log: RankLog,
+    ) -> None:  # fmt: skip
+        self.options, self.name, self.dist_env, self.device = options, name, dist_env, device
+        self.total_steps, self.first_step = total_steps, steps_done
+        self.config, self.active_parameters = config, active_parameters
+        self.timer, self.rank_log = timer, log
+        self.path: Path = options.out_dir / f"{name}.metrics.jsonl"
+        self.peak = peak_flops(device, dtype)
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
-        self._fresh_validation = False
-        self._bar = None
-        self._dashboards = Dashboards([])
+        self._validated_now = False
+        self._bar: tqdm | None = None
+        self._loggers = Loggers([])
 
     def __enter__(self) -> MetricsLogger:
-        if self.main:
-            self._forget_lines_after(self.trainer.steps_done)
-            self._dashboards = open_dashboards(self.trainer)
+        if self.dist_env.is_main:
+            self._delete_lines_after(self.first_step)
+            self._loggers = open_loggers(self.options, self.name, self.first_step)
             self._bar = tqdm(
-                total=self.total,
-                initial=self.trainer.steps_done,
+                total=self.total_steps,
+                initial=self.first_step,
                 unit="step",
                 dynamic_ncols=True,
                 disable=None,
                 leave=False,
             )
         self._since = self._started = self._step_since = time.perf_counter()
-        self._started_at = self.trainer.steps_done
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         self._bar = None
-        self._dashboards.close()
+        self._loggers.close()
 
-    def add(self, result: dict[str, float]) -> None:
-        """Take up the sums of one step."""
-        for name, value in result.items():
+    def add(self, step: int, sums: dict[str, float]) -> None:
+        """Add the sums of one step; `step` is the number of steps done."""
+        for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._sums["steps"] = self._sums.get("steps", 0) + 1
         if self._bar is not None:
             self._bar.update()
         now = time.perf_counter()
-        step = self.trainer.steps_done
-        waited = self.trainer.clock.data_seconds
-        self.trainer.log.write(f"step {step}: {now - self._step_since:.4f} s, of which {waited:.4f} s waiting for data")
+        waited = self.timer.data_seconds
+        self.rank_log.write(f"step {step}: {now - self._step_since:.4f} s, of which {waited:.4f} s waiting for data")
         self._step_since = now
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent in here (validating, saving) does not count as training."""
+        """Do not count the time of the block (validating, saving) as training."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
         self._step_since = time.perf_counter()
 
-    def validated(self, means: dict[str, float]) -> None:
+    def add_validation(self, means: dict[str, float]) -> None:
         self._validation = means
-        self._fresh_validation = True
+        self._validated_now = True
 
-    def log(self, step: int) -> dict[str, float]:
-        """Write one line about the steps since the last one; returns its figures."""
+    def log(self, step: int, tokens_done: int) -> dict[str, float]:
+        """Report the steps since the last call; return their metrics."""
         sums, self._sums = self._sums, {}
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         steps, n_targets = sums.pop("steps"), sums.pop("n_targets")
         tokens, pairs = sums.pop("n_tokens"), sums.pop("attention_pairs")
-        # The learning rate and the gradient's norm belong to steps, everything else to targets.
+        # The learning rate and the gradient's norm are means over steps, everything else over targets.
         skipped = sums.pop("skipped_steps")
-        line: dict = {"step": step, "lr": sums.pop("lr") / steps}
+        line: dict[str, float] = {"step": step, "lr": sums.pop("lr") / steps}
         line["grad_norm"] = sums.pop("grad_norm") / max(steps - skipped, 1)
         if skipped:
             line["skipped_steps"] = int(skipped)
         line |= {name: value / n_targets for name, value in sums.items()}
-        if self._fresh_validation:
+        if self._validated_now:
             line |= {name if name == "bits_per_byte" else f"val_{name}": v for name, v in self._validation.items()}
-        line["tokens"] = self.trainer.tokens_done
+        line["tokens"] = tokens_done
         line["tokens_per_second"] = tokens / seconds
-        line["tokens_per_second_per_process"] = tokens / seconds / self.trainer.dist_env.size
-        if self.peak and self.trainer.run.active_parameters:
-            config = self.trainer.run.config
-            flops = training_flops(tokens, pairs, self.trainer.run.active_parameters, config.n_layers, config.dim)
-            line["mfu"] = flops / seconds / self.peak / self.trainer.dist_env.size
+        line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
+        if self.peak and self.active_parameters:
+            flops = training_flops(tokens, pairs, self.active_parameters, self.config.n_layers, self.config.dim)
+            line["mfu"] = flops / seconds / self.peak / self.dist_env.size
         line |= self._skew(steps)
-        line["memory_gb"] = _memory_gb(self.trainer.device)
-        done = step - self._started_at
-        line["eta_seconds"] = (now - self._started) / done * (self.total - step)
-        if self.main:
+        line["memory_gb"] = _memory_gb(self.device)
+        line["eta_seconds"] = (now - self._started) / (step - self.first_step) * (self.total_steps - step)
+        if self.dist_env.is_main:
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(json.dumps(line) + "\n")
-            tqdm.write(self._words(line))
-            self._dashboards.log({name: v for name, v in line.items() if name != "step"}, step)
-        self._fresh_validation = False
+            tqdm.write(self._format(line))
+            self._loggers.log({name: value for name, value in line.items() if name != "step"}, step)
+        self._validated_now = False
         return line
 
     def _skew(self, steps: float) -> dict[str, float]:
-        """How much longer the slowest process works on a step than the mean of all, before they meet (1: even)."""
-        dist_env = self.trainer.dist_env
-        mine = self.trainer.clock.take()
-        if dist_env.size == 1:
-            self.trainer.log.write(f"the last {int(steps)} steps: {mine:.4f} s of work")
+        """Compare the processes: the slowest one's seconds of work in a step, divided by the mean of all (1: equal)."""
+        mine, size = self.timer.take(), self.dist_env.size
+        if size == 1:
+            self.rank_log.write(f"the last {int(steps)} steps: {mine:.4f} s of work")
             return {}
-        each = all_reduce_sum(
-            dist_env, [mine * (rank == dist_env.rank) for rank in range(dist_env.size)], self.trainer.device
-        )
-        mean = sum(each) / dist_env.size
-        skew = max(each) / mean if mean else 1.0
+        each = all_reduce_sum(self.dist_env, [mine * (rank == self.dist_env.rank) for rank in range(size)], self.device)
+        mean = sum(each) / size
         slowest = each.index(max(each))
-        self.trainer.log.write(
-            f"the last {int(steps)} steps: {mine:.4f} s of work here, {mean:.4f} s in the mean, {max(each):.4f} s on rank "
+        self.rank_log.write(
+            f"the last {int(steps)} steps: {mine:.4f} s of work here, {mean:.4f} s on average, {max(each):.4f} s on rank "
             f"{slowest}, the slowest"
         )
-        return {"skew": skew, "slowest_rank": slowest}
+        return {"skew": max(each) / mean if mean else 1.0, "slowest_rank": slowest}
 
-    def _words(self, line: dict) -> str:
-        step = line["step"]
-        parts = [f"step {step}/{self.total} {100 * step // self.total}%", f"loss {line['loss']:.4f}"]
-        if self._validation:
-            # The newest there is; a star marks one of this very step.
-            star = "*" if self._fresh_validation else ""
-            parts.append(f"val {self._validation['loss']:.4f}{star}")
+    def _format(self, line: dict[str, float]) -> str:
+        step = int(line["step"])
+        parts = [f"step {step}/{self.total_steps} {100 * step // self.total_steps}%", f"loss {line['loss']:.4f}"]
+        if self._validation:  # the newest; a star marks one of this very step
+            parts.append(f"val {self._validation['loss']:.4f}{'*' if self._validated_now else ''}")
             if "bits_per_byte" in self._validation:
                 parts.append(f"bpb {self._validation['bits_per_byte']:.4f}")
-        known = {
-            "step",
-            "loss",
-            "lr",
-            "grad_norm",
-            "tokens",
-            "tokens_per_second",
-            "tokens_per_second_per_process",
-            "mfu",
-        }
-        known |= {"skew", "slowest_rank", "memory_gb", "eta_seconds"}
         parts += [
             f"{name} {value:.4f}"
             for name, value in line.items()
-            if name not in known and not name.startswith("val_") and name != "bits_per_byte"
+            if name not in FORMATTED and not name.startswith("val_")
         ]
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
-        if self.trainer.dist_env.size > 1:
-            each = "GPU" if self.trainer.device.type == "cuda" else "process"
+        if self.dist_env.size > 1:
+            each = "GPU" if self.device.type == "cuda" else "process"
             parts[-1] += f" ({line['tokens_per_second_per_process']:,.0f} per {each})"
-            parts.append(f"skew {line['skew']:.2f} (rank {line['slowest_rank']})")
+            parts.append(f"skew {line['skew']:.2f} (rank {int(line['slowest_rank'])})")
         parts.append(f"mfu {line['mfu']:.1%}" if "mfu" in line else "mfu n/a")
         minutes, seconds = divmod(round(line["eta_seconds"]), 60)
         parts += [f"mem {line['memory_gb']:.1f} GB", f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"]
         return " | ".join(parts)
 
     def plot(self) -> None:
-        """Draw the loss so far as PNG."""
-        if not self.main:
-            return
-        lines = read_metrics(self.path)
-        if not lines:
-            return
-        plot_losses(lines, self.image, title=self.trainer.run.name)
+        """Draw the losses so far into OUT_DIR/<run>.png."""
+        if lines := read_metrics(self.path):
+            plot_losses(lines, self.options.out_dir / f"{self.name}.png", title=self.name)
 
-    def _forget_lines_after(self, step: int) -> None:
-        """Steps that are going to be done again must not be in the file twice."""
+    def _delete_lines_after(self, step: int) -> None:
+        """Delete the lines of steps that are repeated after a resume."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file; a last line cut off by a killed process is left out."""
+    """Return the lines of a metrics file, without a last line that a killed process left incomplete."""
     if not path.exists():
         return []
     lines = []
@@ -244,7 +233,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
-    """Training and validation loss (nats per token) over optimizer steps."""
+    """Draw training and validation loss (nats per token) over optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
     from matplotlib.figure import Figure
 
@@ -262,9 +251,110 @@ def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
 
 
 def _memory_gb(device: torch.device) -> float:
-    """Peak memory of the accelerator, or the memory this process uses now."""
+    """Return the peak memory of a CUDA device, or the memory in use now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
     return psutil.Process().memory_info().rss / 1e9
+
+
+class StepTimer:
+    """Measure the work of this process: waiting for its data, forward and backward, up to where all processes meet.
+
+    Processes that train together end every step at the same time, that of the slowest. Their work before that shows which
+    one it is. On CUDA, events measure without stopping the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.data_seconds = 0.0  # of the last step
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.data_seconds = time.perf_counter() - start
+        self._seconds += self.data_seconds
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        if self.cuda:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Return the seconds of work since the last call. On CUDA the caller has synchronised with the device."""
+        seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+
+class Profiler:
+    """Record `n_steps` optimizer steps of this process, after a short warm-up, as a Chrome trace; 0: do nothing.
+
+    Each process writes its own file, beside the checkpoints; rank 0 prints where.
+    """
+
+    SKIPPED = 2  # the first steps allocate and compile
+    WARM_UP = 1  # the profiler itself is slow in its first step
+
+    def __init__(self, n_steps: int, out_dir: Path, name: str, dist_env: DistEnv, device: torch.device) -> None:
+        self.dist_env = dist_env
+        self.path = out_dir / f"{name}.rank{dist_env.rank}.trace.json"
+        self.last_step = self.SKIPPED + self.WARM_UP + n_steps
+        self._steps = 0
+        self._profile: profile | None = None
+        if n_steps:
+            activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+            self._profile = profile(
+                activities=activities,
+                schedule=schedule(skip_first=self.SKIPPED, wait=0, warmup=self.WARM_UP, active=n_steps, repeat=1),
+                on_trace_ready=self._write,
+                record_shapes=True,
+            )
+
+    def __enter__(self) -> Profiler:
+        if self._profile is not None:
+            self._profile.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write the trace so far, if the run ends before all steps are recorded."""
+        if self._profile is not None:
+            self._profile.stop()
+        self._profile = None
+
+    def step(self) -> None:
+        """Count one optimizer step as done."""
+        if self._profile is None:
+            return
+        self._steps += 1
+        self._profile.step()
+        if self._steps == self.last_step:  # written; from now on the run has its normal speed
+            self.__exit__()
+
+    def _write(self, recorded: profile) -> None:
+        warm_up = self.SKIPPED + self.WARM_UP
+        if self._steps <= warm_up:
+            print(f"--profile: no trace, the run had {self._steps} steps, and the first {warm_up} are warm-up")
+            return
+        try:
+            recorded.export_chrome_trace(str(self.path))
+        except (OSError, RuntimeError) as error:
+            print(f"WARNING: --profile could not write {self.path} ({error})", file=sys.stderr)
+            return
+        others = f" (and one file for each of the {self.dist_env.size} processes)" if self.dist_env.size > 1 else ""
+        print(
+            f"--profile: a trace of {self._steps - warm_up} steps is in {self.path}{others}; open it in ui.perfetto.dev "
+            "or chrome://tracing"
+        )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
+OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"step": ..., "exp_avg": ..., ...}
 
 
 def get_lr(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floor: float = 0.1) -> float:
-    """Linear warm-up to `peak`, then a cosine down to `floor * peak` at the last step: a pure function of the step.
+    """Return the learning rate: linear warm-up to `peak`, then a cosine down to `floor * peak` at the last step.
+
+    A pure function of the step, so that nothing of the schedule has to be saved.
 
     Args:
         step: optimizer steps taken so far, from 0.
@@ -23,13 +27,13 @@ def get_lr(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floo
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Trainable parameters by how they are treated, as (name, parameter).
+    """Return the trainable parameters by how they are treated, as (name, parameter).
 
-    "matrices" are the weights of linear layers: they decay, and Muon may handle them. "embeddings" and "vectors" (norms)
-    do not decay: a rare token's row would fade between its appearances, and a norm's weight has no reason to be near 0.
-    The experts' gate is a matrix to weight decay but not to Muon: its rows are independent classifiers.
+    "matrices" are the weights of linear layers: they decay, and Muon can update them. "embeddings" and "vectors" (norms)
+    do not decay: a rare token's row would shrink between its occurrences, and a norm's weight has no reason to be near 0.
+    The gates of experts decay, but Muon does not update them: the rows of a gate are independent classifiers.
     """
-    groups: dict[str, list] = {"matrices": [], "gates": [], "embeddings": [], "vectors": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "gates": [], "embeddings": [], "vectors": []}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     for name, parameter in model.named_parameters():  # yields a tied parameter once
         if not parameter.requires_grad:
@@ -52,7 +56,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
 
 
 def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """The optimizer(s) that together update every trainable parameter; the loop sets their learning rate.
+    """Return the optimizer(s) that together update every trainable parameter; the loop sets their learning rate.
 
     adamw: AdamW (https://arxiv.org/abs/1711.05101) for all.
     muon: Muon (https://kellerjordan.github.io/posts/muon/) for the matrices, scaled so that its updates have the size of
@@ -63,7 +67,7 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
     groups = {key: [parameter for _, parameter in pairs] for key, pairs in parameter_groups(model).items()}
     matrices = groups.pop("matrices")
     optimizers: list[torch.optim.Optimizer] = []
-    rest = [
+    rest: list[dict] = [
         {"params": groups["gates"], "weight_decay": weight_decay},
         {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0},
     ]
@@ -79,17 +83,29 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
     return optimizers
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+def optimizer_state(parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> OptimizerState:
+    """Return the state of each parameter by its name: a parameter belongs to one optimizer."""
+    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
+    return {name: dict(states[parameter]) for name, parameter in parameters.items() if parameter in states}
+
+
+def load_optimizer_state(
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    states: Iterable[tuple[str, dict[str, Tensor]]],
+) -> None:
+    """Load (name, state) pairs, as `optimizer_state` returned them."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, state in states:
+        parameter = parameters[name]
+        owner[parameter].state[parameter] = state
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together.
+    """Return the norm of all gradients together.
 
-    On a CPU PyTorch adds squares up in float32, one after the other: of a tensor with 3 million values the norm comes out
-    6e-5 of itself too small, of one with 26 million 1.3e-3. There it is computed in double precision.
+    On a CPU PyTorch adds up the squares in float32, one after the other: the norm of 3 million values is too small by a
+    relative 6e-5, that of 26 million by 1.3e-3. So there it is computed in double precision.
     """
     if gradients[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(gradients)

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import flag, flag_group, validate_folder
+from common.errors import UserError
 from common.files import ROOT
 from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions
 
@@ -39,7 +42,7 @@ def _model_flags() -> dict[str, tuple[Any, str]]:
 
 
 def _scaling(text: str) -> dict:
-    """Read METHOD:FACTOR, such as yarn:4, as LMConfig has it."""
+    """Read METHOD:FACTOR, such as yarn:4, into the form of LMConfig."""
     from model.rope import parse_scaling  # loads torch
 
     try:
@@ -63,64 +66,64 @@ class TrainOptions:
     model: dict = flag_group("model", "fields of the configuration; default: what the preset says", _model_flags)
 
     epochs: float = flag(1.0, "passes over the data; may be a fraction")
-    max_steps: int | None = flag(None, "end after so many optimizer steps instead of after --epochs")
+    max_steps: int | None = flag(None, "stop after this many optimizer steps instead of after --epochs")
     batch_size: int = flag(32, "rows of max_seq_len tokens that go through the model at once, per process")
-    accumulation_steps: int = flag(1, "micro-batches whose gradients are added up for one optimizer step")
+    accumulation_steps: int = flag(1, "micro-batches whose gradients are summed for one optimizer step")
     auto_batch: bool = flag(
         False, "when the device runs out of memory, halve the rows that go through the model at once and double the "
-        "accumulation, as often as it takes; the samples of a step stay the same",
+        "accumulation, as often as needed; the samples of a step stay the same",
     )  # fmt: skip
     learning_rate: float = flag(1e-3, "peak learning rate")
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)")
-    weight_decay: float = flag(0.1, "decay of matrices; norms and embeddings never decay")
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
+    weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay")
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit")
     optimizer: str = flag("adamw", "adamw, or muon for the matrices and AdamW for the rest", choices=OPTIMIZERS)
-    seed: int = flag(1337, "of initial weights, data order and dropout")
+    seed: int = flag(1337, "seed of initial weights, data order and dropout")
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag(
         "auto", "precision of the computation; auto: bfloat16 where the hardware has it, else float16 on CUDA and "
         "float32 elsewhere", choices=["auto", *DTYPES],
     )  # fmt: skip
-    compile: bool = flag(False, "compile the model: slower start, faster steps (needs a C++ compiler on a CPU)")
+    compile: bool = flag(False, "compile the model: slower start, faster steps (on a CPU it needs a C++ compiler)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
-    num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each when it is needed")
-    local_rank: int = flag(0, "set by launchers; the environment variable LOCAL_RANK counts")
+    num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each batch when it is needed")
+    local_rank: int = flag(0, "set by launchers, and ignored: the environment variable LOCAL_RANK is used")
     deepspeed: Path | None = flag(
-        None, "spread optimizer, gradients or weights over the processes with DeepSpeed, as this file says (configs/)",
+        None, "shard optimizer, gradients or weights over the processes with DeepSpeed, as this file says (configs/)",
         metavar="FILE",
     )  # fmt: skip
-    fsdp: bool = flag(False, "spread weights, gradients and optimizer over the processes with PyTorch's FSDP2")
-    timeout: float = flag(600.0, "seconds that processes wait for one that does not come before they give up")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes with PyTorch's FSDP2")
+    timeout: float = flag(600.0, "seconds to wait for a process that does not respond; then the error names it")
 
     val_fraction: float = flag(0.01, "share of the documents held out for validation, chosen by content; 0: none")
-    val_tokens: int = flag(100_000, "hold out no more than about so many tokens")
+    val_tokens: int = flag(100_000, "hold out at most about this many tokens")
     val_interval: int = flag(200, "optimizer steps between validations (and after the last step)")
     log_interval: int = flag(10, "optimizer steps between log lines")
     save_interval: int = flag(200, "optimizer steps between saves of weights and training state")
-    keep: int = flag(2, "training states to keep, the newest")
+    keep: int = flag(2, "number of training states to keep (the newest)")
     save_dtype: str = flag(
         "float32", "precision of the .pth file (the training state is always float32)", choices=DTYPES
     )
     resume: str | None = flag(
-        None, "continue a stopped run exactly: no value for the newest state of this model, a path for another one, "
-        "auto to continue if there is a state and start if there is none", nargs="?", const="newest", metavar="auto|PATH",
+        None, "continue a stopped run exactly. Without a value: from the newest state of this model; PATH: from that "
+        "state; auto: continue if there is a state, else start", nargs="?", const="newest", metavar="auto|PATH",
     )  # fmt: skip
     overwrite: bool = flag(
         False, "replace a checkpoint of another architecture, or the state of a run that was not finished"
     )
 
     use_wandb: bool = flag(False, "log to Weights & Biases (without an account: offline, into OUT_DIR/wandb)")
-    wandb_project: str = flag("MiniMind", "project name there")
-    wandb_run_name: str | None = flag(None, "run name there (default: stage and size)")
+    wandb_project: str = flag("MiniMind", "wandb project")
+    wandb_run_name: str | None = flag(None, "wandb run name (default: stage and size)")
     use_tensorboard: bool = flag(False, "log to TensorBoard, into OUT_DIR/tensorboard")
     profile: int = flag(
-        0, "record so many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
+        0, "record this many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
         metavar="N",
     )  # fmt: skip
 
     def validate(self) -> list[str]:
-        """Everything that is wrong with the flags, each in words that name the flag."""
+        """Return everything that is wrong with the flags; each message names its flag."""
         found = []
         for name in ("batch_size", "accumulation_steps", "val_interval", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
@@ -131,7 +134,7 @@ class TrainOptions:
         numbers = {name: getattr(self, name) for name in self.__dataclass_fields__} | self.model
         for name, value in numbers.items():
             if isinstance(value, float) and not math.isfinite(value):
-                found.append(f"--{name} {value} is not a number to compute with")
+                found.append(f"--{name} {value} is not a finite number")
         if not 0 <= self.seed < 2**63:
             found.append(f"--seed {self.seed} must be at least 0 and below 2**63")
         if self.model.get("max_seq_len", 2) < 2:
@@ -145,7 +148,7 @@ class TrainOptions:
         if not 0 <= self.val_fraction < 1:
             found.append(f"--val_fraction {self.val_fraction} must be at least 0 and below 1")
         if self.keep < 2:
-            found.append(f"--keep {self.keep} must be at least 2: one state may be in the making when power fails")
+            found.append(f"--keep {self.keep} must be at least 2: a power cut may destroy the state being written")
         if self.resume is not None and self.overwrite:
             found.append("--resume continues a run and --overwrite replaces it: give one of them")
         found += validate_folder("--out_dir", self.out_dir)
@@ -159,33 +162,33 @@ class TrainOptions:
         try:
             device = resolve_device(self.device)
             dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
-            found += self._spreading_problems(device, dtype)
+            found += self._validate_parallelism(device, dtype)
         except ValueError as error:
             found.append(str(error))
         return found
 
-    def _spreading_problems(self, device: torch.device, dtype: str) -> list[str]:
+    def _validate_parallelism(self, device: torch.device, dtype: str) -> list[str]:
         found = []
         if not self.timeout >= 1:
             found.append(f"--timeout {self.timeout} must be at least 1 second")
         if self.fsdp and self.deepspeed is not None:
             found.append("--fsdp and --deepspeed are two ways to do the same: give one of them")
-        if self.fsdp and dtype == "float16":
-            found.append("--fsdp with --dtype float16 is not supported: use bfloat16 or float32, or leave --fsdp out")
-        if self.fsdp and self.optimizer != "adamw":
-            found.append(f"--optimizer {self.optimizer} needs whole matrices and --fsdp splits them: use adamw")
-        if self.auto_batch and (self.fsdp or self.deepspeed is not None):
-            found.append(
-                "--auto_batch cannot repeat a step that --fsdp or --deepspeed broke off: leave it out, and use a smaller "
-                "--batch_size with more --accumulation_steps"
-            )
-        for name in ("fsdp", "deepspeed"):
-            if getattr(self, name) and device.type == "mps":
+        for name in [name for name in ("fsdp", "deepspeed") if getattr(self, name)]:
+            if dtype == "float16":
+                found.append(
+                    f"--{name} with --dtype float16 is not supported: use bfloat16 or float32, or leave --{name} out"
+                )
+            if self.optimizer != "adamw":
+                found.append(f"--optimizer {self.optimizer} needs whole matrices and --{name} shards them: use adamw")
+            if self.auto_batch:
+                found.append(
+                    f"--auto_batch cannot repeat a step that failed with --{name}: leave it out, and use a smaller "
+                    "--batch_size with more --accumulation_steps"
+                )
+            if device.type == "mps":
                 found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
         if self.deepspeed is not None:
-            from trainer.parallel.zero_config import validate_zero_config
-
-            found += validate_zero_config(self.deepspeed, self, dtype)
+            found += validate_zero_config(self, dtype)
         return found
 
     def config(self) -> LMConfig:
@@ -195,7 +198,7 @@ class TrainOptions:
         return preset(self.preset or "minimind-v1-small", **self.model)
 
     def describe(self) -> dict:
-        """The resolved flags as JSON-friendly values."""
+        """Return the flags as JSON-friendly values."""
         plain = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -213,3 +216,89 @@ class TuneOptions(TrainOptions):
         None, "weights to start from; none for random ones (default: the newest fitting checkpoint in OUT_DIR)",
         metavar="FILE|none",
     )  # fmt: skip
+
+
+# ---- the JSON file of --deepspeed
+#
+# A value that a flag decides belongs on the command line only. In the file it may be missing, "auto", or the same;
+# another value is an error, because one of the two would be ignored silently.
+
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+_ALLOWED = {
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+    "optimizer", *_PRECISIONS,
+}  # fmt: skip
+
+
+def read_zero_config(path: Path) -> dict:
+    """Return the content of a DeepSpeed file. Raise UserError if it is not an object with a ZeRO stage."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--deepspeed {path} cannot be read ({error.strerror}); configs/ has some to choose from"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path} is not JSON ({error})") from None
+    section = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(section, dict) or section.get("stage") not in (1, 2, 3):
+        raise UserError(
+            f'--deepspeed {path}: "zero_optimization" needs a "stage" of 1, 2 or 3; to train without ZeRO, leave '
+            "--deepspeed out"
+        )
+    return config
+
+
+def zero_values_of_flags(options: TrainOptions) -> dict[str, tuple[float, str]]:
+    """Return what the flags decide: DeepSpeed's name -> (value, the flags)."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = options.batch_size * options.accumulation_steps * size
+    return {
+        "train_micro_batch_size_per_gpu": (options.batch_size, "--batch_size"),
+        "gradient_accumulation_steps": (options.accumulation_steps, "--accumulation_steps"),
+        "train_batch_size": (rows, "--batch_size * --accumulation_steps * processes"),
+        "gradient_clipping": (options.grad_clip, "--grad_clip"),
+    }
+
+
+def validate_zero_config(options: TrainOptions, dtype: str) -> list[str]:
+    """Return everything in the file of --deepspeed that contradicts the flags or is not supported.
+
+    dtype: of the computation, such as "bfloat16".
+    """
+    from trainer.optim import BETAS  # loads torch
+
+    path = options.deepspeed
+    assert path is not None
+    try:
+        config = read_zero_config(path)
+    except UserError as error:
+        return [str(error)]
+    found = []
+    decided = zero_values_of_flags(options)
+    for name, (value, flags) in decided.items():
+        if config.get(name, "auto") not in ("auto", value):
+            found.append(f'"{name}" is {config[name]}, but {flags} says {value}: remove it there')
+    for name, precision in _PRECISIONS.items():
+        enabled = config.get(name, {}).get("enabled", "auto")
+        if enabled not in ("auto", dtype == precision):
+            found.append(f'"{name}" is {enabled}, but --dtype says {dtype}: remove it there')
+    optimizer = config.get("optimizer", {})
+    known = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "betas": list(BETAS), "eps": 1e-8}
+    wrong = [k for k, v in optimizer.get("params", {}).items() if v not in ("auto", known.get(k))]
+    if optimizer.get("type", "AdamW") not in ("Adam", "AdamW") or wrong:
+        what = f"{wrong[0]} of " if wrong else ""
+        found.append(
+            f'{what}"optimizer" is not what --optimizer, --learning_rate and --weight_decay say: remove it there'
+        )
+    if unknown := sorted(config.keys() - _ALLOWED - decided.keys()):
+        found.append(f"not supported here: {', '.join(unknown)}: remove it there")
+    section = config["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        if (section.get(name) or {}).get("device") == "nvme":
+            found.append(f'"{name}" to nvme is not supported; "cpu" is')
+    found = [f"--deepspeed {path}: {error}" for error in found]
+    if options.compile:
+        found.append("--compile and --deepspeed do not work together: leave one of them out")
+    return found
