@@ -38,6 +38,9 @@ PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between t
 
 MAX_PASS_TEXTS = 64  # texts that are scored or embedded in one forward pass
 
+SHUTTING_DOWN = "the server is shutting down"
+STOPPED = "the engine has stopped after an error: restart the server"
+
 log = logging.getLogger("minimind")
 T = TypeVar("T")
 
@@ -194,7 +197,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._texts: deque[_Text] = deque()
         self._cancelled: set[Stream] = set()
-        self._closing = self._stopping = False
+        self.closing = self._stopping = False
         # The thread's own:
         self._running: dict[int, _Sequence] = {}
         self._next_key = 0
@@ -220,10 +223,6 @@ class Engine:
     def waiting(self) -> int:
         """Sequences and texts that wait for their turn."""
         return len(self._waiting) + len(self._texts)
-
-    @property
-    def closing(self) -> bool:
-        return self._closing
 
     def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
         """Queue sequences that belong together.
@@ -268,9 +267,9 @@ class Engine:
     def _check_room(self, new: int) -> None:
         """Raise unless `new` more may wait."""
         if self.failed:
-            raise EngineFailed("the engine has stopped after an error: restart the server")
-        if self._closing:
-            raise ShuttingDown("the server is shutting down")
+            raise EngineFailed(STOPPED)
+        if self.closing:
+            raise ShuttingDown(SHUTTING_DOWN)
         room = self.max_queue + max(self.rows - self.running, 0) - self.waiting
         if new > room:
             seconds = math.ceil(self.statistics.mean_seconds * (new - room) / self.rows)  # until there may be room
@@ -288,7 +287,7 @@ class Engine:
     def start_draining(self) -> None:
         """Accept nothing new from now on and drop what waits for a row; what runs continues. Any thread may call this."""
         with self._wakeup:
-            self._closing = True
+            self.closing = True
             self._wakeup.notify()
 
     async def close(self, drain_seconds: float = 0.0) -> None:
@@ -316,25 +315,23 @@ class Engine:
             while self._step():
                 pass
             log.debug("engine ended")
-            self._fail_requests(ShuttingDown("the server is shutting down"), waiting_too=True)
+            self._fail_requests(ShuttingDown(SHUTTING_DOWN), waiting_too=True)
         except BaseException:
             self.failed = True
-            self._fail_requests(
-                EngineFailed("the engine has stopped after an error: restart the server"), waiting_too=True
-            )
+            self._fail_requests(EngineFailed(STOPPED), waiting_too=True)
             raise
 
     def _step(self) -> bool:
         """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
         with self._wakeup:
-            while not (self._waiting or self._texts or self._cancelled or self._running or self._closing):
+            while not (self._waiting or self._texts or self._cancelled or self._running or self.closing):
                 self._wakeup.wait()
             gone, self._cancelled = self._cancelled, set()
             if gone:
                 self._waiting = deque(item for item in self._waiting if item.owner not in gone)
                 self._texts = deque(item for item in self._texts if item.owner not in gone)
             rejected: list[_Sequence | _Text] = []
-            if self._closing:
+            if self.closing:
                 rejected = [*self._waiting, *self._texts]
                 self._waiting.clear()
                 self._texts.clear()
@@ -343,8 +340,8 @@ class Engine:
             self.generator.cancel(key)
             del self._running[key]
             self.statistics.cancelled += 1
-        self._publish({item.owner: ShuttingDown("the server is shutting down") for item in rejected})
-        if stopping or (self._closing and not self._running):
+        self._publish({item.owner: ShuttingDown(SHUTTING_DOWN) for item in rejected})
+        if stopping or (self.closing and not self._running):
             return False
         with self._wakeup:
             joining = _next_batch(self._waiting, self.generator.free)
@@ -418,7 +415,7 @@ class Engine:
         self._running.clear()
         if waiting_too:
             with self._wakeup:
-                self._closing = True
+                self.closing = True
                 owners |= {item.owner for item in (*self._waiting, *self._texts)}
                 self._waiting.clear()
                 self._texts.clear()
