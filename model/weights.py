@@ -78,10 +78,10 @@ def save_checkpoint(
     """
     path = Path(path)
     config = model.config
-    state = _state_to_save(model, dtype, path)
+    state = state_to_save(model, dtype, path)
     check_can_write(path, config, overwrite)
     previous = _previous_description(path)
-    ours = {"config": config.own_fields(), "dtype": _dtype_name(dtype)}
+    ours = {"config": config.own_fields(), "dtype": dtype_name(dtype)}
     new = ours | {key: value for key, value in info.items() if key not in ("fingerprint", "previous")} | ours
     json.dumps(new, allow_nan=False)  # what cannot be written fails here, before anything is
     try:
@@ -122,21 +122,24 @@ def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False)
         )
 
 
-def _state_to_save(model: Transformer, dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
-    """The state dict in `dtype` on the CPU, the tied pair sharing its memory; refuses what could not be read again."""
+def state_to_save(model: Transformer, dtype: torch.dtype, path: Path | str) -> dict[str, Tensor]:
+    """Return the state dict in `dtype` on the CPU, the tied pair sharing its memory.
+
+    Raises UserError for weights that could not be read again; `path` is for its message.
+    """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {_dtype_name(dtype)}")
+        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {dtype_name(dtype)}")
     state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(state, model.config, path)
     # Non-finite before the cast: the training went wrong. After it: float16 ends at 65,504.
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{path} was not written: these weights are not finite: {_some(broken)}")
+        raise UserError(f"{path} was not written: these weights are not finite: {list_names(broken)}")
     state = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"{path} was not written: too large for {_dtype_name(dtype)}: {_some(broken)}; save as float32 or bfloat16"
+            f"{path} was not written: too large for {dtype_name(dtype)}: {list_names(broken)}; save as float32 or bfloat16"
         )
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
         raise UserError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
@@ -196,11 +199,21 @@ def load_checkpoint(
     dtype = dtype or state[EMBEDDING].dtype
     # A copy, because the tensors read are a map of the file, which somebody may delete or overwrite in place.
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
+    return Checkpoint(build_model(state, config, path), config, info, path, _fingerprint(path), notes)
+
+
+def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> Transformer:
+    """Return a Transformer of exactly these tensors, the output tied to the embedding, in evaluation mode.
+
+    Raises UserError for weights that do not fit; `path` is for its message.
+    """
+    state = state | {OUTPUT: state[EMBEDDING]} if EMBEDDING in state else state
+    _check_names_and_shapes(state, config, path)
     with torch.device("meta"):  # no memory, and no random numbers that are thrown away
         model = Transformer(config)
-    model.load_state_dict(state | {OUTPUT: state[EMBEDDING]}, strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)
     model.output.weight = model.tok_embeddings.weight
-    return Checkpoint(model.eval(), config, info, path, _fingerprint(path), notes)
+    return model.eval()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
@@ -223,7 +236,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
     if tables:
         notes.append(f"{tables} tables (mask, pos_cis) in it: left out, they are computed")
     if EMBEDDING not in state or state[EMBEDDING].dim() != 2:
-        raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {_some(list(state))}")
+        raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {list_names(list(state))}")
     if OUTPUT not in state:
         state[OUTPUT] = state[EMBEDDING]
         notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
@@ -259,7 +272,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise UserError(f"{path} is not a plain state dict: not a tensor: {_some(others)}")
+        raise UserError(f"{path} is not a plain state dict: not a tensor: {list_names(others)}")
     return state
 
 
@@ -322,10 +335,10 @@ def _config_from_json(info: dict, file: Path) -> LMConfig:
     fields, types = info["config"], FIELD_TYPES
     unknown = sorted(set(fields) - set(types))
     if unknown:
-        raise UserError(f'{file}: unknown fields in "config": {_some(unknown)}; written by another version?')
+        raise UserError(f'{file}: unknown fields in "config": {list_names(unknown)}; written by another version?')
     fractions = [name for name, value in fields.items() if types[name] == "int" and type(value) is not int]
     if fractions:
-        raise UserError(f'{file}: "config" cannot be used: not a whole number: {_some(fractions)}')
+        raise UserError(f'{file}: "config" cannot be used: not a whole number: {list_names(fractions)}')
     try:
         return LMConfig(**fields)
     except (ValueError, TypeError) as error:
@@ -340,7 +353,7 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
     first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
     missing = [name for name in ("layers.0.attention.wk.weight", first) if name not in state]
     if missing:
-        raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {_some(list(state))}")
+        raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {list_names(list(state))}")
     hidden_dim, kv_dim = len(state[first]), len(state["layers.0.attention.wk.weight"])
     fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0)
     if n_experts:
@@ -415,7 +428,7 @@ def _check_context_extension(wanted: LMConfig, config: LMConfig, path: Path) -> 
 # ---- checks
 
 
-def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path) -> None:
+def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> None:
     """Raise UserError, naming the weights, unless exactly those of `config` are there in its shapes."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
@@ -423,27 +436,27 @@ def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Pa
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     if missing:
-        errors.append(f"missing: {_some(missing)}")
+        errors.append(f"missing: {list_names(missing)}")
     if unexpected:
-        errors.append(f"unexpected: {_some(unexpected)}")
+        errors.append(f"unexpected: {list_names(unexpected)}")
     misshapen = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
     if misshapen:
-        errors.append(f"other shapes: {_some(misshapen)}")
+        errors.append(f"other shapes: {list_names(misshapen)}")
     if errors:
         raise UserError(f"{path}: the weights do not fit their architecture; {'; '.join(errors)}")
 
 
 def _check_values(state: dict[str, Tensor], path: Path) -> None:
-    strange = [f"{name} ({_dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
+    strange = [f"{name} ({dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
     if strange:
-        raise UserError(f"{path}: not floating-point weights: {_some(strange)}")
+        raise UserError(f"{path}: not floating-point weights: {list_names(strange)}")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{path}: these weights are not finite (a run that diverged?): {_some(broken)}")
+        raise UserError(f"{path}: these weights are not finite (a run that diverged?): {list_names(broken)}")
     if not torch.equal(state[EMBEDDING], state[OUTPUT]):
         raise UserError(f"{path}: {OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
 
@@ -458,12 +471,13 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LMConfig, info:
         raise UserError(f"{path} was trained with the tokenizer {trained_with}, this one is {given}: use the former")
 
 
-def _some(names: list[str], limit: int = 4) -> str:
+def list_names(names: list[str], limit: int = 4) -> str:
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
