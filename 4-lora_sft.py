@@ -68,7 +68,7 @@ def main() -> None:
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     import torch
 
-    from data_pipeline.tokenize import tokenize_chat_data
+    from data_pipeline.tokenize_chats import tokenize_chat_data
     from inference.model_finder import checkpoint_name
     from model.device import DTYPES, resolve_device
     from model.lora import add_adapter, merge, read_description, save_adapter, trainable_share

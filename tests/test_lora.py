@@ -334,11 +334,11 @@ def rows() -> PackedRows:
     rng = np.random.default_rng(0)
     documents = [3 + (rng.integers(0, 45) + np.arange(rng.integers(2, 50))) % 45 for _ in range(40)]
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
-    corpus = TokenizedDataset(
-        tokens=np.concatenate(documents).astype(np.uint16), targets=None, offsets=offsets, n_bytes=np.diff(offsets),
-        keys=rng.integers(0, 2**63, 40).astype(np.uint64), fingerprint="corpus", info={},
+    dataset = TokenizedDataset(
+        tokens=np.concatenate(documents).astype(np.uint16), loss_mask=None, offsets=offsets, n_bytes=np.diff(offsets),
+        content_hashes=rng.integers(0, 2**63, 40).astype(np.uint64), fingerprint="corpus", info={},
     )  # fmt: skip
-    return PackedRows(corpus, np.arange(40), ROW, seed=0)
+    return PackedRows(dataset, np.arange(40), ROW, seed=0)
 
 
 def run_loop(out_dir: Path, moe: bool, stop_after: int | None = None, targets=ALL_PROJECTIONS, **fields):

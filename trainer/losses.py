@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data_pipeline.datasets import Batch
+from data_pipeline.preferences import PreferencePairs
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
@@ -51,6 +54,22 @@ def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor,
     return log_probs, zeros.index_add(0, inputs["sequence"], torch.ones_like(per_token))
 
 
+@torch.no_grad()
+def compute_ref_logps(
+    model: nn.Module, pairs: PreferencePairs, device: torch.device, dtype: torch.dtype, batch_size: int
+) -> np.ndarray:
+    """Return the log-probabilities of all answers under the model as it is now, (pairs, 2) float32: chosen, rejected."""
+    was_training = model.training
+    model.to(device).eval()
+    logps = []
+    for begin in tqdm(range(0, len(pairs), batch_size), desc="reference model", disable=None, leave=False):
+        batch = pairs.batch(range(begin, min(begin + batch_size, len(pairs)))).to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logps.append(sequence_logps(model, batch.inputs)[0].view(-1, 2).cpu().numpy())
+    model.train(was_training)
+    return np.concatenate(logps).astype(np.float32)
+
+
 def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -> LossFunction:
     """Return the loss of Direct Preference Optimization (https://arxiv.org/abs/2305.18290), a sum over pairs.
 
@@ -69,7 +88,7 @@ def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         log_probs, n_tokens = sequence_logps(model, batch.inputs)
-        ratios = log_probs.view(-1, 2) - batch.inputs["reference"]  # (pairs, 2): chosen, rejected
+        ratios = log_probs.view(-1, 2) - batch.inputs["ref_logps"]  # (pairs, 2): chosen, rejected
         if kind == "ipo":
             means = ratios / n_tokens.view(-1, 2)
             loss = (means[:, 0] - means[:, 1] - 1 / (2 * beta)).square()

@@ -160,7 +160,7 @@ def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
     tokens = dataset.document(0)
-    loss_mask = dataset.targets[: len(tokens)] if dataset.targets is not None else np.arange(len(tokens)) > 0
+    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
     print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
     pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
     for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
