@@ -15,7 +15,7 @@ import streamlit as st
 import torch
 from streamlit.delta_generator import DeltaGenerator
 
-from common.errors import UserError
+from common.errors import UserError, name_flags
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
 from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import ModelOptions, SamplingParams
@@ -81,7 +81,7 @@ def load_model(entry: Entry, options: ModelOptions, texts: Texts) -> ChatModel |
         with st.spinner(literal(texts("loading", name=entry.path.name))):
             generator = cached_model(entry.path, options, repr(options), entry.stamp)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        reason = visible(str(error)).strip().partition("\n")[0]
+        reason = visible(name_flags(str(error))).strip().partition("\n")[0]
         st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
         return None
     return ChatModel(generator, entry.path.name, entry.continues, decoding_thread())
