@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from export.huggingface import build_model, export_state, renormalizes_top_k
+from export.huggingface import export_state, renormalizes_top_k
 from export.self_check import MAX_KL, Agreement, measure, model_logits
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights import EMBEDDING
+from model.weights import EMBEDDING, build_model
 
 # name: (type of the matrices, type recorded for the whole file)
 TYPES = {
