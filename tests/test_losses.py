@@ -169,7 +169,7 @@ def test_before_the_first_step(encoded, tmp_path, kind, smoothing, expected):
     pairs = with_reference(encoded, model, tmp_path / "same", batch_size=4)
     loss, _, extras = dpo_loss(0.1, smoothing, kind)(model, pairs.batch(range(4)))
     assert loss.item() == pytest.approx(4 * expected, rel=rounding())
-    assert extras["margin"].item() == extras["accuracy"].item() == extras["drift"].item() == 0
+    assert extras["margin"].item() == extras["accuracy"].item() == extras["kl_estimate"].item() == 0
 
 
 def trl_trainer(policy, reference, tokenizer, folder, **settings) -> DPOTrainer:

@@ -114,7 +114,7 @@ def test_a_preference_is_learned_and_carries_over_to_held_out_pairs(out, pairs, 
     lines = metrics(out)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=MARGIN)
     assert lines[0]["margin"] == pytest.approx(0, abs=MARGIN)
-    for name in ("accuracy", "chosen_reward", "rejected_reward", "drift"):
+    for name in ("accuracy", "chosen_reward", "rejected_reward", "kl_estimate"):
         assert name in lines[0], name
     last = lines[-1]
     assert last["loss"] < 0.5 and last["margin"] > 0.5 and last["accuracy"] == 1
