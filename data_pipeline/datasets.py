@@ -140,7 +140,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which samples belong to which optimizer step: a pure function of the seed, whatever was interrupted before.
+    """Assign samples to optimizer steps: a pure function of the seed, whatever was interrupted before.
 
     Sample g of the run is sample `sample_order(n_samples, seed, g // n_samples)[g % n_samples]` of the data set; step s
     takes the samples from s * per_step on; the last step of the run may have fewer.
