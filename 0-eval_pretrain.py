@@ -81,7 +81,7 @@ def read_lines(path: Path) -> list[str]:
 
 def continue_text(generator: TextGenerator, text: str, sampling: SamplingParams) -> bool:
     """Print `text` and its continuation; return whether Ctrl-C stopped it. Raises ValueError if it is not Unicode."""
-    from serving.chat_model import text_prompt
+    from inference.prompts import text_prompt
 
     context = generator.context
     prompt = text_prompt(generator.tokenizer, text, context=context, max_new_tokens=sampling.max_new_tokens)

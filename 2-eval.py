@@ -57,7 +57,7 @@ class LocalChat(Chat):
         self.generator, self.sampling = generator, options.sampling
 
     def reply(self, question: str) -> str:
-        from serving.chat_model import chat_prompt
+        from inference.prompts import chat_prompt
 
         context, length = self.generator.context, self.sampling.max_new_tokens
         prompt = chat_prompt(

@@ -431,12 +431,3 @@ def generate_text(
     for event in generate(model, prompts, *args, tokenizer=tokenizer, **kwargs):
         answers[event.key] += event.text
     return answers
-
-
-def ending(event: TokenOutput, sampling: SamplingParams, made: int, context: int) -> str:
-    """Why an answer of `made` tokens was cut off, in words; "" if the model ended it."""
-    if event.finish != "length":
-        return ""
-    if made >= sampling.max_new_tokens:
-        return f" [cut off: --max_new_tokens {sampling.max_new_tokens}]"
-    return f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"

@@ -22,60 +22,11 @@ from transformers import PreTrainedTokenizerFast
 from inference.backends import Backend
 from inference.generator import TokenOutput, generate
 from inference.options import SamplingParams
-from model.chat_format import split_turns, truncate_chat
+from inference.prompts import Prompt, chat_prompt, text_prompt
 from model.model import Transformer
-from model.tokenizer import BOS_ID, encode_text
 
 # Why an answer ended.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids to begin with, and what had to be left out to make room for the answer.
-
-    turns_seen, turns_left_out: earlier questions with their answers; tokens_left_out: of the beginning of a text.
-    """
-
-    ids: list[int]
-    turns_seen: int = 0
-    turns_left_out: int = 0
-    tokens_left_out: int = 0
-
-
-def chat_prompt(
-    tokenizer: PreTrainedTokenizerFast,
-    turns: list[dict],
-    question: str,
-    *,
-    context: int,
-    max_new_tokens: int,
-    history_turns: int,
-    system: str | None = None,
-) -> Prompt:
-    """A question after at most `history_turns` of the earlier ones, and fewer if the answer would have no room.
-
-    Args:
-        turns: {"role", "content"}, user and assistant in turn.
-        context: tokens of prompt and answer together. At least half of them are for the prompt.
-
-    Raises:
-        ValueError: the question alone is too long, or not Unicode.
-    """
-    first = [{"role": "system", "content": system}] if system else []
-    earlier = split_turns(turns)[1]
-    history = earlier[-history_turns:] if history_turns else []
-    room = context - min(max_new_tokens, context // 2)
-    messages = [*first, *(message for turn in history for message in turn), {"role": "user", "content": question}]
-    chat = truncate_chat(tokenizer, messages, room)
-    return Prompt(chat.ids, turns_seen=len(history) - chat.dropped_turns, turns_left_out=chat.dropped_turns)
-
-
-def text_prompt(tokenizer: PreTrainedTokenizerFast, text: str, *, context: int, max_new_tokens: int) -> Prompt:
-    """A text to go on with: its last tokens, if all of them would leave no room. ValueError if it is not Unicode."""
-    ids = encode_text(tokenizer, text)
-    room = max(context - 1 - min(max_new_tokens, context // 2), 1)
-    return Prompt([BOS_ID, *ids[-room:]], tokens_left_out=max(0, len(ids) - room))
 
 
 @dataclass(frozen=True)
