@@ -1,4 +1,4 @@
-"""Whole texts through a dense MiniMind on a CPU with a matrix unit: laying out weights for `prefill_kernel.cpp`, calling it.
+"""Prefill whole texts with a dense MiniMind on a CPU: convert the weights for `prefill_kernel.cpp` and call it.
 
     weights = PrefillWeights(model)
     quick = PrefillModel(weights)                 # products in bfloat16: off by about 0.01 in a logit, ten times as fast
@@ -38,11 +38,11 @@ class _Model(ctypes.Structure):
 
 
 def load_kernel(*flags: str) -> ctypes.CDLL:
-    """The compiled library; compiled first if need be. Raises KernelUnavailable."""
+    """Return the compiled library; compile it first if necessary. Raises KernelUnavailable."""
     kernel = load_library("prefill", *flags)
     kernel.matrix_unit.restype = ctypes.c_char_p
-    kernel.cells_size.restype = ctypes.c_size_t
-    kernel.cells_size.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
+    kernel.kv_size.restype = ctypes.c_size_t
+    kernel.kv_size.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
     kernel.prefill.argtypes = [
         ctypes.POINTER(_Model), ctypes.c_int,
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
@@ -54,11 +54,11 @@ def load_kernel(*flags: str) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A beginning that has been read: its keys and values of all layers, as the kernel has them."""
+    """Keys and values of a common beginning of several texts, of all layers, in the layout of the kernel."""
 
     length: int
     parts: int
-    cells: Tensor
+    kv: Tensor
 
 
 class PrefillWeights:
@@ -70,7 +70,7 @@ class PrefillWeights:
         Raises KernelUnavailable: no kernel, or none for this model.
 
         Args:
-            kernel: from `load_kernel`, if it is to be a special one.
+            kernel: from `load_kernel`; None: the one for this CPU.
         """
         self.config = config = model.config
         if config.use_moe:
@@ -133,7 +133,7 @@ class PrefillWeights:
 
 
 class PrefillModel:
-    """Those weights with a precision: every operand is one number of bfloat16, or the sum of two (`parts`)."""
+    """These weights with a precision: every operand is one bfloat16 number, or the sum of two (`parts`)."""
 
     device = torch.device("cpu")
 
@@ -141,17 +141,17 @@ class PrefillModel:
         self.weights, self.parts, self.config = weights, parts, weights.config
 
     def read(self, tokens: list[int]) -> Prefix:
-        """A beginning that texts go on from."""
-        size = self.weights.kernel.cells_size(self.weights.struct, self.parts, len(tokens))
-        cells = torch.empty(self.config.n_layers * size, dtype=torch.bfloat16)
-        self._run([tokens], None, cells, torch.empty(0, dtype=torch.int64), None)
-        return Prefix(len(tokens), self.parts, cells)
+        """Compute the keys and values of a beginning that texts continue."""
+        size = self.weights.kernel.kv_size(self.weights.struct, self.parts, len(tokens))
+        kv = torch.empty(self.config.n_layers * size, dtype=torch.bfloat16)
+        self._run([tokens], None, kv, torch.empty(0, dtype=torch.int64), None)
+        return Prefix(len(tokens), self.parts, kv)
 
     def logits(self, texts: list[list[int]], places: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
-        """Logits of the next token after some of the tokens.
+        """Return the logits of the next token after some of the tokens.
 
         Args:
-            texts: token ids, without padding; all of them go on from `past`.
+            texts: token ids, without padding; all of them continue `past`.
             places: (index of the text, index of the token).
 
         Returns:
@@ -182,7 +182,7 @@ class PrefillModel:
         struct.cos, struct.sin = cos.data_ptr(), sin.data_ptr()
         failed = self.weights.kernel.prefill(
             struct, self.parts, len(texts), lengths.data_ptr(), tokens.data_ptr(), n_past,
-            past.cells.data_ptr() if past else None, None if kept is None else kept.data_ptr(),
+            past.kv.data_ptr() if past else None, None if kept is None else kept.data_ptr(),
             len(rows), rows.data_ptr(), None if logits is None else logits.data_ptr(),
         )  # fmt: skip
         if failed:
@@ -194,6 +194,6 @@ def _up(n: int) -> int:
 
 
 def _padded(weight: Tensor) -> Tensor:
-    """Rows of zeros added, up to a multiple of 32."""
+    """Append rows of zeros, up to a multiple of 32."""
     missing = _up(len(weight)) - len(weight)
     return torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]) if missing else weight.contiguous()
