@@ -40,7 +40,7 @@ def main() -> None:
     options = parse_options(SftOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
-    from data_pipeline.tokenize import tokenize_chat_data
+    from data_pipeline.tokenize_chats import tokenize_chat_data
     from model.device import resolve_device
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
@@ -25,10 +26,7 @@ from common.files import ROOT
 from trainer.options import TuneOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from model.weights import Checkpoint
-    from trainer.trainer import Run
+    from model.LMConfig import LMConfig
 
 
 @dataclass
@@ -52,18 +50,16 @@ class LoraOptions(TuneOptions):
     show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
 
     def validate(self) -> list[str]:
-        found = super().validate()
-        if not re.fullmatch(r"[A-Za-z0-9-]+", self.lora_name):
-            found.append(f"--lora_name {self.lora_name!r} becomes part of a file name: use letters, digits and -")
-        if self.rank < 1:
-            found.append(f"--rank {self.rank} must be at least 1")
-        if not self.alpha > 0:
-            found.append(f"--alpha {self.alpha} must be more than 0, or the adapter does nothing")
-        if not 0 <= self.lora_dropout < 1:
-            found.append(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
-        if self.init_from == "none":
-            found.append("--init_from none: an adapter needs trained weights to start from")
-        return found
+        rules = {
+            f"--lora_name {self.lora_name!r} becomes part of a file name: use letters, digits and -": (
+                re.fullmatch(r"[A-Za-z0-9-]+", self.lora_name)
+            ),
+            f"--rank {self.rank} must be at least 1": self.rank >= 1,
+            f"--alpha {self.alpha} must be more than 0, or the adapter does nothing": self.alpha > 0,
+            f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1": 0 <= self.lora_dropout < 1,
+            "--init_from none: an adapter needs trained weights to start from": self.init_from != "none",
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
 
 
 def main() -> None:
@@ -72,14 +68,17 @@ def main() -> None:
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     import torch
 
-    from data_pipeline.tokenize import tokenize_chat_data
+    from data_pipeline.tokenize_chats import tokenize_chat_data
+    from inference.model_finder import checkpoint_name
     from model.device import DTYPES, resolve_device
-    from model.lora import add_adapter, merge, read_description, trainable_share
-    from model.weights import save_checkpoint
+    from model.lora import add_adapter, merge, read_description, save_adapter, trainable_share
+    from model.model import parameter_counts
+    from model.tokenizer import tokenizer_hash
+    from model.weights import check_can_write, save_checkpoint
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, packed_rows, require_files, starting_model
-    from trainer.trainer import fit
+    from trainer.recipe import make_out_dir, open_tokenizer, packed_rows, require_files, starting_model
+    from trainer.trainer import Run, fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
     require_files(options.data_path, "name a file of dialogues with --data_path")
@@ -88,19 +87,25 @@ def main() -> None:
     tokenizer = open_tokenizer(options)
     model, base = starting_model(options, ["full_sft", "rl"], tokenizer)
     assert base is not None  # --init_from none was refused
+    file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
+    folder = file.with_suffix("")
+    make_out_dir(options.out_dir)
+    check_can_write_adapter(folder, base.config, options.overwrite)
+    if options.merge:
+        check_can_write(file, base.config, options.overwrite)
+    settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.lora_dropout}
+    identity = {"adapter": settings | {"target_modules": sorted(set(options.target_modules))}}
+    identity |= {"tokenizer_hash": tokenizer_hash(tokenizer), "origin": base.fingerprint}
     torch.manual_seed(options.seed)  # half of an adapter's matrices start with random values
     try:
         adapted = add_adapter(
-            model,
-            rank=options.rank,
-            alpha=options.alpha,
-            dropout=options.lora_dropout,
-            targets=options.target_modules,
+            model, rank=options.rank, alpha=options.alpha, dropout=options.lora_dropout, targets=options.target_modules
         )
     except UserError as error:
         raise UserError(f"--target_modules: {error}") from error
     print(trainable_share(adapted))
-    run = adapter_run(options, adapted, base, tokenizer)
+    active = parameter_counts(adapted.get_base_model())["active"]
+    run = Run("lora", folder.name, base.config, identity, partial(save_adapter, folder, adapted, base), active)
 
     # Data: dialogues.
     seq_len = model.config.max_seq_len
@@ -112,63 +117,30 @@ def main() -> None:
 
     # Loss: cross entropy of the next token of the assistant.
     fit(adapted, next_token_loss, train, val, options, run, dist_env)
-    folder = options.out_dir / run.name
     if dist_env.is_main and options.merge:
-        path = options.out_dir / f"{run.name}.pth"
         info = read_description(folder) | {"merged_adapter": run.name}
-        save_checkpoint(path, merge(adapted), dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
-        print(f"merged into {path}")
+        save_checkpoint(file, merge(adapted), dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
+        print(f"merged into {file}")
     cleanup_distributed(dist_env)
     print(f"done: {folder}; now try: python 2-eval.py --lora {folder}")
 
 
-def adapter_run(options: LoraOptions, adapted: Any, base: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> Run:
-    """Return a run that writes the adapter folder OUT_DIR/lora_<name>_<dim>[_moe].
-
-    Raises UserError if an adapter, or with --merge a .pth file, of another architecture is in the way.
-    """
-    from inference.model_finder import checkpoint_name
+def check_can_write_adapter(folder: Path, config: LMConfig, overwrite: bool) -> None:
+    """Raise UserError if `folder` holds an adapter of another architecture than `config` without `overwrite`."""
     from model.LMConfig import LMConfig, architecture_differences
-    from model.lora import read_description, save_adapter
-    from model.model import parameter_counts
-    from model.tokenizer import tokenizer_hash
-    from model.weights import check_can_write
-    from trainer.recipe import make_out_dir
-    from trainer.trainer import Run
+    from model.lora import read_description
 
-    file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
-    folder = file.with_suffix("")
-    make_out_dir(options.out_dir)
-    if folder.exists() and not options.overwrite:
-        try:
-            theirs = LMConfig(**read_description(folder)["config"])
-        except ValueError as error:
-            raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
-        if differences := architecture_differences(theirs, base.config):
-            raise UserError(
-                f"{folder} is an adapter of another model ({'; '.join(differences)}): replace it with --overwrite, or "
-                "choose another --lora_name"
-            )
-    if options.merge:
-        check_can_write(file, base.config, options.overwrite)
-    settings = adapted.peft_config["default"]
-    return Run(
-        stage="lora",
-        name=folder.name,
-        config=base.config,
-        identity={
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "origin": base.fingerprint,
-            "adapter": {
-                "r": settings.r,
-                "lora_alpha": settings.lora_alpha,
-                "lora_dropout": settings.lora_dropout,
-                "target_modules": sorted(settings.target_modules),
-            },
-        },
-        save_weights=lambda info: save_adapter(folder, adapted, base, info),
-        active_parameters=parameter_counts(adapted.get_base_model())["active"],
-    )
+    if overwrite or not folder.exists():
+        return
+    try:
+        theirs = LMConfig(**read_description(folder)["config"])
+    except ValueError as error:
+        raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
+    if differences := architecture_differences(theirs, config):
+        raise UserError(
+            f"{folder} is an adapter of another model ({'; '.join(differences)}): replace it with --overwrite, or choose "
+            "another --lora_name"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common.cli import flag, parse_options
@@ -42,16 +43,15 @@ class DpoOptions(TuneOptions):
     weight_decay: float = flag(0.0, "weight decay of matrices")
 
     def validate(self) -> list[str]:
-        found = super().validate()
-        if not self.beta > 0:
-            found.append(f"--beta {self.beta} must be more than 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            found.append(f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5")
-        if not 0 <= self.max_dropped <= 1:
-            found.append(f"--max_dropped {self.max_dropped} must be between 0 and 1")
-        if self.label_smoothing and self.loss == "ipo":
-            found.append("--label_smoothing has no meaning for --loss ipo")
-        return found
+        rules = {
+            f"--beta {self.beta} must be more than 0": self.beta > 0,
+            f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5": 0
+            <= self.label_smoothing
+            < 0.5,
+            f"--max_dropped {self.max_dropped} must be between 0 and 1": 0 <= self.max_dropped <= 1,
+            "--label_smoothing has no meaning for --loss ipo": not (self.label_smoothing and self.loss == "ipo"),
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
     from model.device import resolve_device, resolve_dtype
     from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
-    from trainer.losses import dpo_loss
+    from trainer.losses import compute_ref_logps, dpo_loss
     from trainer.recipe import open_tokenizer, require_files, starting_model, weights_run
     from trainer.trainer import fit
 
@@ -80,15 +80,11 @@ def main() -> None:
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
     with main_process_first(dist_env, "log-probabilities of the reference model"):
+        dtype = resolve_dtype(options.dtype, device)
+        weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
         for part in (train, val) if val else (train,):
-            part.add_reference(
-                model,
-                device,
-                resolve_dtype(options.dtype, device),
-                options.batch_size,
-                options.cache_dir or options.out_dir / "cache",
-                origin.fingerprint if origin else f"random weights of seed {options.seed}",
-            )
+            compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
+            part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
 
     # Loss: the better answer should gain probability over the worse one.
     fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, dist_env)

@@ -35,9 +35,9 @@ def main() -> None:
     add_flags(parser, ROOT / "dataset" / "pretrain_data.csv")
     args = parser.parse_args()
     config, device = preset(args.preset), resolve_device(args.device)
-    corpus = tokenize_pretrain_data(args.data_path, load_tokenizer(), args.cache_dir)
-    packed = PackedRows(corpus, np.arange(len(corpus)), config.max_seq_len, seed=0)
-    padded = PaddedRows(corpus, config.max_seq_len)
+    dataset = tokenize_pretrain_data(args.data_path, load_tokenizer(), args.cache_dir)
+    packed = PackedRows(dataset, np.arange(len(dataset)), config.max_seq_len, seed=0)
+    padded = PaddedRows(dataset, config.max_seq_len)
     half = resolve_dtype("auto", device)
     name = str(half).removeprefix("torch.")
 

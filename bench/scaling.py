@@ -213,7 +213,7 @@ def worker(path: Path, steps: int) -> None:
     config = preset("minimind-v1-small")
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, 512 * 2 * (steps + 1)).astype(np.uint16)
     n = len(tokens) // 512
-    corpus = TokenizedDataset(
+    dataset = TokenizedDataset(
         tokens, None, np.arange(n + 1) * 512, np.full(n, 512), np.arange(n).astype(np.uint64), "random", {}
     )
     torch.manual_seed(0)
@@ -229,7 +229,7 @@ def worker(path: Path, steps: int) -> None:
         log_interval=1,
     )
     run = Run("pretrain", "scaling", config, {}, lambda info: None)
-    fit(model, next_token_loss, PackedRows(corpus, np.arange(n), 512, 0), None, options, run, dist_env)
+    fit(model, next_token_loss, PackedRows(dataset, np.arange(n), 512, 0), None, options, run, dist_env)
     log = (out_dir / "logs" / f"scaling.rank{dist_env.rank}.log").read_text()
     times = [*map(float, re.findall(r" step \d+: ([\d.]+) s,", log)[1:])]  # the first one allocates
     works = [*map(float, re.findall(r" steps: ([\d.]+) s of work", log)[1:])]

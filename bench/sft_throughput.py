@@ -24,7 +24,7 @@ from common.cli import Parser  # noqa: E402
 from common.errors import run_script
 from common.files import ROOT
 from data_pipeline.datasets import PackedRows
-from data_pipeline.tokenize import tokenize_chat_data
+from data_pipeline.tokenize_chats import tokenize_chat_data
 from model.device import resolve_device, resolve_dtype
 from model.LMConfig import preset
 from model.lora import add_adapter, trainable_share
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapter (default: 8)")
     args = parser.parse_args()
     config, device = preset(args.preset), resolve_device(args.device)
-    corpus = tokenize_chat_data(args.data_path, load_tokenizer(), args.cache_dir, max_tokens=config.max_seq_len)
-    packed = PackedRows(corpus, np.arange(len(corpus)), config.max_seq_len, seed=0)
-    padded = PaddedRows(corpus, config.max_seq_len)
+    dataset = tokenize_chat_data(args.data_path, load_tokenizer(), args.cache_dir, max_tokens=config.max_seq_len)
+    packed = PackedRows(dataset, np.arange(len(dataset)), config.max_seq_len, seed=0)
+    padded = PaddedRows(dataset, config.max_seq_len)
     half = resolve_dtype("auto", device)
     name = str(half).removeprefix("torch.")
     print(describe(packed, config.max_seq_len, device))

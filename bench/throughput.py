@@ -41,23 +41,23 @@ def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
 class PaddedRows:
     """One document per row, cut or padded to the row length, as in the original MiniMind."""
 
-    def __init__(self, corpus: TokenizedDataset, seq_len: int) -> None:
-        self.corpus, self.seq_len = corpus, seq_len
+    def __init__(self, dataset: TokenizedDataset, seq_len: int) -> None:
+        self.dataset, self.seq_len = dataset, seq_len
 
     def __len__(self) -> int:
-        return len(self.corpus)
+        return len(self.dataset)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         ids = np.zeros((len(indices), self.seq_len), np.int64)
         labels = np.full_like(ids, -100)
         lengths = np.zeros(len(indices), np.int64)
         for row, i in enumerate(indices):
-            tokens = self.corpus.document(i)[: self.seq_len].astype(np.int64)
-            begin, n = int(self.corpus.offsets[i]), len(tokens)
+            tokens = self.dataset.document(i)[: self.seq_len].astype(np.int64)
+            begin, n = int(self.dataset.offsets[i]), len(tokens)
             ids[row, :n], lengths[row] = tokens, n
             learned = tokens[1:]
-            if self.corpus.targets is not None:
-                learned = np.where(self.corpus.targets[begin + 1 : begin + n], learned, -100)
+            if self.dataset.loss_mask is not None:
+                learned = np.where(self.dataset.loss_mask[begin + 1 : begin + n], learned, -100)
             labels[row, 1:n] = learned
         inputs = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         return Batch(inputs, int((labels != -100).sum()), int(lengths.sum()), int((lengths**2).sum()))

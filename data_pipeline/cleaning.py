@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.files import atomic_write, explain_write_errors
 from common.progress import Progress
 from data_pipeline.dedupe import KeySet, content_key
-from data_pipeline.readers import BadLine, BadLineLog, Block, columns, iter_blocks, map_blocks, parse_block, total_bytes
+from data_pipeline.readers import Block, columns, iter_blocks, map_blocks, parse_block
 from data_pipeline.records import (
     CHAT_COLUMNS,
     PREFERENCE_COLUMNS,
@@ -37,6 +37,7 @@ from data_pipeline.records import (
     read_messages,
     text_of,
 )
+from data_pipeline.text_files import BadLine, BadLineLog, total_bytes
 from model.chat_format import check_messages, split_turns
 
 BYTES_PER_WORKER = 4 << 20  # below this a process costs more to start than it saves

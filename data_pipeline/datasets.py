@@ -65,21 +65,21 @@ class Dataset(Protocol):
 
 
 class PackedRows:
-    """Rows of packed documents of a corpus: pretraining and SFT data.
+    """Rows of packed documents of a tokenized dataset: pretraining and SFT data.
 
     Args:
-        corpus: the tokens; where it has `targets`, only those are learned.
+        dataset: the tokens; where it has a `loss_mask`, only its tokens are trained on.
         documents: indices of the documents to use.
         seq_len: tokens in a row.
         seed: of the packing.
         n_bytes: bytes of text in these documents (for bits per byte).
     """
 
-    def __init__(self, corpus: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int) -> None:
-        self.corpus = corpus
-        self.packing: Packing = pack(documents, corpus.lengths[documents], seq_len, seed)
-        self.n_bytes = int(corpus.n_bytes[documents].sum(dtype=np.int64))
-        key = json.dumps([corpus.fingerprint, seq_len, seed, hashlib.sha256(documents.tobytes()).hexdigest()])
+    def __init__(self, dataset: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int) -> None:
+        self.dataset = dataset
+        self.packing: Packing = pack(documents, dataset.lengths[documents], seq_len, seed)
+        self.n_bytes = int(dataset.n_bytes[documents].sum(dtype=np.int64))
+        key = json.dumps([dataset.fingerprint, seq_len, seed, hashlib.sha256(documents.tobytes()).hexdigest()])
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class PackedRows:
         model shifts them), -100 at the first token of each piece, on padding and on what is not to be learned.
         cu_seqlens: (documents + 1,). The padding at the end of a row is a document of its own, so that nobody sees it.
         """
-        packing, corpus = self.packing, self.corpus
+        packing, dataset = self.packing, self.dataset
         # Full rows are the rule. Where little data leaves them half empty, the common empty end is not computed.
         used = [packing.length[packing.bounds[r] : packing.bounds[r + 1]].sum() for r in indices]
         width = min(-(-int(max(used)) // 64) * 64, packing.seq_len)
@@ -114,13 +114,13 @@ class PackedRows:
             at = 0
             for piece in range(packing.bounds[sample], packing.bounds[sample + 1]):
                 n = int(packing.length[piece])
-                begin = int(corpus.offsets[packing.document[piece]] + packing.start[piece])
-                tokens = corpus.tokens[begin : begin + n]
+                begin = int(dataset.offsets[packing.document[piece]] + packing.start[piece])
+                tokens = dataset.tokens[begin : begin + n]
                 here = slice(at, at + n)
                 ids[row, here] = tokens
                 learned = tokens[1:].astype(np.int64)
-                if corpus.targets is not None:
-                    learned = np.where(corpus.targets[begin + 1 : begin + n], learned, -100)
+                if dataset.loss_mask is not None:
+                    learned = np.where(dataset.loss_mask[begin + 1 : begin + n], learned, -100)
                 labels[row, at + 1 : at + n] = learned
                 positions[row, here] = np.arange(n)
                 mask[row, here] = 1
@@ -140,7 +140,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which samples belong to which optimizer step: a pure function of the seed, whatever was interrupted before.
+    """Assign samples to optimizer steps: a pure function of the seed, whatever was interrupted before.
 
     Sample g of the run is sample `sample_order(n_samples, seed, g // n_samples)[g % n_samples]` of the data set; step s
     takes the samples from s * per_step on; the last step of the run may have fewer.

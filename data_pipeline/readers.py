@@ -23,13 +23,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
-
-import jsonlines
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import UserError
 from data_pipeline import text_files
-from data_pipeline.text_files import BadLine, TruncatedArchive, line_blocks, read_chunks, utf8_reason
+from data_pipeline.text_files import BadLine, TruncatedArchive, check_readable, line_blocks, read_chunks, utf8_reason
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -58,29 +56,6 @@ class Block:
     kind: str  # "json" (a JSON object a line), "text" (a document a line) or "rows" (already parsed)
     line: int
     data: bytes | list[Record | BadLine]
-
-
-class BadLineLog:
-    """Count the rows that cannot be used, keep the first ones to show, and write all of them to a JSONL file, if any."""
-
-    LISTED = 10
-
-    def __init__(self, file: IO[str] | None = None) -> None:
-        self.count = 0
-        self.first: list[str] = []  # "file:line: reason"
-        self.writer = jsonlines.Writer(file) if file else None
-
-    def add(self, path: Path, bad: BadLine) -> None:
-        self.count += 1
-        if len(self.first) < self.LISTED:
-            self.first.append(f"{path}:{bad.line}: {bad.reason}")
-        if self.writer:
-            self.writer.write({"file": str(path), "line": bad.line, "reason": bad.reason})
-
-    def shown(self) -> list[str]:
-        """Return the lines to print: the first rows, and how many more there are."""
-        more = self.count - len(self.first)
-        return [*self.first, *([f"and {more:,} more"] if more else [])]
 
 
 def iter_records(
@@ -175,12 +150,6 @@ def map_blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def total_bytes(path: Path) -> int:
-    """Return the size of `path` on the disk in bytes: what the numbers given to `on_bytes` add up to."""
-    check_readable(path)
-    return path.stat().st_size
-
-
 def columns(path: Path) -> list[str] | None:
     """Return the column names of a CSV or Parquet file; None for formats without a header."""
     kind = file_format(path)
@@ -207,18 +176,9 @@ def file_format(path: Path) -> str:
     )
 
 
-def check_readable(path: Path) -> None:
-    """Raise UserError if `path` is missing, a folder, empty or not ours to read."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path or download the data first")
-    if not path.is_file():
-        raise UserError(f"{path}: not a file; name a data file inside it")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; download it again or remove it from the inputs")
-    try:
-        path.open("rb").close()
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change its permissions") from None
+def field_names(data: dict[str, Any]) -> str:
+    """Return the first names of the fields of a row, for messages."""
+    return ", ".join(map(str, list(data)[:8])) or "none"
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

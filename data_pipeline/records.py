@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from data_pipeline.readers import BadLine, columns, file_format, iter_records
+from data_pipeline.readers import columns, field_names, file_format, iter_records
+from data_pipeline.text_files import BadLine
 from model.chat_format import Message, check_messages
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -126,11 +127,6 @@ def read_messages(data: dict) -> list[Message]:
 def text_of(data: dict, name: str, required: bool = False) -> str:
     """The stripped text under `name`; "" for null, and for a missing field that is not required."""
     return _text(data, name, required).strip()
-
-
-def field_names(data: dict) -> str:
-    """The first names of the fields of a row, for messages."""
-    return ", ".join(map(str, list(data)[:8])) or "none"
 
 
 def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:

@@ -1,17 +1,25 @@
-"""Text files of any size as bytes: decompressed, checked for their encoding and cut at line ends, in constant memory."""
+"""Data files as bytes, in constant memory: decompressed, checked for their encoding, cut at line ends, hashed."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
+import hashlib
+import json
 import re
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+import jsonlines
 
 from common.errors import UserError
+from common.files import atomic_write
+from common.progress import Progress
 
 BLOCK_BYTES = 1 << 18  # read, and handed to a worker, at once
 MAX_LINE_BYTES = 32 << 20  # a longer row is no row: a line end is missing, or a quote is left open
@@ -25,6 +33,29 @@ class BadLine:
     reason: str
 
 
+class BadLineLog:
+    """Count the rows that cannot be used, keep the first ones to show, and write all of them to a JSONL file, if any."""
+
+    LISTED = 10
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        self.count = 0
+        self.first: list[str] = []  # "file:line: reason"
+        self.writer = jsonlines.Writer(file) if file else None
+
+    def add(self, path: Path, bad: BadLine) -> None:
+        self.count += 1
+        if len(self.first) < self.LISTED:
+            self.first.append(f"{path}:{bad.line}: {bad.reason}")
+        if self.writer:
+            self.writer.write({"file": str(path), "line": bad.line, "reason": bad.reason})
+
+    def shown(self) -> list[str]:
+        """Return the lines to print: the first rows, and how many more there are."""
+        more = self.count - len(self.first)
+        return [*self.first, *([f"and {more:,} more"] if more else [])]
+
+
 class TruncatedArchive(Exception):
     """The compressed file ends too early or is damaged; what came before line (or row) `line` was delivered."""
 
@@ -32,6 +63,65 @@ class TruncatedArchive(Exception):
 
     def bad_line(self) -> BadLine:
         return BadLine(self.line, f"truncated archive: {self}; only what comes before line {self.line} could be read")
+
+
+def total_bytes(path: Path) -> int:
+    """Return the size of `path` on the disk in bytes: what the numbers given to `on_bytes` add up to."""
+    check_readable(path)
+    return path.stat().st_size
+
+
+def check_readable(path: Path) -> None:
+    """Raise UserError if `path` is missing, a folder, empty or not ours to read."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path or download the data first")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file; name a data file inside it")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty; download it again or remove it from the inputs")
+    try:
+        path.open("rb").close()
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it; change its permissions") from None
+
+
+def hash_files(paths: Sequence[Path], cache_dir: Path) -> list[str]:
+    """Return a hash of the content of each file, remembered in `cache_dir`/hashes.json as long as the file is unchanged."""
+    memo = cache_dir / "hashes.json"
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+        known = known if isinstance(known, dict) else {}
+    except (FileNotFoundError, ValueError):
+        known = {}
+    for path in paths:
+        check_readable(path)
+    found = {}
+    todo = [path for path in paths if known.get(str(path.resolve()), [None])[0] != file_state(path)]
+    with Progress("hash", sum(map(total_bytes, todo))) if todo else contextlib.nullcontext() as progress:
+        for path in paths:
+            name, state = str(path.resolve()), file_state(path)
+            if path not in todo:
+                found[name] = known[name][1]
+                continue
+            digest = hashlib.blake2b(digest_size=16)
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+                    progress.update(len(piece))
+            found[name] = digest.hexdigest()
+            # Times are coarse: a file written this very moment may be written again and look the same.
+            if file_state(path) == state and time.time_ns() - max(state[1:3]) > 2_000_000_000:
+                known[name] = [state, found[name]]
+    if todo:
+        with atomic_write(memo) as memo_file:
+            json.dump(known, memo_file, indent=1)
+    return [found[str(path.resolve())] for path in paths]
+
+
+def file_state(path: Path) -> list[int]:
+    """Return what changes with a file: its size, when its content and its entry changed, its number."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.progress import Progress
-from data_pipeline.readers import BadLine, BadLineLog, check_readable, iter_records, total_bytes
-from data_pipeline.records import Malformed, field_names, read_messages
+from data_pipeline.readers import field_names, iter_records
+from data_pipeline.records import Malformed, read_messages
+from data_pipeline.text_files import BadLine, BadLineLog, check_readable, total_bytes
 
 SOURCE_SUFFIXES = {".py", ".md", ".sh"}
 MEASURED_BYTES = 16_000_000  # of held-out text per file: enough for four digits

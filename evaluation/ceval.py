@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from data_pipeline.readers import BadLine, iter_records
+from data_pipeline.readers import iter_records
+from data_pipeline.text_files import BadLine
 
 LETTERS = "ABCD"
 WHERE_TO_GET = (

@@ -17,6 +17,7 @@ from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score
 from model.chat_format import CHAT_TEMPLATE, render_chat
 from model.device import resolve_dtype
 from model.tokenizer import BOS_ID, encode_text
+from model.weights import dtype_name
 
 
 @dataclass
@@ -93,10 +94,10 @@ class EvaluatedModel:
                 scores, counts = score_cascade(
                     [*drafts, self.model], items, batch_tokens=batch_tokens, on_done=bar.update
                 )
-                precision = {"dtype": f"{_name(half)} and float32", "decided_in_float32": counts[-1]}
+                precision = {"dtype": f"{dtype_name(half)} and float32", "decided_in_float32": counts[-1]}
             else:
                 scores = score(self.model, items, batch_tokens=batch_tokens, on_done=bar.update)
-                precision = {"dtype": _name(self.model.dtype)}
+                precision = {"dtype": dtype_name(self.model.dtype)}
         broken = sum(not one.isfinite().all() for one in scores)
         if broken:
             raise UserError(f"{self.name}: probabilities of {broken} questions are not finite; try --dtype float32")
@@ -129,7 +130,3 @@ def open_transformers_folder(
     is_minimind = tokenizer.chat_template == CHAT_TEMPLATE and special == [0, 1, 2]
     context = getattr(model.config, "max_position_embeddings", None) or 2048
     return EvaluatedModel(model.eval(), tokenizer, str(folder), context, is_minimind)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from common.files import atomic_folder, exclusive
 from export.huggingface import (
+    CONFIG,
     check_target,
     describe,
-    dtype_name,
     read_folder,
     write_description,
     write_llama,
@@ -23,8 +23,8 @@ from export.huggingface import (
 from export.model_card import model_card
 from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
 from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
-from model.tokenizer import load_tokenizer
-from model.weights import Checkpoint, save_checkpoint
+from model.tokenizer import TOKENIZER_DIR, load_tokenizer
+from model.weights import Checkpoint, dtype_name, save_checkpoint
 
 
 def check_output(options: ExportOptions) -> None:
@@ -45,6 +45,10 @@ def export_folder(
     dtype = options.dtype or ("float16" if options.format == "gguf" else stored)
     description = describe(source, dtype)
     rows = sample_rows(tokenizer, texts, source.config)
+    in_folder = (
+        options.tokenizer == TOKENIZER_DIR and (source.path / CONFIG).is_file()
+    )  # an export has its own tokenizer
+    tokenizer_dir = source.path if in_folder else options.tokenizer
     with lock(target):
         check_target(target, options.overwrite)
         # Without a leading dot: transformers makes a module name of a folder with code.
@@ -60,7 +64,7 @@ def export_folder(
                 write_description(folder, description)
             else:
                 write = write_llama if options.format == "llama" else write_minimind
-                write(folder, source.model, options.tokenizer, getattr(torch, dtype), description)
+                write(folder, source.model, tokenizer_dir, getattr(torch, dtype), description)
                 agreement = compare_folder(folder, source.model, rows, options.tolerance)
                 file = folder
             agreement.check()

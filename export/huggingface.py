@@ -34,7 +34,7 @@ from common.errors import UserError
 from common.files import ROOT, recover_folder
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
-from model.weights import EMBEDDING, OUTPUT, Checkpoint
+from model.weights import EMBEDDING, OUTPUT, Checkpoint, build_model, dtype_name, list_names, state_to_save
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -117,7 +117,7 @@ def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | s
     state = dict(state)
     missing = [theirs for theirs in names.values() if theirs not in state]
     if missing:
-        raise UserError(f"{where}: weights are missing: {_some(missing)}")
+        raise UserError(f"{where}: weights are missing: {list_names(missing)}")
     ours = {}
     for name, theirs in names.items():
         weight = state.pop(theirs)
@@ -134,7 +134,7 @@ def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | s
         if any(bias is not None and bias.any() for bias in biases):
             raise UserError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind has not")
     if state:
-        raise UserError(f"{where}: weights that a MiniMind has no place for: {_some(list(state))}")
+        raise UserError(f"{where}: weights that a MiniMind has no place for: {list_names(list(state))}")
     return ours
 
 
@@ -287,16 +287,8 @@ def _copy_code(folder: Path) -> None:
 
 def export_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the weights by our names in `dtype`, the tied pair once. Raises UserError for what `dtype` cannot hold."""
-    state = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
-    if not torch.equal(state[EMBEDDING], state[OUTPUT]):
-        raise UserError(f"{OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
-    del state[OUTPUT]
-    broken = [name for name, weight in state.items() if not weight.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"not finite, or too large for {dtype_name(dtype)}: {_some(broken)}; export as float32 or bfloat16"
-        )
-    return state
+    state = state_to_save(model, dtype, "the export")
+    return {name: weight.contiguous() for name, weight in state.items() if name != OUTPUT}
 
 
 def describe(checkpoint: Checkpoint, dtype: str) -> dict:
@@ -375,6 +367,8 @@ def read_folder(folder: Path | str) -> Checkpoint:
         state = from_llama_state(state, config, folder / WEIGHTS)
     else:
         state.pop(OUTPUT, None)
+    if len({weight.dtype for weight in state.values()}) > 1:
+        raise UserError(f"{folder / WEIGHTS}: weights of several precisions; save them in one")
     model = build_model(state, config, folder / WEIGHTS)
     info = {key: value for key, value in description.items() if key not in ("config", "dtype")}
     return Checkpoint(model, config, info, folder, fingerprint="")
@@ -387,45 +381,21 @@ def _own_config(fields: dict, where: Path) -> LMConfig:
         raise UserError(f"{where}: this configuration cannot be used: {error}") from error
 
 
-def build_model(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> Transformer:
-    """Build a Transformer of exactly these weights (our names, without the tied output). UserError if they do not fit."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected = {name: weight.shape for name, weight in model.state_dict().items() if name != OUTPUT}
-    missing, extra = [n for n in expected if n not in state], [n for n in state if n not in expected]
-    wrong = [f"{n} {tuple(state[n].shape)}" for n in expected if n in state and state[n].shape != expected[n]]
-    parts = {"missing": missing, "unexpected": extra, "of another shape": wrong}
-    errors = [f"{what}: {_some(names)}" for what, names in parts.items() if names]
-    if errors:
-        raise UserError(f"{where}: the weights do not fit their configuration; {'; '.join(errors)}")
-    if len({weight.dtype for weight in state.values()}) > 1:
-        raise UserError(f"{where}: weights of several precisions; save them in one")
-    model.load_state_dict(state | {OUTPUT: state[EMBEDDING]}, strict=True, assign=True)
-    model.output.weight = model.tok_embeddings.weight
-    return model.eval()
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises UserError if it is missing or damaged."""
+    _check_exists(path)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except FileNotFoundError:
-        raise UserError(
-            f"no {path.name} in {path.parent}: this is not an exported folder, or a part of it is missing"
-        ) from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut off ({error}); copy it again") from error
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises UserError if it is missing or damaged."""
+    _check_exists(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"no {path.name} in {path.parent}: this is not an exported folder, or a part of it is missing"
-        ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from error
     if not isinstance(content, dict):
@@ -433,10 +403,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}: this is not an exported folder, or a part of it is missing")

@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import UserError
-from export.huggingface import CONFIG, dtype_name, read_json, read_weights
+from export.huggingface import CONFIG, read_json, read_weights
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_texts
+from model.weights import dtype_name
 
 # Largest change of the predictions by a lower precision, in nats per token. Real models lose a tenth of that.
 MAX_KL = {"f16": 1e-3, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 5e-2}
@@ -107,7 +108,7 @@ def _logits_in_subprocess(folder: Path, rows: list[list[int]]) -> list[Tensor]:
 
 @dataclass
 class Agreement:
-    """How close an export is to its source.
+    """Measured agreement of an export with its source.
 
     tokens: number of tokens compared.
     largest: largest difference of a logit from the source, its weights rounded as stored; above `tolerance` the export

@@ -23,7 +23,7 @@ from inference.kv_cache import KVCache
 from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.model import Transformer
-from model.rope import DynamicRopeScaling, Scaling
+from model.rope import DynamicRopeScaling, RopeScaling
 from model.tokenizer import EOS_ID
 
 
@@ -70,7 +70,7 @@ class BatchGenerator:
     `add` lets sequences join; they leave when they end or at `cancel`. Rows that ended cost nothing: the last row takes
     their place.
 
-    Longer contexts: with `model.extension`, the positions of every row are scaled as its length requires. Up to the trained
+    Longer contexts: with `model.dynamic_rope_scaling`, the positions of every row are scaled as its length requires. Up to the trained
     length they are those of training, whatever `max_len` is. When a row outgrows the length that its factor covers (the
     trained length, then its doubles), its keys and values are computed again, because all keys of a text must be rotated
     by the same frequencies.
@@ -91,7 +91,7 @@ class BatchGenerator:
             model: in evaluation mode; may be a peft model.
             rows: maximum number of sequences at a time.
             max_len: length of prompt and answer together, in tokens; None: the length the model was trained at. RoPE has no
-                limit, but a model that never saw longer texts generates poor ones, unless it has an `extension`.
+                limit, but a model that never saw longer texts generates poor ones, unless it has a `dynamic_rope_scaling`.
             eos_id: the token that ends an answer; None: no token does.
             tokenizer: needed for text and for stop strings.
             backend: from `choose_backend(model)`; None: call the model itself.
@@ -102,7 +102,7 @@ class BatchGenerator:
             raise ValueError(f"a BatchGenerator needs at least 1 row, not {rows}")
         weight = model.get_input_embeddings().weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
-        self.extension: DynamicRopeScaling | None = model.extension
+        self.dynamic_rope_scaling: DynamicRopeScaling | None = model.dynamic_rope_scaling
         self.capacity, self.max_len, self.device = rows, max_len or model.config.max_seq_len, weight.device
         self.rows: list[_Row] = []
         if backend is not None and backend.config is not model.config:
@@ -176,7 +176,7 @@ class BatchGenerator:
         self._groups = None
         return self._outputs(new, first, self._log_probabilities(logits, new, first))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: Scaling | None) -> Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None) -> Tensor:
         """Fill the cache's rows from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
@@ -219,7 +219,7 @@ class BatchGenerator:
         self._positions = self._positions + 1
         return self._outputs(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
 
-    def _forward(self, longest: int, scaling: Scaling | None) -> Tensor:
+    def _forward(self, longest: int, scaling: RopeScaling | None) -> Tensor:
         """Run the newest tokens through the model; return logits (rows, vocab)."""
         positions = mask = None
         if min(row.cached_len for row in self.rows) < longest:
@@ -243,17 +243,18 @@ class BatchGenerator:
 
     def _factor(self, length: int) -> float:
         """Return the factor by which the positions of a sequence of `length` tokens are scaled."""
-        return self.extension.factor(length) if self.extension is not None else 1.0
+        return self.dynamic_rope_scaling.factor(length) if self.dynamic_rope_scaling is not None else 1.0
 
-    def _scaling(self, factors: list[float]) -> Scaling | None:
+    def _scaling(self, factors: list[float]) -> RopeScaling | None:
         """Return the model's argument for rows with these factors; None if all are computed as in training."""
-        if self.extension is None or all(factor == self.extension.trained_factor for factor in factors):
+        dynamic = self.dynamic_rope_scaling
+        if dynamic is None or all(factor == dynamic.trained_factor for factor in factors):
             return None
-        return self.extension.scaling(torch.tensor(factors, device=self.device))
+        return dynamic.scaling(torch.tensor(factors, device=self.device))
 
     def _rescale(self) -> None:
         """Compute the keys and values of those rows again whose next token needs a larger factor."""
-        if self.extension is None:
+        if self.dynamic_rope_scaling is None:
             return
         for i, row in enumerate(self.rows):
             factor = self._factor(row.cached_len + 1)

@@ -1,8 +1,7 @@
-"""Prompts that leave room for the answer: of a chat, or of a text to continue."""
+"""Prompts that leave room for the answer."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -13,9 +12,10 @@ from model.tokenizer import BOS_ID, encode_text
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to begin with, and what had to be left out to make room for the answer.
+    """Token ids to begin with, and what was left out to make room for the answer.
 
-    turns_seen, turns_left_out: earlier questions with their answers; tokens_left_out: of the beginning of a text.
+    turns_seen, turns_left_out: earlier questions with their answers.
+    tokens_left_out: at the beginning of a text.
     """
 
     ids: list[int]
@@ -34,23 +34,28 @@ def chat_prompt(
     history_turns: int,
     system: str | None = None,
 ) -> Prompt:
-    """Return a question after at most `history_turns` of the earlier ones, and fewer if the answer would have no room.
+    """Return a question after at most `history_turns` earlier turns, or fewer if the answer would have no room.
 
     Args:
-        turns: the earlier messages, without the system message.
-        context: tokens of prompt and answer together. At least half of them are for the prompt.
+        turns: the dialogue so far, without its system message.
+        context: maximum length of prompt and answer together. At least half of it is for the prompt.
 
     Raises UserError if the question alone is too long, or not Unicode.
     """
     first = [{"role": "system", "content": system}] if system else []
-    history = split_turns(turns)[1][-history_turns:] if history_turns else []
-    messages = [*first, *itertools.chain(*history), {"role": "user", "content": question}]
-    chat = truncate_chat(tokenizer, messages, context - min(max_new_tokens, context // 2))
+    earlier = split_turns(turns)[1]
+    history = earlier[-history_turns:] if history_turns else []
+    room = context - min(max_new_tokens, context // 2)
+    messages = [*first, *(message for turn in history for message in turn), {"role": "user", "content": question}]
+    chat = truncate_chat(tokenizer, messages, room)
     return Prompt(chat.ids, turns_seen=len(history) - chat.dropped_turns, turns_left_out=chat.dropped_turns)
 
 
 def text_prompt(tokenizer: PreTrainedTokenizerFast, text: str, *, context: int, max_new_tokens: int) -> Prompt:
-    """Return a text to continue: its last tokens, if all of them would leave no room. UserError if it is not Unicode."""
+    """Return a text to continue: only its last tokens, if all of them would leave no room for the answer.
+
+    Raises UserError if it is not Unicode.
+    """
     ids = encode_text(tokenizer, text)
     room = max(context - 1 - min(max_new_tokens, context // 2), 1)
     return Prompt([BOS_ID, *ids[-room:]], tokens_left_out=max(0, len(ids) - room))

@@ -139,7 +139,8 @@ def use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
         errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"
-        stream.reconfigure(encoding="utf-8", errors=errors)  # type: ignore[union-attr]
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def read_line(prompt: str) -> str | None:

@@ -1,13 +1,13 @@
-"""A conversation and the answers in it, which are written a token at a time and can be left and taken up again.
+"""A conversation whose answers are written token by token: they can be paused, resumed later, and stopped.
 
     conversation = Conversation()
-    answer = conversation.ask("Who are you?", writer, Sampling(temperature=0.7), history_turns=5)
+    answer = conversation.ask("Who are you?", chat_model, SamplingParams(temperature=0.7), history_turns=5)
     while answer.advance():
         print(answer.text)
     conversation.stop()
 
-Nothing here knows of a page or a terminal: an interface may draw `answer.text` whenever it likes, come back later to the
-same answer (a web page is redrawn from scratch at every click), or stop it.
+This module knows nothing of a page or a terminal. An interface may draw `answer.text` whenever it likes, come back later
+to the same answer (a web page is redrawn from scratch at every click), or stop it.
 """
 
 from __future__ import annotations
@@ -16,88 +16,74 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
-from inference.backends import Backend
-from inference.generator import TokenOutput, generate
+from inference.generator import TokenOutput
+from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, chat_prompt, text_prompt
-from model.model import Transformer
 
-# Why an answer ended.
+# Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model with what is needed to write with it.
+    """A model to talk to.
 
-    name: what a user calls it.
-    context: tokens of prompt and answer together.
-    continues: it goes on with a text instead of answering.
-    thread: where the computing is done; None: wherever `advance` is called. With one thread for all, conversations that
-        go on at the same time take turns token by token, and do not fight for the same cores.
-    backend: what `inference.backends.choose_backend` made of the model, if anything.
+    Args:
+        name: as a user knows it.
+        continues: it continues texts instead of answering questions.
+        thread: where tokens are computed; None: in the caller's thread. With one thread for all, conversations at the same
+            time take turns token by token and do not compete for the same cores.
     """
 
-    model: Transformer
-    tokenizer: PreTrainedTokenizerFast
-    context: int
+    generator: TextGenerator
     name: str = ""
     continues: bool = False
     thread: Executor | None = None
-    backend: Backend | None = None
 
 
 class Answer:
-    """Text that is being written.
+    """A text that is being written.
 
-    tokens: made so far; prompt: what it began with; seconds: spent on computing, reading the prompt included;
-    finish: None while it goes on, then ENDED by the model (or a stop string), LENGTH (max_new_tokens), CONTEXT (full) or
-    STOPPED.
+    tokens: how many so far; prompt: what it began with; seconds: computing time so far, reading the prompt included;
+    finish: why it ended (ENDED, LENGTH, CONTEXT or STOPPED); None while it is being written.
     """
 
-    def __init__(self, writer: ChatModel, prompt: Prompt, sampling: SamplingParams) -> None:
-        """Nothing is computed yet. Raises ValueError for a prompt that leaves no room."""
-        self.prompt, self.sampling, self.context = prompt, sampling, writer.context
+    def __init__(self, model: ChatModel, prompt: Prompt, sampling: SamplingParams) -> None:
+        """Prepare an answer; nothing is computed yet. Raises ValueError for a prompt that leaves no room."""
+        self.prompt, self.sampling, self.context = prompt, sampling, model.generator.context
         self.text, self.tokens, self.seconds = "", 0, 0.0
         self.finish: str | None = None
-        self._thread = writer.thread
-        self._events: Iterator[TokenOutput] | None = generate(
-            writer.model,
-            [prompt.ids],
-            sampling,
-            tokenizer=writer.tokenizer,
-            max_len=writer.context,
-            backend=writer.backend,
-        )
+        self._thread = model.thread
+        self._outputs: Iterator[TokenOutput] | None = model.generator.generate(prompt.ids, sampling)
 
     def advance(self) -> bool:
-        """Compute one token more. False, and nothing happens, if there is none to come."""
-        if self._events is None:
+        """Compute one more token. Return False, and do nothing, if the answer has ended."""
+        if self._outputs is None:
             return False
         started = time.perf_counter()
         if self._thread is None:
-            event = next(self._events)
+            output = next(self._outputs)
         else:
-            event = self._thread.submit(next, self._events).result()
+            output = self._thread.submit(next, self._outputs).result()
         self.seconds += time.perf_counter() - started
         self.tokens += 1
-        self.text += event.text
-        if event.finish == "stop":
+        self.text += output.text
+        if output.finish == "stop":
             self._end(ENDED)
-        elif event.finish == "length":
+        elif output.finish == "length":
             self._end(LENGTH if self.tokens >= self.sampling.max_new_tokens else CONTEXT)
         return True
 
     def stop(self) -> None:
-        """Compute no more; what was written stays. Nothing happens if it has ended."""
+        """Stop computing and keep the text so far. Nothing happens if the answer has ended."""
         if self.finish is None:
             self._end(STOPPED)
 
     def _end(self, finish: str) -> None:
-        self.finish, self._events = finish, None  # the iterator holds the cache: let it go
+        self.finish, self._outputs = finish, None  # the iterator holds the cache: free it
 
     @property
     def rate(self) -> float:
@@ -107,13 +93,13 @@ class Answer:
 
 @dataclass
 class Exchange:
-    """A question and its answer, or why there is none. `writer` is the name of the model, `continues` as there."""
+    """A question with its answer, or with the error that prevented one. `continues` is that of the ChatModel."""
 
     question: str
-    writer: str
+    model_name: str
     continues: bool
     answer: Answer | None = None
-    problem: str = ""
+    error: str = ""
 
 
 @dataclass
@@ -124,52 +110,52 @@ class Conversation:
 
     @property
     def running(self) -> Answer | None:
-        """The answer that is not finished."""
+        """The answer that is being written."""
         last = self.exchanges[-1].answer if self.exchanges else None
         return last if last is not None and last.finish is None else None
 
     def turns(self) -> list[dict]:
-        """What was said, for the next question. Continued texts are no dialogue, and neither is what has no answer."""
-        said = []
+        """Return the dialogue so far, for the next question: without continued texts and without failed questions."""
+        turns = []
         for exchange in self.exchanges:
             if exchange.answer is not None and not exchange.continues:
-                said.append({"role": "user", "content": exchange.question})
-                said.append({"role": "assistant", "content": exchange.answer.text})
-        return said
+                turns.append({"role": "user", "content": exchange.question})
+                turns.append({"role": "assistant", "content": exchange.answer.text})
+        return turns
 
     def ask(
         self,
         question: str,
-        writer: ChatModel,
+        model: ChatModel,
         sampling: SamplingParams,
         *,
         history_turns: int = 0,
         system: str | None = None,
     ) -> Answer | None:
-        """Begin an answer; one that is going on is stopped. None, and a `problem` in its exchange, if there can be none."""
+        """Begin an answer, and stop the one that is being written. Return None, and keep the error, if it cannot begin."""
         self.stop()
-        limits = {"context": writer.context, "max_new_tokens": sampling.max_new_tokens}
-        exchange = Exchange(question, writer.name, writer.continues)
+        exchange = Exchange(question, model.name, model.continues)
+        tokenizer = model.generator.tokenizer
+        limits: dict[str, Any] = {"context": model.generator.context, "max_new_tokens": sampling.max_new_tokens}
         try:
-            if writer.continues:
-                prompt = text_prompt(writer.tokenizer, question, **limits)
+            if model.continues:
+                prompt = text_prompt(tokenizer, question, **limits)
             else:
-                prompt = chat_prompt(
-                    writer.tokenizer, self.turns(), question, history_turns=history_turns, system=system, **limits
-                )
-            exchange.answer = Answer(writer, prompt, sampling)
+                turns = self.turns()
+                prompt = chat_prompt(tokenizer, turns, question, history_turns=history_turns, system=system, **limits)
+            exchange.answer = Answer(model, prompt, sampling)
         except ValueError as error:
-            exchange.problem = str(error)
+            exchange.error = str(error)
         self.exchanges.append(exchange)
         return exchange.answer
 
-    def again(self, *args, **kwargs) -> Answer | None:
-        """Ask the last question once more, in place of its answer. Arguments as for `ask`, without the question."""
+    def regenerate(self, *args: Any, **kwargs: Any) -> Answer | None:
+        """Ask the last question again and replace its answer. Takes the arguments of `ask` after the question."""
         self.stop()
         return self.ask(self.exchanges.pop().question, *args, **kwargs)
 
     def stop(self) -> None:
-        """End the answer that is going on; its text stays and is part of the conversation."""
+        """End the answer that is being written; its text stays part of the conversation."""
         if self.running is not None:
             self.running.stop()
 

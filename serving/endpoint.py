@@ -33,7 +33,8 @@ DONE = b"data: [DONE]\n\n"
 LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that the event loop can serve other clients
 
 _json_text = json.JSONEncoder(ensure_ascii=False).encode
-Item, Encoded = TypeVar("Item"), TypeVar("Encoded")
+Item = TypeVar("Item")
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ class Endpoint:
         self, body: protocol.SamplingRequest, index: int, max_new_tokens: int, top_logprobs: int | None
     ) -> SamplingParams:
         """Return how choice `index` of a request is sampled: as it says, and otherwise as the server was started."""
-        names = "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop".split()
+        names = (*protocol.SAMPLING_FIELDS, "stop")
         given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
         if "top_p" in given:
             given["top_p"] = max(given["top_p"], 1e-9)  # OpenAI allows 0: only the most probable token

@@ -38,6 +38,9 @@ PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between t
 
 MAX_PASS_TEXTS = 64  # texts that are scored or embedded in one forward pass
 
+SHUTTING_DOWN = "the server is shutting down"
+STOPPED = "the engine has stopped after an error: restart the server"
+
 log = logging.getLogger("minimind")
 T = TypeVar("T")
 
@@ -194,7 +197,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._texts: deque[_Text] = deque()
         self._cancelled: set[Stream] = set()
-        self._closing = self._stopping = False
+        self.closing = self._stopping = False
         # The thread's own:
         self._running: dict[int, _Sequence] = {}
         self._next_key = 0
@@ -220,10 +223,6 @@ class Engine:
     def waiting(self) -> int:
         """Sequences and texts that wait for their turn."""
         return len(self._waiting) + len(self._texts)
-
-    @property
-    def closing(self) -> bool:
-        return self._closing
 
     def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
         """Queue sequences that belong together.
@@ -268,9 +267,9 @@ class Engine:
     def _check_room(self, new: int) -> None:
         """Raise unless `new` more may wait."""
         if self.failed:
-            raise EngineFailed("the engine has stopped after an error: restart the server")
-        if self._closing:
-            raise ShuttingDown("the server is shutting down")
+            raise EngineFailed(STOPPED)
+        if self.closing:
+            raise ShuttingDown(SHUTTING_DOWN)
         room = self.max_queue + max(self.rows - self.running, 0) - self.waiting
         if new > room:
             seconds = math.ceil(self.statistics.mean_seconds * (new - room) / self.rows)  # until there may be room
@@ -288,7 +287,7 @@ class Engine:
     def start_draining(self) -> None:
         """Accept nothing new from now on and drop what waits for a row; what runs continues. Any thread may call this."""
         with self._wakeup:
-            self._closing = True
+            self.closing = True
             self._wakeup.notify()
 
     async def close(self, drain_seconds: float = 0.0) -> None:
@@ -316,55 +315,55 @@ class Engine:
             while self._step():
                 pass
             log.debug("engine ended")
-            self._fail_requests(ShuttingDown("the server is shutting down"), waiting_too=True)
+            self._fail_requests(ShuttingDown(SHUTTING_DOWN), waiting_too=True)
         except BaseException:
             self.failed = True
-            self._fail_requests(
-                EngineFailed("the engine has stopped after an error: restart the server"), waiting_too=True
-            )
+            self._fail_requests(EngineFailed(STOPPED), waiting_too=True)
             raise
 
     def _step(self) -> bool:
         """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
         with self._wakeup:
-            while not (self._waiting or self._texts or self._cancelled or self._running or self._closing):
+            while not (self._waiting or self._texts or self._cancelled or self._running or self.closing):
                 self._wakeup.wait()
             gone, self._cancelled = self._cancelled, set()
             if gone:
                 self._waiting = deque(item for item in self._waiting if item.owner not in gone)
                 self._texts = deque(item for item in self._texts if item.owner not in gone)
             rejected: list[_Sequence | _Text] = []
-            if self._closing:
+            if self.closing:
                 rejected = [*self._waiting, *self._texts]
                 self._waiting.clear()
                 self._texts.clear()
             stopping = self._stopping
+        generator = self.generator
+        assert generator is not None
         for key in [key for key, item in self._running.items() if item.owner in gone]:
-            self.generator.cancel(key)
+            generator.cancel(key)
             del self._running[key]
             self.statistics.cancelled += 1
-        self._publish({item.owner: ShuttingDown("the server is shutting down") for item in rejected})
-        if stopping or (self._closing and not self._running):
+        self._publish({item.owner: ShuttingDown(SHUTTING_DOWN) for item in rejected})
+        if stopping or (self.closing and not self._running):
             return False
         with self._wakeup:
-            joining = _next_batch(self._waiting, self.generator.free)
+            joining = _next_batch(self._waiting, generator.free)
             texts = _next_batch(self._texts, MAX_PASS_TEXTS, group=lambda item: (item.top, item.embedding))
         try:
             if texts:
-                self._publish(_by_owner(zip(texts, self._read(texts), strict=True)))
+                self._publish(_by_owner(zip(texts, self._read(generator, texts), strict=True)))
             if joining:
-                self._publish_tokens(self._join(joining))
-            self._publish_tokens(self.generator.step())
+                self._publish_tokens(self._join(generator, joining))
+            self._publish_tokens(generator.step())
             self.statistics.steps += 1
         except RuntimeError:  # from PyTorch: out of memory, a broken device
             log.exception("a step failed; its requests are dropped")
             self.statistics.failures += 1
             self._fail_requests(EngineFailed("the computation failed: see the server's log"), [*joining, *texts])
-            self.generator = None  # its memory must be free before the next one allocates its own
+            self.generator = generator = None  # its memory must be free before the next one allocates its own
             self.generator = self._make_generator()
         return True
 
-    def _join(self, items: list[_Sequence]) -> list[TokenOutput]:
+    def _join(self, generator: BatchGenerator, items: list[_Sequence]) -> list[TokenOutput]:
         """Read the prompts of new sequences; return their first tokens."""
         now = time.perf_counter()
         for item in items:
@@ -373,7 +372,7 @@ class Engine:
             self.statistics.on_joined(now - item.submitted)
             self.statistics.prompt_tokens += len(item.prompt)
         prompts, samplings, keys = zip(*[(item.prompt, item.sampling, item.key) for item in items], strict=True)
-        return self.generator.add(prompts, samplings, keys)
+        return generator.add(prompts, samplings, keys)
 
     def _publish_tokens(self, outputs: list[TokenOutput]) -> None:
         """Deliver new tokens; sequences that ended with them no longer run."""
@@ -387,9 +386,9 @@ class Engine:
         self._publish(_by_owner(zip(items, outputs, strict=True)))
 
     @torch.inference_mode()
-    def _read(self, items: list[_Text]) -> list[Scores] | list[Tensor]:
+    def _read(self, generator: BatchGenerator, items: list[_Text]) -> list[Scores] | list[Tensor]:
         """Run one forward pass over texts of any lengths, padded on the right, where causal attention never looks."""
-        model, device = self.generator.model, self.generator.device
+        model, device = generator.model, generator.device
         lengths = [len(item.prompt) for item in items]
         longest = max(lengths)
         ids = torch.tensor([[*item.prompt, *[0] * (longest - len(item.prompt))] for item in items], device=device)
@@ -414,15 +413,15 @@ class Engine:
         self, error: EngineError, extra: Iterable[_Sequence | _Text] = (), waiting_too: bool = False
     ) -> None:
         """End all running requests and `extra` with an error; with `waiting_too` also those that wait."""
-        owners = {item.owner for item in (*self._running.values(), *extra)}
+        items: list[_Sequence | _Text] = [*self._running.values(), *extra]
         self._running.clear()
         if waiting_too:
             with self._wakeup:
-                self._closing = True
-                owners |= {item.owner for item in (*self._waiting, *self._texts)}
+                self.closing = True
+                items += [*self._waiting, *self._texts]
                 self._waiting.clear()
                 self._texts.clear()
-        self._publish(dict.fromkeys(owners, error))
+        self._publish({item.owner: error for item in items})
 
     def _publish(self, news: dict[Stream, Any]) -> None:
         """Deliver results or errors to their streams: one call into the event loop, however many there are."""

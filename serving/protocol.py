@@ -1,20 +1,23 @@
-"""What clients send and get: the shapes of OpenAI's API that this server honours.
+"""What clients send and receive: the part of OpenAI's API that this server implements.
 
-Types are strict: "5" is no number and 1 no boolean. A field that this server cannot honour is refused unless it asks for
-nothing (null, an empty list, the neutral value); fields that only name things for a bookkeeping that does not exist here
-(`HARMLESS`) are accepted and have no effect; every other field is unknown and refused by name.
+Types are strict: "5" is not a number and 1 not a boolean. A field that this server cannot honour is rejected unless it
+has no effect anyway (null, an empty list, the neutral value); fields that only label a request (`HARMLESS`) are accepted
+and have no effect; every other field is unknown and rejected by its name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from inference.options import SamplingParams
 
 HARMLESS = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
-# Fields of OpenAI's that this server refuses, and the values of each that ask for nothing.
+# OpenAI's fields that this server rejects, and the values of each that have no effect.
 UNSUPPORTED: dict[str, tuple] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -31,6 +34,18 @@ UNSUPPORTED: dict[str, tuple] = {
     "web_search_options": (),
     "suffix": ("",),
 }
+# Fields of SamplingParams that a request has under the same name, with OpenAI's limits; {}: the limits of SamplingParams.
+# top_k, min_p and repetition_penalty are extensions of OpenAI's API.
+SAMPLING_FIELDS: dict[str, dict[str, float]] = {
+    "temperature": {"ge": 0, "le": 2},
+    "top_p": {"ge": 0, "le": 1},
+    "presence_penalty": {"ge": -2, "le": 2},
+    "frequency_penalty": {"ge": -2, "le": 2},
+    "seed": {"ge": -(2**63), "le": 2**63 - 1},
+    "top_k": {},
+    "min_p": {},
+    "repetition_penalty": {"gt": 0, "le": 10},
+}
 MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_INPUTS = 2048
@@ -40,58 +55,63 @@ Prompt = str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[
 StopText = Annotated[str, Field(max_length=1024)]
 
 
-class Shape(BaseModel):
+class Schema(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 # ---- requests
 
 
-class StreamOptions(Shape):
+class StreamOptions(Schema):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = Field(None, description="end with a chunk that has the usage of the whole request")
-    include_obfuscation: Literal[False] | None = Field(None, description="not supported: false, or nothing")
+    include_obfuscation: Literal[False] | None = Field(None, description="not supported: false or null")
 
 
-class Request(Shape):
-    """A request, with all the fields it may have. Unknown ones are kept, to be refused by name."""
+class Request(Schema):
+    """A request with all the fields it may have. Unknown ones are kept, so that they can be rejected by name."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
     model: str = Field(description="a name from /v1/models")
 
 
-class SamplingRequest(Request):
-    """How tokens are chosen; what is not given is as the server was started."""
+def _sampling_fields() -> dict[str, Any]:
+    """Return the fields of a request that choose tokens, as `SamplingParams` declares them."""
+    hints, found = get_type_hints(SamplingParams), {}
+    keywords = {"min": "ge", "above": "gt", "max": "le"}
+    for field in dataclasses.fields(SamplingParams):
+        if field.name in SAMPLING_FIELDS:
+            ours = {keywords[key]: value for key, value in field.metadata["limits"].items()}
+            limits: Any = SAMPLING_FIELDS[field.name] or ours
+            description = field.metadata["help"].partition(" (default")[0]
+            found[field.name] = (hints[field.name] | None, Field(None, description=description, **limits))
+    return found
 
-    stream: bool | None = Field(None, description="send the answer piece by piece, as server-sent events")
+
+class SamplingRequest(create_model("SamplingFields", __base__=Request, **_sampling_fields())):  # type: ignore[misc]
+    """How tokens are chosen; for what is not set, the server's own settings apply."""
+
+    stream: bool | None = Field(None, description="send the answer as it is written, as server-sent events")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="so many answers")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="number of answers; answer i has the seed `seed` + i")
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="end before any of these texts"
     )
-    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token")
-    top_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="choice i of n gets seed + i")
-    top_k: int | None = Field(None, ge=0, description="extension: choose among the k likeliest; 0: no limit")
-    min_p: float | None = Field(None, ge=0, le=1, description="extension: at least this share of the likeliest")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="extension; 1: none")
 
 
-class ContentPart(Shape):
+class ContentPart(Schema):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    type: str = Field(description='"text"; others are refused')
+    type: str = Field(description='"text"; others are rejected')
     text: str | None = None
 
 
-class Message(Shape):
+class Message(Schema):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: str = Field(description="system or developer (only the first message), user, assistant")
+    role: str = Field(description="system or developer (first message only), user, assistant")
     content: str | list[ContentPart] | None = Field(None, description="a text, or parts of type text, which are joined")
     name: str | None = Field(None, description="accepted; the model does not see it")
 
@@ -99,23 +119,26 @@ class Message(Shape):
 class ChatRequest(SamplingRequest):
     messages: list[Message] = Field(
         min_length=1,
-        description="perhaps a system message, then user and assistant in turn; if the last is of the assistant, "
-        "the answer continues it",
+        description="an optional system message, then user and assistant in turn; if the last message is the "
+        "assistant's, the answer continues it",
     )
-    max_tokens: int | None = Field(None, ge=-1, description="length of the answer; null, -1: as much as fits")
-    max_completion_tokens: int | None = Field(None, ge=-1, description="the same, by its newer name")
+    max_tokens: int | None = Field(None, ge=-1, description="maximum length of the answer; null, -1: as much as fits")
+    max_completion_tokens: int | None = Field(None, ge=-1, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Prompt = Field(description="a text or token ids, or a list of them; <s> is put in front of texts")
-    max_tokens: int | None = Field(16, ge=-1, description="null, -1: as much as fits; 0 only scores, with echo")
+    prompt: Prompt = Field(description="a text or token ids, or a list of them; texts get <s> in front")
+    max_tokens: int | None = Field(
+        16, ge=-1, description="null, -1: as much as fits; 0 with echo: only score the prompt"
+    )
     echo: bool | None = Field(None, description="return the prompt in front of the answer")
     logprobs: int | None = Field(
-        None, ge=0, le=5, description="of so many of the likeliest tokens; with echo also of the prompt's"
-    )
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="only as much as n: answers are not ranked")
+        None, ge=0, le=5, description="return the log-probabilities of this many tokens at each position; with echo "
+        "also in the prompt"
+    )  # fmt: skip
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="must equal n: answers are not ranked")
 
 
 class EmbeddingRequest(Request):
@@ -127,13 +150,26 @@ class EmbeddingRequest(Request):
 # ---- answers
 
 
-class Usage(Shape):
+class PromptUsage(Schema):
     prompt_tokens: int
-    completion_tokens: int
     total_tokens: int
 
 
-class TopLogprob(Shape):
+class Usage(PromptUsage):
+    completion_tokens: int
+
+
+class Generated(Schema):
+    """The fields that all generated answers have."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+
+
+class TopLogprob(Schema):
     token: str
     logprob: float
     bytes: list[int]
@@ -143,101 +179,86 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Shape):
+class ChatLogprobs(Schema):
     content: list[TokenLogprob]
     refusal: None = None
 
 
-class AnswerMessage(Shape):
+class AnswerMessage(Schema):
     role: Literal["assistant"]
     content: str
     refusal: None = None
 
 
-class ChatChoice(Shape):
+class ChatChoice(Schema):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(Shape):
-    id: str
+class ChatCompletion(Generated):
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
-class CompletionLogprobs(Shape):
+class CompletionLogprobs(Schema):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
-class CompletionChoice(Shape):
+class CompletionChoice(Schema):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(Shape):
-    id: str
+class Completion(Generated):
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
 
 
-class Embedding(Shape):
+class Embedding(Schema):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Shape):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingList(Shape):
+class EmbeddingList(Schema):
     object: Literal["list"]
     model: str
     data: list[Embedding]
-    usage: EmbeddingUsage
+    usage: PromptUsage
 
 
-class ModelCard(Shape):
+class ModelCard(Schema):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int = Field(description="prompt and answer together, in tokens")
+    max_model_len: int = Field(description="maximum length of prompt and answer together, in tokens")
 
 
-class ModelList(Shape):
+class ModelList(Schema):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Health(Shape):
+class Health(Schema):
     status: Literal["ok", "shutting down", "failed"]
 
 
-class ErrorDetail(Shape):
+class ErrorDetail(Schema):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorBody(Shape):
+class ErrorBody(Schema):
     """Every error, whatever its status."""
 
     error: ErrorDetail

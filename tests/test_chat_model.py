@@ -1,18 +1,22 @@
-"""serving/chat_model.py: prompts that fit, answers that can be left, taken up again and stopped."""
+"""serving/chat_model.py: prompts that fit, answers that can be paused, resumed and stopped."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from inference.generator import generate_text
+from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
+from inference.prompts import Prompt, chat_prompt, text_prompt
 from model.chat_format import truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
+from model.weights import Checkpoint
 from serving.chat_model import (
     CONTEXT,
     ENDED,
@@ -21,9 +25,6 @@ from serving.chat_model import (
     Answer,
     ChatModel,
     Conversation,
-    Prompt,
-    chat_prompt,
-    text_prompt,
 )
 
 TOKENIZER = load_tokenizer()
@@ -41,8 +42,9 @@ def make_model(endless: bool = False) -> Transformer:
 
 
 @pytest.fixture(scope="module")
-def writer() -> ChatModel:
-    return ChatModel(make_model(endless=True), TOKENIZER, 96, "tiny")
+def model() -> ChatModel:
+    model = make_model(endless=True)
+    return ChatModel(TextGenerator(Checkpoint(model, model.config, {}, Path(), ""), TOKENIZER, 96), "tiny")
 
 
 def finish(answer: Answer) -> str:
@@ -80,31 +82,31 @@ def test_text_prompt_keeps_the_end():
     assert text_prompt(TOKENIZER, "one", context=96, max_new_tokens=12).tokens_left_out == 0
 
 
-def test_an_answer_is_that_of_the_decoder(writer):
+def test_an_answer_is_that_of_the_decoder(model):
     conversation = Conversation()
-    first = finish(conversation.ask("one", writer, GREEDY, history_turns=3))
-    second = finish(conversation.ask("two", writer, GREEDY, history_turns=3))
+    first = finish(conversation.ask("one", model, GREEDY, history_turns=3))
+    second = finish(conversation.ask("two", model, GREEDY, history_turns=3))
     ids = [truncate_chat(TOKENIZER, messages, 84).ids for messages in (chat("one"), chat("one", first, "two"))]
-    assert [first, second] == generate_text(writer.model, TOKENIZER, ids, GREEDY)
+    assert [first, second] == generate_text(model.generator.checkpoint.model, TOKENIZER, ids, GREEDY)
     assert conversation.turns() == chat("one", first, "two", second)
 
 
-def test_why_it_ended(writer):
-    answer = Conversation().ask("hi", writer, GREEDY)
+def test_why_it_ended(model):
+    answer = Conversation().ask("hi", model, GREEDY)
     finish(answer)
     assert (answer.finish, answer.tokens, answer.rate > 0) == (LENGTH, 12, True)
     assert not answer.advance() and answer.tokens == 12
-    answer = Conversation().ask("hi", writer, SamplingParams(max_new_tokens=1000))
+    answer = Conversation().ask("hi", model, SamplingParams(max_new_tokens=1000))
     finish(answer)
     assert answer.finish == CONTEXT and answer.tokens + len(answer.prompt.ids) == 96
-    answer = Conversation().ask("hi", writer, SamplingParams(max_new_tokens=90, stop=(answer.text[5:8],)))
+    answer = Conversation().ask("hi", model, SamplingParams(max_new_tokens=90, stop=(answer.text[5:8],)))
     finish(answer)
     assert answer.finish == ENDED and 0 < answer.tokens < 90
 
 
-def test_stop_keeps_what_was_written(writer):
+def test_stop_keeps_what_was_written(model):
     conversation = Conversation()
-    answer = conversation.ask("hi", writer, SamplingParams(max_new_tokens=50))
+    answer = conversation.ask("hi", model, SamplingParams(max_new_tokens=50))
     assert conversation.running is answer and answer.tokens == 0
     for _ in range(8):
         answer.advance()
@@ -117,47 +119,47 @@ def test_stop_keeps_what_was_written(writer):
     assert answer.finish == STOPPED
 
 
-def test_again_replaces_the_last_answer(writer):
+def test_regenerate_replaces_the_last_answer(model):
     conversation = Conversation()
-    first = finish(conversation.ask("one", writer, GREEDY))
-    half = conversation.ask("two", writer, GREEDY, history_turns=1)
+    first = finish(conversation.ask("one", model, GREEDY))
+    half = conversation.ask("two", model, GREEDY, history_turns=1)
     half.advance()
-    again = conversation.again(writer, GREEDY, history_turns=1)
+    second = conversation.regenerate(model, GREEDY, history_turns=1)
     assert half.finish == STOPPED and len(conversation.exchanges) == 2
-    finish(again)
-    assert conversation.turns() == chat("one", first, "two", again.text)
-    alone = conversation.again(writer, GREEDY, history_turns=0)
-    assert len(alone.prompt.ids) < len(again.prompt.ids)
+    finish(second)
+    assert conversation.turns() == chat("one", first, "two", second.text)
+    alone = conversation.regenerate(model, GREEDY, history_turns=0)
+    assert len(alone.prompt.ids) < len(second.prompt.ids)
     conversation.clear()
     assert conversation.exchanges == [] and conversation.running is None and alone.finish == STOPPED
 
 
-def test_no_answer_is_no_part_of_what_was_said(writer):
+def test_no_answer_is_no_part_of_what_was_said(model):
     conversation = Conversation()
-    assert conversation.ask("word " * 300, writer, GREEDY) is None
-    assert "84 is the limit" in conversation.exchanges[0].problem
+    assert conversation.ask("word " * 300, model, GREEDY) is None
+    assert "84 is the limit" in conversation.exchanges[0].error
     assert conversation.turns() == [] and conversation.running is None
-    assert conversation.ask("half \ud800", writer, GREEDY) is None
-    assert "not Unicode" in conversation.exchanges[1].problem
-    assert finish(conversation.ask("hi", writer, GREEDY, history_turns=5))
+    assert conversation.ask("half \ud800", model, GREEDY) is None
+    assert "not Unicode" in conversation.exchanges[1].error
+    assert finish(conversation.ask("hi", model, GREEDY, history_turns=5))
 
 
-def test_a_base_model_goes_on_with_the_text(writer):
-    base = ChatModel(writer.model, TOKENIZER, 96, "base", continues=True)
+def test_a_base_model_goes_on_with_the_text(model):
+    base = ChatModel(model.generator, "base", continues=True)
     conversation = Conversation()
-    finish(conversation.ask("hi", writer, GREEDY))
+    finish(conversation.ask("hi", model, GREEDY))
     said = conversation.turns()
     text = finish(conversation.ask("The sun", base, GREEDY, history_turns=5, system="be kind"))
     ids = [BOS_ID, *encode_text(TOKENIZER, "The sun")]
-    assert [text] == generate_text(base.model, TOKENIZER, [ids], GREEDY)
+    assert [text] == generate_text(base.generator.checkpoint.model, TOKENIZER, [ids], GREEDY)
     assert conversation.turns() == said  # no dialogue
 
 
-def test_two_conversations_at_once_do_not_mix(writer):
+def test_two_conversations_at_once_do_not_mix(model):
     """Answers of one model taken in turn, token by token, in the one decoding thread."""
-    alone = [finish(Conversation().ask(q, writer, GREEDY)) for q in ("one", "two two")]
+    alone = [finish(Conversation().ask(q, model, GREEDY)) for q in ("one", "two two")]
     with ThreadPoolExecutor(max_workers=1) as thread:
-        shared = ChatModel(writer.model, TOKENIZER, 96, thread=thread)
+        shared = ChatModel(model.generator, thread=thread)
         answers = [Conversation().ask(q, shared, GREEDY) for q in ("one", "two two")]
         for _ in range(12):
             for answer in answers:

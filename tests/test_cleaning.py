@@ -15,7 +15,7 @@ from common.errors import UserError
 from data_pipeline import cleaning
 from data_pipeline.cleaning import STAGES, CleaningOptions, Filtered, clean, dpo_row, pretrain_row, sft_row
 from data_pipeline.dedupe import KeySet, content_key
-from data_pipeline.readers import BadLineLog
+from data_pipeline.text_files import BadLineLog
 
 
 def fields(row):

@@ -18,12 +18,12 @@ from trl import DPOConfig, DPOTrainer
 from data_pipeline.datasets import PackedRows
 from data_pipeline.preferences import EncodedPair, PreferencePairs
 from data_pipeline.records import Preference
-from data_pipeline.tokenize import encode_preference, tokenize_chat_data
+from data_pipeline.tokenize_chats import encode_preference, tokenize_chat_data
 from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
-from trainer.losses import dpo_loss, next_token_loss, sequence_logps
+from trainer.losses import compute_ref_logps, dpo_loss, next_token_loss, sequence_logps
 
 CPU = torch.device("cpu")
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128)
@@ -69,13 +69,13 @@ def moved(model: Transformer, distance: float = 0.02) -> Transformer:
 
 def with_reference(encoded, reference, tmp_path, batch_size: int = 3) -> PreferencePairs:
     pairs = PreferencePairs(encoded, "t")
-    pairs.add_reference(reference, CPU, torch.float32, batch_size, tmp_path, "reference")
+    pairs.ref_logps = compute_ref_logps(reference, pairs, CPU, torch.float32, batch_size)
     return pairs
 
 
 def margin_rounding(pairs: PreferencePairs, beta: float) -> float:
     """Return the rounding error of beta times the four log-probabilities of a pair; those grow with the length."""
-    largest = float(np.abs(pairs.reference).max())
+    largest = float(np.abs(pairs.ref_logps).max())
     return 4 * beta * rounding(**shape_of(LMConfig(**SHAPE))) * largest
 
 
@@ -92,8 +92,8 @@ def test_packed_sft_rows_cost_what_the_chats_cost_one_by_one(tokenizer, tmp_path
     chats = [messages([*prompt, chosen]) for prompt, chosen, _ in DIALOGUES]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(f'{{"messages": {m}}}\n'.replace("'", '"') for m in chats), encoding="utf-8")
-    corpus = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=128, log=lambda _: None)
-    rows = PackedRows(corpus, torch.arange(len(corpus)).numpy(), 128, seed=0)
+    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=128, log=lambda _: None)
+    rows = PackedRows(dataset, torch.arange(len(dataset)).numpy(), 128, seed=0)
     batch = rows.batch(range(len(rows)))
     model = make(use_moe=moe)  # in evaluation mode the optimised sum holds no balance loss
 
@@ -170,7 +170,7 @@ def test_before_the_first_step(encoded, tmp_path, kind, smoothing, expected):
     pairs = with_reference(encoded, model, tmp_path / "same", batch_size=4)
     loss, _, extras = dpo_loss(0.1, smoothing, kind)(model, pairs.batch(range(4)))
     assert loss.item() == pytest.approx(4 * expected, rel=rounding())
-    assert extras["margin"].item() == extras["accuracy"].item() == extras["drift"].item() == 0
+    assert extras["margin"].item() == extras["accuracy"].item() == extras["kl_estimate"].item() == 0
 
 
 def trl_trainer(policy, reference, tokenizer, folder, **settings) -> DPOTrainer:

@@ -1,8 +1,9 @@
-"""preferences.py: only sound pairs are trained on, and the reference is computed once, for the right weights."""
+"""preferences.py: only valid pairs are trained on, and the reference is computed once, for the right weights."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data_pipeline import preferences
 from data_pipeline.preferences import EncodedPair, PreferencePairs, read_pairs, train_and_val_pairs
 from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import EOS_ID, encode_text, load_tokenizer
+from trainer import losses
 
 CPU = torch.device("cpu")
 
@@ -89,8 +90,8 @@ def test_an_unsound_pair_is_named_and_not_trained_on(tokenizer, tmp_path, capsys
     assert len(pairs) == 2 and pairs[0] == pairs[1]
     printed = capsys.readouterr().out
     assert "2 preference pairs, 1 unusable rows" in printed
-    assert f"{path}, line 2: " in printed and reason in printed
-    with pytest.raises(UserError, match=r"pairs.jsonl: no usable preference pair in it \(.*pairs.jsonl, line 1: "):
+    assert f"{path}:2: " in printed and reason in printed
+    with pytest.raises(UserError, match=r"pairs.jsonl: no usable preference pair in it \(.*pairs.jsonl:1: "):
         read(tokenizer, write(path, [row]))
 
 
@@ -98,7 +99,7 @@ def test_many_unsound_pairs_are_counted_and_the_first_listed(tokenizer, tmp_path
     read(tokenizer, write(tmp_path / "pairs.jsonl", [GOOD, *[UNSOUND["same"][0]] * 25]))
     printed = capsys.readouterr().out
     assert "1 preference pairs, 25 unusable rows" in printed and "and 15 more" in printed
-    assert "line 11:" in printed and "line 12:" not in printed
+    assert "jsonl:11:" in printed and "jsonl:12:" not in printed
 
 
 def test_pairs_that_do_not_fit_are_counted_and_too_many_refused(tokenizer, tmp_path, capsys):
@@ -107,11 +108,11 @@ def test_pairs_that_do_not_fit_are_counted_and_too_many_refused(tokenizer, tmp_p
     path = write(tmp_path / "pairs.jsonl", [GOOD] * 8 + [long, alike])
     assert len(read(tokenizer, path, max_tokens=64)) == 8
     printed = capsys.readouterr().out
-    assert "dropped: 1 pairs: the last question leaves no room for an answer" in printed
-    assert "dropped: 1 pairs: the answers are the same as far as there is room" in printed
+    assert "dropped: 1 pairs are too long: the last question leaves no room for an answer" in printed
+    assert "dropped: 1 pairs are too long: the answers are the same as far as there is room" in printed
     with pytest.raises(UserError, match="2 of 10 pairs do not fit into --max_seq_len 64: .*--max_dropped"):
         read(tokenizer, path, max_tokens=64, max_dropped=0.1)
-    with pytest.raises(UserError, match="no usable preference pair in it .the last question leaves"):
+    with pytest.raises(UserError, match="no usable preference pair in it .too long: the last question leaves"):
         read(tokenizer, write(path, [long]), max_tokens=64)
 
 
@@ -141,7 +142,7 @@ def make(seed: int = 0) -> Transformer:
 def test_a_batch_is_what_its_numbers_say():
     pairs = some_pairs(5)
     data = PreferencePairs(pairs, "t")
-    data.reference = np.arange(10, dtype=np.float32).reshape(5, 2)
+    data.ref_logps = np.arange(10, dtype=np.float32).reshape(5, 2)
     batch = data.batch([3, 0])
     ids, bounds = batch.inputs["input_ids"][0].tolist(), batch.inputs["cu_seqlens"].tolist()
     positions = batch.inputs["position_ids"][0].tolist()
@@ -154,7 +155,7 @@ def test_a_batch_is_what_its_numbers_say():
         assert batch.inputs["targets"][own].tolist() == answer
         first = bounds[n] + len(prompt)
         assert batch.inputs["predicts"][own].tolist() == list(range(first - 1, first - 1 + len(answer)))
-    assert batch.inputs["reference"].tolist() == [[6, 7], [0, 1]]
+    assert batch.inputs["ref_logps"].tolist() == [[6, 7], [0, 1]]
     assert batch.n_targets == 2 and batch.n_tokens == len(ids) == bounds[-1]
     assert batch.attention_pairs == sum(len(p + a) ** 2 for p, a in zip(prompts, answers, strict=True))
     assert len(data) == 5 and data.documents([3, 0]) == [0, 3]
@@ -166,13 +167,13 @@ def test_fingerprints_tell_pairs_and_tokenizers_apart():
     others = [PreferencePairs(pairs, "u"), PreferencePairs(pairs[:3], "t"), PreferencePairs(pairs[::-1], "t")]
     assert len({data.fingerprint for data in [PreferencePairs(pairs, "t"), *others]}) == 4
     # Where the prompt ends belongs to the pair, not only the tokens.
-    assert EncodedPair([1, 2], [3], [4]).key() != EncodedPair([1], [2, 3], [2, 4]).key()
+    assert EncodedPair([1, 2], [3], [4]).content_hash() != EncodedPair([1], [2, 3], [2, 4]).content_hash()
 
 
 def test_duplicates_stay_on_one_side_of_the_split(tokenizer):
     pairs = some_pairs(60)
     train, val = train_and_val_pairs([*pairs, *pairs], tokenizer, 0.2, 10**6)
-    keys = [{pair.key() for pair in data.pairs} for data in (train, val)]
+    keys = [{pair.content_hash() for pair in data.pairs} for data in (train, val)]
     assert not keys[0] & keys[1] and len(train) + len(val) == 120 and 4 < len(val) < 60
     train, val = train_and_val_pairs(pairs, tokenizer, 0.0, 10**6)
     assert val is None and len(train) == 60
@@ -181,16 +182,16 @@ def test_duplicates_stay_on_one_side_of_the_split(tokenizer):
 # ---- the reference
 
 
-def add_reference(data, model, cache, origin="one", **changed) -> np.ndarray:
-    settings = dict(device=CPU, dtype=torch.float32, batch_size=3, cache_dir=cache, origin=origin)
-    data.add_reference(model, **settings | changed)
-    return data.reference
+def add_reference(data, model, cache, origin="one", dtype=torch.float32) -> np.ndarray:
+    compute = partial(losses.compute_ref_logps, model, data, CPU, dtype, 3)
+    data.add_ref_logps(cache, [origin, str(dtype)], compute)
+    return data.ref_logps
 
 
 def test_the_reference_is_computed_once_for_each_model(tmp_path, monkeypatch):
     calls = []
-    original = preferences.sequence_logps
-    monkeypatch.setattr(preferences, "sequence_logps", lambda *args: calls.append(1) or original(*args))
+    original = losses.sequence_logps
+    monkeypatch.setattr(losses, "sequence_logps", lambda *args: calls.append(1) or original(*args))
     pairs, model = some_pairs(7), make()
     first = add_reference(PreferencePairs(pairs, "t"), model, tmp_path)
     assert len(calls) == 3 and first.shape == (7, 2) and first.dtype == np.float32 and (first < 0).all()
@@ -209,7 +210,7 @@ def test_the_reference_is_computed_once_for_each_model(tmp_path, monkeypatch):
 def test_a_damaged_cache_is_computed_again(tmp_path, damage):
     pairs, model = some_pairs(7), make()
     expected = add_reference(PreferencePairs(pairs, "t"), model, tmp_path)
-    (path,) = tmp_path.glob("reference-*.npy")
+    (path,) = tmp_path.glob("ref_logps-*.npy")
     content = {
         "another shape": expected[:3],
         "not finite": np.full_like(expected, np.nan),
@@ -238,4 +239,4 @@ def test_broken_weights_are_named(tmp_path):
         model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="its weights are broken"):
         add_reference(PreferencePairs(some_pairs(3), "t"), model, tmp_path)
-    assert not list(tmp_path.glob("reference-*"))
+    assert not list(tmp_path.glob("ref_logps-*"))

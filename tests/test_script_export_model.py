@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import signal
 import subprocess
 import sys
@@ -101,6 +102,15 @@ def test_to_llama_and_back_bit_for_bit(out, tmp_path, main):
     with pytest.raises(UserError, match="back.pth exists; replace it with --overwrite"):
         main("--format", "pth", "--weights", folder, "--output", tmp_path / "back.pth")
     main("--out_dir", out, "--overwrite")
+
+
+def test_an_export_keeps_its_own_tokenizer_when_exported_again(out, tmp_path, main):
+    folder = tmp_path / "x-llama"
+    main("--weights", out / "full_sft_64.pth", "--output", folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 77}))
+    main("--weights", folder, "--format", "minimind", "--output", tmp_path / "y")
+    assert (tmp_path / "y" / "tokenizer_config.json").read_bytes() == config.read_bytes()
 
 
 def test_minimind_with_an_adapter_merged(out, tmp_path, main, capsys):

@@ -23,6 +23,7 @@ from streamlit.testing.v1 import AppTest
 from common.files import atomic_folder
 from export.huggingface import describe, write_minimind
 from inference.generator import generate_text
+from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from model.chat_format import truncate_chat
 from model.LMConfig import preset
@@ -120,11 +121,11 @@ def test_a_conversation(out, open_page):
     ask(page, "<b>why</b>?")
     second = answer_of(out / "rl_64.pth", "你好", first, "<b>why</b>?")
     assert [exchange.answer.text for exchange in exchanges(page)] == [first, second]
-    assert shown(page).count("cut off at the length of 12 tokens · rl_64.pth") == 2
+    assert shown(page).count("cut off at the maximum length of 12 tokens · rl_64.pth") == 2
     assert any("&lt;b&gt;why&lt;/b&gt;?" in element.value for element in page.html)
 
     page.slider(key="history_turns").set_value(0)
-    page.button(key="again").click().run()
+    page.button(key="regenerate").click().run()
     assert exchanges(page)[1].answer.text == answer_of(out / "rl_64.pth", "<b>why</b>?") and len(exchanges(page)) == 2
     page.button(key="clear").click().run()
     assert exchanges(page) == [] and EN["hello_chat"] in shown(page)
@@ -144,7 +145,7 @@ def test_settings_reach_the_decoder(out, open_page):
     model = load_checkpoint(out / "rl_64.pth", dtype=torch.float32).model
     assert [answer.text] == generate_text(model, TOKENIZER, [ids], expected)
     page.number_input(key="seed").set_value(None)
-    page.button(key="again").click().run()
+    page.button(key="regenerate").click().run()
     assert exchanges(page)[0].answer.sampling.seed is None
 
 
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_said(out, open_page):
     page = open_page("--out_dir", out, *GREEDY)
     ask(page, "word " * 60)
     ask(page, "word " * 40)
-    assert "1 of 1 earlier turns left out: the context has 96 tokens." in shown(page)
+    assert "1 of 1 earlier turns were left out: the context holds 96 tokens." in shown(page)
     ask(page, "word " * 300)
     assert "Not answered: the last question has" in error(page) and "84 is the limit" in error(page)
     ask(page, "hi")
@@ -192,7 +193,7 @@ def test_what_does_not_fit_is_said(out, open_page):
 def test_no_models_yet_and_then_one(tmp_path, open_page):
     page = open_page("--out_dir", tmp_path / "none", *GREEDY)
     (warning,) = page.warning
-    assert f"no model in {tmp_path / 'none'}" in warning.value.replace("\\", "")
+    assert f"no models in {tmp_path / 'none'}" in warning.value.replace("\\", "")
     assert "bash quickstart.sh" in page.code[0].value
     save(tmp_path / "none" / "full_sft_64.pth", "full_sft", 3)
     page.run()
@@ -232,7 +233,7 @@ def test_a_model_that_was_trained_again_is_read_again(tmp_path, open_page):
     before = exchanges(page)[0].answer.text
     save(path, "full_sft", 2)
     page.run()
-    page.button(key="again").click().run()
+    page.button(key="regenerate").click().run()
     assert exchanges(page)[0].answer.text == answer_of(path, "hi") != before
 
 
@@ -254,14 +255,15 @@ def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
     assert whole.tokens == 200
     conversation = page.session_state["conversation"]
     settings = dict(sampling=whole.sampling, history_turns=0)
-    load = dict(tokenizer=TOKENIZER, context=10**4)
-    model = load_checkpoint(tmp_path / "full_sft_64.pth", dtype=torch.float32).model
-    half = conversation.again(ChatModel(model, **load), **settings)
+    model = ChatModel(
+        TextGenerator(load_checkpoint(tmp_path / "full_sft_64.pth", dtype=torch.float32), TOKENIZER, 10**4)
+    )
+    half = conversation.regenerate(model, **settings)
     for _ in range(50):
         half.advance()
     page.run()
     assert (half.finish, half.tokens, half.text) == ("length", 200, whole.text)
-    half = conversation.again(ChatModel(model, **load), **settings)
+    half = conversation.regenerate(model, **settings)
     for _ in range(50):
         half.advance()
     conversation.stop()
@@ -285,8 +287,8 @@ def test_started_like_any_other_script(monkeypatch, capsys):
             runpy.run_path(str(SCRIPT), run_name="__main__")
         return end.value.code
 
-    assert run("--history_turns", -1) == 1
-    assert capsys.readouterr().err == "error: --history_turns -1 must not be negative\n"
+    assert run("--history_turns", -1) == 2
+    assert capsys.readouterr().err == "error: --history_turns -1 must be at least 0\n"
     assert run("--help") == 0
     assert "--history_turns" in capsys.readouterr().out
     started = []
@@ -418,7 +420,7 @@ class Browser:
         raise AssertionError("Stop was clicked six times, and the answer goes on")
 
     def idle(self) -> None:
-        until(lambda: self.find(".st-key-again button") and not self.find(".mm-cursor"), "the end of the answer")
+        until(lambda: self.find(".st-key-regenerate button") and not self.find(".mm-cursor"), "the end of the answer")
 
 
 @needs_browser
@@ -449,7 +451,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     first = browser.waits_for_more("")
     longer = browser.waits_for_more(first)
     assert longer.startswith(first[:20])
-    assert not browser.find(".st-key-again")
+    assert not browser.find(".st-key-regenerate")
     browser.stop(zh["stop"])
     browser.idle()
     browser.sees(".mm-facts", zh["stopped"])
@@ -461,13 +463,13 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     assert browser.driver.execute_script("return window.acted") is None and not browser.find(".mm-text img")
 
     # Another answer instead; a change of language while it is written does not disturb it.
-    browser.click(".st-key-again button", zh["again"])
+    browser.click(".st-key-regenerate button", zh["regenerate"])
     until(lambda: browser.find(".mm-cursor") and browser.answer() != stopped, "another answer")
     begun = browser.waits_for_more("")
     browser.click(".st-key-language button", "日本語")
     browser.sees(".st-key-stop button", ja["stop"])
     grown = browser.waits_for_more(begun)
-    assert grown.startswith(begun[:20]) and not browser.find(".st-key-again")
+    assert grown.startswith(begun[:20]) and not browser.find(".st-key-regenerate")
     browser.stop(ja["stop"])
     browser.idle()
     browser.sees(".mm-facts", ja["stopped"])

@@ -153,7 +153,7 @@ def test_ten_samples_are_learned_by_heart_and_every_answer_stops(run, tmp_path, 
     result = run(*QUICK, *flags.split(), "--data_path", data, "--out_dir", out)
     assert result.code == 0, result.err
     assert "starting from " in result.out and "pretrain_64.pth (pretrain, step 7)" in result.out
-    assert "10 chats" in result.out and "rows skipped" not in result.out
+    assert "10 dialogues" in result.out and "skipped:" not in result.out
     # What is learned is shown marked: the first answer with its end, and nothing else.
     assert "<s>user\nWhat is the capital of France?</s>\n<s>assistant\n»Paris.</s>«\n" in result.out
 
@@ -209,7 +209,7 @@ def test_unsound_chats_are_counted_named_and_not_trained_on(run, out, tmp_path):
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*good[:3], *bad.values(), '{"messages": [', *good[3:]])
     result = run(*QUICK, "--data_path", mixed, "--out_dir", out)
     assert result.code == 0, result.err
-    assert "6 chats" in result.out and "6 no sound chat, 1 cannot be read" in result.out
+    assert "6 dialogues" in result.out and "6 rows are not a valid dialogue, 1 row is unreadable" in result.out
     for line, reason in enumerate(bad, start=4):
         assert f"mixed.jsonl:{line}: {reason}" in result.out
     assert "mixed.jsonl:10: " in result.out
@@ -229,12 +229,12 @@ def test_long_chats_are_cut_and_it_is_said(run, out, tmp_path):
     data = write_jsonl(tmp_path / "long.jsonl", [*long, *endless, {"messages": turns("why? " * 100, "so")}, *good])
     result = run(*QUICK, "--data_path", data, "--out_dir", out, "--max_seq_len", 48)
     assert result.code == 0, result.err
-    assert "chats cut: 3 oldest turns left out, 1 answer cut" in result.out
-    assert "long.jsonl:5: the last question leaves no room for an answer in 48 tokens" in result.out
+    assert "too long: 3 dialogues lost their oldest turns; 1 answer was cut" in result.out
+    assert "long.jsonl:5: too long: the last question leaves no room for an answer in 48 tokens" in result.out
     # More than 1% without anything to learn: a mistake in the data or in --max_seq_len.
     message = run(*QUICK, "--data_path", write_jsonl(data, [{"messages": turns("why? " * 100, "so")}, *good[:50]]),
                   "--out_dir", out).error()  # fmt: skip
-    assert "nothing can be learned from 1 of 51 chats, more than 1%" in message
+    assert "1 of 51 dialogues have nothing to train on, more than 1%" in message
 
 
 def test_without_a_base(run, tmp_path, chats):

@@ -19,9 +19,11 @@ import pytest
 import torch
 from serving_helpers import NAME, TOKENIZER, serving
 
+from common.cli import parse_options
 from common.errors import UserError
 from export.huggingface import describe, write_llama
-from inference.model_loader import open_model
+from inference.model_finder import require_model
+from inference.model_loader import load_text_generator
 from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
@@ -35,7 +37,7 @@ CPU = ["--device", "cpu", "--dtype", "float32"]
 
 def load_script(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where its dataclasses are looked up
     spec.loader.exec_module(module)
     return module
 
@@ -87,9 +89,10 @@ def stream_from(port: int, **fields):
     sock.sendall(head.encode() + body)
     file = sock.makefile("rb")
     assert b" 200 " in file.readline()
-    while b'"delta": {"content"' not in file.readline():  # the first text
-        pass
-    return file
+    for line in file:
+        if b'"delta": {"content"' in line:  # the first text
+            return file
+    raise AssertionError("the stream ended before the first text")
 
 
 def test_sigterm_lets_answers_finish(out):
@@ -120,13 +123,12 @@ def test_what_can_be_served(out, monkeypatch, capsys):
 
     def opened(*args):
         monkeypatch.setattr(sys, "argv", ["my_openai_api.py", *CPU, *map(str, args)])
-        parsed = script.parse_args()
-        checkpoint, tokenizer = open_model(
-            parsed.weights or script.require_model(parsed.out_dir, script.CHAT_STAGES, "")
-        )
-        ids = torch.tensor([[1, 50, 60]])
+        options = parse_options(script.Options, None).model
+        path = options.weights or require_model(options.out_dir, script.CHAT_STAGES, "3-full_sft.py")
+        generator = load_text_generator(path, options)
+        checkpoint, ids = generator.checkpoint, torch.tensor([[1, 50, 60]])
         with torch.inference_mode():
-            return checkpoint.path.name, checkpoint.model(input_ids=ids).logits, tokenizer
+            return checkpoint.path.name, checkpoint.model(input_ids=ids).logits, generator.tokenizer
 
     name, plain, _ = opened("--weights", out / "full_sft_32.pth")
     assert name == "full_sft_32.pth"
@@ -139,7 +141,7 @@ def test_what_can_be_served(out, monkeypatch, capsys):
     for wrong in (out / "nothing.pth", out):
         with pytest.raises(UserError):
             opened("--weights", wrong)
-    with pytest.raises(UserError, match="no full_sft_"):
+    with pytest.raises(UserError, match="run 3-full_sft.py"):
         opened("--out_dir", out / "export")
 
 
@@ -148,7 +150,7 @@ def test_wrong_flags_and_a_taken_port(monkeypatch, capsys):
     wrong = ["--port", "99999", "--max_rows", "0", "--max_queue", "0", "--drain_seconds", "-1", "--api_key", " "]
     monkeypatch.setattr(sys, "argv", ["my_openai_api.py", *wrong])
     with pytest.raises(SystemExit) as caught:
-        script.parse_args()
+        parse_options(script.Options, None)
     said = capsys.readouterr().err
     assert caught.value.code == 2
     assert all(
@@ -158,8 +160,8 @@ def test_wrong_flags_and_a_taken_port(monkeypatch, capsys):
         script.bind("127.0.0.1", taken.getsockname()[1])
     monkeypatch.setenv("MINIMIND_API_KEY", "from the environment")
     monkeypatch.setattr(sys, "argv", ["my_openai_api.py"])
-    assert script.parse_args().api_key == "from the environment"
-    assert script.parse_args().host == "127.0.0.1"
+    assert parse_options(script.Options, None).api_key == "from the environment"
+    assert parse_options(script.Options, None).host == "127.0.0.1"
 
 
 # ---- the client

@@ -1,4 +1,4 @@
-"""tokenize.py: the tokens are right, the cache is never stale or half, and memory does not grow with the data."""
+"""tokenize.py and tokenize_chats.py: right tokens, a cache that is never stale or half, memory that does not grow."""
 
 import csv
 import errno
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,16 +17,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.files import exclusive
+from data_pipeline import text_files
 from data_pipeline import tokenize as module
 from data_pipeline.records import Preference
-from data_pipeline.tokenize import (
+from data_pipeline.text_files import hash_files
+from data_pipeline.tokenize import TokenizedDataset, tokenize_pretrain_data
+from data_pipeline.tokenize_chats import (
     ANSWER_CUT,
+    QUESTION_TOO_LONG,
     TURNS_CUT,
-    TokenizedDataset,
-    Unusable,
+    NothingToTrainOn,
     encode_preference,
     tokenize_chat_data,
-    tokenize_pretrain_data,
 )
 from model.chat_format import render_chat
 from model.tokenizer import TOKENIZER_DIR, encode_text, load_tokenizer
@@ -79,19 +83,19 @@ def test_documents_of_every_format(tokenizer, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     expected = [[1, *encode_text(tokenizer, text), 2] for text in TEXTS]
     for name in ("a.jsonl", "a.csv", "a.json", "a.parquet", "a.jsonl.gz"):
-        corpus = tokenize_pretrain_data([tmp_path / name], tokenizer, tmp_path / "cache", log=quiet)
-        assert [corpus.document(i).tolist() for i in range(len(corpus))] == expected, name
-        assert corpus.n_bytes.tolist() == [len(text.encode()) for text in TEXTS]
-        assert corpus.lengths.tolist() == list(map(len, expected))
-        assert corpus.targets is None and corpus.tokens.dtype == np.uint16
-        assert corpus.info["targets"] == sum(map(len, expected)) - len(TEXTS)
-        assert tokenizer.decode(corpus.document(1)[1:-1]) == TEXTS[1]
+        dataset = tokenize_pretrain_data([tmp_path / name], tokenizer, tmp_path / "cache", log=quiet)
+        assert [dataset.document(i).tolist() for i in range(len(dataset))] == expected, name
+        assert dataset.n_bytes.tolist() == [len(text.encode()) for text in TEXTS]
+        assert dataset.lengths.tolist() == list(map(len, expected))
+        assert dataset.loss_mask is None and dataset.tokens.dtype == np.uint16
+        assert dataset.info["targets"] == sum(map(len, expected)) - len(TEXTS)
+        assert tokenizer.decode(dataset.document(1)[1:-1]) == TEXTS[1]
         with pytest.raises(IndexError):
-            corpus.document(len(corpus))
+            dataset.document(len(dataset))
     assert len(folders(tmp_path / "cache")) == 5
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    corpus = tokenize_pretrain_data([tmp_path / "a.txt"], tokenizer, tmp_path / "c", text_field="body", log=quiet)
-    assert len(corpus) == 2
+    dataset = tokenize_pretrain_data([tmp_path / "a.txt"], tokenizer, tmp_path / "c", text_field="body", log=quiet)
+    assert len(dataset) == 2
 
 
 def test_several_files_and_many_blocks_keep_their_order(tokenizer, tmp_path, monkeypatch):
@@ -100,10 +104,10 @@ def test_several_files_and_many_blocks_keep_their_order(tokenizer, tmp_path, mon
     paths = [texts_file(tmp_path / "a.jsonl", texts[:100]), texts_file(tmp_path / "b.jsonl", texts[100:])]
     seen = []
     for workers in (1, 3):
-        corpus = tokenize_pretrain_data(paths, tokenizer, tmp_path / f"c{workers}", num_workers=workers, log=quiet)
-        seen.append([tokenizer.decode(corpus.document(i)[1:-1]) for i in range(len(corpus))])
+        dataset = tokenize_pretrain_data(paths, tokenizer, tmp_path / f"c{workers}", num_workers=workers, log=quiet)
+        seen.append([tokenizer.decode(dataset.document(i)[1:-1]) for i in range(len(dataset))])
     assert seen[0] == seen[1] == texts
-    assert [source["rows"] for source in corpus.info["sources"]] == [100, 200]
+    assert [source["rows"] for source in dataset.info["sources"]] == [100, 200]
 
 
 def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):
@@ -122,10 +126,10 @@ def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):
     with path.open("ab") as file:
         file.write(b'{"text": "\xff"}\n')
     said = []
-    corpus = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", log=said.append)
-    assert len(corpus) == 2
-    assert corpus.info["skipped"] == {"cannot be read": 2, "no text": 2, "empty text": 2}
-    with (Path(corpus.info["folder"]) / "skipped.jsonl").open(encoding="utf-8") as file:
+    dataset = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", log=said.append)
+    assert len(dataset) == 2
+    assert dataset.info["skipped"] == {"unreadable": 2, "without text": 2, "empty": 2}
+    with (Path(dataset.info["folder"]) / "skipped.jsonl").open(encoding="utf-8") as file:
         listed = [json.loads(line) for line in file]
     assert sorted(row["line"] for row in listed) == [2, 3, 4, 5, 6, 8]
     assert {row["file"] for row in listed} == {str(path)}
@@ -146,7 +150,9 @@ def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
     attempt("a.csv", b"a,b\n1,2\n", r"a\.csv: no column text, this file has a, b")
     attempt("a.jsonl", b"", "the file is empty")
     attempt("a.jsonl", b"\n\n", "no rows in it")
-    attempt("a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 cannot be read, 1 empty text.*a\.jsonl:1")
+    attempt(
+        "a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 row is unreadable, 1 row is empty.*a\.jsonl:1"
+    )
     attempt("a.xyz", b"x", "cannot tell its format")
     with pytest.raises(UserError, match="no such file"):
         tokenize_pretrain_data([tmp_path / "none.jsonl"], tokenizer, cache, log=quiet)
@@ -200,7 +206,7 @@ def test_a_changed_file_is_noticed(tokenizer, tmp_path, monkeypatch, age):
     """Even with the size and time of before, and however soon after."""
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl", ["aaaa"])
     now = time.time_ns()
-    monkeypatch.setattr(module.time, "time_ns", lambda: now + age * 10**9)
+    monkeypatch.setattr(text_files.time, "time_ns", lambda: now + age * 10**9)
     os.utime(path, ns=(1, 10**18))
     first = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
     remembered = json.loads((cache / "hashes.json").read_text(encoding="utf-8"))
@@ -216,13 +222,13 @@ def test_a_changed_file_is_noticed(tokenizer, tmp_path, monkeypatch, age):
 def test_files_are_not_read_again_to_be_recognised(tokenizer, tmp_path, monkeypatch):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
     real = time.time_ns
-    monkeypatch.setattr(module.time, "time_ns", lambda: real() + 10**10)
-    module.content_hashes([path], tmp_path)
-    monkeypatch.setattr(module.hashlib, "blake2b", None)
-    assert len(module.content_hashes([path], tmp_path)) == 1
+    monkeypatch.setattr(text_files.time, "time_ns", lambda: real() + 10**10)
+    hash_files([path], tmp_path)
+    monkeypatch.setattr(text_files.hashlib, "blake2b", None)
+    assert len(hash_files([path], tmp_path)) == 1
     monkeypatch.undo()
     (tmp_path / "hashes.json").write_text("[dam", encoding="utf-8")
-    assert len(module.content_hashes([path, path], tmp_path)) == 2
+    assert len(hash_files([path, path], tmp_path)) == 2
     assert not cache.exists()
 
 
@@ -236,8 +242,8 @@ def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, damage):
         (folder / "info.json").write_text("{", encoding="utf-8")
     else:
         (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
-    corpus = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
-    assert tokenizer.decode(corpus.document(3)[1:-1]) == TEXTS[3]
+    dataset = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    assert tokenizer.decode(dataset.document(3)[1:-1]) == TEXTS[3]
     assert folders(cache) == [folder.name]
 
 
@@ -251,7 +257,7 @@ def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, damage):
 )
 def test_an_interrupted_build_leaves_nothing(tokenizer, tmp_path, monkeypatch, raised, expected):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
-    add = module._Writer.add
+    add = module._ArrayWriter.add
 
     def fail(self, *args):
         add(self, *args)
@@ -259,7 +265,7 @@ def test_an_interrupted_build_leaves_nothing(tokenizer, tmp_path, monkeypatch, r
 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     with monkeypatch.context() as patch:
-        patch.setattr(module._Writer, "add", fail)
+        patch.setattr(module._ArrayWriter, "add", fail)
         with pytest.raises(expected) as caught:
             tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
     if expected is UserError:
@@ -270,20 +276,20 @@ def test_an_interrupted_build_leaves_nothing(tokenizer, tmp_path, monkeypatch, r
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tokenizer, tmp_path, monkeypatch):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
-    add = module._Writer.add
+    add = module._ArrayWriter.add
 
     def grow(self, *args):
         add(self, *args)
         with path.open("a", encoding="utf-8") as file:
             file.write('{"text": "more"}\n')
 
-    monkeypatch.setattr(module._Writer, "add", grow)
+    monkeypatch.setattr(module._ArrayWriter, "add", grow)
     with pytest.raises(UserError, match="the file changed while it was read"):
         tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
     assert folders(cache) == []
 
 
-# Builds a corpus and prints what came of it. HANG: encodes one block, says so and waits for its end.
+# Builds a dataset and prints what came of it. HANG: encodes one block, says so and waits for its end.
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -291,13 +297,13 @@ from model.tokenizer import load_tokenizer
 from data_pipeline import text_files, tokenize
 if os.environ.get("HANG"):
     text_files.BLOCK_BYTES = 1000
-    add = tokenize._Writer.add
+    add = tokenize._ArrayWriter.add
     def hang(self, *args):
         add(self, *args)
         self.files["tokens"].flush()
         print("hanging", flush=True)
         time.sleep(60)
-    tokenize._Writer.add = hang
+    tokenize._ArrayWriter.add = hang
 made = tokenize.tokenize_pretrain_data([Path(sys.argv[1])], load_tokenizer(), Path(sys.argv[2]), log=lambda s: None)
 peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0] if os.path.exists("/proc/self/status") else 0
 print(len(made), int(made.tokens.sum(dtype="int64")), peak)
@@ -310,23 +316,28 @@ def start(source: Path, cache: Path, **env) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and folder locks")
-def test_a_killed_build_does_no_harm(tokenizer, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("same", [True, False], ids=["same data", "other data"])
+def test_a_killed_build_does_no_harm(tokenizer, tmp_path, same):
     source, cache = texts_file(tmp_path / "a.jsonl", [f"text {i}" for i in range(500)]), tmp_path / "cache"
+    other = texts_file(tmp_path / "b.jsonl")
     process = start(source, cache, HANG="1")
     try:
         assert process.stdout.readline() == "hanging\n"
         (left,) = folders(cache)
-        os.utime(cache / left, (1, 1))  # long ago
-        module.remove_stale_builds(cache)
-        assert folders(cache) == [left]  # its owner lives
+        finished = Path(tokenize_pretrain_data([other], tokenizer, cache, log=quiet).info["folder"]).name
+        assert folders(cache) == sorted([left, finished])  # the owner of the other one lives
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert left.startswith(".") and left.endswith(".tmp")
-    corpus = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
-    assert len(corpus) == 500 and tokenizer.decode(corpus.document(499)[1:-1]) == "text 499"
-    assert folders(cache) == [Path(corpus.info["folder"]).name]  # what the killed one left is gone
+    if not same:
+        texts_file(other, ["something else"])
+        dataset = tokenize_pretrain_data([other], tokenizer, cache, log=quiet)
+    else:
+        dataset = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
+        assert len(dataset) == 500 and tokenizer.decode(dataset.document(499)[1:-1]) == "text 499"
+    assert folders(cache) == sorted([finished, Path(dataset.info["folder"]).name])  # what the killed one left is gone
 
 
 def test_two_builds_at_once(tokenizer, tmp_path):
@@ -334,24 +345,30 @@ def test_two_builds_at_once(tokenizer, tmp_path):
     processes = [start(source, cache) for _ in range(2)]
     results = [process.communicate()[0].split()[:2] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    corpus = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
-    assert results[0] == results[1] == ["3000", str(int(corpus.tokens.sum(dtype=np.int64)))]
-    assert folders(cache) == [Path(corpus.info["folder"]).name]
+    dataset = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
+    assert results[0] == results[1] == ["3000", str(int(dataset.tokens.sum(dtype=np.int64)))]
+    assert folders(cache) == [Path(dataset.info["folder"]).name]
 
 
-def test_the_slower_of_two_builds_takes_the_other_ones_result(tokenizer, tmp_path, monkeypatch):
+def test_the_second_of_two_builds_waits_and_takes_the_result(tokenizer, tmp_path, capfd, monkeypatch):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
-    move = module._move_into_place
-
-    def late(tmp, folder):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "_move_into_place", move)
-            tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
-        move(tmp, folder)
-
-    monkeypatch.setattr(module, "_move_into_place", late)
-    corpus = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
-    assert len(corpus) == len(TEXTS) and folders(cache) == [Path(corpus.info["folder"]).name]
+    folder = Path(tokenize_pretrain_data([path], tokenizer, cache, log=quiet).info["folder"])
+    hidden = folder.rename(cache / "hidden")
+    said = []
+    monkeypatch.setattr(module, "encode_texts", None)  # whoever encodes now fails
+    with exclusive(cache, folder.name, ""):
+        waiting = threading.Thread(
+            target=lambda: tokenize_pretrain_data([path], tokenizer, cache, log=said.append), daemon=True
+        )
+        waiting.start()
+        printed, deadline = "", time.monotonic() + 60
+        while "waiting for another process that tokenizes the same data" not in printed:
+            assert waiting.is_alive() and time.monotonic() < deadline
+            time.sleep(0.1)
+            printed += capfd.readouterr().err
+        hidden.rename(folder)
+    waiting.join(30)
+    assert len(said) == 1 and f"ready in {folder}" in said[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -371,7 +388,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 # --- the split ---
 
 
-def corpus_of(keys) -> TokenizedDataset:
+def dataset_of(keys) -> TokenizedDataset:
     keys = np.array(keys, np.uint64)
     empty = np.zeros(0, np.uint16)
     return TokenizedDataset(empty, None, np.zeros(len(keys) + 1, np.int64), np.zeros(len(keys), np.int64), keys, "", {})
@@ -384,33 +401,36 @@ def corpus_of(keys) -> TokenizedDataset:
     st.randoms(),
 )
 def test_split(keys, fraction, random):
-    train, val = corpus_of(keys).split(fraction)
+    train, val = dataset_of(keys).split(fraction)
     assert sorted([*train, *val]) == list(range(len(keys)))
     train_keys, val_keys = ({keys[i] for i in part} for part in (train, val))
     assert not train_keys & val_keys and train_keys
     assert bool(val_keys) == (fraction > 0 and len(set(keys)) > 1)
     shuffled = random.sample(keys, len(keys))
-    assert {shuffled[i] for i in corpus_of(shuffled).split(fraction)[1]} == val_keys
+    assert {shuffled[i] for i in dataset_of(shuffled).split(fraction)[1]} == val_keys
 
 
 def test_split_shares_and_arguments():
     keys = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    train, val = corpus_of(keys).split(0.1)
+    train, val = dataset_of(keys).split(0.1)
     assert 0.09 < len(val) / 20_000 < 0.11
-    longer = corpus_of([*keys[::-1], 5, 6]).split(0.1)[1]  # others come, and the order changes
+    longer = dataset_of([*keys[::-1], 5, 6]).split(0.1)[1]  # others come, and the order changes
     assert {int(keys[i]) for i in val} <= {int(keys[::-1][i]) for i in longer if i < 20_000}
     for wrong in (-0.1, 1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="val_fraction"):
-            corpus_of(keys).split(wrong)
+            dataset_of(keys).split(wrong)
 
 
 def test_duplicates_share_a_key_across_files(tokenizer, tmp_path):
     paths = [texts_file(tmp_path / "a.jsonl", ["x", "y", "x"]), texts_file(tmp_path / "b.jsonl", ["y"])]
-    keys = tokenize_pretrain_data(paths, tokenizer, tmp_path / "cache", log=quiet).keys
+    keys = tokenize_pretrain_data(paths, tokenizer, tmp_path / "cache", log=quiet).content_hashes
     assert keys[0] == keys[2] != keys[1] == keys[3]
     rows = [{"messages": chat("q", "a " * 30)}, {"q": "q", "a": "a " * 30}, {"q": "q", "a": "b"}]
     path = write_jsonl(tmp_path / "c.jsonl", rows)
-    found = [tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=n, log=quiet).keys for n in (20, 99)]
+    found = [
+        tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=n, log=quiet).content_hashes
+        for n in (20, 99)
+    ]
     assert found[0][0] == found[0][1] != found[0][2]
     assert np.array_equal(*found)  # the split does not depend on where chats are cut
 
@@ -435,7 +455,7 @@ words = st.lists(
 ).map("".join).filter(str.strip)  # fmt: skip
 
 
-def test_chat_corpus_of_every_format(tokenizer, tmp_path):
+def test_chat_dataset_of_every_format(tokenizer, tmp_path):
     from tests.test_records import FORMATS
 
     chats = [chat("q", "a"), chat("</s>x", "<s>y", "春", " 眠\n"), chat("1", "2 " * 30, "3", "4 " * 30, "5", "6 " * 30)]
@@ -446,21 +466,21 @@ def test_chat_corpus_of_every_format(tokenizer, tmp_path):
         (150, (1, 2, 2), {TURNS_CUT: len(FORMATS)}),
         (40, (1, 2, 1), {TURNS_CUT: len(FORMATS), ANSWER_CUT: len(FORMATS)}),
     ]:
-        corpus = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=max_tokens, log=quiet)
-        assert len(corpus) == len(rows) and corpus.info["cut"] == cuts
-        for i in range(len(corpus)):
+        dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=max_tokens, log=quiet)
+        assert len(dataset) == len(rows) and dataset.info["cut"] == cuts
+        for i in range(len(dataset)):
             messages, kept = chats[i % 3], n_answers[i % 3]
-            span = slice(corpus.offsets[i], corpus.offsets[i + 1])
-            found = learned(tokenizer, corpus.tokens[span], corpus.targets[span])
+            span = slice(dataset.offsets[i], dataset.offsets[i + 1])
+            found = learned(tokenizer, dataset.tokens[span], dataset.loss_mask[span])
             answers = [m["content"] + "</s>" for m in messages if m["role"] == "assistant"][-kept:]
             if max_tokens == 40 and i % 3 == 2:
                 assert answers[0].startswith(found[0]) and len(found) == 1
-                assert corpus.n_bytes[i] == len(found[0].encode())
+                assert dataset.n_bytes[i] == len(found[0].encode())
             else:
                 assert found == answers
-                assert corpus.n_bytes[i] == sum(len(answer.encode()) - 4 for answer in answers)
-        assert corpus.info["targets"] == int(np.asarray(corpus.targets).sum())
-        assert corpus.targets.dtype == np.bool_ and not corpus.targets[corpus.offsets[:-1]].any()
+                assert dataset.n_bytes[i] == sum(len(answer.encode()) - 4 for answer in answers)
+        assert dataset.info["targets"] == int(np.asarray(dataset.loss_mask).sum())
+        assert dataset.loss_mask.dtype == np.bool_ and not dataset.loss_mask[dataset.offsets[:-1]].any()
     assert len(folders(tmp_path / "cache")) == 3
 
 
@@ -469,11 +489,14 @@ def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
     rows = [{"q": "q", "a": "a"}, {"messages": twice}, '{"cut', {"q": "q", "a": ""}, {"messages": chat("q", "a", "r")}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     said = []
-    corpus = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=64, log=said.append)
-    assert len(corpus) == 1 and corpus.info["skipped"] == {"no sound chat": 3, "cannot be read": 1}
+    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=64, log=said.append)
+    assert len(dataset) == 1 and dataset.info["skipped"] == {"not a valid dialogue": 3, "unreadable": 1}
     assert "a.jsonl:2: roles out of order: user user" in said[0] and "a.jsonl:3: invalid JSON" in said[0]
     for content, reason in [
-        (rows[1:], r"no usable row: 3 no sound chat, 1 cannot be read; the first is a\.jsonl:1: roles out of order"),
+        (
+            rows[1:],
+            "no usable row: 3 rows are not a valid dialogue, 1 row is unreadable; the first is .*a.jsonl:1: roles out of",
+        ),
         ([{"text": "pretraining data"}], "no question and answer; the fields are text"),
     ]:
         with pytest.raises(UserError, match=reason):
@@ -481,7 +504,7 @@ def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text("text\nx\n", encoding="utf-8")
     with pytest.raises(UserError, match="needs the columns q,a or"):
         tokenize_chat_data([tmp_path / "a.csv"], tokenizer, tmp_path / "cache", max_tokens=64, log=quiet)
-    with pytest.raises(UserError, match="nothing to learn"):
+    with pytest.raises(UserError, match="nothing to train on"):
         tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=1, log=quiet)
 
 
@@ -491,10 +514,10 @@ def test_more_than_one_percent_without_a_target_is_an_error(tokenizer, tmp_path)
         path = write_jsonl(tmp_path / "a.jsonl", [good] * (100 - n_long) + [long] * n_long)
         build = lambda: tokenize_chat_data([path], tokenizer, tmp_path / "c", max_tokens=32, log=quiet)  # noqa: B023, E731
         if fails:
-            with pytest.raises(UserError, match=r"nothing can be learned from 2 of 100 chats, more than 1%.*jsonl:99"):
+            with pytest.raises(UserError, match=r"2 of 100 dialogues have nothing to train on, more than 1%.*jsonl:99"):
                 build()
         else:
-            assert build().info["dropped"] == {module.QUESTION_TOO_LONG: 1}
+            assert build().info["dropped"] == {QUESTION_TOO_LONG: 1}
     assert len(folders(tmp_path / "c")) == 1
 
 
@@ -510,7 +533,7 @@ def test_encode_preference(tokenizer, system, turns, question, chosen, rejected,
     room = max_tokens - len(header)
     try:
         prompt_ids, *answers = encode_preference(tokenizer, pair, max_tokens)
-    except Unusable:
+    except NothingToTrainOn:
         assert room <= 0 or whole[0][:room] == whole[1][:room]
         return
     assert answers == [answer[:room] for answer in whole]

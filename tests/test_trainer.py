@@ -42,10 +42,10 @@ def corpus(n: int = 60, seed: int = 0) -> TokenizedDataset:
     lengths = np.diff(offsets)
     return TokenizedDataset(
         tokens=np.concatenate(documents).astype(np.uint16),
-        targets=None,
+        loss_mask=None,
         offsets=offsets,
         n_bytes=3 * lengths,
-        keys=rng.integers(0, 2**63, n).astype(np.uint64),
+        content_hashes=rng.integers(0, 2**63, n).astype(np.uint64),
         fingerprint=f"corpus{seed}",
         info={},
     )

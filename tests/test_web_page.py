@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.options import SamplingParams
-from serving.chat_model import LENGTH, STOPPED, Answer, Prompt
+from inference.prompts import Prompt
+from serving.chat_model import LENGTH, STOPPED, Answer
 from serving.web.page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
 from serving.web.texts import LANGUAGES, TEXTS, Texts, language_of
+from serving.web.widgets import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +94,7 @@ def made(finish: str | None, prompt: Prompt) -> Answer:
 
 def test_facts_under_an_answer():
     facts = answer_facts(made(LENGTH, Prompt([1, 2, 3])), "tiny.pth", Texts("en"))
-    assert facts == "9 tokens, prompt 3 · 3.0 tokens/s · cut off at the length of 9 tokens · tiny.pth"
+    assert facts == "9 tokens, prompt 3 · 3.0 tokens/s · cut off at the maximum length of 9 tokens · tiny.pth"
     assert "stopped" in answer_facts(made(STOPPED, Prompt([1])), "", Texts("en"))
     assert "·" in answer_facts(made(None, Prompt([1])), "tiny", Texts("ja"))
 
@@ -124,8 +126,9 @@ def test_every_language_has_every_text(language):
 
 
 def test_every_text_is_used_and_every_used_one_exists():
-    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("fast_inference.py", "serving/web/page.py"))
-    built = {f"stage_{stage}" for stage in ("pretrain", "full_sft", "rl", "lora")}
+    files = ("fast_inference.py", "serving/web/page.py", "serving/web/widgets.py")
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
+    built = {f"stage_{stage}" for stage in STAGES}
     built |= {
         f"{what}_{kind}{more}" for what in ("hello", "example") for kind in ("chat", "base") for more in ("", "_more")
     }

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import flag, flag_group, validate_folder
 from common.errors import UserError
 from common.files import ROOT
-from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions
+from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions, parse_rope_scaling
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +43,8 @@ def _model_flags() -> dict[str, tuple[Any, str]]:
 
 def _scaling(text: str) -> dict:
     """Read METHOD:FACTOR, such as yarn:4, into the form of LMConfig."""
-    from model.rope import parse_scaling  # loads torch
-
     try:
-        method, factor = parse_scaling(text)
+        method, factor = parse_rope_scaling(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if factor is None:
@@ -131,26 +129,25 @@ class TrainOptions:
         for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens", "profile"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} {getattr(self, name)} must not be negative")
-        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__} | self.model
-        for name, value in numbers.items():
+        for name, value in (vars(self) | self.model).items():
             if isinstance(value, float) and not math.isfinite(value):
                 found.append(f"--{name} {value} is not a finite number")
-        if not 0 <= self.seed < 2**63:
-            found.append(f"--seed {self.seed} must be at least 0 and below 2**63")
-        if self.model.get("max_seq_len", 2) < 2:
-            found.append(f"--max_seq_len {self.model['max_seq_len']}: a row of one token has nothing to predict")
-        if self.max_steps is not None and self.max_steps < 1:
-            found.append(f"--max_steps {self.max_steps} must be at least 1")
-        if not self.epochs > 0:
-            found.append(f"--epochs {self.epochs} must be more than 0")
-        if not self.learning_rate > 0:
-            found.append(f"--learning_rate {self.learning_rate} must be more than 0")
-        if not 0 <= self.val_fraction < 1:
-            found.append(f"--val_fraction {self.val_fraction} must be at least 0 and below 1")
-        if self.keep < 2:
-            found.append(f"--keep {self.keep} must be at least 2: a power cut may destroy the state being written")
-        if self.resume is not None and self.overwrite:
-            found.append("--resume continues a run and --overwrite replaces it: give one of them")
+        seq_len = self.model.get("max_seq_len", 2)
+        rules = {
+            f"--seed {self.seed} must be at least 0 and below 2**63": 0 <= self.seed < 2**63,
+            f"--max_seq_len {seq_len}: a row of one token has nothing to predict": seq_len >= 2,
+            f"--max_steps {self.max_steps} must be at least 1": self.max_steps is None or self.max_steps >= 1,
+            f"--epochs {self.epochs} must be more than 0": self.epochs > 0,
+            f"--learning_rate {self.learning_rate} must be more than 0": self.learning_rate > 0,
+            f"--val_fraction {self.val_fraction} must be at least 0 and below 1": 0 <= self.val_fraction < 1,
+            f"--keep {self.keep} must be at least 2: a power cut may destroy the state being written": self.keep >= 2,
+            f"--timeout {self.timeout} must be at least 1 second": self.timeout >= 1,
+            "--resume continues a run and --overwrite replaces it: give one of them": not (
+                self.resume and self.overwrite
+            ),
+            "--fsdp and --deepspeed are two ways to do the same: give one of them": not (self.fsdp and self.deepspeed),
+        }
+        found += [error for error, kept in rules.items() if not kept]
         found += validate_folder("--out_dir", self.out_dir)
         found += validate_folder("--cache_dir", self.cache_dir) if self.cache_dir is not None else []
         try:
@@ -169,10 +166,6 @@ class TrainOptions:
 
     def _validate_parallelism(self, device: torch.device, dtype: str) -> list[str]:
         found = []
-        if not self.timeout >= 1:
-            found.append(f"--timeout {self.timeout} must be at least 1 second")
-        if self.fsdp and self.deepspeed is not None:
-            found.append("--fsdp and --deepspeed are two ways to do the same: give one of them")
         for name in [name for name in ("fsdp", "deepspeed") if getattr(self, name)]:
             if dtype == "float16":
                 found.append(

@@ -20,12 +20,7 @@ from model.device import DTYPES
 from model.LMConfig import PRESETS, LMConfig
 from model.model import Transformer, describe_parameters, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import (
-    Checkpoint,
-    check_can_write,
-    load_checkpoint,
-    save_checkpoint,
-)
+from model.weights import Checkpoint, check_can_write, load_checkpoint, save_checkpoint
 from trainer.checkpoint import complete_states
 from trainer.distributed import DistEnv, main_process_first
 from trainer.options import TrainOptions, TuneOptions
@@ -101,7 +96,7 @@ def weights_run(
     origin: the checkpoint it started from; None: random weights.
     Raises UserError if a checkpoint of another architecture is in the way, or the folder cannot be written.
     """
-    config = model.config
+    config: LMConfig = model.config  # type: ignore[assignment]
     path = options.out_dir / checkpoint_name(stage, config)
     make_out_dir(options.out_dir)
     if options.resume is None or not complete_states(options.out_dir / f"{path.stem}.resume"):
@@ -165,10 +160,10 @@ def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
     tokens = dataset.document(0)
-    loss_mask = dataset.targets[: len(tokens)] if dataset.targets is not None else np.arange(len(tokens)) > 0
+    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
     print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
     pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
-    for is_target, group in itertools.groupby(pairs, lambda pair: pair[1]):
+    for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
-        print(f"{on}{text}{off}" if is_target else text, end="")
+        print(f"{on}{text}{off}" if learned else text, end="")
     print("\n---")

@@ -1,0 +1,106 @@
+"""Turn dialogues and preference pairs into tokens, cut to a length; only the answers are trained on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from data_pipeline.readers import Block
+from data_pipeline.records import CHAT_COLUMNS, Preference, check_columns, parse_conversation
+from data_pipeline.text_files import BadLine
+from data_pipeline.tokenize import EncodedBlock, TokenizedDataset, cached_dataset
+from model.chat_format import ANSWER_ROLE, Message, PromptTooLong, TruncatedChat, truncate_chat
+from model.tokenizer import EOS_ID, encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TURNS_CUT, SYSTEM_CUT = "dialogues lost their oldest turns", "dialogues lost their system message"
+ANSWER_CUT = "answers were cut"
+NOT_A_DIALOGUE = "not a valid dialogue"
+QUESTION_TOO_LONG = "too long: the last question leaves no room for an answer"
+SAME_AFTER_CUT = "too long: the answers are the same as far as there is room"
+
+
+class NothingToTrainOn(Exception):
+    """No token of a valid dialogue can be trained on. The text is a line of the summary, without details of the row."""
+
+
+def tokenize_chat_data(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    *,
+    max_tokens: int,
+    num_workers: int | None = None,
+    log: Callable[[str], object] = print,
+) -> TokenizedDataset:
+    """Return dialogues in any format of data_pipeline/records.py as documents, with a loss mask over the answers.
+
+    max_tokens: a longer dialogue is cut, see `truncate_chat`; what was cut and dropped is counted in `info`.
+    Other arguments as `tokenize_pretrain_data`.
+    Raises UserError as that does, and if more than 1% of the valid dialogues have nothing to train on.
+    """
+    if max_tokens < 2:
+        raise UserError(f"a dialogue of {max_tokens} token(s) has nothing to train on; allow more")
+    for path in paths:
+        check_columns(path, CHAT_COLUMNS)
+    encode = functools.partial(_encode_chats, tokenizer=tokenizer, max_tokens=max_tokens)
+    settings = {"max_tokens": max_tokens}
+    return cached_dataset("chat", paths, tokenizer, cache_dir, settings, encode, num_workers, log)
+
+
+def encode_preference(
+    tokenizer: PreTrainedTokenizerFast, preference: Preference, max_tokens: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return (prompt with the header of the answer, chosen, rejected) as token ids; prompt + either fit `max_tokens`.
+
+    Cut as in `truncate_chat`, by the longer of the two answers; an answer ends in `</s>` unless it was cut.
+    Raises NothingToTrainOn if no answer fits, or the two are the same as far as they fit.
+    """
+    encoded = encode_texts(tokenizer, [preference.chosen, preference.rejected])
+    chosen, rejected = ([*ids, EOS_ID] for ids in encoded)
+    longer = preference.chosen if len(chosen) >= len(rejected) else preference.rejected
+    messages = [*preference.prompt_messages, {"role": ANSWER_ROLE, "content": longer}]
+    chat = _truncate(tokenizer, messages, max_tokens)
+    room = max_tokens - chat.answer_start
+    if chosen[:room] == rejected[:room]:
+        raise NothingToTrainOn(SAME_AFTER_CUT)
+    return chat.ids[: chat.answer_start], chosen[:room], rejected[:room]
+
+
+def _truncate(tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int) -> TruncatedChat:
+    try:
+        return truncate_chat(tokenizer, messages, max_tokens)
+    except PromptTooLong:
+        raise NothingToTrainOn(QUESTION_TOO_LONG) from None
+
+
+def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> EncodedBlock:
+    encoded = EncodedBlock()
+    for line, data in encoded.rows_of(block):
+        try:
+            messages = parse_conversation(data)
+            chat = _truncate(tokenizer, messages, max_tokens)
+        except UserError as reason:
+            encoded.skipped.append((NOT_A_DIALOGUE, BadLine(line, str(reason))))
+        except NothingToTrainOn as reason:
+            encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
+            encoded.dropped[str(reason)] += 1
+        else:
+            encoded.add(chat.ids, json.dumps(messages).encode(), _answer_bytes(tokenizer, chat))
+            encoded.loss_mask.append(bytes(chat.loss_mask))
+            encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
+            encoded.cut[ANSWER_CUT] += chat.answer_cut
+    return encoded
+
+
+def _answer_bytes(tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat) -> int:
+    """Return the UTF-8 bytes of the answers that are trained on."""
+    if chat.answer_cut:  # then it is the only one; in a byte-level vocabulary every character of a token is one byte
+        return sum(map(len, tokenizer.convert_ids_to_tokens(chat.ids[chat.answer_start :])))
+    return sum(len(message["content"].encode("utf-8")) for message in chat.messages if message["role"] == ANSWER_ROLE)

@@ -1,0 +1,260 @@
+"""The parts of the web page, from top to bottom: pickers, settings, conversation. `fast_inference.py` puts them together.
+
+Streamlit runs the page again at every click; what has to last is in `st.session_state`, one for each browser tab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+import torch
+from streamlit.delta_generator import DeltaGenerator
+
+from common.errors import UserError, name_flags
+from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
+from inference.model_loader import TextGenerator, load_text_generator
+from inference.options import ModelOptions, SamplingParams
+from inference.terminal import visible
+from model.model import parameter_counts
+from serving.chat_model import ChatModel, Exchange
+from serving.web.page import (
+    answer_facts,
+    empty_html,
+    facts_html,
+    left_out_note,
+    literal,
+    size_text,
+    text_html,
+)
+from serving.web.texts import LANGUAGES, Texts, language_of
+
+RELOAD_SECONDS = 3  # between two looks into the folder of models
+DRAW_SECONDS = 0.05  # between two drawings of a growing answer
+MODELS_KEPT = 4  # in memory, the last used
+STAGES = ("pretrain", "full_sft", "rl", "lora")  # that have a name in every language
+# Range and step of the sliders; a value from the command line may lie outside.
+SLIDERS: dict[str, tuple[float, float, float]] = {
+    "temperature": (0.0, 2.0, 0.05),
+    "top_p": (0.05, 1.0, 0.05),
+    "top_k": (0, 200, 1),
+    "repetition_penalty": (1.0, 2.0, 0.01),
+}
+FOLDER = Path(__file__).parent
+Places = tuple[DeltaGenerator, DeltaGenerator]  # of the text of an answer and of the facts below it
+
+
+# ---- models
+
+
+def available_models(options: ModelOptions) -> list[Entry]:
+    """Return --weights if given, then what is in --out_dir."""
+    named = read_entry(options.weights) if options.weights is not None else None
+    found = list_models(options.out_dir)
+    if named is None:
+        return found
+    return [named, *(entry for entry in found if entry.path.resolve() != named.path.resolve())]
+
+
+@st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
+def cached_model(path: Path, _options: ModelOptions, flags: str, stamp: tuple) -> TextGenerator:
+    """Load a model once for all sessions, and again if one of its files changed: `path`, `flags`, `stamp` are the key.
+
+    Raises UserError or OSError if that fails.
+    """
+    return load_text_generator(path, _options)
+
+
+@st.cache_resource(show_spinner=False)
+def decoding_thread() -> Executor:
+    """Return the one thread that computes the tokens of all sessions, in turn."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
+
+
+def load_model(entry: Entry, options: ModelOptions, texts: Texts) -> ChatModel | None:
+    """Return the model; show an error and return None if it cannot be loaded."""
+    try:
+        with st.spinner(literal(texts("loading", name=entry.path.name))):
+            generator = cached_model(entry.path, options, repr(options), entry.stamp)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        reason = visible(name_flags(str(error))).strip().partition("\n")[0]
+        st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
+        return None
+    return ChatModel(generator, entry.path.name, entry.continues, decoding_thread())
+
+
+# ---- the sidebar
+
+
+def choose_language(language: str) -> Texts:
+    """Show the choice of languages; at first it is `language`, or the browser's ("auto")."""
+    if "language" not in st.session_state:
+        st.session_state.language = language_of(st.context.locale) if language == "auto" else language
+    texts = Texts(st.session_state.language)
+    st.segmented_control(
+        texts("language"), list(LANGUAGES), format_func=lambda code: LANGUAGES[code], key="language", required=True,
+        label_visibility="collapsed", width="stretch",
+    )  # fmt: skip
+    return texts
+
+
+def stage_text(entry: Entry, texts: Texts) -> str:
+    return texts(f"stage_{entry.stage}") if entry.stage in STAGES else entry.stage or texts("stage_unknown")
+
+
+def choose_model(options: ModelOptions, texts: Texts) -> Entry | None:
+    """Show the choice of models; return None if there are none."""
+    entries = available_models(options)
+    rerun_on_change(options, entries)
+    if not entries:
+        return None
+    by_path = {str(entry.path): entry for entry in entries}
+    if st.session_state.get("model") not in by_path:
+        first = entries[0] if options.weights is not None else default_model(entries)
+        st.session_state.model = str(first.path)
+    path = st.selectbox(
+        texts("model"), list(by_path), key="model", help=literal(texts("model_help", folder=options.out_dir)),
+        format_func=lambda path: f"{Path(path).name} · {stage_text(by_path[path], texts)}",
+    )  # fmt: skip
+    return by_path[path]
+
+
+@st.fragment(run_every=RELOAD_SECONDS)
+def rerun_on_change(options: ModelOptions, shown: list[Entry]) -> None:
+    """Draw the page again when the folder of models differs from what is shown."""
+    if available_models(options) != shown:
+        st.rerun()
+
+
+def show_model_facts(entry: Entry, model: ChatModel | None, texts: Texts) -> None:
+    first = [stage_text(entry, texts), *([texts("exported")] if entry.kind == EXPORT else [])]
+    first += [texts("on_base", base=entry.base)] if entry.base else []
+    second = [texts("size", size=size_text(entry.size))]
+    second += [texts("loss", loss=entry.loss)] if entry.loss is not None else []
+    second += [texts("step", step=entry.step)] if entry.step is not None else []
+    lines = [" · ".join(first), " · ".join(second)]
+    if model is not None:
+        checkpoint, context = model.generator.checkpoint, model.generator.context
+        weight = checkpoint.model.get_input_embeddings().weight
+        millions = parameter_counts(checkpoint.model)["total"] / 1e6
+        dtype = str(weight.dtype).removeprefix("torch.")
+        lines.append(f"{texts('parameters', millions=millions)} · {dtype} · {weight.device}")
+        lines.append(texts("context", context=context))
+        trained = checkpoint.config.max_seq_len
+        lines += [texts("beyond_trained", trained=trained)] if context > trained else []
+        lines += checkpoint.notes
+    st.html(facts_html(*map(visible, lines)))
+
+
+def choose_settings(
+    start: SamplingParams, history_turns: int, system: str | None, model: ChatModel, texts: Texts
+) -> dict[str, Any]:
+    """Show the sliders, which begin at the given values; return the arguments of `Conversation.ask`."""
+
+    def ask(widget: Any, key: str, start_value: Any, **settings: Any) -> Any:
+        st.session_state.setdefault(key, start_value)
+        return widget(texts(key), key=key, help=texts(f"{key}_help"), **settings)
+
+    def slide(key: str, value: float, low: float, high: float, step: float) -> Any:
+        return ask(st.slider, key, value, min_value=min(low, value), max_value=max(high, value), step=step)
+
+    with st.expander(texts("sampling"), expanded=True):
+        chosen = {key: slide(key, getattr(start, key), *range_step) for key, range_step in SLIDERS.items()}
+        longest = max(model.generator.context - 1, 2)
+        wanted = st.session_state.get("max_new_tokens", start.max_new_tokens)
+        st.session_state.max_new_tokens = min(wanted, longest)  # another model may have a shorter context
+        chosen["max_new_tokens"] = ask(st.slider, "max_new_tokens", longest, min_value=1, max_value=longest, step=1)
+        chosen["seed"] = ask(
+            st.number_input, "seed", start.seed, value=None, min_value=0, max_value=2**53 - 1, step=1,
+            placeholder=texts("seed_empty"),
+        )  # fmt: skip
+    settings: dict[str, Any] = {"sampling": dataclasses.replace(start, **chosen)}
+    if not model.continues:
+        with st.expander(texts("conversation"), expanded=True):
+            settings["history_turns"] = slide("history_turns", history_turns, 0, 20, 1)
+            empty = texts("system_empty")
+            settings["system"] = ask(st.text_area, "system", system or "", placeholder=empty, height=80)
+    return settings
+
+
+# ---- the conversation
+
+
+def show_no_models(folder: Path, texts: Texts) -> None:
+    st.warning(literal(texts("no_models", folder=folder)), icon=":material/inbox:")
+    st.markdown(texts("no_models_next"))
+    st.code(
+        f"# {texts('no_models_sample')}\nbash quickstart.sh\nstreamlit run fast_inference.py -- --out_dir out/quickstart\n\n"
+        f"# {texts('no_models_own')}\npython 1-pretrain.py\npython 3-full_sft.py",
+        language="bash",
+    )
+
+
+def show_examples(model: ChatModel, texts: Texts) -> str | None:
+    """Show the page before the first question; return the example that was clicked."""
+    kind = "base" if model.continues else "chat"
+    st.html(empty_html(texts(f"hello_{kind}"), texts(f"hello_{kind}_more", name=model.name)))
+    with st.container(horizontal=True, horizontal_alignment="center"):
+        for i, example in enumerate(texts(f"example_{kind}").split("|")):
+            if st.button(example, key=f"example_{i}"):
+                return example
+    return None
+
+
+def show_question(exchange: Exchange) -> None:
+    if not exchange.continues:  # otherwise it is the beginning of what the model wrote
+        with st.chat_message("user", avatar=":material/person:"):
+            st.html(text_html(visible(exchange.question)))
+
+
+def show_answer(exchange: Exchange, texts: Texts) -> Places | None:
+    """Show the answer as it is now and return its places; show the error and return None if there is no answer."""
+    if exchange.answer is None:
+        st.error(literal(texts("not_answered", reason=visible(exchange.error))), icon=":material/error:")
+        return None
+    note = left_out_note(exchange.answer, texts)
+    if note:
+        st.html(facts_html(note))
+    places = st.empty(), st.empty()
+    draw(exchange, places, texts)
+    return places
+
+
+def draw(exchange: Exchange, places: Places, texts: Texts) -> None:
+    (text, facts), answer = places, exchange.answer
+    assert answer is not None
+    running = answer.finish is None
+    beginning = visible(exchange.question) if exchange.continues else ""
+    shown = visible(answer.text) or ("" if running or beginning else texts("no_text"))
+    text.html(text_html(shown, beginning=beginning, writing=running))
+    facts.html(facts_html(answer_facts(answer, exchange.model_name, texts) if answer.tokens else texts("reading")))
+
+
+def write(exchange: Exchange, places: Places, texts: Texts) -> None:
+    """Continue an answer and draw it as it grows. Streamlit may end this run at each drawing, for example for Stop."""
+    answer, drawn = exchange.answer, time.monotonic()
+    assert answer is not None
+    while answer.advance():
+        # Long texts are drawn less often: each drawing sends all of it.
+        if time.monotonic() - drawn >= DRAW_SECONDS + len(answer.text) / 400_000:
+            draw(exchange, places, texts)
+            drawn = time.monotonic()
+
+
+def copy_button(exchange: Exchange, key: str, texts: Texts) -> None:
+    """Show a button that copies the answer to the clipboard, if there is one."""
+    if exchange.answer is None or not exchange.answer.text:
+        return
+    beginning = exchange.question if exchange.continues else ""
+    css, js = ((FOLDER / f"copy_button.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    mount = st.components.v2.component("minimind_copy", html="<button type='button'></button>", css=css, js=js)
+    labels = {"label": texts("copy"), "done": texts("copied"), "failed": texts("not_copied")}
+    mount(key=key, data={"text": visible(beginning + exchange.answer.text), **labels}, width="content")
+
+
+def small_button(place: DeltaGenerator, key: str, icon: str, texts: Texts) -> bool:
+    return place.button(texts(key), key=key, icon=icon, type="tertiary")
