@@ -6,6 +6,8 @@ the function below through torch.compile (on a GPU with CUDA graphs). It goes in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,6 +96,9 @@ class TorchStep:
             for tensor in self.rope:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        raise NotImplementedError("this backend only decodes: the model itself has to prefill the cache")
+
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """tokens, positions (rows,), of which the largest is `longest` -> logits (rows, vocab)."""
         slots = self.slots[: min((longest // VISIBLE + 1) * VISIBLE, self.max_len)]
@@ -137,8 +142,8 @@ def decode_step(
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         layer_keys.index_put_((row, head, positions[:, None]), k[:, 0])
         layer_values.index_put_((row, head, positions[:, None]), v[:, 0])
-        seen = (cached[:rows, :, : len(slots)] for cached in (layer_keys, layer_values))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), *seen, attn_mask=mask, enable_gqa=True)
+        past_k, past_v = layer_keys[:rows, :, : len(slots)], layer_values[:rows, :, : len(slots)]
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), past_k, past_v, attn_mask=mask, enable_gqa=True)
         x = x + layer.wo(out.flatten(1))
         x = x + feed_forward(rms_norm(x, layer.ffn_norm, config), layer, config, weights.renormalise)
     return weights.output(rms_norm(x, weights.norm, config))
@@ -152,7 +157,7 @@ def rms_norm(x: Tensor, weight: Tensor, config: LMConfig) -> Tensor:
 
 def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: bool) -> Tensor:
     """x (rows, dim) -> (rows, dim). All experts compute all rows: the routing is not known when a CUDA graph is recorded."""
-    out = 0 if layer.shared is None else layer.shared(x)
+    out = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
     if layer.gate is None:
         return out
     probabilities = F.linear(x.float(), layer.gate).softmax(-1)
@@ -160,7 +165,9 @@ def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: b
     if renormalise:
         mixing = mixing / (mixing.sum(-1, keepdim=True) + 1e-20)
     mixing = torch.zeros_like(probabilities).scatter(1, chosen, mixing).to(x.dtype)  # (rows, experts)
-    return out + sum(expert(x) * mixing[:, i : i + 1] for i, expert in enumerate(layer.routed))
+    for i, expert in enumerate(layer.routed):
+        out = out + expert(x) * mixing[:, i : i + 1]
+    return out
 
 
 Backend = NativeModel | TorchModel

@@ -70,10 +70,10 @@ class BatchGenerator:
     `add` lets sequences join; they leave when they end or at `cancel`. Rows that ended cost nothing: the last row takes
     their place.
 
-    Longer contexts: with `model.dynamic_rope_scaling`, the positions of every row are scaled as its length requires. Up to the trained
-    length they are those of training, whatever `max_len` is. When a row outgrows the length that its factor covers (the
-    trained length, then its doubles), its keys and values are computed again, because all keys of a text must be rotated
-    by the same frequencies.
+    Longer contexts: with `model.dynamic_rope_scaling`, the positions of every row are scaled as its length requires. Up to
+    the trained length they are those of training, whatever `max_len` is. When a row outgrows the length that its factor
+    covers (the trained length, then its doubles), its keys and values are computed again, because all keys of a text must
+    be rotated by the same frequencies.
     """
 
     def __init__(

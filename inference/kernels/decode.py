@@ -171,8 +171,10 @@ class NativeStep:
         """Return float32 logits (rows, vocab) after the newest tokens (rows,) of slots 0, 1, ... at their positions."""
         if len(tokens) <= MAX_ROWS:
             return self._rows(tokens, positions, self._all, self._all[: len(tokens)])
-        parts = zip(*(part.split(MAX_ROWS) for part in (tokens, positions, self._all[: len(tokens)])), strict=True)
-        return torch.cat([self._rows(*part, self._all[: len(part[0])]) for part in parts])
+        parts = zip(
+            tokens.split(MAX_ROWS), positions.split(MAX_ROWS), self._all[: len(tokens)].split(MAX_ROWS), strict=True
+        )
+        return torch.cat([self._rows(t, p, slots, self._all[: len(t)]) for t, p, slots in parts])
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         """Fill the slots from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
@@ -181,9 +183,10 @@ class NativeStep:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         slots = torch.arange(first, first + len(prompts)).repeat_interleave(lengths)
         ends, parts = lengths.cumsum(0) - 1, []
-        for i, part in enumerate(zip(*(row.split(MAX_ROWS) for row in (tokens, positions, slots)), strict=True)):
-            here = ends - i * MAX_ROWS
-            parts.append(self._rows(*part, here[(here >= 0) & (here < MAX_ROWS)]))
+        for i in range(0, len(tokens), MAX_ROWS):
+            part, here = slice(i, i + MAX_ROWS), ends - i
+            here = here[(here >= 0) & (here < MAX_ROWS)]
+            parts.append(self._rows(tokens[part], positions[part], slots[part], here))
         return torch.cat(parts)
 
     def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ every one of them for a single token of each sequence: fewer and larger matrices
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from inference.options import QUANTIZATIONS
 from model.model import Transformer
-from model.moe import FeedForward, MoEFeedForward
+from model.moe import MoEFeedForward
 from model.rope import rope_tables
 
 
@@ -66,7 +67,7 @@ class DecodeLayer:
     ffn_norm: Tensor
     shared: SwiGLU | None
     gate: Tensor | None = None  # (experts, dim) float32
-    routed: list[SwiGLU] | None = None
+    routed: list[SwiGLU] = field(default_factory=list)
 
 
 class DecodeWeights:
@@ -97,9 +98,10 @@ class DecodeWeights:
         weight = torch.cat([weight.detach() for weight in weights])
         return quantize_int8(weight) if self.quantize == "int8" else Matrix(weight)
 
-    def _layer(self, block) -> DecodeLayer:
+    def _layer(self, block: Any) -> DecodeLayer:
         attention, feed_forward = block.attention, block.feed_forward
-        gate = routed = None
+        gate: Tensor | None = None
+        routed: list[SwiGLU] = []
         shared = feed_forward
         if isinstance(feed_forward, MoEFeedForward):
             shared = feed_forward.shared_experts
@@ -116,12 +118,12 @@ class DecodeWeights:
             routed=routed,
         )
 
-    def _swiglu(self, mlp: FeedForward) -> SwiGLU:
+    def _swiglu(self, mlp: Any) -> SwiGLU:
         return SwiGLU(self._matrix(mlp.w1.weight, mlp.w3.weight), self._matrix(mlp.w2.weight))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors."""
-        mlps = [mlp for layer in self.layers for mlp in (layer.shared, *(layer.routed or ())) if mlp is not None]
+        mlps = [mlp for layer in self.layers for mlp in (layer.shared, *layer.routed) if mlp is not None]
         matrices = [self.output, *(m for layer in self.layers for m in (layer.qkv, layer.wo))]
         matrices += [matrix for mlp in mlps for matrix in (mlp.w13, mlp.w2)]
         found = [self.embedding, self.norm, *(m.weight for m in matrices), *(m.scale for m in matrices)]

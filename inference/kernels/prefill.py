@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class PrefillWeights:
             embedding=self._memory.keep(embedding), layers=self._layers,
             output=self._tiles(embedding * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
-            hidden=_up(len(model.layers[0].feed_forward.w1.weight)), vocab=_up(config.vocab_size), eps=config.norm_eps,
+            hidden=_up(self._hidden(model.layers[0])), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
         self._tables = self._rope(config.max_seq_len)
 
@@ -114,7 +115,11 @@ class PrefillWeights:
         cos, sin = rope_tables(torch.arange(length)[None], config.head_dim, config.rope_theta, config.scaling)
         return cos[0, :, 0].repeat_interleave(2, -1), torch.stack([-sin, sin], -1)[0, :, 0].flatten(1)
 
-    def _layer(self, block) -> _Layer:
+    @staticmethod
+    def _hidden(block: Any) -> int:
+        return len(block.feed_forward.w1.weight)
+
+    def _layer(self, block: Any) -> _Layer:
         attention, mlp = block.attention, block.feed_forward
         q, k, v = (linear.weight.float() for linear in (attention.wq, attention.wk, attention.wv))
         qkv = torch.cat([q / self.config.head_dim**0.5, k, v]) * block.attention_norm.weight.float()
@@ -170,7 +175,9 @@ class PrefillModel:
         self._run(texts, past, None, rows, logits)
         return logits[: len(places), : self.config.vocab_size]
 
-    def _run(self, texts, past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None) -> None:
+    def _run(
+        self, texts: list[list[int]], past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None
+    ) -> None:
         tokens, lengths = torch.tensor([token for text in texts for token in text]), torch.tensor([*map(len, texts)])
         if not lengths.numel() or not lengths.all():
             raise ValueError("there is a text without tokens")
