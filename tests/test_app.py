@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from serving_helpers import CONTEXT, NAME, TOKENIZER, Running, serving
+from tolerances import assert_logits_close, rounding
 
 from inference.generator import generate, generate_text
 from inference.options import SamplingParams
@@ -184,8 +185,8 @@ def test_chat_logprobs(server, client):
     table = logprobs_of(server, prompt + tokens)
     for i, entry in enumerate(content):
         row = table[len(prompt) - 1 + i]
-        assert math.isclose(entry.logprob, row[tokens[i]], abs_tol=1e-4)
-        assert [one.logprob for one in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+        found = torch.tensor([entry.logprob, *(one.logprob for one in entry.top_logprobs)])
+        assert_logits_close(found, torch.stack([row[tokens[i]], *row.topk(3).values]), server.model.config)
         assert entry.top_logprobs[0].bytes == entry.bytes  # greedy
     spelled = b"".join(bytes(entry.bytes) for entry in content)
     assert spelled.decode("utf-8", "ignore") == answer.choices[0].message.content.replace("\ufffd", "")
@@ -216,11 +217,11 @@ def test_completions_score_prompts(server, client, written):
         assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
         assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == len(prompt) + written
         table = logprobs_of(server, prompt)
-        expected = [table[t, token].item() for t, token in enumerate(prompt[1:])]
-        assert found.token_logprobs[1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
+        expected = table[range(len(prompt) - 1), prompt[1:]]
+        assert_logits_close(torch.tensor(found.token_logprobs[1 : len(prompt)]), expected, server.model.config)
         for t, top in enumerate(found.top_logprobs[1 : len(prompt)]):
             assert found.token_logprobs[t + 1] in top.values()  # lm-eval looks for the likeliest among them
-            assert max(top.values()) == pytest.approx(table[t].max().item(), abs=1e-4)
+            assert_logits_close(torch.tensor(max(top.values())), table[t].max(), server.model.config)
         for token, place in zip(found.tokens, found.text_offset, strict=True):
             if not token.startswith(("bytes:", "<s>", "</s>")):
                 assert choice.text[place : place + len(token)] == token
@@ -261,11 +262,11 @@ def test_embeddings(server, client):
         expected = F.normalize(out.hidden_states[-1][0].mean(0), dim=0)
         for found in (answer, plain, by_ids):
             assert found.data[i].index == i
-            torch.testing.assert_close(torch.tensor(found.data[i].embedding), expected, atol=1e-5, rtol=1e-4)
+            assert_logits_close(torch.tensor(found.data[i].embedding), expected, server.model.config)
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, ids))
     _, raw = server.post("/v1/embeddings", input=texts[0], encoding_format="base64")
     packed = base64.b64decode(raw["data"][0]["embedding"])
-    assert struct.unpack(f"<{len(packed) // 4}f", packed) == pytest.approx(plain.data[0].embedding, abs=1e-6)
+    assert struct.unpack(f"<{len(packed) // 4}f", packed) == pytest.approx(plain.data[0].embedding, rel=rounding())
     assert client.embeddings.create(model=NAME, input="x", dimensions=32).data[0].embedding
     with pytest.raises(openai.BadRequestError, match="32, the width"):
         client.embeddings.create(model=NAME, input="x", dimensions=16)

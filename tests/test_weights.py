@@ -104,7 +104,8 @@ def test_dtype_of_the_file_and_of_the_model(path, dtype):
     assert load_checkpoint(path).model.dtype == dtype
     full = load_checkpoint(path, dtype=torch.float32).model
     assert full.dtype == torch.float32
-    torch.testing.assert_close(full.state_dict(), dict(model.state_dict()), atol=1e-3, rtol=1e-2)
+    precision = torch.finfo(dtype)  # values below `tiny` have fewer bits
+    torch.testing.assert_close(full.state_dict(), dict(model.state_dict()), atol=precision.tiny, rtol=precision.eps)
     with pytest.raises(ValueError, match="not float64"):
         save_checkpoint(path, model, dtype=torch.float64, info={})
 

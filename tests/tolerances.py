@@ -56,6 +56,17 @@ def shape_of(config: LMConfig, length: int | None = None, *, backward: bool = Fa
     return dict(terms=terms, depth=3 * depth if backward else depth)
 
 
+def assert_logits_close(found: torch.Tensor, expected: torch.Tensor, config: LMConfig) -> None:
+    """Assert that two ways through a model of `config` differ by rounding only."""
+    bound = close_to(expected, **shape_of(config), dtype=torch.float32)
+    torch.testing.assert_close(found.to(expected.dtype), expected, **bound)
+
+
+def gradient_rounding(config: LMConfig, n_tokens: int) -> float:
+    """Return the rounding error of the gradients of `n_tokens` tokens, relative to their size."""
+    return rounding(**shape_of(config, n_tokens, backward=True))
+
+
 def norm(tensors: Iterable[torch.Tensor]) -> float:
     """Return the norm of all tensors together."""
     return math.sqrt(sum(float(x.detach().double().square().sum()) for x in tensors))
