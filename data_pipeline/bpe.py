@@ -147,7 +147,7 @@ def round_trip_failures(tokenizer: PreTrainedTokenizerFast, samples: Iterable[tu
 
 def longest_tokens(tokenizer: PreTrainedTokenizerFast, count: int = 20) -> list[str]:
     """Return the tokens with most characters, decoded."""
-    tokens = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    tokens = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
     return sorted(tokens, key=lambda token: (-len(token), token))[:count]
 
 

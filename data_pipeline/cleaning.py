@@ -357,7 +357,8 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """Exit when the main process is killed: the worker would wait for work for ever."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_pipeline.datasets import Batch
-from data_pipeline.preferences import PreferencePairs
+from data_pipeline.datasets import Batch, Dataset
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
@@ -57,9 +56,12 @@ def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor,
 
 @torch.no_grad()
 def compute_ref_logps(
-    model: nn.Module, pairs: PreferencePairs, device: torch.device, dtype: torch.dtype, batch_size: int
+    model: nn.Module, pairs: Dataset, device: torch.device, dtype: torch.dtype, batch_size: int
 ) -> np.ndarray:
-    """Return the log-probabilities of all answers under the model as it is now, (pairs, 2) float32: chosen, rejected."""
+    """Return the log-probabilities of all answers under the model as it is now, (pairs, 2) float32: chosen, rejected.
+
+    pairs: a `data_pipeline.preferences.PreferencePairs`.
+    """
     was_training = model.training
     model.to(device).eval()
     logps = []
