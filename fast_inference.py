@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.cli import Parser, flag, parse_options
-from common.errors import UserError, run_script
+from common.errors import UserError, name_flags, run_script
 from inference.model_finder import read_entry
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
 from serving.web.texts import LANGUAGES
@@ -64,7 +64,7 @@ def page() -> None:
     try:
         options = parse_options(Options, __doc__, parser_class=PageParser)
     except UserError as error:
-        st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=str(error))))
+        st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=name_flags(str(error)))))
         st.stop()
     conversation: Conversation = st.session_state.setdefault("conversation", Conversation())
 

@@ -30,9 +30,9 @@ from transformers import PreTrainedTokenizerFast
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from data_pipeline.readers import iter_records
+from model.architecture import ROPE_SCALING_METHODS
 from model.device import resolve_device, resolve_dtype
 from model.model import Transformer
-from model.rope import METHODS
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint
 
@@ -56,7 +56,7 @@ def main() -> None:
 
     joined = f"texts of {args.join} characters and more, joined" if args.join else "whole texts"
     print(f"{args.weights}: trained at {trained} tokens; {len(documents)} documents of {longest} tokens ({joined})\n")
-    names = [f"last {trained} only", "none", *METHODS]
+    names = [f"last {trained} only", "none", *ROPE_SCALING_METHODS]
     print(f"| tokens | context | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
     length = trained
     while length <= longest:
@@ -67,7 +67,7 @@ def main() -> None:
         cells = [cell(*each) for each in sums] + ["as none"] * (len(names) - len(sums))
         print(f"| {first + 1:,} to {length:,} | {length:,} | {' | '.join(cells)} |", flush=True)
         length *= 2
-    forced = [score(model, documents, n_bytes, 0, trained, name, args.longest) for name in METHODS]
+    forced = [score(model, documents, n_bytes, 0, trained, name, args.longest) for name in ROPE_SCALING_METHODS]
     cells = ["", "", *(cell(*each) for each in forced)]
     print(f"| 1 to {trained:,}, scaled {args.longest} times nevertheless | {trained:,} | {' | '.join(cells)} |")
 
@@ -121,10 +121,10 @@ def score(
     """
     trained, nats, tokens, size = model.config.max_seq_len, 0.0, 0, 0
     scaling = None
-    if name in METHODS:
+    if name in ROPE_SCALING_METHODS:
         factor = forced or length / trained
-        extension = model.config.extension(name, factor)
-        scaling = extension.scaling(extension.trained_factor * factor)
+        dynamic = model.config.dynamic_rope_scaling(name, factor)
+        scaling = dynamic.scaling(dynamic.trained_factor * factor)
     for document in documents:
         ids = document[:length].to(n_bytes.device)
         begin = max(first, 1)  # <s> is given

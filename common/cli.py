@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import UserError
+from common.errors import UserError, known_flags, name_flags
 
 FlagSpec = tuple[Any, str]  # (type, help) of a flag that is declared elsewhere
 
@@ -214,6 +214,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
         self.register("type", Path, _path)  # reads every flag of type Path
 
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        known_flags.update(name.removeprefix("--") for name in self._option_string_actions)
+        return super().parse_known_args(*args, **kwargs)
+
     def error(self, message: str | list[str]) -> NoReturn:
         """Exit with argparse's own message, or with all errors that a script found.
 
@@ -230,7 +234,7 @@ class Parser(argparse.ArgumentParser):
         if int(os.environ.get("LOCAL_RANK", "0")):
             time.sleep(5)  # the launcher stops the other processes when the first one exits
             sys.exit(2)
-        self.exit(2, "".join(f"error: {line}\n" for line in message))
+        self.exit(2, "".join(f"error: {name_flags(line)}\n" for line in message))
 
 
 def _path(text: str) -> Path:

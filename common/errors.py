@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +27,24 @@ class UserError(ValueError):
     """Something that the user can fix. The message says what was wrong, where, and what to do."""
 
 
+known_flags: set[str] = set()  # of this process's command line; common.cli fills it
+
+
+def name_flags(message: str) -> str:
+    """Return `message` with `field=value` written as `--field value` (`--field` for True) where the script has that flag.
+
+    Code below the command line speaks of the fields it was given; who typed a flag should read that flag.
+    """
+
+    def as_flag(found: re.Match) -> str:
+        name, value = found.groups()
+        if name not in known_flags:
+            return found[0]
+        return f"--{name}" if value == "True" else f"--{name} {value}"
+
+    return re.sub(r"(?<!-)\b(\w+)=(True\b|(?=\S))", as_flag, message)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main()`; turn an error that a user can fix into one line on stderr and exit code 1.
 
@@ -42,7 +61,7 @@ def run_script(main: Callable[[], int | None]) -> None:
             raise
         code = ended.code
     except UserError as error:
-        fail(str(error))
+        fail(name_flags(str(error)))
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except OSError as error:

@@ -1,1 +1,1 @@
-"""How good a model is: C-Eval and scores of given answers; imports inference and the rooms below it."""
+"""Evaluate models: C-Eval and scores of given answers; imports inference and the rooms below it."""

@@ -40,7 +40,7 @@ TYPES = {
 }
 BLOCK = 32  # weights of a row that share a scale in q8_0
 
-# How llama.cpp splits text under the name "qwen2"; the same as SPLIT in train_tokenizer.py.
+# The splitting that llama.cpp calls "qwen2"; train_tokenizer.py uses the same.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

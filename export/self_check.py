@@ -108,7 +108,7 @@ def _logits_in_subprocess(folder: Path, rows: list[list[int]]) -> list[Tensor]:
 
 @dataclass
 class Agreement:
-    """How close an export is to its source.
+    """Measured agreement of an export with its source.
 
     tokens: number of tokens compared.
     largest: largest difference of a logit from the source, its weights rounded as stored; above `tolerance` the export

@@ -23,7 +23,7 @@ from inference.kv_cache import KVCache
 from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.model import Transformer
-from model.rope import DynamicRopeScaling, Scaling
+from model.rope import DynamicRopeScaling, RopeScaling
 from model.tokenizer import EOS_ID
 
 
@@ -54,7 +54,7 @@ class _Row:
     tokens: list[int]  # of the prompt and the answer
     cached_len: int  # how many of them are in the cache: all but the newest
     stream: Detokenizer | None
-    factor: float = 1.0  # of its rotary frequencies: see `model.rope.Extension`
+    factor: float = 1.0  # of its rotary frequencies: see `model.rope.DynamicRopeScaling`
     num_generated: int = 0
     random: random.Random = field(init=False)
 
@@ -68,9 +68,9 @@ class BatchGenerator:
 
     Rows that ended cost nothing: the last row takes their place.
 
-    Longer contexts: with `model.extension`, every row is computed as its length asks for. Up to the trained length that
-    is as in training, whatever `max_len` is. A row that outgrows what its factor covers (the trained length, then its
-    doubles) has its keys and values computed anew once, because all keys of a text must be rotated in one way.
+    Longer contexts: with `model.dynamic_rope_scaling`, every row is computed as its length asks for. Up to the trained
+    length that is as in training, whatever `max_len` is. A row that outgrows what its factor covers (the trained length,
+    then its doubles) has its keys and values computed anew once, because all keys of a text must be rotated in one way.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class BatchGenerator:
             model: in evaluation mode; a peft model will do.
             rows: how many sequences at most at a time.
             max_len: prompt and answer together, in tokens; None: what the model was trained at. RoPE has no limit, but a
-                model that never saw longer texts writes badly there, unless it has an `extension`.
+                model that never saw longer texts writes badly there, unless it has an `dynamic_rope_scaling`.
             eos_id: the token that ends an answer; None: nothing does.
             tokenizer: to get text, and to have stop strings.
             backend: from `choose_backend(model)`; None: call the model itself.
@@ -99,7 +99,7 @@ class BatchGenerator:
             raise ValueError(f"a decoder needs at least 1 row, not {rows}")
         weight = model.get_input_embeddings().weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
-        self.extension: DynamicRopeScaling | None = model.extension
+        self.dynamic_rope_scaling: DynamicRopeScaling | None = model.dynamic_rope_scaling
         self.capacity, self.max_len, self.device = rows, max_len or model.config.max_seq_len, weight.device
         self.rows: list[_Row] = []
         if backend is not None and backend.config is not model.config:
@@ -173,7 +173,7 @@ class BatchGenerator:
         self._groups = None
         return self._events(new, first, self._log_probabilities(logits, new, first))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: Scaling | None) -> Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None) -> Tensor:
         """Put prompts into the rows of the cache from `first` on; (prompts, vocab) logits of what comes after each."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
@@ -216,7 +216,7 @@ class BatchGenerator:
         self._positions = self._positions + 1
         return self._events(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
 
-    def _forward(self, longest: int, scaling: Scaling | None) -> Tensor:
+    def _forward(self, longest: int, scaling: RopeScaling | None) -> Tensor:
         """The newest tokens through the model; (rows, vocab) logits."""
         positions = mask = None
         if min(row.cached_len for row in self.rows) < longest:
@@ -240,17 +240,18 @@ class BatchGenerator:
 
     def _factor(self, length: int) -> float:
         """By which the rotary frequencies of a sequence of so many tokens are scaled."""
-        return self.extension.factor(length) if self.extension is not None else 1.0
+        return self.dynamic_rope_scaling.factor(length) if self.dynamic_rope_scaling is not None else 1.0
 
-    def _scaling(self, factors: list[float]) -> Scaling | None:
+    def _scaling(self, factors: list[float]) -> RopeScaling | None:
         """What the model has to know about rows with these factors; None if all are computed as in training."""
-        if self.extension is None or all(factor == self.extension.trained_factor for factor in factors):
+        dynamic = self.dynamic_rope_scaling
+        if dynamic is None or all(factor == dynamic.trained_factor for factor in factors):
             return None
-        return self.extension.scaling(torch.tensor(factors, device=self.device))
+        return dynamic.scaling(torch.tensor(factors, device=self.device))
 
     def _rescale(self) -> None:
         """Compute anew what the cache holds of rows whose next token is one too many for their factor."""
-        if self.extension is None:
+        if self.dynamic_rope_scaling is None:
             return
         for i, row in enumerate(self.rows):
             factor = self._factor(row.cached_len + 1)

@@ -18,9 +18,9 @@ from export.huggingface import read_folder
 from inference.backends import Backend, choose_backend
 from inference.generator import TokenOutput, generate
 from inference.options import ModelOptions, SamplingParams
+from model.architecture import parse_rope_scaling
 from model.device import resolve_device, resolve_dtype
 from model.model import describe_parameters
-from model.rope import parse_scaling
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, load_checkpoint
 
@@ -126,7 +126,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
 def set_context(checkpoint: Checkpoint, options: ModelOptions) -> int:
     """Return how many tokens prompt and answer may have together; print it if the model was trained at fewer.
 
-    With --rope_scaling the model gets its `extension`, which every `BatchGenerator` of it then follows.
+    With --rope_scaling the model gets `dynamic_rope_scaling`, which every `BatchGenerator` of it then follows.
     """
     trained = checkpoint.config.max_seq_len
     if options.rope_scaling == "none":
@@ -134,14 +134,11 @@ def set_context(checkpoint: Checkpoint, options: ModelOptions) -> int:
         if context > trained:
             print(f"note: trained at {trained} tokens; what comes after them may be poor (--rope_scaling may help)")
         return context
-    try:
-        method, factor = parse_scaling(options.rope_scaling)
-        extension = checkpoint.config.extension(method, factor, options.max_seq_len)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    checkpoint.model.extension = extension
+    method, factor = parse_rope_scaling(options.rope_scaling)
+    dynamic = checkpoint.config.dynamic_rope_scaling(method, factor, options.max_seq_len)
+    checkpoint.model.dynamic_rope_scaling = dynamic
     context = options.max_seq_len or int(trained * factor)
-    factors = " or ".join(f"{step:g}" for step in extension.factors)
+    factors = " or ".join(f"{step:g}" for step in dynamic.factors)
     print(
         f"context of {context} tokens: texts beyond the {trained} of the training are scaled ({method}, {factors} times)"
     )

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
 from common.errors import UserError
 from model.architecture import PRESETS, Architecture
-from model.rope import DynamicRopeScaling, Scaling, doublings
+from model.rope import DynamicRopeScaling, RopeScaling, doublings
 
 
 class LMConfig(Architecture, PreTrainedConfig):
-    """The fields of `Architecture`, which its docstring explains, as a configuration of Hugging Face's libraries."""
+    """The fields of `Architecture`, which its docstring explains, as a configuration of Hugging Face's libraries.
+
+    Raises UserError, with everything that is wrong at once, for fields that do not fit together.
+    """
 
     model_type = "minimind"
     attribute_map = {
@@ -40,26 +44,24 @@ class LMConfig(Architecture, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = 0
+    if TYPE_CHECKING:
+        hidden_dim: int  # computed below if it is not given
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_dim is None:
             hidden = int(2 * 4 * self.dim / 3)
             self.hidden_dim = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
         if isinstance(self.rope_scaling, dict):
-            self.rope_scaling = self._whole_scaling(self.rope_scaling)
+            self.rope_scaling = self._complete_rope_scaling(self.rope_scaling)
         super().__post_init__(**kwargs)
-        errors = self.errors()
+        errors = self._errors()
         if errors:
             raise UserError("this model cannot be built: " + "; ".join(errors))
 
-    def _whole_scaling(self, given: dict) -> dict:
-        """A copy of `rope_scaling` with the original length in it, if that can be told."""
+    def _complete_rope_scaling(self, given: dict) -> dict:
+        """Return a copy of `rope_scaling` that holds the original length, if the factor tells it."""
         factor = given.get("factor")
-        if (
-            "original_max_position_embeddings" in given
-            or type(factor) not in (int, float)
-            or not 1 <= factor < math.inf
-        ):
+        if "original_max_position_embeddings" in given or not _is_factor(factor):
             return dict(given)
         return given | {"original_max_position_embeddings": max(round(self.max_seq_len / factor), 1)}
 
@@ -68,49 +70,49 @@ class LMConfig(Architecture, PreTrainedConfig):
         return self.dim // self.n_heads
 
     @property
-    def scaling(self) -> Scaling | None:
-        """`rope_scaling` as `model.rope` takes it."""
+    def scaling(self) -> RopeScaling | None:
+        """Return `rope_scaling` as `model.rope` takes it."""
         given = self.rope_scaling
         if given is None:
             return None
-        return Scaling(given["rope_type"], given["factor"], given["original_max_position_embeddings"])
+        return RopeScaling(given["rope_type"], given["factor"], given["original_max_position_embeddings"])
 
-    def extension(self, method: str, factor: float | None = None, max_len: int | None = None) -> DynamicRopeScaling:
-        """How this model is to read texts longer than it was trained at.
+    def dynamic_rope_scaling(
+        self, method: str, factor: float | None = None, max_len: int | None = None
+    ) -> DynamicRopeScaling:
+        """Return how this model is to read texts longer than it was trained at.
 
         Args:
-            method: one of `model.rope.METHODS`.
-            factor: scale all of those by this, relative to the trained length; None: each by the power of two that
-                suffices.
+            method: one of `ROPE_SCALING_METHODS`.
+            factor: scale all of those by this, relative to the trained length; None: each by the smallest power of two
+                that suffices.
             max_len: the longest text in tokens; needed if there is no factor.
 
-        Raises:
-            ValueError: the texts are not longer, the factor does not suffice, or the model was trained with another
-                method, which cannot be mixed.
+        Raises UserError if texts of that length need no scaling, if the factor does not suffice, or if the model was
+        trained with another method: two methods cannot be mixed.
         """
-        trained, given = self.max_seq_len, self.rope_scaling
+        trained, given, name = self.max_seq_len, self.rope_scaling, f"rope_scaling={method}"
         if given is not None and given["rope_type"] != method:
             raise UserError(
-                f"--rope_scaling {method}: this model was trained with {given['rope_type']} scaling, and only that can "
-                "take it further"
+                f"{name}: this model was trained with {given['rope_type']} scaling, and only that method can extend it"
             )
         if max_len is None and factor is None:
-            raise UserError(f"--rope_scaling {method} needs a length: give --max_seq_len, or a factor ({method}:4)")
-        longest = max_len if max_len is not None else int(trained * factor)
+            raise UserError(f"{name} needs a length: set max_seq_len=N, or a factor ({method}:4)")
+        longest = max_len if max_len is not None else int(trained * (factor or 1))
         if longest <= trained:
             raise UserError(
-                f"--rope_scaling {method} is for texts longer than the {trained} tokens that this model was trained at, "
-                f"and {longest} are no more: give a larger --max_seq_len, or leave the flag out"
+                f"{name} is for texts longer than the {trained} tokens that this model was trained at, and {longest} is "
+                "not more: set a larger max_seq_len=N, or leave the scaling out"
             )
         if factor is not None and trained * factor < longest:
             raise UserError(
-                f"--rope_scaling {method}:{factor:g} reaches {int(trained * factor)} tokens ({factor:g} times the "
-                f"{trained} of the training), --max_seq_len {longest} is more: give a larger factor, or none"
+                f"{name}:{factor:g} reaches {int(trained * factor)} tokens ({factor:g} times the {trained} of the "
+                f"training), max_seq_len={longest} is more: choose a larger factor, or none"
             )
         if method == "ntk" and self.head_dim < 4:
-            raise UserError(f"--rope_scaling ntk needs a head dimension of at least 4, not {self.head_dim}")
+            raise UserError(f"{name} needs a head dimension of at least 4, not {self.head_dim}")
         if method == "yarn" and not self.rope_theta > 1:
-            raise UserError(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
+            raise UserError(f"{name} needs a model with a rope_theta above 1, not {self.rope_theta}")
         return DynamicRopeScaling(
             method=method,
             original=given["original_max_position_embeddings"] if given else trained,
@@ -119,82 +121,84 @@ class LMConfig(Architecture, PreTrainedConfig):
             factors=(float(factor),) if factor is not None else doublings(longest / trained),
         )
 
-    def errors(self) -> list[str]:
-        """Everything that is wrong with this configuration, each in words that name the flag."""
-        found = []
-        sizes = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len"]
-        for name in sizes:
-            if getattr(self, name) < 1:
-                found.append(f"--{name} {getattr(self, name)} must be at least 1")
+    def _errors(self) -> list[str]:
+        """Return everything that is wrong, as `field=value`: a command line translates that with `name_flags`."""
+        found: list[str] = []
+
+        def require(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                found.append(f"{name}={getattr(self, name)} {rule}")
+
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+            "hidden_dim",
+            "multiple_of",
+            "max_seq_len",
+        ):
+            require(name, getattr(self, name) >= 1, "must be at least 1")
         if found:  # the checks below would divide by zero
             return found
-        if self.dim % self.n_heads:
-            found.append(f"--dim {self.dim} is not divisible by --n_heads {self.n_heads}")
-        elif self.head_dim % 2:
-            found.append(
-                f"head dimension {self.head_dim} (--dim {self.dim} / --n_heads {self.n_heads}) must be even: "
-                "RoPE rotates pairs"
-            )
-        if self.n_heads % self.n_kv_heads:
-            found.append(f"--n_heads {self.n_heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
-        for name in ("norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                found.append(f"--{name} {getattr(self, name)} must be more than 0")
+        require("dim", self.dim % self.n_heads == 0, f"is not divisible by n_heads={self.n_heads}")
+        if self.dim % self.n_heads == 0 and self.head_dim % 2:
+            shown = f"head dimension {self.head_dim} (dim={self.dim} / n_heads={self.n_heads})"
+            found.append(f"{shown} must be even: RoPE rotates pairs")
+        require("n_heads", self.n_heads % self.n_kv_heads == 0, f"is not divisible by n_kv_heads={self.n_kv_heads}")
+        require("norm_eps", self.norm_eps > 0, "must be more than 0")
+        require("rope_theta", self.rope_theta > 0, "must be more than 0")
         if self.rope_scaling is not None:
-            found += self._scaling_problems(self.rope_scaling)
-        if not self.initializer_range >= 0:
-            found.append(f"--initializer_range {self.initializer_range} must not be negative")
-        if not 0.0 <= self.dropout < 1.0:
-            found.append(f"--dropout {self.dropout} must be at least 0 and below 1")
+            found += self._rope_scaling_errors(self.rope_scaling)
+        require("initializer_range", self.initializer_range >= 0, "must not be negative")
+        require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
         if self.use_moe:
-            if self.n_routed_experts < 1:
-                found.append(f"--n_routed_experts {self.n_routed_experts} must be at least 1")
-            if not 1 <= self.num_experts_per_tok <= max(self.n_routed_experts, 1):
-                found.append(
-                    f"--num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
-                    f"--n_routed_experts {self.n_routed_experts}"
-                )
-            if self.n_shared_experts < 0:
-                found.append(f"--n_shared_experts {self.n_shared_experts} must not be negative")
-            if not self.aux_loss_alpha >= 0:
-                found.append(f"--aux_loss_alpha {self.aux_loss_alpha} must not be negative")
+            experts = self.n_routed_experts
+            require("n_routed_experts", experts >= 1, "must be at least 1")
+            in_range = 1 <= self.num_experts_per_tok <= max(experts, 1)
+            require("num_experts_per_tok", in_range, f"must be between 1 and n_routed_experts={experts}")
+            require("n_shared_experts", self.n_shared_experts >= 0, "must not be negative")
+            require("aux_loss_alpha", self.aux_loss_alpha >= 0, "must not be negative")
         return found
 
-    def _scaling_problems(self, given: dict) -> list[str]:
+    def _rope_scaling_errors(self, given: object) -> list[str]:
         if not isinstance(given, dict):
-            return [f'--rope_scaling {given!r} must be like {{"rope_type": "yarn", "factor": 4.0}}']
+            return [f'rope_scaling={given!r} must be like {{"rope_type": "yarn", "factor": 4.0}}']
         found = []
         method, factor = given.get("rope_type"), given.get("factor")
         original = given.get("original_max_position_embeddings", 1)
         unknown = sorted(set(given) - {"rope_type", "factor", "original_max_position_embeddings"})
         if unknown:
-            found.append(f"--rope_scaling: unknown: {', '.join(unknown)}")
-        if type(factor) not in (int, float) or not 1 <= factor < math.inf:
-            found.append(f"--rope_scaling: the factor {factor} must be a number of at least 1")
+            found.append(f"rope_scaling: unknown: {', '.join(unknown)}")
+        if not _is_factor(factor):
+            found.append(f"rope_scaling: the factor {factor} must be a number of at least 1")
         elif method == "ntk" and self.head_dim > 2:
             theta = self.rope_theta * factor ** (self.head_dim / (self.head_dim - 2))
-            found.append(
-                f"--rope_scaling ntk:{factor:g} is for texts, not for training: that is --rope_theta {theta:.6g}"
-            )
+            found.append(f"rope_scaling=ntk:{factor:g} is for decoding; in training, that is rope_theta={theta:.6g}")
         elif method not in ("linear", "yarn"):
-            found.append(f"--rope_scaling {method}: a model is trained with linear or yarn")
+            found.append(f"rope_scaling={method}: a model is trained with linear or yarn")
         if type(original) is not int or original < 1:
-            found.append(f"--rope_scaling: original_max_position_embeddings {original} must be at least 1 token")
+            found.append(f"rope_scaling: original_max_position_embeddings {original} must be at least 1 token")
         if method == "yarn" and not self.rope_theta > 1:
-            found.append(f"--rope_scaling yarn needs a --rope_theta above 1, not {self.rope_theta}")
+            found.append(f"rope_scaling=yarn needs rope_theta={self.rope_theta} to be above 1")
         return found
 
-    def architecture(self) -> dict:
-        """The fields that decide names, shapes and mathematics of the weights: what two checkpoints must share."""
+    def architecture(self) -> dict[str, Any]:
+        """Return the fields that decide names, shapes and mathematics of the weights: two checkpoints must share them."""
         names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta"]
         names += ["rope_scaling"]
         if self.use_moe:
             names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"]
         return {"use_moe": self.use_moe} | {name: getattr(self, name) for name in names}
 
-    def own_fields(self) -> dict:
-        """Every field declared in this class (not the hundred that Hugging Face adds), for a readable JSON."""
+    def own_fields(self) -> dict[str, Any]:
+        """Return every field declared here (not the hundred that Hugging Face adds), for a readable JSON."""
         return {name: getattr(self, name) for name in FIELD_TYPES}
+
+
+def _is_factor(factor: object) -> TypeGuard[float]:
+    return isinstance(factor, int | float) and not isinstance(factor, bool) and 1 <= factor < math.inf
 
 
 # name -> annotation of every field of ours, not of the hundred that Hugging Face adds
@@ -202,17 +206,13 @@ FIELD_TYPES: dict[str, str] = {**Architecture.__annotations__, **LMConfig.__anno
 
 
 def architecture_differences(ours: LMConfig, theirs: LMConfig) -> list[str]:
-    """Lines `field: ours != theirs` for every architectural field that differs; empty if the weights fit."""
+    """Return a line `field: ours != theirs` for every architectural field that differs; none if the weights fit."""
     a, b = ours.architecture(), theirs.architecture()
     return [f"{name}: {a.get(name)} != {b.get(name)}" for name in a | b if a.get(name) != b.get(name)]
 
 
-def preset(name: str, **overrides) -> LMConfig:
-    """The configuration called `name`, with single fields replaced.
-
-    Raises:
-        UserError: unknown preset or field, or fields that do not fit together.
-    """
+def preset(name: str, **overrides: Any) -> LMConfig:
+    """Return the configuration called `name`, with single fields replaced. Raises UserError for unknown names."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     known = {field.name for field in dataclasses.fields(LMConfig)}

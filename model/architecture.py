@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.errors import UserError
 
 TOKENIZER_DIR = Path(__file__).resolve().parent / "minimind_tokenizer"  # the tokenizer that the project ships
 
@@ -18,6 +21,7 @@ PRESETS: dict[str, dict] = {
     "minimind-v1-moe": dict(dim=512, n_layers=8, use_moe=True, n_shared_experts=2, n_routed_experts=4),
     "toy": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3),
 }
+ROPE_SCALING_METHODS = ("linear", "ntk", "yarn")  # see `model.rope`
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
@@ -46,7 +50,7 @@ class Architecture:
         n_routed_experts: number of experts the gate chooses from.
         n_shared_experts: width, in units of `hidden_dim`, of the MLP that every token passes; 0 for none.
         aux_loss_alpha: weight of the sequence-level load-balancing loss; 0 switches it off.
-        norm_topk_prob: renormalise the top-k gate weights to sum 1 (never for top-1: see `model.moe.Gate`).
+        norm_topk_prob: renormalise the top-k gate weights to sum 1 (never for top-1: see `model.moe.Router`).
         initializer_range: standard deviation of the initial weights.
     """
 
@@ -76,3 +80,16 @@ def field_descriptions() -> dict[str, str]:
     """Return the description of every field, from the docstring of `Architecture`: each is written there, once."""
     found = re.findall(r"^ {4}    (\w+): (.+(?:\n {12}.+)*)", Architecture.__doc__ or "", re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
+
+
+def parse_rope_scaling(text: str) -> tuple[str, float | None]:
+    """Return method and factor of `yarn:4`, or of `yarn` (no factor: None). Raises UserError for anything else."""
+    method, colon, number = text.partition(":")
+    try:
+        factor = float(number) if colon else None
+    except ValueError:
+        factor = math.nan
+    if method not in ROPE_SCALING_METHODS or (factor is not None and not 1 <= factor < math.inf):
+        methods = ", ".join(ROPE_SCALING_METHODS)
+        raise UserError(f"rope_scaling={text} must be {methods}, or one of them with a factor: yarn:4")
+    return method, factor

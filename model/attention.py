@@ -1,20 +1,28 @@
-"""Causal grouped-query attention kernels: one mathematics, the fastest exact path for each device and layout.
+"""Causal grouped-query attention: one mathematics, and the fastest exact kernel for each device and layout.
 
-`attend` serves batches and KV caches, `varlen_attention` serves rows in which several documents stand one after another
-and must not see each other. Both have a slow reference path that the tests hold the fast ones against.
+`attention` computes batches and KV caches; `varlen_attention` computes rows in which several documents stand one after
+another and must not see each other. Both have a slow reference path, to which the tests compare the fast ones.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# Whether the variable-length kernel takes grouped keys and values as they are: it does in torch 2.13, not in 2.11.
+VARLEN_KERNEL_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float = 0.0, flash: bool = True) -> Tensor:
-    """Attention of a batch over its keys.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float = 0.0, flash: bool = True
+) -> Tensor:
+    """Return the attention of a batch of queries over its keys.
 
     Args:
         q: (batch, heads, q_time, head_dim).
@@ -24,8 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: flo
         dropout: probability of dropping attention weights.
         flash: False for the reference path.
 
-    Returns:
-        (batch, heads, q_time, head_dim)
+    Returns: (batch, heads, q_time, head_dim)
     """
     causal = mask is None and q.shape[2] > 1
     if flash:
@@ -46,49 +53,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: flo
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, dropout: float = 0.0, flash: bool = True
 ) -> Tensor:
-    """Causal attention inside each document of packed rows; nothing crosses a document boundary.
+    """Return the causal attention inside each document of packed rows; nothing crosses a document boundary.
 
     Args:
         q: (batch, time, heads, head_dim); k, v: (batch, time, kv_heads, head_dim).
         cu_seqlens: (documents + 1,) int32, where each document starts in the flattened batch * time order, then
             batch * time. A document never spans two rows.
 
-    Returns:
-        (batch, time, heads, head_dim)
+    Returns: (batch, time, heads, head_dim)
     """
     batch, time = q.shape[:2]
     if flash and dropout == 0.0 and q.device.type == "cpu":
         out, _ = _packed_attention_cpu(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens)
         return out.unflatten(0, (batch, time))
     if flash and dropout == 0.0 and _has_varlen_kernel(q):
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, time, time,
-            window_size=(-1, 0),  # causal: everything to the left, nothing to the right
-            enable_gqa=q.shape[2] != k.shape[2],
-        )  # fmt: skip
-        return out.unflatten(0, (batch, time))
+        return _varlen_attention_cuda(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, time).view_as(q)
     mask = packed_mask(cu_seqlens, batch, time)
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout=dropout, flash=flash)
+    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout=dropout, flash=flash)
     return out.transpose(1, 2)
 
 
 def packed_mask(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
-    """(batch, 1, time, time) bool, True where a query may look: same document, not in the future."""
+    """Return a (batch, 1, time, time) mask, True where a query may look: same document, not in the future."""
     document = document_ids(cu_seqlens, batch, time)
     same = document[:, None, :, None] == document[:, None, None, :]
     return same & torch.ones(time, time, dtype=torch.bool, device=same.device).tril()
 
 
 def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
-    """(batch, time) index of the document every token belongs to."""
+    """Return the (batch, time) index of the document every token belongs to."""
     flat = torch.arange(batch * time, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return (torch.bucketize(flat, cu_seqlens, right=True) - 1).view(batch, time)
 
 
 def cu_seqlens_from_positions(position_ids: Tensor) -> Tensor:
-    """Document boundaries of (batch, time) positions: a document starts wherever the count does not go on by one."""
+    """Return the document boundaries of (batch, time) positions: one starts where the count does not increase by 1."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     starts = starts.flatten().nonzero().squeeze(1)
@@ -96,7 +95,7 @@ def cu_seqlens_from_positions(position_ids: Tensor) -> Tensor:
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:
-    """FlashAttention's variable-length kernel: half precision on NVIDIA Ampere (compute capability 8.0) and newer."""
+    """Return whether FlashAttention's kernel can run: half precision on NVIDIA Ampere (capability 8.0) and newer."""
     return (
         q.device.type == "cuda"
         and torch.version.cuda is not None
@@ -105,10 +104,23 @@ def _has_varlen_kernel(q: Tensor) -> bool:
     )
 
 
-# On a CPU there is no variable-length kernel, but the ordinary flash kernel on one document after another is just as
-# good: the documents of a row cost the sum of their squared lengths instead of the square of the row. As a custom op
-# the loop is one node for torch.compile, which would otherwise unroll it or break the graph. It computes in float32:
-# the kernel's bfloat16 backward was 2.5 times slower at 130 tokens (the average document), and rounds more.
+def _varlen_attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> out like q."""
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal: everything to the left, nothing to the right
+    if q.shape[1] != k.shape[1]:
+        if VARLEN_KERNEL_HAS_GQA:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(out, Tensor)  # a pair only if return_aux is given
+    return out
+
+
+# A CPU has no variable-length kernel, but the ordinary flash kernel on one document after another is as good: a row
+# costs the sum of the squared lengths of its documents instead of the square of its own. As a custom op the loop is one
+# node for torch.compile, which would otherwise unroll it or break the graph. It computes in float32: the kernel's
+# bfloat16 backward was 2.5 times slower at 130 tokens (the average document), and rounds more.
 
 
 @torch.library.custom_op("minimind::packed_attention_cpu", mutates_args=())
@@ -131,7 +143,7 @@ def _packed_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -
 def _packed_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     qf, kf, vf, of, gf = (_heads_first(x) for x in (q, k, v, out, grad))
     for start, end in _spans(cu_seqlens):
         document = slice(start, end)
@@ -139,9 +151,9 @@ def _packed_attention_cpu_backward(
             gf[:, :, document], qf[:, :, document], kf[:, :, document], vf[:, :, document], of[:, :, document],
             logsumexp[document].T[None].contiguous(), 0.0, True,
         )  # fmt: skip
-        for gradient, part in zip(gradients, parts, strict=True):
+        for gradient, part in zip((dq, dk, dv), parts, strict=True):
             gradient[document] = part[0].transpose(0, 1)
-    return gradients
+    return dq, dk, dv
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -155,21 +167,23 @@ def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 
 
 @_packed_attention_cpu.register_fake
-def _(q, k, v, cu_seqlens):
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
 
 
 @_packed_attention_cpu_backward.register_fake
-def _(grad, q, k, v, out, logsumexp, cu_seqlens):
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, cu_seqlens = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _backward(ctx, grad, _grad_logsumexp):
+def _backward(ctx: Any, grad: Tensor, _grad_logsumexp: Tensor) -> tuple:
     q, k, v, out, logsumexp, cu_seqlens = ctx.saved_tensors
     return *_packed_attention_cpu_backward(grad, q, k, v, out, logsumexp, cu_seqlens), None
 

@@ -23,15 +23,15 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is not a device; use cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"device={name} is not a device; use cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA device; use --device cpu")
+        raise UserError(f"device={name}: this PyTorch ({torch.__version__}) sees no CUDA device; use device=cpu")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        raise UserError(f"device={name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: there is none here; use --device cpu")
+        raise UserError("device=mps: there is none here; use device=cpu")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not supported; use cpu, cuda, cuda:N or mps")
+        raise UserError(f"device={name} is not supported; use cpu, cuda, cuda:N or mps")
     return device
 
 

@@ -1,31 +1,31 @@
-"""LoRA adapters (https://arxiv.org/abs/2106.09685) by way of peft: adding, saving, loading and merging them.
+"""LoRA adapters (https://arxiv.org/abs/2106.09685), made with peft: add, save, load and merge them.
 
-An adapter is a peft folder, which peft's own loader accepts, plus `minimind.json`, which says what it belongs to: the
-fingerprint of the weights it was trained on. Put on other weights of the same shape an adapter would load without a
-complaint and answer nonsense; here that is refused.
+An adapter is a folder that peft can load, plus `minimind.json` with the fingerprint of the weights it was trained on.
+Applied to other weights of the same shape, an adapter would load without an error and answer nonsense; here that is
+refused.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import fsync_dir
+from common.files import atomic_folder, recover_folder
 from model.model import Transformer
 from model.weights import Checkpoint, load_checkpoint
 
-# Every linear map of attention and feed-forward; experts are linear maps too. The gate is not: it stays as it was.
+if TYPE_CHECKING:
+    from peft import PeftModel  # imported where it is used: it takes a second to load
+
+# Every linear layer of attention and feed-forward, experts included. The router is none: it stays as it was.
 ALL_PROJECTIONS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 DESCRIPTION = "minimind.json"
 
@@ -33,7 +33,7 @@ DESCRIPTION = "minimind.json"
 def add_adapter(
     model: Transformer, *, rank: int, alpha: float, dropout: float, targets: Sequence[str] = ALL_PROJECTIONS
 ) -> PeftModel:
-    """Freeze `model` and put a trainable pair of low-rank matrices beside each of its `targets`.
+    """Freeze `model` and add a trainable pair of low-rank matrices to each of its `targets`.
 
     A weight W becomes W + alpha / rank * B A, with A (rank, in) random and B (out, rank) zero: at first nothing changes.
     Raises UserError for a target that matches no part of the model.
@@ -44,8 +44,14 @@ def add_adapter(
     if unknown or not targets:
         what = f"no linear layer that can have an adapter is called {', '.join(unknown)}" if unknown else "none named"
         raise UserError(f"{what}; there are {', '.join(sorted(names))}")
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes fractions, and declares int
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
@@ -53,22 +59,20 @@ def add_adapter(
 
 
 def trainable_share(model: PeftModel) -> str:
-    """How much of the model is trained, in words."""
+    """Return how much of the model is trained, as a sentence."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return f"{trainable / 1e6:.3f}M of {total / 1e6:.2f}M parameters are trained ({trainable / total:.2%})"
 
 
-def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict) -> None:
-    """Write the adapter folder, whole or not at all. Raises UserError for weights that are not finite."""
+def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict[str, Any]) -> None:
+    """Write the adapter folder, completely or not at all. Raises UserError for weights that are not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise UserError(f"{name} is not finite; {folder} is left as it was")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as tmp:
         # peft would ask a hub for the base's vocabulary size to see whether embeddings were resized: ours never are.
-        model.save_pretrained(tmp, save_embedding_layers=False)
+        model.save_pretrained(str(tmp), save_embedding_layers=False)
         _set_base_name(tmp / "adapter_config.json", base.path)
         description = {
             "base": base.path.name,
@@ -77,21 +81,6 @@ def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict) -
             **info,
         }
         (tmp / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
-        for path in tmp.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        fsync_dir(tmp)
-        tmp.chmod(0o755)
-        _recover(folder)
-        old = _replaced(folder)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(tmp, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    fsync_dir(folder.parent)
 
 
 def load_adapter(
@@ -101,10 +90,10 @@ def load_adapter(
     tokenizer: PreTrainedTokenizerFast | None = None,
     base: Path | str | None = None,
 ) -> Checkpoint:
-    """The base of an adapter with the adapter merged into its weights, as a checkpoint like any other.
+    """Return the base of an adapter with the adapter merged into its weights, as a checkpoint like any other.
 
     base: the weights it was trained on; None: the file of the recorded name beside the folder.
-    Raises UserError if the folder is no adapter of ours, the base is missing, or it is another one.
+    Raises UserError if the folder is not an adapter of this toolkit, or if its base is missing or has changed.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -117,18 +106,21 @@ def load_adapter(
             f"{folder} was trained on other weights ({description['base']}, {description['base_fingerprint']}) than "
             f"{base_path} holds now ({checkpoint.fingerprint}): train the adapter again, or find its base"
         )
-    checkpoint.model = merge(put_on(checkpoint.model, folder)).to(dtype or torch.float32).eval()
+    checkpoint.model = merge(apply_adapter(checkpoint.model, folder)).eval()
+    checkpoint.model.to(dtype=dtype or torch.float32)  # type: ignore[call-arg]  # transformers wraps it without types
     checkpoint.info = description
     checkpoint.path = folder
     checkpoint.notes.append(f"adapter {folder.name} merged into {base_path.name}")
     return checkpoint
 
 
-def put_on(model: Transformer, folder: Path) -> PeftModel:
-    """`model` with the adapter of `folder` on it. Raises UserError if one does not fit the other."""
+def apply_adapter(model: Transformer, folder: Path) -> PeftModel:
+    """Return `model` with the adapter of `folder` applied. Raises UserError if they do not fit each other."""
+    from peft import PeftModel
+
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():  # peft would look on a hub for one that is called like the folder
-            raise UserError(f"{folder} is not a whole adapter: there is no {name} in it")
+            raise UserError(f"{folder} is not a complete adapter: there is no {name} in it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
@@ -140,13 +132,13 @@ def put_on(model: Transformer, folder: Path) -> PeftModel:
 
 
 def merge(model: PeftModel) -> Transformer:
-    """The plain Transformer with the adapter added to its weights."""
+    """Return the plain Transformer with the adapter added to its weights."""
     return model.merge_and_unload(safe_merge=True)
 
 
 def read_description(folder: Path) -> dict:
-    """`minimind.json` of an adapter folder. Raises UserError if it is not one."""
-    _recover(folder)
+    """Return `minimind.json` of an adapter folder. Raises UserError if it is not one."""
+    recover_folder(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -157,22 +149,8 @@ def read_description(folder: Path) -> dict:
     return description
 
 
-def _replaced(folder: Path) -> Path:
-    """Where the old adapter is while the new one takes its name: two folders cannot be exchanged in one go."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _recover(folder: Path) -> None:
-    """Undo a replacement that was killed half-way."""
-    if _replaced(folder).exists():
-        if folder.exists():
-            shutil.rmtree(_replaced(folder))
-        else:
-            os.replace(_replaced(folder), folder)
-
-
 def _set_base_name(path: Path, base: Path) -> None:
-    """peft writes the model's name or path; ours has neither, so say which file it was."""
+    """Name the base's file where peft writes a model's name or path, which ours does not have."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base.name
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -7,7 +7,9 @@ peft, trl and accelerate work on it), and its parameter names are those of the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +19,15 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from model.attention import attend, cu_seqlens_from_positions, document_ids, varlen_attention
+from model.attention import attention, cu_seqlens_from_positions, document_ids, varlen_attention
 from model.LMConfig import LMConfig
-from model.moe import FeedForward, Gate, MoEFeedForward, balance_loss
-from model.rope import DynamicRopeScaling, Scaling, apply_rope, rope_tables
+from model.moe import FeedForward, MoEFeedForward, Router, balance_loss, residual_projection
+from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
 
 
 @dataclass
 class TransformerOutput(MoeCausalLMOutputWithPast):
-    """What Hugging Face libraries read; `last_hidden_state` (batch, time, dim) is what `output` makes the logits of."""
+    """What Hugging Face libraries read, and `last_hidden_state` (batch, time, dim), the input of `output`."""
 
     last_hidden_state: Tensor | None = None
 
@@ -46,10 +48,10 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class AttentionMetadata:
-    """Who sees whom in this call: worked out once, used by every layer.
+    """Attention masks and positions of this forward pass, computed once and used by every layer.
 
     `cu_seqlens` for packed documents, else `mask` (None: plain causal). `rope` holds the cosine and sine tables,
-    `valid` (batch, time) is False for padding that no routed expert should spend work on (None: no padding).
+    `valid` (batch, time) is False for padding, which is sent to no routed expert (None: no padding).
     """
 
     rope: tuple[Tensor, Tensor]
@@ -70,24 +72,23 @@ class Attention(nn.Module):
         self.wq = nn.Linear(config.dim, config.dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.wo.is_residual_projection = True
+        self.wo = residual_projection(config.dim, config.dim)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layout: AttentionMetadata, cache=None) -> Tensor:
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: Any = None) -> Tensor:
         """x (batch, time, dim) -> (batch, time, dim). New keys and values are appended to `cache` if there is one."""
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, heads, head_dim)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, kv_heads, head_dim)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
-        q, k = apply_rope(q, *layout.rope), apply_rope(k, *layout.rope)
+        q, k = apply_rope(q, *metadata.rope), apply_rope(k, *metadata.rope)
         dropout = self.dropout if self.training else 0.0
-        if layout.cu_seqlens is not None:
-            out = varlen_attention(q, k, v, layout.cu_seqlens, dropout=dropout, flash=self.flash)
+        if metadata.cu_seqlens is not None:
+            out = varlen_attention(q, k, v, metadata.cu_seqlens, dropout=dropout, flash=self.flash)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, time, head_dim)
             if cache is not None:
                 k, v = cache.update(k, v, self.layer)
-            out = attend(q, k, v, layout.mask, dropout=dropout, flash=self.flash).transpose(1, 2)
+            out = attention(q, k, v, metadata.mask, dropout=dropout, flash=self.flash).transpose(1, 2)
         return self.resid_dropout(self.wo(out.flatten(2)))
 
 
@@ -104,13 +105,13 @@ class TransformerBlock(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, x: Tensor, layout: AttentionMetadata, past_key_values=None
+        self, x: Tensor, metadata: AttentionMetadata, past_key_values: Any = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x (batch, time, dim) -> the same shape, and the gate's (probabilities, choices) if there is a gate."""
-        x = x + self.attention(self.attention_norm(x), layout, past_key_values)
+        """x (batch, time, dim) -> the same shape, and the router's (probabilities, choices) if there is one."""
+        x = x + self.attention(self.attention_norm(x), metadata, past_key_values)
         hidden = self.ffn_norm(x)
         if isinstance(self.feed_forward, MoEFeedForward):
-            out, routing = self.feed_forward(hidden, layout.valid)
+            out, routing = self.feed_forward(hidden, metadata.valid)
         else:
             out, routing = self.feed_forward(hidden), None
         return x + out, routing
@@ -119,6 +120,8 @@ class TransformerBlock(GradientCheckpointingLayer):
 class Transformer(PreTrainedModel, GenerationMixin):
     """A MiniMind language model, dense or mixture of experts."""
 
+    if TYPE_CHECKING:
+        config: LMConfig
     config_class = LMConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
@@ -133,14 +136,13 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.extension: DynamicRopeScaling | None = (
-            None  # what a Decoder does beyond the trained length; None: nothing special
-        )
+        # How generation scales texts beyond the trained length; None: not at all.
+        self.dynamic_rope_scaling: DynamicRopeScaling | None = None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; what writes into the residual stream starts smaller by sqrt(2 * layers).
+        """Draw normal weights; those that write into the residual stream are smaller by sqrt(2 * layers).
 
         The 2 * layers additions then keep the variance of the stream at that of one (GPT-2, section 2.3).
         """
@@ -149,7 +151,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             if getattr(module, "is_residual_projection", False):
                 std /= (2 * self.config.n_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, (nn.Embedding, Gate)):
+        elif isinstance(module, (nn.Embedding, Router)):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
@@ -157,8 +159,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.tok_embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.tok_embeddings = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.output
@@ -171,7 +173,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -180,10 +182,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
         output_hidden_states: bool = False,
-        rope_scaling: Scaling | None = None,
-        **kwargs,
+        rope_scaling: RopeScaling | None = None,
+        **kwargs: Any,
     ) -> TransformerOutput:
-        """Next-token logits, and the loss if `labels` are given.
+        """Return next-token logits, and the loss if `labels` are given.
 
         Args:
             input_ids: (batch, time) token ids; or `inputs_embeds` (batch, time, dim).
@@ -202,11 +204,11 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 (gradient accumulation over batches of different sizes).
             loss_only: return the loss without materialised logits.
             output_hidden_states: also return the (batch, time, dim) input of every layer and the final normed output.
-            rope_scaling: of the positions, for texts longer than the model was trained at; what lies in the cache must
-                have been computed with the same. None: as trained.
+            rope_scaling: of the positions, for texts longer than the model was trained at; what is in the cache must have
+                been computed with the same. None: as trained.
 
         Returns:
-            `loss` includes the experts' balance loss while training; `aux_loss` is that part by itself.
+            `loss` includes the experts' balance loss while training; `aux_loss` is that part alone.
 
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds; packed documents together with a cache.
@@ -217,14 +219,14 @@ class Transformer(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
         scaling = rope_scaling or self.config.scaling
-        layout = self._layout(x, attention_mask, position_ids, past_key_values, cu_seqlens, scaling)
-        if use_cache and past_key_values is None and layout.cu_seqlens is None:
+        metadata = self._attention_metadata(x, attention_mask, position_ids, past_key_values, cu_seqlens, scaling)
+        if use_cache and past_key_values is None and metadata.cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.dropout(x)
         hidden_states, routings = [], []
         for layer in self.layers:
             hidden_states.append(x)
-            x, routing = layer(x, layout, past_key_values=past_key_values)
+            x, routing = layer(x, metadata, past_key_values=past_key_values)
             routings.append(routing)
         x = self.norm(x)
 
@@ -237,7 +239,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             n_targets = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = self._cross_entropy_sum(x, targets) / n_targets
             if self.config.use_moe and self.config.aux_loss_alpha:
-                aux_loss = self._balance_loss_sum(routings, layout, targets) / n_targets
+                aux_loss = self._balance_loss_sum(routings, metadata, targets) / n_targets
                 loss = loss + aux_loss if self.training else loss
         return TransformerOutput(
             loss=loss,
@@ -249,10 +251,16 @@ class Transformer(PreTrainedModel, GenerationMixin):
             last_hidden_state=x if labels is None else None,
         )
 
-    def _layout(
-        self, x: Tensor, attention_mask, position_ids, cache, cu_seqlens, scaling: Scaling | None = None
+    def _attention_metadata(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+        cu_seqlens: Tensor | None,
+        scaling: RopeScaling | None,
     ) -> AttentionMetadata:
-        """Positions, masks and document boundaries of this call."""
+        """Work out positions, masks and document boundaries of this call."""
         batch, time = x.shape[:2]
         if cache is not None and cu_seqlens is not None:
             raise ValueError("packed documents cannot be kept in a KV cache: give cu_seqlens or past_key_values")
@@ -281,18 +289,18 @@ class Transformer(PreTrainedModel, GenerationMixin):
         key = torch.arange(past + time, device=x.device)[None, :]
         mask = (key <= query)[None, None]  # (1, 1, time, past + time)
         if padding is not None:
-            # Padding sees itself: a row with nothing to look at would turn into NaN and spread through the values.
+            # Padding sees itself: a row without any visible key would become NaN and spread through the values.
             mask = mask & (padding[:, None, None, :].bool() | (key == query))
         return AttentionMetadata(rope, mask=mask, valid=valid)
 
     def _cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross entropy over all targets; the logits exist inside this one operation only."""
+        """Return the cross entropy summed over all targets."""
         weight = self.output.weight
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            # In fine-tuning most tokens are no targets: leave out their rows of the largest matrix product. (On a GPU the
+            # In fine-tuning most tokens are not targets: leave out their rows of the largest matrix product. (On a GPU the
             # count would have to come back from the device, which costs more than it saves.)
-            # Rounded up, because the CPU library prepares and keeps a kernel for every shape it meets.
+            # Rounded up, because the CPU library compiles and keeps a kernel for every shape.
             ignored = targets == -100
             n_kept = min(-(-(len(ignored) - int(ignored.sum())) // 256) * 256, len(ignored))
             first = ignored.to(torch.uint8).argsort(stable=True)[:n_kept]
@@ -304,27 +312,31 @@ class Transformer(PreTrainedModel, GenerationMixin):
             logits = F.linear(hidden, weight).float()
             return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
-    def _balance_loss_sum(self, routings: list, layout: AttentionMetadata, targets: Tensor) -> Tensor:
-        """Balance loss of all layers, every document weighted by its number of targets.
+    def _balance_loss_sum(self, routings: Sequence, metadata: AttentionMetadata, targets: Tensor) -> Tensor:
+        """Return the balance loss of all layers, every document weighted by its number of targets.
 
-        So weighted it adds up over micro-batches and ranks just like the cross entropy: the gradient does not depend
-        on how documents are packed, accumulated or distributed.
+        With these weights it adds up over micro-batches and ranks like the cross entropy: the gradient does not
+        depend on how documents are packed, accumulated or distributed.
         """
         batch, time = targets.shape
-        if layout.cu_seqlens is not None:
-            n_documents, document = len(layout.cu_seqlens) - 1, document_ids(layout.cu_seqlens, batch, time).flatten()
+        if metadata.cu_seqlens is not None:
+            n_documents, document = (
+                len(metadata.cu_seqlens) - 1,
+                document_ids(metadata.cu_seqlens, batch, time).flatten(),
+            )
         else:
             n_documents = batch
             document = torch.arange(batch, device=targets.device).repeat_interleave(time)
         loss_mask = (targets.flatten() != -100).float()
         weight = loss_mask.new_zeros(n_documents).index_add(0, document, loss_mask)
-        per_document = sum(balance_loss(*routing, document, n_documents) for routing in routings)
+        losses = (balance_loss(probabilities, chosen, document, n_documents) for probabilities, chosen in routings)
+        per_document = sum(losses, torch.zeros_like(weight))
         return self.config.aux_loss_alpha * (per_document * weight).sum()
 
 
 def parameter_counts(model: Transformer) -> dict[str, int]:
-    """Parameters of each part; tied ones counted once. `active` is what one token passes through."""
-    counts = dict.fromkeys(["embedding", "attention", "feed_forward", "experts", "gate", "norm"], 0)
+    """Count the parameters of each part, tied ones once; `active` are those that one token passes through."""
+    counts = dict.fromkeys(["embedding", "attention", "feed_forward", "experts", "router", "norm"], 0)
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter in seen:
@@ -335,7 +347,7 @@ def parameter_counts(model: Transformer) -> dict[str, int]:
         elif ".experts." in name:
             part = "experts"
         elif ".gate." in name:
-            part = "gate"
+            part = "router"
         elif "norm" in name:
             part = "norm"
         else:
@@ -349,7 +361,7 @@ def parameter_counts(model: Transformer) -> dict[str, int]:
 
 
 def describe_parameters(model: Transformer) -> str:
-    """The counts as one line, in millions."""
+    """Return the counts as one line, in millions."""
     counts = parameter_counts(model)
     parts = [f"{part} {n / 1e6:.2f}M" for part, n in counts.items() if part not in ("total", "active") and n]
     active = f", {counts['active'] / 1e6:.2f}M active per token" if counts["active"] != counts["total"] else ""

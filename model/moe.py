@@ -1,9 +1,11 @@
-"""Mixture of experts: a gate sends every token to its top-k routed experts; shared experts see every token.
+"""Mixture of experts: a router sends every token to its top-k routed experts; shared experts see every token.
 
 The design is DeepSeekMoE's (https://arxiv.org/abs/2401.06066); names and mathematics are the published weights'.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,29 +14,35 @@ from torch import Tensor, nn
 from model.LMConfig import LMConfig
 
 
+def residual_projection(in_dim: int, out_dim: int) -> nn.Linear:
+    """Return a linear layer that writes into the residual stream: `Transformer._init_weights` starts it smaller."""
+    linear = nn.Linear(in_dim, out_dim, bias=False)
+    linear.is_residual_projection = True  # type: ignore[assignment]
+    return linear
+
+
 class FeedForward(nn.Module):
     """SwiGLU (https://arxiv.org/abs/2002.05202): w2(silu(w1 x) * w3 x). Also the shape of every expert."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w2 = residual_projection(hidden_dim, dim)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2.is_residual_projection = True  # initialised smaller: see Transformer._init_weights
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
-class Gate(nn.Module):
-    """Chooses `num_experts_per_tok` experts for every token, with their mixing weights."""
+class Router(nn.Module):
+    """Choose `num_experts_per_tok` experts for every token, with their mixing weights."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        # With top-1 a renormalised weight would be the constant 1, and the language-model loss would teach the gate
-        # nothing: keep the raw probability there.
+        # With top-1 a renormalised weight would be the constant 1, and the router would get no gradient from the
+        # language-model loss: keep the raw probability there.
         self.renormalise = config.norm_topk_prob and self.top_k > 1
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
 
@@ -50,19 +58,16 @@ class Gate(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Routed experts plus one shared MLP of `n_shared_experts` times the width."""
+    """Routed experts, plus one shared MLP of `n_shared_experts` times their width."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
-        self.gate = Gate(config)
+        self.gate = Router(config)
         self.experts = nn.ModuleList(
             FeedForward(config.dim, config.hidden_dim, config.dropout) for _ in range(config.n_routed_experts)
         )
-        if config.n_shared_experts:
-            shared_dim = config.hidden_dim * config.n_shared_experts
-            self.shared_experts = FeedForward(config.dim, shared_dim, config.dropout)
-        else:
-            self.shared_experts = None
+        shared_dim = config.hidden_dim * config.n_shared_experts
+        self.shared_experts = FeedForward(config.dim, shared_dim, config.dropout) if shared_dim else None
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Mix the experts' outputs.
@@ -77,7 +82,7 @@ class MoEFeedForward(nn.Module):
         tokens = x.flatten(0, 1)  # (tokens, dim)
         weights, chosen, probabilities = self.gate(tokens)
         if valid is not None:
-            # One expert past the last is "nobody": sorted to the end, and computed by no one.
+            # The index after the last expert means "none": it is sorted to the end, and nothing is computed for it.
             chosen = chosen.masked_fill(~valid.flatten()[:, None], len(self.experts))
         out = self._route(tokens, weights, chosen).view_as(x)
         if self.shared_experts is not None:
@@ -85,7 +90,7 @@ class MoEFeedForward(nn.Module):
         return out, (probabilities, chosen)
 
     def _route(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Sort (token, choice) pairs by expert, so that each expert runs once on a contiguous slice; then undo it."""
+        """Sort (token, choice) pairs by expert, so that each expert runs once on a contiguous slice; then sort back."""
         top_k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (tokens * k,) pairs, grouped by expert
         counts = chosen.new_zeros(len(self.experts) + 1).index_add(
@@ -98,26 +103,27 @@ class MoEFeedForward(nn.Module):
         return (y * weights[..., None].to(y.dtype)).sum(dim=1)
 
     def _one_by_one(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Reference path, and the one for decoding: calls the experts as modules (so adapters on them count).
+        """Call the experts as modules, adapters on them included: the reference path, and the one for decoding.
 
         Experts without tokens run on an empty slice: their gradient is zero, not missing, which DDP relies on.
         """
-        *slices, nobody = x.split(counts.tolist())
+        *slices, unrouted = x.split(counts.tolist())
         outs = [expert(part) for expert, part in zip(self.experts, slices, strict=True)]
-        return torch.cat([*outs, torch.zeros_like(nobody, dtype=outs[0].dtype)])
+        return torch.cat([*outs, torch.zeros_like(unrouted, dtype=outs[0].dtype)])
 
     def _can_group(self, x: Tensor) -> bool:
-        """Whether the grouped kernel computes exactly what calling the modules would.
+        """Return whether the grouped kernel computes exactly what calling the modules would.
 
-        It reads the weights behind the modules' backs, so a wrapped expert (LoRA, quantisation, dropout) rules it
-        out; and stacking the weights only pays for the many tokens of a training batch.
+        It reads the weights without calling the modules, so a wrapped expert (LoRA, quantisation) or dropout rules it
+        out; and stacking the weights pays only for the many tokens of a training batch.
         """
         if not self.training or x.shape[0] < 256:
             return False
-        linears = [linear for expert in self.experts for linear in (expert.w1, expert.w2, expert.w3)]
+        experts: list[Any] = list(self.experts)
+        linears = [linear for expert in experts for linear in (expert.w1, expert.w2, expert.w3)]
         if any(type(linear) is not nn.Linear or linear._forward_hooks for linear in linears):
             return False
-        if any(expert.dropout.p for expert in self.experts):
+        if any(expert.dropout.p for expert in experts):
             return False
         if x.device.type == "cuda":
             return _compute_dtype(x) is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 8
@@ -131,8 +137,8 @@ class MoEFeedForward(nn.Module):
             torch.stack([getattr(expert, name).weight for expert in self.experts]).to(dtype).transpose(-2, -1)
             for name in ("w1", "w2", "w3")
         )  # each (experts, in, out)
-        # Rows of "nobody" lie past the last group. The kernel leaves its results for them undefined, forward and backward:
-        # both ends are masked, so that no garbage (it may be NaN) gets out either way.
+        # Rows without an expert lie past the last group. The kernel leaves its results for them undefined, forward and
+        # backward: both ends are masked, so that no garbage (it may be NaN) gets out either way.
         routed = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
         x = torch.where(routed, x, 0).to(dtype)
         hidden = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)
@@ -141,20 +147,20 @@ class MoEFeedForward(nn.Module):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a Linear would compute in here: autocast's if it is on."""
+    """Return the dtype in which a Linear would compute here: autocast's if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor, document: Tensor, n_documents: int) -> Tensor:
-    """Sequence-level load-balancing loss of one layer, for every document by itself.
+    """Return the sequence-level load-balancing loss of one layer, separately for every document.
 
     For a document of n tokens: sum over experts of f_e * P_e, where f_e = (times e was chosen) * experts / (n * k)
     and P_e = mean probability of e. It is 1 when all experts are used equally. (DeepSeek-V2,
     https://arxiv.org/abs/2405.04434, equations 23 to 25.)
 
     Args:
-        probabilities: (tokens, experts) of the gate.
+        probabilities: (tokens, experts) of the router.
         chosen: (tokens, k) expert indices; an index equal to `experts` marks padding, which is not counted.
         document: (tokens,) index of each token's document.
 

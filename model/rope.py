@@ -3,7 +3,7 @@
 Consecutive pairs of a head's features, (x0, x1), (x2, x3), ..., are rotated by an angle that grows with the position.
 (Llama checkpoints on Hugging Face pair feature i with i + head_dim/2 instead; an export has to re-order rows.)
 
-**Longer contexts.** Positions beyond those of the training give angles that the model has never seen. Scaling turns
+**Longer contexts.** Positions beyond those of the training give angles that the model has never seen. RopeScaling turns
 the pairs more slowly, so that `factor` times as many tokens stay within known angles:
 
 linear  every pair turns `factor` times slower: positions are interpolated (https://arxiv.org/abs/2306.15595).
@@ -12,7 +12,7 @@ ntk     a larger base: the fastest pair stays as it is, the slowest turns `facto
 yarn    pairs that turn often within the trained length stay as they are, those that do not turn once are interpolated,
         with a ramp between them; and attention gets sharper (YaRN, https://arxiv.org/abs/2309.00071, section 3).
 
-A factor of 1 changes nothing, to the bit. `Scaling` is for all positions of a text alike: keys that were rotated in one
+A factor of 1 changes nothing, to the bit. `RopeScaling` is for all positions of a text alike: keys that were rotated in one
 way cannot be compared with queries rotated in another. `DynamicRopeScaling` decides which factor a text gets.
 """
 
@@ -24,16 +24,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-METHODS = ("linear", "ntk", "yarn")
+from model.architecture import ROPE_SCALING_METHODS
+
 BETA_FAST, BETA_SLOW = 32, 1  # YaRN's beta and alpha: turns within the trained length, ends of its ramp
 
 
 @dataclass(frozen=True)
-class Scaling:
+class RopeScaling:
     """How the rotations of one call are slowed down.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `ROPE_SCALING_METHODS`.
         factor: by how much; a number, or (batch,) for rows that differ.
         original: length in tokens that the model was trained at without scaling.
     """
@@ -44,7 +45,7 @@ class Scaling:
 
 
 def rope_tables(
-    position_ids: Tensor, head_dim: int, theta: float, scaling: Scaling | None = None
+    position_ids: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's rotation angles, in float32.
 
@@ -72,7 +73,7 @@ def rope_tables(
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
-def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: Scaling) -> tuple[Tensor, Tensor]:
+def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, Tensor]:
     """The rotation per token of every pair, slowed down.
 
     Args:
@@ -98,7 +99,7 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: S
         # Queries and keys alike: the scores grow by its square (equation 22 of the paper).
         attention_factor = 0.1 * factor.log() + 1
     else:
-        raise ValueError(f"unknown RoPE scaling {scaling.method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown RoPE scaling {scaling.method!r}; known: {', '.join(ROPE_SCALING_METHODS)}")
     longer = factor > 1
     return torch.where(longer, scaled, inv_freq), torch.where(longer, attention_factor, 1.0)
 
@@ -126,19 +127,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-# ---- which scaling
-
-
-def parse_scaling(text: str) -> tuple[str, float | None]:
-    """What `yarn:4` or `yarn` says: the method and the factor (None if it is not there). ValueError for anything else."""
-    method, colon, number = text.partition(":")
-    try:
-        factor = float(number) if colon else None
-    except ValueError:
-        factor = math.nan
-    if method not in METHODS or (factor is not None and not 1 <= factor < math.inf):
-        raise ValueError(f"--rope_scaling {text} must be {', '.join(METHODS)}, or one with a factor: {METHODS[-1]}:4")
-    return method, factor
+# ---- which scaling a text gets
 
 
 @dataclass(frozen=True)
@@ -149,7 +138,7 @@ class DynamicRopeScaling:
     `factors` that covers it: the less is scaled, the less is lost.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `ROPE_SCALING_METHODS`.
         original: length in tokens that the model was trained at without scaling.
         trained: length that it was trained at last: the same, unless it was trained with scaling.
         trained_factor: of that last training; 1 without scaling.
@@ -167,8 +156,8 @@ class DynamicRopeScaling:
         steps = (1.0, *self.factors)
         return self.trained_factor * next((step for step in steps if length <= self.trained * step), steps[-1])
 
-    def scaling(self, factor: float | Tensor) -> Scaling:
-        return Scaling(self.method, factor, self.original)
+    def scaling(self, factor: float | Tensor) -> RopeScaling:
+        return RopeScaling(self.method, factor, self.original)
 
 
 def doublings(factor: float) -> tuple[float, ...]:

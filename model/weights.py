@@ -1,4 +1,4 @@
-"""Weights on the disk: writing `.pth` files, finding, checking and reading them.
+"""Weights on the disk: save, find, check and load `.pth` files.
 
     save_checkpoint("out/pretrain_512.pth", model, info={"stage": "pretrain", "step": 1000})
     checkpoint = load_checkpoint("out/pretrain_512.pth", dtype=torch.float32, tokenizer=tokenizer)
@@ -11,19 +11,16 @@ the weights were made. The published files come without that JSON: their archite
 the JSON carries a fingerprint of its `.pth`, and it is written in this order: the new weights under a temporary name;
 the JSON of the new weights, which still holds the old JSON as `previous`; the rename of the weights; the JSON without
 `previous`. A process killed anywhere leaves weights whose description is in the JSON. Weights that fit neither were
-put there by somebody else, and are refused rather than read with the wrong number of heads.
+put there by another program, and are refused rather than read with the wrong number of heads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,24 +31,24 @@ from common.files import atomic_write
 from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
 from model.model import Transformer
 from model.tokenizer import tokenizer_hash
+from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors, write_json
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
-_TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt: old files carry them along
+_TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt, but stored in old files
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"layers\.0\.feed_forward\.experts\.\d+\.w1\.weight")
-_DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile)
 
 
 @dataclass
 class Checkpoint:
-    """Weights read from `path`. `info` is the JSON beside them ({} if none), `notes` what a user should be told.
+    """Weights read from `path`. `info` is the JSON beside them ({} if none), `notes` are remarks for the user.
 
     `fingerprint` is 16 hex digits that change with the content of the file.
     """
 
     model: Transformer
     config: LMConfig
-    info: dict
+    info: dict[str, Any]
     path: Path
     fingerprint: str
     notes: list[str] = field(default_factory=list)
@@ -61,15 +58,20 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path | str, model: Transformer, *, dtype: torch.dtype = torch.float32, info: dict, overwrite: bool = False
+    path: Path | str,
+    model: Transformer,
+    *,
+    dtype: torch.dtype = torch.float32,
+    info: dict[str, Any],
+    overwrite: bool = False,
 ) -> None:
-    """Write the weights of `model` and the JSON beside them; killed at any moment, the old or the new pair is there.
+    """Write the weights of `model` and the JSON beside them. Killed at any moment, the old or the new pair remains.
 
     Args:
-        path: the `.pth` file; its folder is made.
+        path: the `.pth` file; its folder is created.
         model: a bare Transformer (compiled or not), on any device.
         dtype: of the file: float32, bfloat16 or float16.
-        info: what the JSON should tell beside the configuration: stage, step, tokens, loss, tokenizer_hash, ...
+        info: what the JSON records beside the configuration: stage, step, tokens, loss, tokenizer_hash, ...
         overwrite: replace a checkpoint of another architecture.
 
     Raises:
@@ -83,15 +85,15 @@ def save_checkpoint(
     previous = _previous_description(path)
     ours = {"config": config.own_fields(), "dtype": dtype_name(dtype)}
     new = ours | {key: value for key, value in info.items() if key not in ("fingerprint", "previous")} | ours
-    json.dumps(new, allow_nan=False)  # what cannot be written fails here, before anything is
+    json.dumps(new, allow_nan=False)  # fails here, before anything is written, if it cannot be JSON
     try:
         with atomic_write(path, "w+b", encoding=None) as file:
             torch.save(state, file)
             file.flush()
-            new["fingerprint"] = _fingerprint(file)
-            _write_json(path.with_suffix(".json"), new | previous)
+            new["fingerprint"] = fingerprint_of(file)
+            write_json(path.with_suffix(".json"), new | previous)
         if previous:
-            _write_json(path.with_suffix(".json"), new)
+            write_json(path.with_suffix(".json"), new)
     except (OSError, RuntimeError) as error:
         # torch's zip writer hides the reason (no space left) behind an error of its own.
         reason = error if isinstance(error, OSError) else error.__context__
@@ -103,17 +105,17 @@ def save_checkpoint(
 def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False) -> None:
     """Raise UserError if `path` is a folder, or holds weights of another architecture than `config` without `overwrite`.
 
-    For the start of a run, so that it does not find out at its first save.
+    A run calls this at its start, not only at its first save.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, and weights are written into a file: rename it")
+        raise UserError(f"{path} is a folder, but weights are written into a file: rename the folder")
     if overwrite or not path.exists():
         return
-    advice = "give another --out_dir, or --overwrite to replace it"
+    advice = "choose another folder, or overwrite=True to replace it"
     try:
         existing = _read(path)[1]
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path} exists and is not a checkpoint that can be read ({error}); {advice}") from error
     differences = architecture_differences(config, existing)
     if differences:
@@ -148,19 +150,13 @@ def state_to_save(model: Transformer, dtype: torch.dtype, path: Path | str) -> d
 
 
 def _previous_description(path: Path) -> dict:
-    """{"previous": what the JSON has to say until the weights in `path` are replaced}; {} if nothing is there."""
+    """Return {"previous": the description of the weights now in `path`}, or {} if there are none."""
     if not path.is_file():
         return {}
     try:
-        return {"previous": _description_of(path) | {"fingerprint": _fingerprint(path)}}
-    except ValueError:  # not readable before either: replacing it was asked for
+        return {"previous": read_description(path) | {"fingerprint": fingerprint_of(path)}}
+    except UserError:  # it cannot be read anyway, and the user wants it replaced
         return {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
 
 
 # ---- reading
@@ -171,24 +167,23 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    overrides: dict | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> Checkpoint:
-    """Read weights, published ones or ours, and check everything about them. The model is in evaluation mode.
+    """Load published weights or our own, and check everything about them. The model is in evaluation mode.
 
     Args:
         path: the `.pth` file.
         dtype: of the model; None: that of the file.
-        tokenizer: the one the model is to be used with; another than it was trained with is refused.
+        tokenizer: the one the model will be used with; it must be the one the model was trained with.
         overrides: LMConfig fields to replace (dropout, max_seq_len, ...). Fields of the architecture come from the
             file: a different value for one is refused.
 
-    Raises:
-        UserError: with what is wrong and what to do: a missing or damaged file, a JSON of other weights, missing,
-            unexpected, misshapen or non-finite weights by name, another tokenizer or architecture.
+    Raises UserError for a missing or damaged file, a JSON of other weights, missing, unexpected, misshapen or non-finite
+    weights by name, another tokenizer or architecture.
     """
     path = Path(path)
     state, config, info, notes = _read(path)
-    _check_intact(path, info)
+    check_intact(path, info)
     if overrides:
         config = _replace_fields(config, overrides, path)
     _check_names_and_shapes(state, config, path)
@@ -197,9 +192,9 @@ def load_checkpoint(
         _check_tokenizer(tokenizer, config, info, path)
 
     dtype = dtype or state[EMBEDDING].dtype
-    # A copy, because the tensors read are a map of the file, which somebody may delete or overwrite in place.
+    # A copy, because the tensors are mapped from the file, which another process may delete or overwrite in place.
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
-    return Checkpoint(build_model(state, config, path), config, info, path, _fingerprint(path), notes)
+    return Checkpoint(build_model(state, config, path), config, info, path, fingerprint_of(path), notes)
 
 
 def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> Transformer:
@@ -217,11 +212,12 @@ def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) ->
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
-    """State dict under its plain names, configuration, JSON and notes; the tensors are mapped from the file."""
-    notes = []
-    raw = _read_pth(path)
-    info = _description_of(path)
-    state, compiled, tables = {}, 0, 0
+    """Return the state dict under its plain names, the configuration, the JSON and notes."""
+    notes: list[str] = []
+    raw = read_tensors(path)
+    info = read_description(path)
+    state: dict[str, Tensor] = {}
+    compiled = tables = 0
     for name, tensor in raw.items():
         plain = name.replace("_orig_mod.", "")
         compiled += plain != name
@@ -234,7 +230,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
     if compiled:
         notes.append(f"{compiled} names carry the prefix _orig_mod. of torch.compile: removed")
     if tables:
-        notes.append(f"{tables} tables (mask, pos_cis) in it: left out, they are computed")
+        notes.append(f"{tables} tables (mask, pos_cis) in it: ignored, because they are computed")
     if EMBEDDING not in state or state[EMBEDDING].dim() != 2:
         raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {list_names(list(state))}")
     if OUTPUT not in state:
@@ -247,85 +243,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
         pos_cis = next((tensor for name, tensor in raw.items() if name.endswith("pos_cis")), None)
         config = _config_from_shapes(state, pos_cis, path, notes)
     return state, config, info, notes
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        files = sorted(file.name for file in path.parent.glob("*.pth"))
-        there = f"in {path.parent} there are: {', '.join(files)}" if files else f"no .pth file is in {path.parent}"
-        raise UserError(f"no checkpoint {path}; {there}")
-    if not path.is_file():
-        raise UserError(f"{path} is a folder; name a .pth file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is not a state dict of tensors: it is another kind of file, or holds objects, which are never "
-            "loaded because they can run code"
-        ) from error
-    except (*_DAMAGE, OSError) as error:
-        # torch explains over a whole paragraph, and recommends what runs code.
-        reason = _first_line(error).partition(". ")[0]
-        reason = "not written by torch.save" if "weights_only" in reason else reason
-        raise UserError(f"{path} is damaged or cut off ({reason}); copy it again or save it anew") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise UserError(f"{path} is not a plain state dict: not a tensor: {list_names(others)}")
-    return state
-
-
-def _description_of(path: Path) -> dict:
-    """The JSON that belongs to the weights now in `path`: {} if there is none.
-
-    Raises UserError for a JSON that is damaged or of other weights.
-    """
-    file = path.with_suffix(".json")
-    if not path.is_file() or not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); delete it to have the shapes of {path.name} read") from error
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise UserError(f'{file} has no "config"; delete it to have the shapes of {path.name} read')
-    previous = content.pop("previous", None)
-    if "fingerprint" not in content:  # written by hand
-        return content
-    actual = _fingerprint(path)
-    for candidate in (content, previous):
-        if isinstance(candidate, dict) and candidate.get("fingerprint") == actual:
-            return candidate if "config" in candidate else {}  # the previous weights may have had no JSON
-    raise UserError(
-        f"{file} describes other weights than those in {path.name}; put the right one there, or delete it to have the "
-        f'shapes read (or only its "fingerprint", if you are sure that the rest fits)'
-    )
-
-
-def _fingerprint(file: Path | IO[bytes]) -> str:
-    """16 hex digits of a torch file: from the checksums in its zip directory, so that the weights need not be read."""
-    if not zipfile.is_zipfile(file):  # torch before 1.6
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    with zipfile.ZipFile(file) as archive:
-        entries = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
-
-
-def _check_intact(path: Path, info: dict) -> None:
-    """Read the whole file against its checksums: torch.load does not, and a flipped bit is a wrong weight.
-
-    Only files written here: torch can be told to write none.
-    """
-    if "fingerprint" not in info:
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again or save it anew") from error
-    if broken:
-        raise UserError(f"{path} is damaged: wrong checksum of {broken}; copy it again or save it anew")
 
 
 # ---- architecture
@@ -346,16 +263,18 @@ def _config_from_json(info: dict, file: Path) -> LMConfig:
 
 
 def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: Path, notes: list[str]) -> LMConfig:
-    """The configuration of a file without a JSON: what its shapes tell, and for the rest what was published."""
+    """Return the configuration of a file without a JSON: what its shapes tell, else that of the published models."""
     vocab_size, dim = state[EMBEDDING].shape
-    layers = {int(found[1]) for name in state if (found := _LAYER.match(name))}
+    layers = {int(match[1]) for name in state if (match := _LAYER.match(name))}
     n_experts = sum(bool(_EXPERT.fullmatch(name)) for name in state)
     first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
     missing = [name for name in ("layers.0.attention.wk.weight", first) if name not in state]
     if missing:
         raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {list_names(list(state))}")
     hidden_dim, kv_dim = len(state[first]), len(state["layers.0.attention.wk.weight"])
-    fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0)
+    fields: dict[str, Any] = dict(
+        dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0
+    )
     if n_experts:
         shared = state.get("layers.0.feed_forward.shared_experts.w1.weight")
         if shared is not None and len(shared) % hidden_dim:
@@ -369,7 +288,7 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
     head_dim = dim // n_heads if n_heads and dim % n_heads == 0 else 0
     if not head_dim or kv_dim % head_dim:
         raise UserError(
-            f"{path}: the number of heads cannot be told from keys of width {kv_dim} in a model of width {dim}; "
+            f"{path}: the number of heads cannot be derived from keys of width {kv_dim} in a model of width {dim}; "
             f'write it to {path.with_suffix(".json").name}: {{"config": {{"n_heads": ..., ...}}}}'
         )
     try:
@@ -386,7 +305,7 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
 
 
 def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor | None) -> tuple[int, str]:
-    """Number of query heads and how it was found; the matrices do not tell it, only an old position table does."""
+    """Return the number of query heads and where it comes from: matrices do not tell it, an old position table does."""
     if pos_cis is not None and pos_cis.dim() == 2 and pos_cis.shape[1] > 0:  # (positions, head_dim / 2)
         return dim // (2 * pos_cis.shape[1]), "from the table pos_cis"
     for name in PRESETS:
@@ -397,32 +316,26 @@ def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor 
     return 16, "as in the published models"
 
 
-def _replace_fields(config: LMConfig, overrides: dict, path: Path) -> LMConfig:
+def _replace_fields(config: LMConfig, overrides: dict[str, Any], path: Path) -> LMConfig:
     unknown = sorted(set(overrides) - set(FIELD_TYPES))
     if unknown:
         raise UserError(f"unknown model fields: {', '.join(unknown)}")
     wanted = LMConfig(**(config.own_fields() | overrides))
-    if config.rope_scaling is None and wanted.rope_scaling is not None:
-        _check_context_extension(wanted, config, path)
+    scaling, trained = wanted.scaling, config.max_seq_len
+    if config.scaling is None and scaling is not None:  # a longer context: the file's length times the factor
+        if scaling.original != trained:
+            raise UserError(
+                f"{path} was trained at {trained} tokens; rope_scaling={scaling.method}:{scaling.factor:g} makes that "
+                f"{trained * scaling.factor:g}, not max_seq_len={wanted.max_seq_len}: change one of the two"
+            )
         config = LMConfig(**(config.own_fields() | {"rope_scaling": wanted.rope_scaling}))
     differences = architecture_differences(wanted, config)
     if differences:
         raise UserError(
             f"{path} is a model of another architecture (asked for != in the file: {', '.join(differences)}); "
-            "leave these flags out, or name another checkpoint"
+            "leave these fields out, or choose another checkpoint"
         )
     return wanted
-
-
-def _check_context_extension(wanted: LMConfig, config: LMConfig, path: Path) -> None:
-    """Raise UserError unless `wanted` scales positions so that its length is as many times that of the file."""
-    factor, trained = wanted.rope_scaling["factor"], config.max_seq_len
-    original = wanted.rope_scaling["original_max_position_embeddings"]
-    if original != trained:
-        raise UserError(
-            f"{path} was trained at {trained} tokens; --rope_scaling {wanted.rope_scaling['rope_type']}:{factor:g} makes "
-            f"that {trained * factor:g}, not --max_seq_len {wanted.max_seq_len}: change one of the two"
-        )
 
 
 # ---- checks
@@ -464,22 +377,15 @@ def _check_values(state: dict[str, Tensor], path: Path) -> None:
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LMConfig, info: dict, path: Path) -> None:
     if config.vocab_size != len(tokenizer):
         raise UserError(
-            f"{path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: use the one it was trained with"
+            f"{path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: pass the one it was trained with"
         )
     trained_with, given = info.get("tokenizer_hash"), tokenizer_hash(tokenizer)
     if trained_with is not None and trained_with != given:
-        raise UserError(f"{path} was trained with the tokenizer {trained_with}, this one is {given}: use the former")
-
-
-def list_names(names: list[str], limit: int = 4) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+        raise UserError(
+            f"{path} was trained with the tokenizer {trained_with}, this one is {given}: pass the one it was trained with"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

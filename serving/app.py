@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -82,7 +83,9 @@ def create_app(
         },
         redoc_url=None,
     )
-    errors = {status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 413, 415, 429, 500, 503)}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 413, 415, 429, 500, 503)
+    }
     card = {
         "id": model.name,
         "object": "model",
@@ -119,7 +122,7 @@ def create_app(
         status = "failed" if engine.failed else "shutting down" if engine.closing else "ok"
         return json_response({"status": status}, 200 if status == "ok" else 503)
 
-    plain_text = {200: {"content": {"text/plain": {}}}, 500: errors[500]}
+    plain_text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, 500: errors[500]}
 
     @app.get("/metrics", response_class=Response, responses=plain_text)
     async def prometheus() -> Response:

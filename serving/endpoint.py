@@ -33,7 +33,8 @@ DONE = b"data: [DONE]\n\n"
 LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that the event loop can serve other clients
 
 _json_text = json.JSONEncoder(ensure_ascii=False).encode
-Item, Encoded = TypeVar("Item"), TypeVar("Encoded")
+Item = TypeVar("Item")
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)

@@ -336,32 +336,34 @@ class Engine:
                 self._waiting.clear()
                 self._texts.clear()
             stopping = self._stopping
+        generator = self.generator
+        assert generator is not None
         for key in [key for key, item in self._running.items() if item.owner in gone]:
-            self.generator.cancel(key)
+            generator.cancel(key)
             del self._running[key]
             self.statistics.cancelled += 1
         self._publish({item.owner: ShuttingDown(SHUTTING_DOWN) for item in rejected})
         if stopping or (self.closing and not self._running):
             return False
         with self._wakeup:
-            joining = _next_batch(self._waiting, self.generator.free)
+            joining = _next_batch(self._waiting, generator.free)
             texts = _next_batch(self._texts, MAX_PASS_TEXTS, group=lambda item: (item.top, item.embedding))
         try:
             if texts:
-                self._publish(_by_owner(zip(texts, self._read(texts), strict=True)))
+                self._publish(_by_owner(zip(texts, self._read(generator, texts), strict=True)))
             if joining:
-                self._publish_tokens(self._join(joining))
-            self._publish_tokens(self.generator.step())
+                self._publish_tokens(self._join(generator, joining))
+            self._publish_tokens(generator.step())
             self.statistics.steps += 1
         except RuntimeError:  # from PyTorch: out of memory, a broken device
             log.exception("a step failed; its requests are dropped")
             self.statistics.failures += 1
             self._fail_requests(EngineFailed("the computation failed: see the server's log"), [*joining, *texts])
-            self.generator = None  # its memory must be free before the next one allocates its own
+            self.generator = generator = None  # its memory must be free before the next one allocates its own
             self.generator = self._make_generator()
         return True
 
-    def _join(self, items: list[_Sequence]) -> list[TokenOutput]:
+    def _join(self, generator: BatchGenerator, items: list[_Sequence]) -> list[TokenOutput]:
         """Read the prompts of new sequences; return their first tokens."""
         now = time.perf_counter()
         for item in items:
@@ -370,7 +372,7 @@ class Engine:
             self.statistics.on_joined(now - item.submitted)
             self.statistics.prompt_tokens += len(item.prompt)
         prompts, samplings, keys = zip(*[(item.prompt, item.sampling, item.key) for item in items], strict=True)
-        return self.generator.add(prompts, samplings, keys)
+        return generator.add(prompts, samplings, keys)
 
     def _publish_tokens(self, outputs: list[TokenOutput]) -> None:
         """Deliver new tokens; sequences that ended with them no longer run."""
@@ -384,9 +386,9 @@ class Engine:
         self._publish(_by_owner(zip(items, outputs, strict=True)))
 
     @torch.inference_mode()
-    def _read(self, items: list[_Text]) -> list[Scores] | list[Tensor]:
+    def _read(self, generator: BatchGenerator, items: list[_Text]) -> list[Scores] | list[Tensor]:
         """Run one forward pass over texts of any lengths, padded on the right, where causal attention never looks."""
-        model, device = self.generator.model, self.generator.device
+        model, device = generator.model, generator.device
         lengths = [len(item.prompt) for item in items]
         longest = max(lengths)
         ids = torch.tensor([[*item.prompt, *[0] * (longest - len(item.prompt))] for item in items], device=device)
@@ -411,15 +413,15 @@ class Engine:
         self, error: EngineError, extra: Iterable[_Sequence | _Text] = (), waiting_too: bool = False
     ) -> None:
         """End all running requests and `extra` with an error; with `waiting_too` also those that wait."""
-        owners = {item.owner for item in (*self._running.values(), *extra)}
+        items: list[_Sequence | _Text] = [*self._running.values(), *extra]
         self._running.clear()
         if waiting_too:
             with self._wakeup:
                 self.closing = True
-                owners |= {item.owner for item in (*self._waiting, *self._texts)}
+                items += [*self._waiting, *self._texts]
                 self._waiting.clear()
                 self._texts.clear()
-        self._publish(dict.fromkeys(owners, error))
+        self._publish({item.owner: error for item in items})
 
     def _publish(self, news: dict[Stream, Any]) -> None:
         """Deliver results or errors to their streams: one call into the event loop, however many there are."""

@@ -150,10 +150,13 @@ class EmbeddingRequest(Request):
 # ---- answers
 
 
-class Usage(Schema):
+class PromptUsage(Schema):
     prompt_tokens: int
-    completion_tokens: int
     total_tokens: int
+
+
+class Usage(PromptUsage):
+    completion_tokens: int
 
 
 class Generated(Schema):
@@ -224,16 +227,11 @@ class Embedding(Schema):
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Schema):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class EmbeddingList(Schema):
     object: Literal["list"]
     model: str
     data: list[Embedding]
-    usage: EmbeddingUsage
+    usage: PromptUsage
 
 
 class ModelCard(Schema):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.attention import attend, cu_seqlens_from_positions, document_ids, packed_mask, varlen_attention
+from model.attention import attention, cu_seqlens_from_positions, document_ids, packed_mask, varlen_attention
 from model.rope import apply_rope, rope_tables
 
 BOUNDS = [0, 1, 8, 20, 33, 40]  # two rows of 20 tokens
@@ -93,21 +93,21 @@ def test_packed_attention_on_a_gpu(dtype):
 @pytest.mark.parametrize("flash", [True, False])
 def test_attend_with_masks_and_a_cache(flash):
     q, k, v = (x.detach().transpose(1, 2) for x in qkv(2, 9))
-    causal = attend(q, k, v, None, flash=flash)
+    causal = attention(q, k, v, None, flash=flash)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     additive = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     for same in (mask, additive):
-        torch.testing.assert_close(attend(q, k, v, same, flash=flash), causal, atol=1e-6, rtol=1e-5)
-    last = attend(q[:, :, -1:], k, v, None, flash=flash)  # one query sees every key
+        torch.testing.assert_close(attention(q, k, v, same, flash=flash), causal, atol=1e-6, rtol=1e-5)
+    last = attention(q[:, :, -1:], k, v, None, flash=flash)  # one query sees every key
     torch.testing.assert_close(last, causal[:, :, -1:], atol=1e-6, rtol=1e-5)
 
 
 def test_dropout_of_attention_weights_keeps_the_mean():
     q, k, v = (x.detach().transpose(1, 2) for x in qkv(1, 6))
     for flash in (True, False):
-        dropped = torch.stack([attend(q, k, v, None, dropout=0.5, flash=flash) for _ in range(2000)])
+        dropped = torch.stack([attention(q, k, v, None, dropout=0.5, flash=flash) for _ in range(2000)])
         assert dropped.std(0)[..., 1:, :].min() > 0
-        torch.testing.assert_close(dropped.mean(0), attend(q, k, v, None), atol=0.2, rtol=0)
+        torch.testing.assert_close(dropped.mean(0), attention(q, k, v, None), atol=0.2, rtol=0)
 
 
 def test_document_boundaries():

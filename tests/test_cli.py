@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import Parser, validate_folder
+from common.errors import known_flags, name_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,3 +88,16 @@ def test_every_script(script):
     found = subprocess.run([sys.executable, script, "--no_such_flag"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+
+
+def test_fields_in_errors_are_shown_as_the_flags_that_were_typed(capsys):
+    known_flags.clear()
+    make().parse_args([])
+    message = "batch_size=3 is not divisible by n_heads=2; overwrite=True, --batch_size=4"
+    assert name_flags(message) == "--batch_size 3 is not divisible by n_heads=2; overwrite=True, --batch_size=4"
+    parser = make()
+    parser.add_argument("--overwrite", action="store_true")
+    parser.parse_args([])
+    with pytest.raises(SystemExit):
+        parser.error(["it exists: set overwrite=True"])
+    assert capsys.readouterr().err == "error: it exists: set --overwrite\n"

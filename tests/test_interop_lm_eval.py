@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import log_probability_rounding
 
 from common.files import atomic_folder
 from evaluation.scoring import MultipleChoice, score
@@ -89,12 +90,12 @@ def our_scores(model: Transformer, start: list[int], docs: list[dict] = DOCS) ->
     return score(model, items)
 
 
-def check(scores: dict, samples: list[dict], ours: list[torch.Tensor], tolerance: float) -> None:
+def check(scores: dict, samples: list[dict], ours: list[torch.Tensor], model: Transformer) -> None:
     """The harness has our log-probabilities, and counts right answers as we would."""
     assert len(samples) == len(DOCS)
     for sample, mine in zip(samples, ours, strict=True):
         theirs = torch.tensor([float(value) for value, _ in sample["filtered_resps"]])
-        torch.testing.assert_close(theirs, mine, atol=tolerance, rtol=0)
+        torch.testing.assert_close(theirs, mine, atol=log_probability_rounding(model.config, 16), rtol=0)
     right = [int(mine.argmax()) == doc["answer"] for mine, doc in zip(ours, DOCS, strict=True)]
     assert scores["acc,none"] == pytest.approx(sum(right) / len(right))
 
@@ -117,7 +118,7 @@ def test_exported_folder(moe, tmp_path):
     model = make(moe)
     arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=True"
     found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "4")
-    check(*found, our_scores(model, [BOS_ID]), 1e-3)
+    check(*found, our_scores(model, [BOS_ID]), model)
 
 
 @pytest.fixture
@@ -158,4 +159,4 @@ def test_running_server(server, tmp_path):
         "tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent=2,max_retries=1,max_length=256"
     )
     found = lm_eval(tmp_path, "--model", "local-completions", "--model_args", arguments, "--batch_size", "2")
-    check(*found, our_scores(model, []), 1e-3)
+    check(*found, our_scores(model, []), model)

@@ -19,7 +19,7 @@ from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize import TokenizedDataset
 from model import lora
 from model.LMConfig import LMConfig
-from model.lora import ALL_PROJECTIONS, add_adapter, load_adapter, merge, put_on, save_adapter, trainable_share
+from model.lora import ALL_PROJECTIONS, add_adapter, apply_adapter, load_adapter, merge, save_adapter, trainable_share
 from model.model import Transformer
 from model.weights import load_checkpoint, save_checkpoint
 from trainer.distributed import DistEnv
@@ -183,7 +183,7 @@ def test_an_adapter_of_another_rank_or_model_does_not_fit(saved, tmp_path):
         model = load_checkpoint(write_base(tmp_path / "other.pth", **fields)).model
         (saved / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="lora_x_32 does not fit this model, or is damaged: .+"):
-            put_on(model, saved)
+            apply_adapter(model, saved)
 
 
 def without_a_tensor(file: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_failed_save_keeps_the_old_adapter(saved, base_path, monkeypatch, mome
     if moment == "weights":
         monkeypatch.setattr(PeftModel, "save_pretrained", fail)
     elif moment == "description":
-        monkeypatch.setattr(lora, "fsync_dir", fail)
+        monkeypatch.setattr(lora, "_set_base_name", fail)
     else:
         replace = os.replace
 

@@ -8,11 +8,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # trl must not ask a hub
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tolerances import assert_gradients_close, rounding, shape_of
+from tolerances import assert_gradients_close, log_probability_rounding, rounding, shape_of
 from trl import DPOConfig, DPOTrainer
 
 from data_pipeline.datasets import PackedRows
@@ -74,9 +73,9 @@ def with_reference(encoded, reference, tmp_path, batch_size: int = 3) -> Prefere
 
 
 def margin_rounding(pairs: PreferencePairs, beta: float) -> float:
-    """Return the rounding error of beta times the four log-probabilities of a pair; those grow with the length."""
-    largest = float(np.abs(pairs.ref_logps).max())
-    return 4 * beta * rounding(**shape_of(LMConfig(**SHAPE))) * largest
+    """Return the rounding error of beta times the four log-probabilities of a pair."""
+    longest = max(len(answer) for pair in pairs.pairs for answer in (pair.chosen, pair.rejected))
+    return 4 * beta * log_probability_rounding(LMConfig(**SHAPE), longest)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -170,7 +169,7 @@ def test_before_the_first_step(encoded, tmp_path, kind, smoothing, expected):
     pairs = with_reference(encoded, model, tmp_path / "same", batch_size=4)
     loss, _, extras = dpo_loss(0.1, smoothing, kind)(model, pairs.batch(range(4)))
     assert loss.item() == pytest.approx(4 * expected, rel=rounding())
-    assert extras["margin"].item() == extras["accuracy"].item() == extras["drift"].item() == 0
+    assert extras["margin"].item() == extras["accuracy"].item() == extras["kl_estimate"].item() == 0
 
 
 def trl_trainer(policy, reference, tokenizer, folder, **settings) -> DPOTrainer:

@@ -221,13 +221,13 @@ def test_presets_have_the_published_names_shapes_and_sizes(name, sizes, millions
 
 
 def test_configuration_refuses_what_cannot_be_built():
-    with pytest.raises(ValueError, match="--dim 100 is not divisible by --n_heads 16"):
+    with pytest.raises(ValueError, match="dim=100 is not divisible by n_heads=16"):
         preset("toy", dim=100, n_heads=16)
-    with pytest.raises(ValueError, match="(?s)--n_heads 6 is not divisible by --n_kv_heads 4.*--dropout 1.5"):
+    with pytest.raises(ValueError, match="(?s)n_heads=6 is not divisible by n_kv_heads=4.*dropout=1.5"):
         preset("toy", n_kv_heads=4, dropout=1.5)
     with pytest.raises(ValueError, match="head dimension 7"):
         LMConfig(dim=28, n_heads=4, n_kv_heads=2)
-    with pytest.raises(ValueError, match="--num_experts_per_tok 5"):
+    with pytest.raises(ValueError, match="num_experts_per_tok=5"):
         LMConfig(use_moe=True, num_experts_per_tok=5)
     with pytest.raises(ValueError, match="known: minimind-v1-small"):
         preset("huge")

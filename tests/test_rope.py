@@ -15,14 +15,15 @@ from inference.backends import TorchModel
 from inference.generator import BatchGenerator, generate, generate_ids
 from inference.kernels.decode_weights import DecodeWeights
 from inference.options import SamplingParams
+from model.architecture import ROPE_SCALING_METHODS, parse_rope_scaling
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.rope import METHODS, DynamicRopeScaling, Scaling, doublings, parse_scaling, rope_tables, scaled_frequencies
+from model.rope import DynamicRopeScaling, RopeScaling, doublings, rope_tables, scaled_frequencies
 from model.tokenizer import TOKENIZER_DIR
 from model.weights import load_checkpoint, save_checkpoint
 
 VOCAB, TRAINED = 97, 16
-methods = pytest.mark.parametrize("method", METHODS)
+methods = pytest.mark.parametrize("method", ROPE_SCALING_METHODS)
 
 
 def make(use_moe: bool = False, **fields) -> Transformer:
@@ -41,7 +42,9 @@ def plain_frequencies(head_dim: int, theta: float) -> torch.Tensor:
 
 
 def frequencies(method: str, factor, original: int, head_dim: int = 32, theta: float = 1e4):
-    return scaled_frequencies(plain_frequencies(head_dim, theta), head_dim, theta, Scaling(method, factor, original))
+    return scaled_frequencies(
+        plain_frequencies(head_dim, theta), head_dim, theta, RopeScaling(method, factor, original)
+    )
 
 
 # ---- formulas
@@ -95,20 +98,20 @@ def test_a_factor_of_1_changes_no_bit(method):
     positions = torch.arange(600)[None]
     plain = rope_tables(positions, 32, 1e4)
     for factor in (1.0, torch.ones(1)):
-        scaled = rope_tables(positions, 32, 1e4, Scaling(method, factor, 512))
+        scaled = rope_tables(positions, 32, 1e4, RopeScaling(method, factor, 512))
         assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
     # Nor in rows beside others.
-    both = rope_tables(positions.expand(2, -1), 32, 1e4, Scaling(method, torch.tensor([1.0, 2.0]), 512))
-    alone = rope_tables(positions, 32, 1e4, Scaling(method, 2.0, 512))
+    both = rope_tables(positions.expand(2, -1), 32, 1e4, RopeScaling(method, torch.tensor([1.0, 2.0]), 512))
+    alone = rope_tables(positions, 32, 1e4, RopeScaling(method, 2.0, 512))
     for rows, first, second in zip(both, plain, alone, strict=True):
         assert torch.equal(rows[:1], first) and torch.equal(rows[1:], second) and not torch.equal(first, second)
 
 
 def test_scalings_that_are_none():
-    assert parse_scaling("yarn") == ("yarn", None) and parse_scaling("linear:2.5") == ("linear", 2.5)
+    assert parse_rope_scaling("yarn") == ("yarn", None) and parse_rope_scaling("linear:2.5") == ("linear", 2.5)
     for text in ("", "longrope", "yarn:", "yarn:x", "yarn:0.5", "yarn:nan", "yarn:inf", "yarn:4:4", "4"):
-        with pytest.raises(ValueError, match="--rope_scaling .*yarn:4"):
-            parse_scaling(text)
+        with pytest.raises(ValueError, match="rope_scaling=.*yarn:4"):
+            parse_rope_scaling(text)
     with pytest.raises(ValueError, match="unknown RoPE scaling 'x'; known: linear, ntk, yarn"):
         frequencies("x", 2.0, 512)
 
@@ -121,34 +124,34 @@ def test_doublings():
 
 
 def test_the_factor_follows_the_length():
-    extension = LMConfig(max_seq_len=512).extension("yarn", max_len=1500)
-    assert extension == DynamicRopeScaling("yarn", 512, 512, 1.0, (2.0, 1500 / 512))
-    assert [extension.factor(n) for n in (1, 512, 513, 1024, 1025, 1500, 9999)] == [1, 1, 2, 2, *[1500 / 512] * 3]
-    fixed = LMConfig(max_seq_len=512).extension("ntk", 4.0)
+    dynamic = LMConfig(max_seq_len=512).dynamic_rope_scaling("yarn", max_len=1500)
+    assert dynamic == DynamicRopeScaling("yarn", 512, 512, 1.0, (2.0, 1500 / 512))
+    assert [dynamic.factor(n) for n in (1, 512, 513, 1024, 1025, 1500, 9999)] == [1, 1, 2, 2, *[1500 / 512] * 3]
+    fixed = LMConfig(max_seq_len=512).dynamic_rope_scaling("ntk", 4.0)
     assert [fixed.factor(n) for n in (512, 513, 2048, 5000)] == [1, 4, 4, 4]
     # Trained with scaling already: that is what short texts get, and where further factors begin.
     trained = dict(max_seq_len=2048, rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    further = LMConfig(**trained).extension("yarn", max_len=8192)
+    further = LMConfig(**trained).dynamic_rope_scaling("yarn", max_len=8192)
     assert [further.factor(n) for n in (5, 2048, 2049, 8192)] == [4, 4, 8, 16] and further.original == 512
 
 
 def test_extensions_that_make_no_sense():
     config = LMConfig(max_seq_len=512)
     for arguments, message in (
-        (("yarn",), "needs a length: give --max_seq_len, or a factor"),
+        (("yarn",), "needs a length: set max_seq_len=N, or a factor"),
         (("yarn", None, 512), "for texts longer than the 512 tokens"),
         (("yarn", 1.0), "for texts longer than the 512 tokens"),
-        (("yarn", 2.0, 2048), "reaches 1024 tokens .* --max_seq_len 2048 is more"),
+        (("yarn", 2.0, 2048), "reaches 1024 tokens .* max_seq_len=2048 is more"),
     ):
         with pytest.raises(ValueError, match=message):
-            config.extension(*arguments)
+            config.dynamic_rope_scaling(*arguments)
     trained = LMConfig(max_seq_len=2048, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(ValueError, match="was trained with yarn scaling"):
-        trained.extension("linear", 2.0)
+        trained.dynamic_rope_scaling("linear", 2.0)
     with pytest.raises(ValueError, match="head dimension of at least 4"):
-        LMConfig(dim=8, n_heads=4, n_kv_heads=2).extension("ntk", 2.0)
-    with pytest.raises(ValueError, match="--rope_theta above 1"):
-        LMConfig(rope_theta=0.5).extension("yarn", 2.0)
+        LMConfig(dim=8, n_heads=4, n_kv_heads=2).dynamic_rope_scaling("ntk", 2.0)
+    with pytest.raises(ValueError, match="a rope_theta above 1"):
+        LMConfig(rope_theta=0.5).dynamic_rope_scaling("yarn", 2.0)
 
 
 # ---- decoding
@@ -159,8 +162,8 @@ def recompute(model: Transformer, prompt: list[int], n: int) -> tuple[list[int],
     """Greedy tokens and their logits, the whole sequence anew for each, scaled as its length asks for."""
     ids, rows = list(prompt), []
     for _ in range(n):
-        factor = model.extension.factor(len(ids))
-        scaling = model.extension.scaling(factor) if factor > 1 else None
+        factor = model.dynamic_rope_scaling.factor(len(ids))
+        scaling = model.dynamic_rope_scaling.scaling(factor) if factor > 1 else None
         rows.append(model(torch.tensor([ids]), use_cache=False, rope_scaling=scaling).logits[0, -1])
         ids.append(rows[-1].argmax().item())
     return ids[len(prompt) :], torch.stack(rows)
@@ -171,7 +174,7 @@ def recompute(model: Transformer, prompt: list[int], n: int) -> tuple[list[int],
 def test_cached_is_uncached_in_a_ragged_batch_that_outgrows_the_training(method, use_moe):
     model, prompts = make(use_moe), make_prompts(3, 17, 9, 16, 40, 70)
     unscaled = generate_ids(model, prompts, SamplingParams(max_new_tokens=40), eos_id=None, max_len=100)
-    model.extension = model.config.extension(method, max_len=100)
+    model.dynamic_rope_scaling = model.config.dynamic_rope_scaling(method, max_len=100)
     plain = [recompute(model, prompt, 30) for prompt in prompts]
     sampling = SamplingParams(max_new_tokens=30, logprobs=0)
     # The fast step knows only the rotation of training: it has to leave the others to the model.
@@ -183,7 +186,7 @@ def test_cached_is_uncached_in_a_ragged_batch_that_outgrows_the_training(method,
             assert [event.token for event in own] == tokens
             expected = logits.log_softmax(-1)[range(30), tokens]
             torch.testing.assert_close(torch.tensor([e.logprob for e in own]), expected, atol=1e-4, rtol=1e-4)
-    # Scaling does something beyond the trained length, and nothing before: the text so far is <= 16 tokens there.
+    # RopeScaling does something beyond the trained length, and nothing before: the text so far is <= 16 tokens there.
     for prompt, (tokens, _), before in zip(prompts, plain, unscaled, strict=True):
         short = max(TRAINED + 1 - len(prompt), 0)
         assert tokens[:short] == before[:short]
@@ -207,7 +210,7 @@ def test_short_texts_stay_as_they_are_to_the_bit(method):
     model, prompts = make(), make_prompts(2, 8, 6)
     asked = SamplingParams(max_new_tokens=8, logprobs=5)
     plain = list(generate(model, prompts, asked, eos_id=None))
-    model.extension = model.config.extension(method, max_len=64)
+    model.dynamic_rope_scaling = model.config.dynamic_rope_scaling(method, max_len=64)
     assert list(generate(model, prompts, asked, eos_id=None, max_len=64)) == plain
 
     # Also beside a long one, whose rotations are others: the same events, up to the rounding of another batch size.
@@ -224,7 +227,7 @@ def test_short_texts_stay_as_they_are_to_the_bit(method):
 
 def test_a_row_is_computed_anew_only_where_its_factor_changes(monkeypatch):
     model = make()
-    model.extension = model.config.extension("yarn", max_len=64)
+    model.dynamic_rope_scaling = model.config.dynamic_rope_scaling("yarn", max_len=64)
     calls = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(k["input_ids"].shape[1]) or forward(*a, **k))
@@ -241,13 +244,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def test_configuration():
     assert LMConfig().rope_scaling is None and LMConfig().scaling is None
     config = LMConfig(max_seq_len=2048, rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    assert config.rope_scaling == YARN and config.scaling == Scaling("yarn", 4.0, 512)
+    assert config.rope_scaling == YARN and config.scaling == RopeScaling("yarn", 4.0, 512)
     assert LMConfig(**config.own_fields()).own_fields() == config.own_fields()
     assert config.architecture() != LMConfig(max_seq_len=2048).architecture()
     for wrong, message in (
         ("yarn:4", "must be like"),
         ({"rope_type": "llama3", "factor": 2.0}, "llama3: a model is trained with linear or yarn"),
-        ({"rope_type": "ntk", "factor": 4.0}, "that is --rope_theta 43873"),
+        ({"rope_type": "ntk", "factor": 4.0}, "that is rope_theta=43873"),
         ({"rope_type": "yarn"}, "factor None must be a number"),
         ({"rope_type": "yarn", "factor": 0.5}, "factor 0.5 must be a number of at least 1"),
         ({"rope_type": "yarn", "factor": math.inf}, "factor inf"),
@@ -291,11 +294,9 @@ def test_extending_a_checkpoint(tmp_path):
     wanted = {"rope_type": "yarn", "factor": 4.0}
     longer = load_checkpoint(tmp_path / "a.pth", overrides={"max_seq_len": 64, "rope_scaling": wanted})
     assert longer.config.rope_scaling == wanted | {"original_max_position_embeddings": TRAINED}
-    with pytest.raises(
-        ValueError, match="trained at 16 tokens; --rope_scaling yarn:4 makes that 64, not --max_seq_len 32"
-    ):
+    with pytest.raises(ValueError, match="trained at 16 tokens; rope_scaling=yarn:4 makes that 64, not max_seq_len=32"):
         load_checkpoint(tmp_path / "a.pth", overrides={"max_seq_len": 32, "rope_scaling": wanted})
-    with pytest.raises(ValueError, match="not --max_seq_len 16"):
+    with pytest.raises(ValueError, match="not max_seq_len=16"):
         load_checkpoint(tmp_path / "a.pth", overrides={"rope_scaling": wanted})
 
 

@@ -128,7 +128,7 @@ def test_longer_than_trained(out, call):
         length = ["--max_seq_len", 100] if given == "yarn" else []
         result = call(*flags, *length, "--max_new_tokens", 95, "--rope_scaling", given)
         assert told in result.stdout and "[95 tokens, " in result.stdout, result.stderr
-        model.extension = model.config.extension(*arguments)
+        model.dynamic_rope_scaling = model.config.dynamic_rope_scaling(*arguments)
         (text,) = generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=95), max_len=144)
         assert f"\nx{visible(text)} [cut off" in result.stdout
         written[given] = text
@@ -137,7 +137,7 @@ def test_longer_than_trained(out, call):
             f"\nx{visible(generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=40))[0])} [cut"
             in short.stdout
         )
-    model.extension = None
+    model.dynamic_rope_scaling = None
     (unscaled,) = generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=95), max_len=144)
     assert len({unscaled, *written.values()}) == 3
     for given, wrong in (

@@ -176,7 +176,7 @@ def test_position_table_of_an_old_file_tells_the_heads(path):
 def test_heads_that_cannot_be_told_are_asked_for(path):
     model = make(dim=60, n_heads=10, n_kv_heads=5)
     as_published(path, model)
-    refuses(r'number of heads cannot be told .* \{"config": \{"n_heads"', path)
+    refuses(r'number of heads cannot be derived .* \{"config": \{"n_heads"', path)
     path.with_suffix(".json").write_text(json.dumps({"config": model.config.own_fields()}))
     assert same_weights(load_checkpoint(path).model, model)
 
@@ -327,7 +327,7 @@ def test_old_torch_format_is_read(path):
         ("[]", 'has no "config"'),
         ('{"config": 3}', 'has no "config"'),
         ('{"config": {"dim": 64, "depth": 3}}', 'unknown fields in "config": depth'),
-        ('{"config": {"dim": 65}}', "--dim 65 is not divisible by --n_heads 16"),
+        ('{"config": {"dim": 65}}', "dim=65 is not divisible by n_heads=16"),
         ('{"config": {"dim": "64"}}', "cannot be used"),
         ('{"config": {"dim": 64, "n_layers": 2.5}}', "cannot be used"),
     ],
@@ -371,7 +371,7 @@ def test_another_architecture_is_not_replaced_unasked(saved):
         lambda: check_can_write(saved, deeper.config),
         lambda: save_checkpoint(saved, deeper, info={}),
     ):
-        with pytest.raises(ValueError, match=r"n_layers: 3 != 2.*--overwrite"):
+        with pytest.raises(ValueError, match=r"n_layers: 3 != 2.*overwrite=True"):
             attempt()
     assert same_weights(load_checkpoint(saved).model, make())
     check_can_write(saved, make(dropout=0.1).config)
@@ -384,7 +384,7 @@ def test_another_architecture_is_not_replaced_unasked(saved):
 def test_what_is_not_a_checkpoint_is_not_replaced_unasked(path):
     path.parent.mkdir()
     path.write_text("my diary")
-    with pytest.raises(ValueError, match="exists and is not a checkpoint that can be read.*--overwrite"):
+    with pytest.raises(ValueError, match="exists and is not a checkpoint that can be read.*overwrite=True"):
         save_checkpoint(path, make(), info={})
     assert path.read_text() == "my diary"
     save_checkpoint(path, make(), info={}, overwrite=True)
@@ -456,7 +456,9 @@ def test_killed_at_random_moments(path):
     """Two models of the same shapes and different heads are saved in turn: a wrong pairing would show."""
     sizes = dict(dim=256, vocab_size=97)
     models = [make(0, **sizes, n_heads=8, n_kv_heads=4), make(1, **sizes, n_heads=16, n_kv_heads=8)]
+    started = time.perf_counter()
     save_checkpoint(path, models[0], info={"step": 0})
+    seconds = time.perf_counter() - started + 0.05
 
     def save_for_ever() -> None:
         for step in range(1, 100_000):
@@ -466,7 +468,7 @@ def test_killed_at_random_moments(path):
     steps = set()
     for _ in range(12):
         pid = fork(save_for_ever)
-        time.sleep(chance.uniform(0.05, 0.25))
+        time.sleep(chance.uniform(0.2, 3) * seconds)  # of a save: a busy machine is slower
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         checkpoint = load_checkpoint(path)

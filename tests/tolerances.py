@@ -23,6 +23,11 @@ def rounding(dtype: torch.dtype = torch.float32, *, terms: int = 1, depth: int =
     return 4 * torch.finfo(dtype).eps * math.sqrt(terms * depth)
 
 
+def log_probability_rounding(config: LMConfig, n_tokens: int) -> float:
+    """Return the error of the summed log-probabilities of `n_tokens` tokens that are about as unlikely as by chance."""
+    return rounding(**shape_of(config, n_tokens)) * math.log(config.vocab_size) * math.sqrt(n_tokens)
+
+
 def rms(x: torch.Tensor) -> float:
     """Return the root of the mean square."""
     return float(x.detach().double().square().mean().sqrt())

@@ -20,12 +20,12 @@ LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int, dict[str, Tensor]
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Cross entropy of every target token given what stands before it in its document; pretraining, SFT and LoRA.
+    """Return the cross entropy of every target token given the tokens before it in its document.
 
-    While training a mixture of experts, the optimised sum holds the balance loss too; it is logged apart, so that "loss"
-    means the same for dense models and for mixtures, in training and in validation.
+    For pretraining, SFT and LoRA. While training a mixture of experts, the optimised sum includes the balance loss; it is
+    logged separately, so that "loss" means the same for dense models and for mixtures, in training and in validation.
     """
-    # num_items_in_batch=1: the model is to return the sum.
+    # num_items_in_batch=1: the model returns the sum.
     out = model(**batch.inputs, num_items_in_batch=1, loss_only=True, use_cache=False)
     n_targets = batch.n_targets
     if out.aux_loss is None:
@@ -36,7 +36,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[s
 
 
 def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-probability of every answer given its prompt, and its number of tokens; each (sequences,) float32.
+    """Return the log-probability of every answer given its prompt, and its number of tokens; each (sequences,) float32.
 
     inputs: a batch of `data_pipeline.preferences.PreferencePairs`. Logits are computed only where an answer is predicted.
     """
@@ -49,9 +49,8 @@ def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor,
     ).logits[0]  # (answer tokens, vocabulary)
     per_token = -F.cross_entropy(logits.float(), inputs["targets"], reduction="none")
     zeros = per_token.new_zeros(len(inputs["cu_seqlens"]) - 1)
-    return zeros.index_add(0, inputs["sequence"], per_token), zeros.index_add(
-        0, inputs["sequence"], torch.ones_like(per_token)
-    )
+    log_probs = zeros.index_add(0, inputs["sequence"], per_token)
+    return log_probs, zeros.index_add(0, inputs["sequence"], torch.ones_like(per_token))
 
 
 @torch.no_grad()
@@ -74,18 +73,18 @@ def compute_ref_logps(
 
 
 def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -> LossFunction:
-    """Direct Preference Optimization (https://arxiv.org/abs/2305.18290), a sum over pairs.
+    """Return the loss of Direct Preference Optimization (https://arxiv.org/abs/2305.18290), a sum over pairs.
 
     With r = log p(answer | prompt) - log p_reference(answer | prompt) and m = r(chosen) - r(rejected):
 
     sigmoid: -log sigmoid(beta m), equation 7. label_smoothing e assumes that a share e of the labels is swapped:
         (1 - e) (-log sigmoid(beta m)) + e (-log sigmoid(-beta m)) (conservative DPO).
     ipo: (m - 1 / (2 beta))^2 with log-probabilities averaged over an answer's tokens (https://arxiv.org/abs/2310.12036,
-        equation 17); it does not push a pair any further once it is told apart well enough.
+        equation 17); it does not push a pair any further once its margin is large enough.
 
     Before the first step m is 0 and the sigmoid loss ln 2. Logged beside the loss, as means over pairs: `chosen_reward` and
-    `rejected_reward` (beta r), their `margin`, `accuracy` (share of positive margins), and `drift`, the mean of -r per
-    answer: how much less probable the answers of the data have become (an estimate of the KL divergence from the
+    `rejected_reward` (beta r), their `margin`, `accuracy` (share of positive margins), and `kl_estimate`, the mean of -r
+    per answer: how much less probable the answers of the data have become (an estimate of the KL divergence from the
     reference if the answers were samples of it).
     """
 
@@ -106,7 +105,7 @@ def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -
             "accuracy": (margin > 0).float().sum(),
             "chosen_reward": rewards[:, 0].sum(),
             "rejected_reward": rewards[:, 1].sum(),
-            "drift": -ratios.detach().mean(dim=1).sum(),
+            "kl_estimate": -ratios.detach().mean(dim=1).sum(),
         }
         return loss.sum(), len(ratios), extras
 

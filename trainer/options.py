@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import flag, flag_group, validate_folder
 from common.errors import UserError
 from common.files import ROOT
-from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions
+from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions, parse_rope_scaling
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +43,8 @@ def _model_flags() -> dict[str, tuple[Any, str]]:
 
 def _scaling(text: str) -> dict:
     """Read METHOD:FACTOR, such as yarn:4, into the form of LMConfig."""
-    from model.rope import parse_scaling  # loads torch
-
     try:
-        method, factor = parse_scaling(text)
+        method, factor = parse_rope_scaling(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if factor is None:

@@ -15,7 +15,7 @@ import streamlit as st
 import torch
 from streamlit.delta_generator import DeltaGenerator
 
-from common.errors import UserError
+from common.errors import UserError, name_flags
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
 from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import ModelOptions, SamplingParams
@@ -81,7 +81,7 @@ def load_model(entry: Entry, options: ModelOptions, texts: Texts) -> ChatModel |
         with st.spinner(literal(texts("loading", name=entry.path.name))):
             generator = cached_model(entry.path, options, repr(options), entry.stamp)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        reason = visible(str(error)).strip().partition("\n")[0]
+        reason = visible(name_flags(str(error))).strip().partition("\n")[0]
         st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
         return None
     return ChatModel(generator, entry.path.name, entry.continues, decoding_thread())
@@ -96,7 +96,7 @@ def choose_language(language: str) -> Texts:
         st.session_state.language = language_of(st.context.locale) if language == "auto" else language
     texts = Texts(st.session_state.language)
     st.segmented_control(
-        texts("language"), list(LANGUAGES), format_func=LANGUAGES.get, key="language", required=True,
+        texts("language"), list(LANGUAGES), format_func=lambda code: LANGUAGES[code], key="language", required=True,
         label_visibility="collapsed", width="stretch",
     )  # fmt: skip
     return texts
@@ -225,8 +225,9 @@ def show_answer(exchange: Exchange, texts: Texts) -> Places | None:
 
 
 def draw(exchange: Exchange, places: Places, texts: Texts) -> None:
-    text, facts = places
-    answer, running = exchange.answer, exchange.answer.finish is None
+    (text, facts), answer = places, exchange.answer
+    assert answer is not None
+    running = answer.finish is None
     beginning = visible(exchange.question) if exchange.continues else ""
     shown = visible(answer.text) or ("" if running or beginning else texts("no_text"))
     text.html(text_html(shown, beginning=beginning, writing=running))
@@ -235,8 +236,8 @@ def draw(exchange: Exchange, places: Places, texts: Texts) -> None:
 
 def write(exchange: Exchange, places: Places, texts: Texts) -> None:
     """Continue an answer and draw it as it grows. Streamlit may end this run at each drawing, for example for Stop."""
-    answer = exchange.answer
-    drawn = time.monotonic()
+    answer, drawn = exchange.answer, time.monotonic()
+    assert answer is not None
     while answer.advance():
         # Long texts are drawn less often: each drawing sends all of it.
         if time.monotonic() - drawn >= DRAW_SECONDS + len(answer.text) / 400_000:
