@@ -126,7 +126,7 @@ def parse_options(
     parser = (parser_class or Parser)(description=description)
     members: dict[str, list[str]] = {}  # field of a `flag_group` -> its flags
     groups: dict[str, Any] = {"": parser}
-    _add_flags(parser, groups, options, defaults, members)
+    add_flags(parser, groups, options, defaults, members)
     given = vars(parser.parse_args(argv))
     for field_name, names in members.items():
         values = {name: given.pop(name) for name in names}
@@ -142,7 +142,7 @@ def parse_options(
     return result
 
 
-def _add_flags(
+def add_flags(
     parser: Parser, groups: dict[str, Any], options: Any, defaults: dict[str, Any], members: dict[str, list[str]]
 ) -> None:
     """Add the flags of a dataclass to `parser`. Fills `groups` (title -> group) and `members`."""
@@ -163,7 +163,7 @@ def _add_flags(
                 _add(group, f"--{name}", kind, None, help, {})
         elif "options" in metadata:
             inner = {"": parser.add_argument_group(metadata["title"])}
-            _add_flags(parser, inner, metadata["options"], metadata["defaults"], members)
+            add_flags(parser, inner, metadata["options"], metadata["defaults"], members)
 
 
 def _build(options: Any, given: dict[str, Any], errors: list[str]) -> Any:

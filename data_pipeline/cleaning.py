@@ -357,9 +357,9 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """Exit when the main process is killed: the worker would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
-    os._exit(1)
+        os._exit(1)
 
 
 def summary_table(stage: Stage, summary: Summary) -> str:

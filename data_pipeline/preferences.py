@@ -103,8 +103,12 @@ class PreferencePairs:
         predicts: (answer tokens,) positions whose next token belongs to an answer; targets: those next tokens;
         sequence: (answer tokens,) index of their sequence; ref_logps: (pairs, 2) float32.
         """
-        ids, positions, boundaries = list[int](), list[int](), [0]
-        predicts, targets, sequence = list[int](), list[int](), list[int]()
+        ids: list[int] = []
+        positions: list[int] = []
+        boundaries = [0]
+        predicts: list[int] = []
+        targets: list[int] = []
+        sequence: list[int] = []
         for i in indices:
             pair = self.pairs[i]
             for answer in (pair.chosen, pair.rejected):

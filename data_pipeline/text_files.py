@@ -109,7 +109,8 @@ def hash_files(paths: Sequence[Path], cache_dir: Path) -> list[str]:
             with path.open("rb") as file:
                 while piece := file.read(1 << 20):
                     digest.update(piece)
-                    progress.update(len(piece))
+                    if progress is not None:
+                        progress.update(len(piece))
             found[name] = digest.hexdigest()
             # Times are coarse: a file written this very moment may be written again and look the same.
             if file_state(path) == state and time.time_ns() - max(state[1:3]) > 2_000_000_000:

@@ -23,6 +23,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -323,7 +324,7 @@ def _token_ids(config: LMConfig) -> dict:
     return {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _without_paths(value: object) -> object:
+def _without_paths(value: Any) -> Any:
     """Return a copy in which absolute paths are cut to their last part: nobody needs to know where the files were."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}

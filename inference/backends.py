@@ -6,6 +6,8 @@ the function below through torch.compile (on a GPU with CUDA graphs). It goes in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,19 +19,19 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import apply_rope
 
-VISIBLE = 64  # attention looks at a multiple of so many places: one CUDA graph for each
+VISIBLE = 64  # attention looks at a multiple of this many slots: one CUDA graph for each
 
 
 def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "none") -> Backend | None:
-    """The fastest way to decode with a model, or None: then `BatchGenerator` calls the model itself.
+    """Return the fastest way to decode with a model, or None: then `BatchGenerator` calls the model itself.
 
     Args:
-        model: what comes out has a copy of its weights, and does not follow later changes.
+        model: the backend has a copy of its weights, which does not follow later changes.
         compile: "auto": where it takes seconds at most, which is on a CPU with a C++ compiler; "on": also by
-            torch.compile, which takes a minute or so; "off": neither.
+            torch.compile, which takes about a minute; "off": neither.
         quantize: "int8" rounds the weights (half the memory of bfloat16; on a CPU that much faster), "none" does not.
 
-    Raises ValueError: unknown words, or a model whose weights cannot be laid out (one with an adapter).
+    Raises ValueError for unknown values, or for a model whose weights cannot be converted (one with an adapter).
     """
     if compile not in COMPILE:
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
@@ -57,7 +59,7 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
 
 
 class TorchModel:
-    """The step in PyTorch."""
+    """Decoding in PyTorch: `decode_step`, compiled or not."""
 
     def __init__(self, weights: DecodeWeights, compiled: bool) -> None:
         self.weights, self.config, self.compiled = weights, weights.config, compiled
@@ -72,7 +74,7 @@ class TorchModel:
         return "PyTorch, compiled" if self.compiled else "PyTorch"
 
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
-        """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
+        """Return the decoding step on a cache: keys, values of each layer (rows, kv_heads, max_len, head_dim)."""
         return TorchStep(self, keys, values)
 
 
@@ -85,7 +87,7 @@ class TorchStep:
         self.model, self.keys, self.values = model, keys, values
         self.max_len = keys[0].shape[2]
         self.rope = model.weights.rope(self.max_len)
-        self.places = torch.arange(self.max_len, device=keys[0].device)
+        self.slots = torch.arange(self.max_len, device=keys[0].device)
         if model.compiled:
             for tensor in (*keys, *values):
                 torch._dynamo.mark_static_address(tensor)
@@ -94,15 +96,18 @@ class TorchStep:
             for tensor in self.rope:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        raise NotImplementedError("this backend only decodes: the model itself has to prefill the cache")
+
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """tokens, positions (rows,), of which the largest is `longest` -> logits (rows, vocab)."""
-        places = self.places[: min((longest // VISIBLE + 1) * VISIBLE, self.max_len)]
+        slots = self.slots[: min((longest // VISIBLE + 1) * VISIBLE, self.max_len)]
         if self.model.compiled:
-            torch._dynamo.maybe_mark_dynamic(places, 0)
+            torch._dynamo.maybe_mark_dynamic(slots, 0)
             if len(tokens) > 1:
                 for tensor in (tokens, positions):
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return self.model.function(self.model.weights, self.rope, tokens, positions, places, self.keys, self.values)
+        return self.model.function(self.model.weights, self.rope, tokens, positions, slots, self.keys, self.values)
 
 
 def decode_step(
@@ -110,49 +115,49 @@ def decode_step(
     rope: tuple[Tensor, Tensor],
     tokens: Tensor,
     positions: Tensor,
-    places: Tensor,
+    slots: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
 ) -> Tensor:
     """One token of each row through the model.
 
     Args:
-        rope: cosine and sine of every place in the cache, (max_len, head_dim / 2) each.
-        tokens, positions: (rows,), the newest token of each row and where it stands. Its key and value go there.
-        places: 0, 1, ...: the part of the cache that is looked at, at least up to the largest position.
-        keys, values: of each layer (slots, kv_heads, max_len, head_dim); row i has slot i.
+        rope: cosine and sine of every slot of the cache, (max_len, head_dim / 2) each.
+        tokens, positions: (rows,), the newest token of each row and its position, where its key and value are stored.
+        slots: 0, 1, ...: the part of the cache that attention reads, at least up to the largest position.
+        keys, values: of each layer (cache rows, kv_heads, max_len, head_dim).
 
     Returns:
         (rows, vocab) logits.
     """
     config, rows = weights.config, len(tokens)
     cos, sin = (table[positions][:, None, None] for table in rope)  # (rows, 1, 1, head_dim / 2)
-    mask = (places <= positions[:, None])[:, None, None]  # (rows, 1, 1, places)
-    slot = torch.arange(rows, device=tokens.device)[:, None]
+    mask = (slots <= positions[:, None])[:, None, None]  # (rows, 1, 1, slots)
+    row = torch.arange(rows, device=tokens.device)[:, None]
     head = torch.arange(config.n_kv_heads, device=tokens.device)[None]
     x = weights.embedding[tokens]  # (rows, dim)
-    for layer, k_cells, v_cells in zip(weights.layers, keys, values, strict=True):
+    for layer, layer_keys, layer_values in zip(weights.layers, keys, values, strict=True):
         qkv = layer.qkv(rms_norm(x, layer.attention_norm, config)).view(rows, 1, -1, config.head_dim)
         q, k, v = qkv.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        k_cells.index_put_((slot, head, positions[:, None]), k[:, 0])
-        v_cells.index_put_((slot, head, positions[:, None]), v[:, 0])
-        seen = (cells[:rows, :, : len(places)] for cells in (k_cells, v_cells))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), *seen, attn_mask=mask, enable_gqa=True)
+        layer_keys.index_put_((row, head, positions[:, None]), k[:, 0])
+        layer_values.index_put_((row, head, positions[:, None]), v[:, 0])
+        past_k, past_v = layer_keys[:rows, :, : len(slots)], layer_values[:rows, :, : len(slots)]
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), past_k, past_v, attn_mask=mask, enable_gqa=True)
         x = x + layer.wo(out.flatten(1))
         x = x + feed_forward(rms_norm(x, layer.ffn_norm, config), layer, config, weights.renormalise)
     return weights.output(rms_norm(x, weights.norm, config))
 
 
 def rms_norm(x: Tensor, weight: Tensor, config: LMConfig) -> Tensor:
-    """As `model.model.RMSNorm`."""
+    """Compute the same as `model.model.RMSNorm`."""
     xf = x.float()
     return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + config.norm_eps)).to(x.dtype) * weight
 
 
 def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: bool) -> Tensor:
-    """x (rows, dim) -> (rows, dim). All experts see all rows: which of them count is not known when a graph is recorded."""
-    out = 0 if layer.shared is None else layer.shared(x)
+    """x (rows, dim) -> (rows, dim). All experts compute all rows: the routing is not known when a CUDA graph is recorded."""
+    out = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
     if layer.gate is None:
         return out
     probabilities = F.linear(x.float(), layer.gate).softmax(-1)
@@ -160,7 +165,9 @@ def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: b
     if renormalise:
         mixing = mixing / (mixing.sum(-1, keepdim=True) + 1e-20)
     mixing = torch.zeros_like(probabilities).scatter(1, chosen, mixing).to(x.dtype)  # (rows, experts)
-    return out + sum(expert(x) * mixing[:, i : i + 1] for i, expert in enumerate(layer.routed))
+    for i, expert in enumerate(layer.routed):
+        out = out + expert(x) * mixing[:, i : i + 1]
+    return out
 
 
 Backend = NativeModel | TorchModel

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Detokenizer:
-    """The text of one answer, piece by piece as its tokens come.
+    """Decode one answer to text, piece by piece as its tokens come.
 
     A token of a byte-level vocabulary is a few bytes, not always whole characters: bytes wait until their character is
     complete. Text that could be the beginning of a stop string waits until it is clear that it is not. All pieces
@@ -28,14 +28,14 @@ class Detokenizer:
         self.stopped = False  # a stop string came; the text has ended before it
 
     def add(self, token: int) -> str:
-        """The text that is certain now, often "" or one character."""
+        """Return the text that is certain now, often "" or one character."""
         if self.stopped or token in self._special:
             return ""
         text = self._utf8.decode(token_bytes(self._backend.id_to_token(token)))
         return self._until_stop(text) if self._stop else text
 
     def finish(self, *, complete: bool = True) -> str:
-        """The rest of the text.
+        """Return the rest of the text.
 
         complete: False if the answer was cut off: half of a character at its end is then left out. If the model itself
             ended there, it is invalid, and shown as U+FFFD.
@@ -65,14 +65,14 @@ class Detokenizer:
 
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level vocabularies spell each byte as one visible character (GPT-2's table); this is the way back."""
+    """Return character -> byte: byte-level vocabularies write each byte as one visible character (GPT-2's table)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def token_bytes(token: str | None) -> bytes:
-    """The bytes a token stands for; none for an id that is not in the vocabulary."""
+    """Return the bytes of a token; none for an id that is not in the vocabulary."""
     if token is None:
         return b""
     table = _byte_of_character()

@@ -31,10 +31,11 @@ from model.tokenizer import EOS_ID
 class TokenOutput:
     """One more token of one sequence.
 
-    `key` says of which (in `generate`: the index of its prompt). `text` is the text that became certain with it, if
-    there is a tokenizer. `finish` is None until its last token: "stop" if the model ended it (with the end token, which
-    is in `token` then, or a stop string), "length" if it was cut off at max_new_tokens or the context length.
-    `logprob` and `top_logprobs`, pairs (token, logprob) from the likeliest down, are there if `Sampling.logprobs` asks.
+    `key` identifies the sequence (in `generate`: the index of its prompt). `text` is the text that became certain with
+    this token, if there is a tokenizer. `finish` is None until the last token: "stop" if the model ended the answer (with
+    the end token, which is in `token` then, or a stop string), "length" if it was cut off at max_new_tokens or the context
+    length. `logprob` and `top_logprobs`, pairs (token, logprob) from the most probable down, are set if
+    `SamplingParams.logprobs` asks for them.
     """
 
     key: int
@@ -47,30 +48,32 @@ class TokenOutput:
 
 @dataclass
 class _Row:
-    """One sequence that is being decoded."""
+    """A sequence that is being decoded."""
 
     key: int
     sampling: SamplingParams
     tokens: list[int]  # of the prompt and the answer
     cached_len: int  # how many of them are in the cache: all but the newest
-    stream: Detokenizer | None
-    factor: float = 1.0  # of its rotary frequencies: see `model.rope.DynamicRopeScaling`
+    detokenizer: Detokenizer | None
+    factor: float = 1.0  # by which its positions are scaled: see `model.rope.DynamicRopeScaling`
     num_generated: int = 0
     random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        # Random numbers of its own: what a row draws does not depend on which rows there are.
+        # Each row has its own random numbers: what it draws does not depend on the other rows.
         self.random = random.Random(self.sampling.seed)
 
 
 class BatchGenerator:
-    """Sequences decoded together, one token each per step. They join (`add`) and leave (`cancel`, or by ending) at will.
+    """Continuous batching: sequences decoded together, one token each per step, that join and leave at any step.
 
-    Rows that ended cost nothing: the last row takes their place.
+    `add` lets sequences join; they leave when they end or at `cancel`. Rows that ended cost nothing: the last row takes
+    their place.
 
-    Longer contexts: with `model.dynamic_rope_scaling`, every row is computed as its length asks for. Up to the trained
-    length that is as in training, whatever `max_len` is. A row that outgrows what its factor covers (the trained length,
-    then its doubles) has its keys and values computed anew once, because all keys of a text must be rotated in one way.
+    Longer contexts: with `model.dynamic_rope_scaling`, the positions of every row are scaled as its length requires. Up to
+    the trained length they are those of training, whatever `max_len` is. When a row outgrows the length that its factor
+    covers (the trained length, then its doubles), its keys and values are computed again, because all keys of a text must
+    be rotated by the same frequencies.
     """
 
     def __init__(
@@ -85,18 +88,18 @@ class BatchGenerator:
     ) -> None:
         """
         Args:
-            model: in evaluation mode; a peft model will do.
-            rows: how many sequences at most at a time.
-            max_len: prompt and answer together, in tokens; None: what the model was trained at. RoPE has no limit, but a
-                model that never saw longer texts writes badly there, unless it has an `dynamic_rope_scaling`.
-            eos_id: the token that ends an answer; None: nothing does.
-            tokenizer: to get text, and to have stop strings.
+            model: in evaluation mode; may be a peft model.
+            rows: maximum number of sequences at a time.
+            max_len: length of prompt and answer together, in tokens; None: the length the model was trained at. RoPE has no
+                limit, but a model that never saw longer texts generates poor ones, unless it has a `dynamic_rope_scaling`.
+            eos_id: the token that ends an answer; None: no token does.
+            tokenizer: needed for text and for stop strings.
             backend: from `choose_backend(model)`; None: call the model itself.
         """
         if model.training:
             raise ValueError("the model is in training mode and would drop activations: call model.eval() first")
         if rows < 1:
-            raise ValueError(f"a decoder needs at least 1 row, not {rows}")
+            raise ValueError(f"a BatchGenerator needs at least 1 row, not {rows}")
         weight = model.get_input_embeddings().weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         self.dynamic_rope_scaling: DynamicRopeScaling | None = model.dynamic_rope_scaling
@@ -116,7 +119,7 @@ class BatchGenerator:
 
     @property
     def free(self) -> int:
-        """How many sequences may join."""
+        """Return how many more sequences may join."""
         return self.capacity - len(self.rows)
 
     def check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
@@ -139,14 +142,14 @@ class BatchGenerator:
     def add(
         self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams], keys: Sequence[int]
     ) -> list[TokenOutput]:
-        """Let sequences join: read their prompts and return the first token of each.
+        """Let sequences join: prefill the cache with their prompts and return the first token of each.
 
-        Raises ValueError for more than fit in or a prompt that cannot be decoded; nothing has joined then.
+        Raises ValueError if there are too many or a prompt cannot be decoded; then none of them has joined.
         """
         if not prompts:
             return []
         if len(prompts) > self.free:
-            raise ValueError(f"{len(prompts)} sequences want to join, and there is room for {self.free}")
+            raise ValueError(f"{len(prompts)} sequences cannot join: there is room for {self.free}")
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.check(prompt, sampling)
         first = len(self.rows)
@@ -159,26 +162,26 @@ class BatchGenerator:
             logits = self._prefill(prompts, first, scaling)
 
         for prompt, sampling, key, factor in zip(prompts, samplings, keys, factors, strict=True):
-            stream = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
+            detokenizer = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
             if sampling.has_penalties:
                 row = len(self.rows)
                 self._counts[row] = 0
                 self._in_prompt[row] = False
                 self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-            self.rows.append(_Row(key, sampling, list(prompt), len(prompt), stream, factor))
+            self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, factor))
         new = self._sample(logits, self._group(range(first, end)), first)
         self._tokens = torch.cat([self._tokens, new])
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         self._positions = torch.cat([self._positions, lengths])
         self._groups = None
-        return self._events(new, first, self._log_probabilities(logits, new, first))
+        return self._outputs(new, first, self._log_probabilities(logits, new, first))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None) -> Tensor:
-        """Put prompts into the rows of the cache from `first` on; (prompts, vocab) logits of what comes after each."""
+        """Fill the cache's rows from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        # Short prompts are filled up on the right: causal attention never looks there, and the answer's keys and values
-        # will take those places in the cache before anything does.
+        # Short prompts are padded on the right: causal attention never looks there, and the answer's keys and values
+        # overwrite those slots of the cache before anything reads them.
         ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
         self._cache.select(slice(first, first + len(prompts)), 0)
         ragged = min(lengths) < longest
@@ -198,7 +201,7 @@ class BatchGenerator:
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """One more token for every sequence."""
+        """Return one more token of every sequence."""
         if not self.rows:
             return []
         self._rescale()
@@ -214,15 +217,15 @@ class BatchGenerator:
             self._groups = self._group(range(len(self.rows)))
         self._tokens = self._sample(logits, self._groups, 0)
         self._positions = self._positions + 1
-        return self._events(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
+        return self._outputs(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
 
     def _forward(self, longest: int, scaling: RopeScaling | None) -> Tensor:
-        """The newest tokens through the model; (rows, vocab) logits."""
+        """Run the newest tokens through the model; return logits (rows, vocab)."""
         positions = mask = None
         if min(row.cached_len for row in self.rows) < longest:
             positions = self._positions
-            places = torch.arange(longest + 1, device=self.device)
-            mask = (places <= positions[:, None])[:, None, None]  # (rows, 1, 1, longest + 1)
+            slots = torch.arange(longest + 1, device=self.device)
+            mask = (slots <= positions[:, None])[:, None, None]  # (rows, 1, 1, longest + 1)
         self._cache.select(slice(0, len(self.rows)), longest, positions)
         out = self.model(
             input_ids=self._tokens[:, None],
@@ -235,22 +238,22 @@ class BatchGenerator:
         return out.logits[:, -1]
 
     def cancel(self, key: int) -> None:
-        """Let a sequence go; nothing happens if it is not there (any more)."""
+        """Remove a sequence; nothing happens if it has already ended."""
         self._drop([i for i, row in enumerate(self.rows) if row.key == key])
 
     def _factor(self, length: int) -> float:
-        """By which the rotary frequencies of a sequence of so many tokens are scaled."""
+        """Return the factor by which the positions of a sequence of `length` tokens are scaled."""
         return self.dynamic_rope_scaling.factor(length) if self.dynamic_rope_scaling is not None else 1.0
 
     def _scaling(self, factors: list[float]) -> RopeScaling | None:
-        """What the model has to know about rows with these factors; None if all are computed as in training."""
+        """Return the model's argument for rows with these factors; None if all are computed as in training."""
         dynamic = self.dynamic_rope_scaling
         if dynamic is None or all(factor == dynamic.trained_factor for factor in factors):
             return None
         return dynamic.scaling(torch.tensor(factors, device=self.device))
 
     def _rescale(self) -> None:
-        """Compute anew what the cache holds of rows whose next token is one too many for their factor."""
+        """Compute the keys and values of those rows again whose next token needs a larger factor."""
         if self.dynamic_rope_scaling is None:
             return
         for i, row in enumerate(self.rows):
@@ -267,7 +270,7 @@ class BatchGenerator:
                 )
 
     def _group(self, indices: range) -> list[tuple[list[int], Tensor | None, BatchedSamplingParams]]:
-        """Rows by kind of sampling: (indices, the same as a tensor or None for all of `indices`, params)."""
+        """Return rows by kind of sampling: (members, the same as a tensor or None for all of `indices`, params)."""
         kinds: dict[tuple, list[int]] = {}
         for i in indices:
             kinds.setdefault(self.rows[i].sampling.kind(), []).append(i)
@@ -283,8 +286,8 @@ class BatchGenerator:
     def _sample(
         self, logits: Tensor, groups: list[tuple[list[int], Tensor | None, BatchedSamplingParams]], first: int
     ) -> Tensor:
-        """Next tokens of the rows from `first` on, whose logits (rows, vocab) these are."""
-        tokens = None
+        """Return the next tokens of the rows from `first` on, given their logits (rows, vocab)."""
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
         for members, index, params in groups:
             uniform = counts = in_prompt = None
             if not params.greedy:
@@ -298,54 +301,54 @@ class BatchGenerator:
                 self._counts[rows, chosen] += 1
             if index is None:
                 return chosen
-            tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device) if tokens is None else tokens
             tokens[index - first] = chosen
         return tokens
 
     def _log_probabilities(self, logits: Tensor, tokens: Tensor, first: int) -> dict[int, tuple[float, tuple]]:
-        """`logprob` and `top_logprobs` of those rows from `first` on that ask for them; nothing is computed if none does.
+        """Return `logprob` and `top_logprobs` of the rows from `first` on that ask for them; compute nothing if none does.
 
         Args:
             logits: (rows, vocab), the model's own.
-            tokens: (rows,) what was chosen.
+            tokens: (rows,) the chosen ones.
         """
-        asking = [i for i in range(first, len(self.rows)) if self.rows[i].sampling.logprobs is not None]
-        if not asking:
+        limits = {i: row.sampling.logprobs for i, row in enumerate(self.rows) if i >= first}
+        wanted = {i: limit for i, limit in limits.items() if limit is not None}
+        if not wanted:
             return {}
-        if len(asking) < len(tokens):
-            index = torch.tensor(asking, device=self.device) - first
+        if len(wanted) < len(tokens):
+            index = torch.tensor(list(wanted), device=self.device) - first
             logits, tokens = logits[index], tokens[index]
-        limits = [self.rows[i].sampling.logprobs for i in asking]
-        chosen, values, ids = (part.tolist() for part in log_probabilities(logits, tokens, max(limits)))
+        chosen, values, ids = (part.tolist() for part in log_probabilities(logits, tokens, max(wanted.values())))
         return {
             i: (chosen[n], tuple(zip(ids[n][:limit], values[n][:limit], strict=True)))
-            for n, (i, limit) in enumerate(zip(asking, limits, strict=True))
+            for n, (i, limit) in enumerate(wanted.items())
         }
 
-    def _events(self, tokens: Tensor, first: int, logprobs: dict[int, tuple[float, tuple]]) -> list[TokenOutput]:
-        """What the new tokens of the rows from `first` on mean; rows that ended with them leave."""
-        events, ended = [], []
+    def _outputs(self, tokens: Tensor, first: int, logprobs: dict[int, tuple[float, tuple]]) -> list[TokenOutput]:
+        """Return the new tokens of the rows from `first` on with their text; remove rows that ended."""
+        outputs: list[TokenOutput] = []
+        ended: list[int] = []
         for i, token in enumerate(tokens.tolist(), start=first):
             row = self.rows[i]
             row.num_generated += 1
             row.tokens.append(token)
-            text = row.stream.add(token) if row.stream is not None else ""
+            text = row.detokenizer.add(token) if row.detokenizer is not None else ""
             finish = None
-            if token == self.eos_id or (row.stream is not None and row.stream.stopped):
+            if token == self.eos_id or (row.detokenizer is not None and row.detokenizer.stopped):
                 finish = "stop"
             elif row.num_generated >= row.sampling.max_new_tokens or row.cached_len + 1 >= self.max_len:
                 finish = "length"
             if finish:
                 ended.append(i)
-                if row.stream is not None:
-                    text += row.stream.finish(complete=finish == "stop")
-            events.append(TokenOutput(row.key, token, text, finish, *logprobs.get(i, ())))
+                if row.detokenizer is not None:
+                    text += row.detokenizer.finish(complete=finish == "stop")
+            outputs.append(TokenOutput(row.key, token, text, finish, *logprobs.get(i, ())))
         self._drop(ended)
-        return events
+        return outputs
 
     @torch.inference_mode()
     def _drop(self, ended: list[int]) -> None:
-        """Remove rows (indices in rising order); each gap is filled by the last row."""
+        """Remove rows (indices in ascending order); the last row fills each gap."""
         if not ended:
             return
         order = list(range(len(self.rows)))
@@ -372,72 +375,65 @@ def generate(
     max_rows: int = 32,
     backend: Backend | None = None,
 ) -> Iterator[TokenOutput]:
-    """Decode prompts of any number and lengths together; events come as soon as their tokens do.
+    """Decode prompts of any number and lengths together; yield each token as soon as it is known.
 
-    Each prompt gets what it would get alone: exactly when greedy in float32 (up to the rounding of matrix products of
-    another size), and when sampled with the same seed.
+    Each prompt gets the answer it would get alone, greedy or sampled with the same seed, up to the rounding of matrix
+    products of another size.
 
     Args:
-        prompts: token ids; an event's `key` is the index of its prompt.
-        sampling: one for all, or one for each.
+        prompts: token ids; `TokenOutput.key` is the index of a prompt.
+        sampling: one for all prompts, or one for each.
         tokenizer, eos_id, max_len, backend: see `BatchGenerator`.
-        max_rows: decode so many at a time; the next begins when one has ended.
+        max_rows: maximum number decoded at a time; the next one joins when one has ended.
 
     Raises:
-        ValueError: a prompt that is empty or too long, an unknown token. At once, not at the first event.
+        ValueError: a prompt that is empty or too long, an unknown token. Raised by the call, not at the first token.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(samplings) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(samplings)} Samplings: give one for all or one for each")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(samplings)} SamplingParams: give one for all or one for each"
+        )
     if not prompts:
         return iter(())
     limit = max_len or model.config.max_seq_len
     needed = max(len(prompt) + own.max_new_tokens for prompt, own in zip(prompts, samplings, strict=True))
     rows = min(len(prompts), max_rows)
-    decoder = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
+    generator = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
     for prompt, own in zip(prompts, samplings, strict=True):
-        decoder.check(prompt, own)
-    return _decode_all(decoder, prompts, samplings)
+        generator.check(prompt, own)
+    return _decode_all(generator, prompts, samplings)
 
 
 def _decode_all(
-    decoder: BatchGenerator, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]
+    generator: BatchGenerator, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]
 ) -> Iterator[TokenOutput]:
     joined = 0
-    while joined < len(prompts) or decoder.rows:
-        if decoder.free and joined < len(prompts):
-            new = slice(joined, joined + decoder.free)
+    while joined < len(prompts) or generator.rows:
+        if generator.free and joined < len(prompts):
+            new = slice(joined, joined + generator.free)
             keys = range(len(prompts))[new]
             joined += len(keys)
-            yield from decoder.add(prompts[new], samplings[new], keys)
+            yield from generator.add(prompts[new], samplings[new], keys)
         else:
-            yield from decoder.step()
+            yield from generator.step()
 
 
 def generate_ids(model: Transformer, prompts: Sequence[Sequence[int]], *args, **kwargs) -> list[list[int]]:
-    """The new tokens of each prompt, without the end token. Arguments as for `generate`."""
+    """Return the new tokens of each prompt, without the end token. Arguments as for `generate`."""
     eos_id = kwargs.get("eos_id", EOS_ID)
     answers: list[list[int]] = [[] for _ in prompts]
-    for event in generate(model, prompts, *args, **kwargs):
-        if event.token != eos_id:
-            answers[event.key].append(event.token)
+    for output in generate(model, prompts, *args, **kwargs):
+        if output.token != eos_id:
+            answers[output.key].append(output.token)
     return answers
 
 
 def generate_text(
     model: Transformer, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]], *args, **kwargs
 ) -> list[str]:
-    """The text that continues each prompt. Arguments as for `generate`."""
+    """Return the text that continues each prompt. Arguments as for `generate`."""
     answers = [""] * len(prompts)
-    for event in generate(model, prompts, *args, tokenizer=tokenizer, **kwargs):
-        answers[event.key] += event.text
+    for output in generate(model, prompts, *args, tokenizer=tokenizer, **kwargs):
+        answers[output.key] += output.text
     return answers
-
-
-def ending(event: TokenOutput, sampling: SamplingParams, made: int, context: int) -> str:
-    """Why an answer of `made` tokens was cut off, in words; "" if the model ended it."""
-    if event.finish != "length":
-        return ""
-    if made >= sampling.max_new_tokens:
-        return f" [cut off: --max_new_tokens {sampling.max_new_tokens}]"
-    return f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"

@@ -12,10 +12,10 @@ from model.LMConfig import LMConfig
 class KVCache:
     """Keys and values of several sequences, allocated once.
 
-    A row keeps its token at position p in place p, whatever the other rows do. Nothing is padded on the left, so a row
-    can join or leave without the others noticing.
+    A row keeps its token at position p in slot p, independent of the other rows. Nothing is padded on the left, so rows
+    can join or leave without moving the others.
 
-    Used by itself it is like any cache: each call of the model appends to all rows. `select` says otherwise.
+    By default each call of the model appends to all rows, as with any cache; `select` changes that.
     """
 
     def __init__(
@@ -27,18 +27,18 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (2, config.n_layers, rows, config.n_kv_heads, max_len, config.head_dim)
-        # Zeros: places that a mask hides are still multiplied (by 0), and what lies in fresh memory may be NaN.
-        self.keys, self.values = (list(cells) for cells in zeros(shape, dtype, device))
+        # Zeros: masked slots are still multiplied (by 0), and uninitialised memory may hold NaN.
+        self.keys, self.values = (list(kv) for kv in zeros(shape, dtype, device))
         self.max_len = max_len
         self.select(slice(0, rows), 0)
 
     def select(self, rows: slice, length: int, positions: Tensor | None = None) -> None:
-        """Say what the next call of the model is about.
+        """Choose the rows of the next call of the model.
 
         Args:
-            rows: those it computes.
-            length: tokens that the longest of them has so far.
-            positions: (rows,) where the one new token of each row goes, if they are not of the same length.
+            rows: the rows it computes.
+            length: how many tokens the longest of them has so far.
+            positions: (rows,) the position of the one new token of each row, if the rows differ in length.
         """
         self.rows, self.length, self.positions = rows, length, positions
 
@@ -52,14 +52,14 @@ class KVCache:
             raise ValueError(f"the KV cache holds {self.max_len} tokens per row, {end} are needed: make it larger")
         keys, values = self.keys[layer][self.rows, :, :end], self.values[layer][self.rows, :, :end]
         if len(keys) != len(k):
-            raise ValueError(f"the KV cache was made for {len(keys)} rows, and {len(k)} came")
+            raise ValueError(f"the KV cache was made for {len(keys)} rows, and the call has {len(k)}")
         if self.positions is None:
             keys[:, :, self.length :] = k
             values[:, :, self.length :] = v
         else:
-            place = self.positions.view(-1, 1, 1, 1).expand_as(k)
-            keys.scatter_(2, place, k)
-            values.scatter_(2, place, v)
+            slot = self.positions.view(-1, 1, 1, 1).expand_as(k)
+            keys.scatter_(2, slot, k)
+            values.scatter_(2, slot, v)
         if layer == len(self.keys) - 1:
             self.length = end
         return keys, values
@@ -69,5 +69,5 @@ class KVCache:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row over another row."""
-        for cells in (*self.keys, *self.values):
-            cells[target, :, :length] = cells[source, :, :length]
+        for kv in (*self.keys, *self.values):
+            kv[target, :, :length] = kv[source, :, :length]

@@ -47,7 +47,14 @@ def open_model(
     if lora is None and path is not None and (path / "adapter_config.json").is_file():
         path, lora = None, path
     try:
-        if path is not None and path.is_dir():
+        if lora is not None:
+            from model.lora import load_adapter  # peft takes seconds to import
+
+            loaded = load_tokenizer(tokenizer)
+            checkpoint = load_adapter(lora, device, dtype, loaded, path)
+        elif path is None:
+            raise ValueError("open_model needs a path or an adapter")
+        elif path.is_dir():
             checkpoint = read_folder(path)
             loaded = load_tokenizer(path if tokenizer == TOKENIZER_DIR else tokenizer)
             if checkpoint.config.vocab_size != len(loaded):
@@ -55,15 +62,10 @@ def open_model(
                     f"{path}: the model has {checkpoint.config.vocab_size} tokens and the tokenizer {len(loaded)}: "
                     "use the tokenizer it was exported with"
                 )
-            checkpoint.model.to(device=device, dtype=dtype)
+            torch.nn.Module.to(checkpoint.model, device=device, dtype=dtype)
         else:
             loaded = load_tokenizer(tokenizer)
-            if lora is not None:
-                from model.lora import load_adapter  # peft takes seconds to import
-
-                checkpoint = load_adapter(lora, device, dtype, loaded, path)
-            else:
-                checkpoint = load_checkpoint(path, device, dtype, loaded)
+            checkpoint = load_checkpoint(path, device, dtype, loaded)
     except OSError as error:  # from torch, for some damaged files
         raise UserError(f"{lora or path} cannot be read ({error}): copy it again or save it anew") from error
     checkpoint.model.eval()
@@ -137,7 +139,7 @@ def set_context(checkpoint: Checkpoint, options: ModelOptions) -> int:
     method, factor = parse_rope_scaling(options.rope_scaling)
     dynamic = checkpoint.config.dynamic_rope_scaling(method, factor, options.max_seq_len)
     checkpoint.model.dynamic_rope_scaling = dynamic
-    context = options.max_seq_len or int(trained * factor)
+    context = options.max_seq_len or int(trained * (factor or 1))
     factors = " or ".join(f"{step:g}" for step in dynamic.factors)
     print(
         f"context of {context} tokens: texts beyond the {trained} of the training are scaled ({method}, {factors} times)"

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import FlagSpec, flag, option_group, range_errors
-from common.cli import _add_flags as add_flags
+from common.cli import FlagSpec, Parser, add_flags, flag, option_group, range_errors
 from common.errors import UserError
 from common.files import ROOT
 from model.architecture import TOKENIZER_DIR
@@ -165,21 +164,15 @@ def model_options() -> Any:
     return option_group(ModelOptions, "the model")
 
 
-# ---- for scripts that still use argparse
+# ---- for scripts that use argparse
 
 
-def _add(parser: argparse.ArgumentParser, options: type, title: str, defaults: dict[str, Any]) -> None:
-    add_flags(parser, {"": parser.add_argument_group(title)}, options, defaults, {})
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    _add(parser, SamplingParams, "how tokens are chosen", defaults)
+def add_sampling_flags(parser: Parser, **defaults: Any) -> None:
+    """Add a flag for every field of `SamplingParams`; `defaults` replace some of its defaults."""
+    add_flags(parser, {"": parser.add_argument_group("how tokens are chosen")}, SamplingParams, defaults, {})
 
 
 def sampling_from_args(args: argparse.Namespace) -> SamplingParams:
+    """Return the parameters that were given. Raises UserError for all that are wrong."""
     fields = dataclasses.fields(SamplingParams)
     return SamplingParams(**{field.name: getattr(args, field.name) for field in fields if "help" in field.metadata})
-
-
-def add_model_flags(parser: argparse.ArgumentParser, stages: str) -> None:
-    _add(parser, ModelOptions, "the model", {})

@@ -52,11 +52,12 @@ class RemoteChat(Chat):
 
     def reply(self, question: str) -> str:
         history = split_turns(self.turns)[1][-self.history_turns :] if self.history_turns else []
+        create: Any = self.client.chat.completions.create  # its overloads know no dict of settings
         left_out = 0
         while True:
             messages = [*self.system, *itertools.chain(*history[left_out:]), {"role": "user", "content": question}]
             try:
-                chunks = self.client.chat.completions.create(
+                chunks = create(
                     model=self.model, messages=messages, stream=True, stream_options={"include_usage": True},
                     **self.settings,
                 )  # fmt: skip

@@ -1,9 +1,9 @@
 """Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), as the published weights expect it.
 
 Consecutive pairs of a head's features, (x0, x1), (x2, x3), ..., are rotated by an angle that grows with the position.
-(Llama checkpoints on Hugging Face pair feature i with i + head_dim/2 instead; an export has to re-order rows.)
+(Llama checkpoints on Hugging Face pair feature i with i + head_dim/2 instead; an export reorders rows.)
 
-**Longer contexts.** Positions beyond those of the training give angles that the model has never seen. RopeScaling turns
+**Longer contexts.** Positions beyond those of the training give angles that the model has never seen. Scaling rotates
 the pairs more slowly, so that `factor` times as many tokens stay within known angles:
 
 linear  every pair turns `factor` times slower: positions are interpolated (https://arxiv.org/abs/2306.15595).
@@ -12,8 +12,8 @@ ntk     a larger base: the fastest pair stays as it is, the slowest turns `facto
 yarn    pairs that turn often within the trained length stay as they are, those that do not turn once are interpolated,
         with a ramp between them; and attention gets sharper (YaRN, https://arxiv.org/abs/2309.00071, section 3).
 
-A factor of 1 changes nothing, to the bit. `RopeScaling` is for all positions of a text alike: keys that were rotated in one
-way cannot be compared with queries rotated in another. `DynamicRopeScaling` decides which factor a text gets.
+A factor of 1 changes no bit. `RopeScaling` applies to all positions of a text: keys rotated in one way cannot be
+compared with queries rotated in another. `DynamicRopeScaling` decides which factor a text gets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BETA_FAST, BETA_SLOW = 32, 1  # YaRN's beta and alpha: turns within the trained 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the rotations of one call are slowed down.
+    """The method and factor by which the rotations of one call are slowed down.
 
     Args:
         method: one of `ROPE_SCALING_METHODS`.
@@ -47,7 +47,7 @@ class RopeScaling:
 def rope_tables(
     position_ids: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's rotation angles, in float32.
+    """Return cosine and sine of every position's rotation angles, in float32.
 
     Computed from the positions of each call (a few thousand numbers) rather than kept in a buffer: there is no table
     to outgrow, to load wrongly or to move between devices.
@@ -74,7 +74,7 @@ def rope_tables(
 
 
 def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, Tensor]:
-    """The rotation per token of every pair, slowed down.
+    """Return the rotation per token of every pair, slowed down.
 
     Args:
         inv_freq: (head_dim / 2,) as trained.
@@ -105,13 +105,13 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: R
 
 
 def yarn_ramp(head_dim: int, theta: float, original: int, device: torch.device | str = "cpu") -> Tensor:
-    """How much of every pair (head_dim / 2,) is interpolated: 0 for fast ones, 1 for slow ones.
+    """Return how much of every pair (head_dim / 2,) is interpolated: 0 for fast ones, 1 for slow ones.
 
     Linear in the number of the pair between whole numbers, as in the authors' code and in transformers.
     """
 
     def pair_with(turns: float) -> float:
-        """Which pair makes so many turns within the original length."""
+        """Return the (fractional) index of the pair that makes this many turns within the original length."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_with(BETA_FAST)), 0)
@@ -132,10 +132,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DynamicRopeScaling:
-    """How a model reads texts longer than those it was trained at, decided for every text by its length.
+    """RoPE scaling of texts longer than those the model was trained at, chosen for every text by its length.
 
     Up to the trained length a text is computed as in training. Beyond it, all its positions are scaled, by the first of
-    `factors` that covers it: the less is scaled, the less is lost.
+    `factors` that covers it, because less scaling loses less quality.
 
     Args:
         method: one of `ROPE_SCALING_METHODS`.
@@ -152,7 +152,7 @@ class DynamicRopeScaling:
     factors: tuple[float, ...]
 
     def factor(self, length: int) -> float:
-        """Of a text of so many tokens, relative to `original`."""
+        """Return the factor of a text of `length` tokens, relative to `original`."""
         steps = (1.0, *self.factors)
         return self.trained_factor * next((step for step in steps if length <= self.trained * step), steps[-1])
 
@@ -161,6 +161,6 @@ class DynamicRopeScaling:
 
 
 def doublings(factor: float) -> tuple[float, ...]:
-    """2, 4, 8, ... up to `factor`, which is the last."""
+    """Return 2, 4, 8, ... up to `factor`, which is the last."""
     powers = range(1, math.ceil(math.log2(factor))) if factor > 1 else ()
     return (*(2.0**power for power in powers), float(factor))

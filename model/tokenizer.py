@@ -67,7 +67,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = 
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """16 hex digits that change with anything that changes ids: vocabulary, merges, splitting, specials, chat format."""
+    """Return 16 hex digits that change with whatever changes ids: vocabulary, merges, splitting, specials, template."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding"):  # left behind by the last call, not part of the tokenizer
         content.pop(setting, None)
@@ -78,7 +78,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of `text`, nothing added. A literal "<s>" in it is text and never becomes id 1.
+    """Return the token ids of `text`, nothing added. A literal "<s>" in it is text and never becomes id 1.
 
     Raises UserError for text that is not Unicode (half of a surrogate pair).
     """
@@ -86,7 +86,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """`encode_text` of each, in parallel at the rate of the library (several MB/s per core)."""
+    """Encode each text as `encode_text` does, in parallel (several MB/s per core)."""
     try:
         encodings = _text_encoder(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     except TypeError:  # the library says only "must be str"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model import attention as module
 from model.attention import attention, cu_seqlens_from_positions, document_ids, packed_mask, varlen_attention
 from model.rope import apply_rope, rope_tables
 
@@ -73,6 +74,30 @@ def test_packed_attention_is_a_proper_operator():
         torch.ops.minimind.packed_attention_cpu.default, (q.detach(), k.detach(), v.detach(), cu),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("has_gqa", [True, False])
+def test_grouped_keys_reach_a_kernel_that_knows_no_groups(has_gqa, monkeypatch):
+    """torch 2.11's variable-length kernel has no enable_gqa: keys and values are repeated for it."""
+    q, k, v = (x.detach() for x in qkv(2, 20))
+    cu = torch.tensor(BOUNDS, dtype=torch.int32)
+    options = {}
+
+    def kernel(q, k, v, cu_q, cu_k, longest_q, longest_k, *, window_size, **more):
+        assert (
+            window_size == (-1, 0) and torch.equal(cu_q, cu) and torch.equal(cu_k, cu) and longest_q == longest_k == 20
+        )
+        assert has_gqa or q.shape == k.shape == v.shape
+        options.update(more)
+        return varlen_attention(*(x.unflatten(0, (2, 20)) for x in (q, k, v)), cu, flash=False).flatten(0, 1)
+
+    expected = varlen_attention(q, k, v, cu, flash=False)
+    monkeypatch.setattr(module, "VARLEN_KERNEL_HAS_GQA", has_gqa)
+    monkeypatch.setattr(module, "varlen_attn", kernel)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    out = module._varlen_attention_cuda(*flat, cu, 20).view_as(q)
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+    assert options == ({"enable_gqa": True} if has_gqa else {})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import close_to, shape_of
 
 from inference.detokenizer import Detokenizer, _byte_of_character
 from inference.generator import BatchGenerator, generate, generate_ids, generate_text
@@ -97,7 +98,7 @@ def test_logits_through_the_cache_in_chunks(kind):
         whole = model(ids, use_cache=False).logits
         cache = KVCache(model.config, 2, 20)
         parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 7), (7, 8), (8, 8 + 11), (19, 20))]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **close_to(whole, **shape_of(model.config)))
     assert cache.get_seq_length() == 20
     with pytest.raises(ValueError, match="holds 20 tokens per row, 21 are needed"):
         model(ids[:, :1], past_key_values=cache)
@@ -312,13 +313,14 @@ def test_logprobs_are_the_models_own(kind):
                 logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1)
             got = torch.tensor([event.logprob for event in own])
-            torch.testing.assert_close(got, expected[range(len(tokens)), tokens], atol=1e-5, rtol=1e-5)
+            close = close_to(expected, **shape_of(model.config))
+            torch.testing.assert_close(got, expected[range(len(tokens)), tokens], **close)
             assert [len(event.top_logprobs) for event in own] == [sampling.logprobs] * len(tokens)
             for event, row in zip(own, expected, strict=True):
                 ids, values = [i for i, _ in event.top_logprobs], [value for _, value in event.top_logprobs]
                 best = row.topk(sampling.logprobs)
                 assert ids == best.indices.tolist()
-                torch.testing.assert_close(torch.tensor(values), best.values, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(torch.tensor(values), best.values, **close)
 
 
 def test_logprobs_of_ties_and_of_a_small_vocabulary():
@@ -377,13 +379,13 @@ def test_prompts_that_cannot_be_decoded():
         generate(model, [[1], []])
     with pytest.raises(ValueError, match="has the token 97, the model knows 0 to 96"):
         generate(model, [[1, 97]])
-    with pytest.raises(ValueError, match="2 prompts and 1 Samplings"):
+    with pytest.raises(ValueError, match="2 prompts and 1 SamplingParams"):
         generate(model, [[1], [2]], [SamplingParams()])
     with pytest.raises(ValueError, match="need a tokenizer"):
         generate(model, [[1]], SamplingParams(stop=("a",)))
     assert list(generate(model, [])) == []
     decoder = BatchGenerator(model, 1)
-    with pytest.raises(ValueError, match="2 sequences want to join, and there is room for 1"):
+    with pytest.raises(ValueError, match="2 sequences cannot join: there is room for 1"):
         decoder.add([[1], [2]], [SamplingParams()] * 2, [0, 1])
     assert not decoder.rows and decoder.step() == []
 

@@ -394,7 +394,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, moe, checkpointing):
 def test_resuming_with_other_targets_or_another_base_is_refused(tmp_path):
     with pytest.raises(SystemExit):
         run_loop(tmp_path / "a", False, stop_after=5)
-    with pytest.raises(UserError, match="its parameters are others"):
+    with pytest.raises(UserError, match="has different parameters"):
         run_loop(tmp_path / "a", False, resume="newest", targets=["wq"])
     write_base(tmp_path / "base.pth", seed=1)
     with pytest.raises(UserError, match="origin: [0-9a-f]{16} -> [0-9a-f]{16}"):

@@ -1,4 +1,4 @@
-"""model/prefill*: whole texts in C++ give the model's logits, to the precision that was asked for, on every matrix unit."""
+"""inference/kernels/prefill.py: the C++ kernel gives the model's logits in the requested precision, on every matrix unit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ SHAPES = {
     "yarn": dict(dim=64, n_heads=2, n_kv_heads=1, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
 }
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 70)
-CLOSE = {1: (0.02, 0.15), 2: (5e-5, 5e-4)}  # on average and at most, relative to the logits' own spread
 
 
 def make(**fields) -> Transformer:
@@ -53,10 +52,12 @@ def everywhere(texts: list[list[int]]) -> list[tuple[int, int]]:
     return [(i, t) for i, text in enumerate(texts) for t in range(len(text))]
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, parts: int) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor, parts: int, n_layers: int = 3) -> None:
+    """Operands are rounded to one or two numbers of bfloat16, and the errors of 6 operations a layer add up like noise."""
     assert found.shape == expected.shape
-    error, (average, most) = (found - expected) / expected.std(), CLOSE[parts]
-    assert float(error.square().mean().sqrt()) < average and float(error.abs().max()) < most
+    error = (found - expected) / expected.std()
+    average = 2 * (torch.finfo(torch.bfloat16).eps / 2) ** parts * (6 * n_layers + 2) ** 0.5
+    assert float(error.square().mean().sqrt()) < average and float(error.abs().max()) < 8 * average
 
 
 @pytest.fixture(

@@ -141,7 +141,7 @@ def test_longer_than_trained(out, call):
     (unscaled,) = generate_text(model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=95), max_len=144)
     assert len({unscaled, *written.values()}) == 3
     for given, wrong in (
-        (["yarn"], "needs a length: give --max_seq_len"),
+        (["yarn"], "needs a length: set --max_seq_len"),
         (["ntk", "--max_seq_len", 48], "for texts longer than the 48 tokens"),
         (["ntk:1.5", "--max_seq_len", 100], "reaches 72 tokens"),
         (["longer"], "--rope_scaling longer must be"),

@@ -273,3 +273,20 @@ def test_a_server_that_goes_away_keeps_the_chat(tmp_path):
     out, errors = process.communicate(f"two\n/save {saved}\n/exit\n", timeout=120)
     assert "not answered: no server at" in errors and process.returncode == 0
     assert len(json.loads(saved.read_text(encoding="utf-8"))["messages"]) == 2
+
+
+def test_the_client_runs_without_torch_and_transformers(server):
+    code = (
+        "import runpy, sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'transformers', 'tokenizers', 'peft', 'pandas'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        f"sys.argv = {['chat', '--base_url', server.url, '--api_key', 'secret', '--max_new_tokens', '3']!r}\n"
+        f"runpy.run_path({str(ROOT / 'chat_openai_api.py')!r}, run_name='__main__')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], input="hi\n", capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert result.returncode == 0 and "[3 tokens, " in result.stdout, result.stderr

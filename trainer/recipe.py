@@ -96,7 +96,7 @@ def weights_run(
     origin: the checkpoint it started from; None: random weights.
     Raises UserError if a checkpoint of another architecture is in the way, or the folder cannot be written.
     """
-    config: LMConfig = model.config  # type: ignore[assignment]
+    config: LMConfig = model.config
     path = options.out_dir / checkpoint_name(stage, config)
     make_out_dir(options.out_dir)
     if options.resume is None or not complete_states(options.out_dir / f"{path.stem}.resume"):

@@ -1,4 +1,4 @@
-"""The decoding step in C++ for CPUs: laying out weights for `decode_kernel.cpp`, and calling it."""
+"""The decoding step in C++ for CPUs: convert the weights for `decode_kernel.cpp` and call it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _Model(ctypes.Structure):
 
 
 def load_kernel() -> ctypes.CDLL:
-    """The compiled library; compiled first if need be. Raises KernelUnavailable."""
+    """Return the compiled library; compile it first if necessary. Raises KernelUnavailable."""
     kernel = load_library("decode")
     kernel.scratch_floats.restype = ctypes.c_size_t
     kernel.scratch_floats.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
@@ -67,7 +67,7 @@ def load_kernel() -> ctypes.CDLL:
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """(outputs, inputs) -> (outputs / 16, inputs, 16), the last block filled up with zeros."""
+    """Return (outputs, inputs) as (outputs / 16, inputs, 16), the last block padded with zeros."""
     outputs, inputs = weight.shape
     padded = weight.new_zeros(-(-outputs // LANES) * LANES, inputs)
     padded[:outputs] = weight
@@ -110,7 +110,7 @@ class NativeModel:
         return f"C++, {self.threads or torch.get_num_threads()} threads"
 
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
-        """The step on a cache, of which each layer's keys and values are (slots, kv_heads, max_len, head_dim)."""
+        """Return the decoding step on a cache: keys, values of each layer (slots, kv_heads, max_len, head_dim)."""
         return NativeStep(self, keys, values)
 
     def layers(self, keys: list[Tensor], values: list[Tensor]) -> ctypes.Array:
@@ -149,7 +149,7 @@ class NativeModel:
 
 
 class NativeStep:
-    """A step on a cache, like `decode_step.TorchStep`; this one also reads prompts."""
+    """A decoding step on a cache, like `backends.TorchStep`; this one also prefills prompts."""
 
     supports_prefill = True
 
@@ -168,22 +168,25 @@ class NativeStep:
         self._alive = (native, keys, values, layers, model, cos, sin, scratch)  # what the struct points to
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """The newest tokens of the slots 0, 1, ... (rows,) at their positions -> logits (rows, vocab) in float32."""
+        """Return float32 logits (rows, vocab) after the newest tokens (rows,) of slots 0, 1, ... at their positions."""
         if len(tokens) <= MAX_ROWS:
             return self._rows(tokens, positions, self._all, self._all[: len(tokens)])
-        parts = zip(*(part.split(MAX_ROWS) for part in (tokens, positions, self._all[: len(tokens)])), strict=True)
-        return torch.cat([self._rows(*part, self._all[: len(part[0])]) for part in parts])
+        parts = zip(
+            tokens.split(MAX_ROWS), positions.split(MAX_ROWS), self._all[: len(tokens)].split(MAX_ROWS), strict=True
+        )
+        return torch.cat([self._rows(t, p, slots, self._all[: len(t)]) for t, p, slots in parts])
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
-        """Prompts for the slots from `first` on -> logits (prompts, vocab) of what comes after each."""
+        """Fill the slots from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         positions = torch.cat([self._all[: len(prompt)] for prompt in prompts])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         slots = torch.arange(first, first + len(prompts)).repeat_interleave(lengths)
         ends, parts = lengths.cumsum(0) - 1, []
-        for i, part in enumerate(zip(*(row.split(MAX_ROWS) for row in (tokens, positions, slots)), strict=True)):
-            here = ends - i * MAX_ROWS
-            parts.append(self._rows(*part, here[(here >= 0) & (here < MAX_ROWS)]))
+        for i in range(0, len(tokens), MAX_ROWS):
+            part, here = slice(i, i + MAX_ROWS), ends - i
+            here = here[(here >= 0) & (here < MAX_ROWS)]
+            parts.append(self._rows(tokens[part], positions[part], slots[part], here))
         return torch.cat(parts)
 
     def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:

@@ -261,13 +261,13 @@ void choose_experts(const Model& m, const float* gate, const float* x, float* we
     for (int e = 0; e < m.n_routed; e++) weights[e] = m.renormalise ? chosen[e] / (kept + 1e-20f) : chosen[e];
 }
 
-// Put a row's new key or value, x (kv_heads, head_dim), into its place in `cells` (slots, kv_heads, max_len, head_dim).
-void keep(const Model& m, void* cells, const float* x, int64_t slot, int64_t position) {
+// Put a row's new key or value, x (kv_heads, head_dim), into its place in `kv` (slots, kv_heads, max_len, head_dim).
+void keep(const Model& m, void* kv, const float* x, int64_t slot, int64_t position) {
     for (int h = 0; h < m.n_kv_heads; h++) {
         const size_t at = ((slot * m.n_kv_heads + h) * m.max_len + position) * m.head_dim;
         for (int i = 0; i < m.head_dim; i++)
-            if (m.cache_kind == FLOAT32) static_cast<float*>(cells)[at + i] = x[h * m.head_dim + i];
-            else store(static_cast<bf16*>(cells) + at + i, x[h * m.head_dim + i]);
+            if (m.cache_kind == FLOAT32) static_cast<float*>(kv)[at + i] = x[h * m.head_dim + i];
+            else store(static_cast<bf16*>(kv) + at + i, x[h * m.head_dim + i]);
     }
 }
 

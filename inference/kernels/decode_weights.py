@@ -1,4 +1,4 @@
-"""A model's weights laid out for decoding: fused, optionally rounded to int8. `inference.backends` uses them.
+"""A model's weights in the layout of decoding: fused, optionally rounded to int8. `inference.backends` uses them.
 
 `Transformer` keeps the weights as the files have them, for training and for other libraries. A step of decoding reads
 every one of them for a single token of each sequence: fewer and larger matrices, and smaller numbers, make it faster.
@@ -6,7 +6,8 @@ every one of them for a single token of each sequence: fewer and larger matrices
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from inference.options import QUANTIZATIONS
 from model.model import Transformer
-from model.moe import FeedForward, MoEFeedForward
+from model.moe import MoEFeedForward
 from model.rope import rope_tables
 
 
@@ -32,7 +33,7 @@ class Matrix:
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 
     def split(self, size: int) -> tuple[Matrix, Matrix]:
-        """The first `size` outputs, and the others."""
+        """Return the first `size` outputs, and the others."""
         scales = (None, None) if self.scale is None else (self.scale[:size], self.scale[size:])
         return Matrix(self.weight[:size], scales[0]), Matrix(self.weight[size:], scales[1])
 
@@ -66,7 +67,7 @@ class DecodeLayer:
     ffn_norm: Tensor
     shared: SwiGLU | None
     gate: Tensor | None = None  # (experts, dim) float32
-    routed: list[SwiGLU] | None = None
+    routed: list[SwiGLU] = field(default_factory=list)
 
 
 class DecodeWeights:
@@ -87,19 +88,20 @@ class DecodeWeights:
         self.layers = [self._layer(block) for block in model.layers]
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the positions 0 to `length` - 1, (length, head_dim / 2) each."""
+        """Return cosine and sine of the positions 0 to `length` - 1, (length, head_dim / 2) each."""
         positions = torch.arange(length, device=self.embedding.device)[None]
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.scaling)
         return cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous()
 
     def _matrix(self, *weights: Tensor) -> Matrix:
-        """The weights one above the other."""
+        """Concatenate weights along their outputs, and round them if asked to."""
         weight = torch.cat([weight.detach() for weight in weights])
         return quantize_int8(weight) if self.quantize == "int8" else Matrix(weight)
 
-    def _layer(self, block) -> DecodeLayer:
+    def _layer(self, block: Any) -> DecodeLayer:
         attention, feed_forward = block.attention, block.feed_forward
-        gate = routed = None
+        gate: Tensor | None = None
+        routed: list[SwiGLU] = []
         shared = feed_forward
         if isinstance(feed_forward, MoEFeedForward):
             shared = feed_forward.shared_experts
@@ -116,12 +118,12 @@ class DecodeWeights:
             routed=routed,
         )
 
-    def _swiglu(self, mlp: FeedForward) -> SwiGLU:
+    def _swiglu(self, mlp: Any) -> SwiGLU:
         return SwiGLU(self._matrix(mlp.w1.weight, mlp.w3.weight), self._matrix(mlp.w2.weight))
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
-        mlps = [mlp for layer in self.layers for mlp in (layer.shared, *(layer.routed or ())) if mlp is not None]
+        """Return all tensors."""
+        mlps = [mlp for layer in self.layers for mlp in (layer.shared, *layer.routed) if mlp is not None]
         matrices = [self.output, *(m for layer in self.layers for m in (layer.qkv, layer.wo))]
         matrices += [matrix for mlp in mlps for matrix in (mlp.w13, mlp.w2)]
         found = [self.embedding, self.norm, *(m.weight for m in matrices), *(m.scale for m in matrices)]

@@ -1,8 +1,8 @@
-"""C++ for CPUs where PyTorch's operators are too small: compiling a kernel of this package, and memory for its weights.
+"""Compile the C++ kernels of this package for this CPU, and allocate memory for their weights.
 
-A C++ compiler (g++ or clang++) makes the library in a few seconds; it is kept in the user's cache folder under a name
-that depends on the source, the compiler and the CPU. Where that fails, `load_library` says why, and its callers go on in
-plain PyTorch.
+A C++ compiler (g++ or clang++) builds the library in a few seconds; it is kept in the user's cache folder under a name
+that depends on the source, the compiler and the CPU. If that fails, `load_library` says why, and its callers fall back to
+PyTorch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CHUNK = 32 * 2**20  # bytes of memory to ask for at a time
 
 
 class KernelUnavailable(RuntimeError):
-    """The kernel cannot be had here; says why."""
+    """The kernel cannot be built or used here; the message says why."""
 
 
 @functools.cache
 def load_library(name: str, *flags: str) -> ctypes.CDLL:
-    """`name`_kernel.cpp in this folder as a library; compiled first if need be. Raises KernelUnavailable.
+    """Return `name`_kernel.cpp of this folder as a library; compile it first if necessary. Raises KernelUnavailable.
 
     Args:
-        flags: more of them for the compiler.
+        flags: additional ones for the compiler.
     """
     if platform.system() == "Windows":
         raise KernelUnavailable("the kernel needs g++ or clang++, and has not been built on Windows")
@@ -53,7 +53,7 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
     except RuntimeError as error:  # a user without a home folder, as in some containers
-        raise KernelUnavailable(f"nowhere to keep the library: {error}; set XDG_CACHE_HOME") from error
+        raise KernelUnavailable(f"there is no folder for the library: {error}; set XDG_CACHE_HOME") from error
     library = folder / f"{name}_{key}.so"
     if not library.exists():
         try:
@@ -62,7 +62,7 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
                 made = Path(scratch) / "made.so"
                 command = [*compiler, *options, str(source), "-o", str(made)]
                 subprocess.run(command, capture_output=True, check=True, text=True)
-                os.replace(made, library)  # whole or not at all, whoever else compiles it at this moment
+                os.replace(made, library)  # atomic, also if another process compiles it at the same time
         except OSError as error:
             raise KernelUnavailable(f"cannot write to {folder}: {error}") from error
         except subprocess.CalledProcessError as error:
@@ -74,7 +74,7 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Like `torch.zeros`; on a CPU in pages of 2 MB where the system has them.
+    """Return zeros like `torch.zeros`; on a CPU in pages of 2 MB where the system has them.
 
     Reading memory in the usual pages of 4 KB, a CPU spends half of its time looking up where they are.
     """
@@ -97,7 +97,7 @@ class Memory:
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def keep(self, tensor: Tensor) -> int:
-        """Copy a tensor to where it stays; its address, a multiple of 64."""
+        """Copy a tensor into this memory; return its address there, a multiple of 64."""
         size = -(-tensor.nbytes // 64) * 64
         if self._used + size > len(self._chunk):
             self._chunk, self._used = zeros((max(size, CHUNK),), torch.uint8), 0

@@ -1,4 +1,4 @@
-"""Whole texts through a dense MiniMind on a CPU with a matrix unit: laying out weights for `prefill_kernel.cpp`, calling it.
+"""Prefill whole texts with a dense MiniMind on a CPU: convert the weights for `prefill_kernel.cpp` and call it.
 
     weights = PrefillWeights(model)
     quick = PrefillModel(weights)                 # products in bfloat16: off by about 0.01 in a logit, ten times as fast
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,11 @@ class _Model(ctypes.Structure):
 
 
 def load_kernel(*flags: str) -> ctypes.CDLL:
-    """The compiled library; compiled first if need be. Raises KernelUnavailable."""
+    """Return the compiled library; compile it first if necessary. Raises KernelUnavailable."""
     kernel = load_library("prefill", *flags)
     kernel.matrix_unit.restype = ctypes.c_char_p
-    kernel.cells_size.restype = ctypes.c_size_t
-    kernel.cells_size.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
+    kernel.kv_size.restype = ctypes.c_size_t
+    kernel.kv_size.argtypes = [ctypes.POINTER(_Model), ctypes.c_int, ctypes.c_int]
     kernel.prefill.argtypes = [
         ctypes.POINTER(_Model), ctypes.c_int,
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
@@ -54,11 +55,11 @@ def load_kernel(*flags: str) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A beginning that has been read: its keys and values of all layers, as the kernel has them."""
+    """Keys and values of a common beginning of several texts, of all layers, in the layout of the kernel."""
 
     length: int
     parts: int
-    cells: Tensor
+    kv: Tensor
 
 
 class PrefillWeights:
@@ -70,7 +71,7 @@ class PrefillWeights:
         Raises KernelUnavailable: no kernel, or none for this model.
 
         Args:
-            kernel: from `load_kernel`, if it is to be a special one.
+            kernel: from `load_kernel`; None: the one for this CPU.
         """
         self.config = config = model.config
         if config.use_moe:
@@ -98,7 +99,7 @@ class PrefillWeights:
             embedding=self._memory.keep(embedding), layers=self._layers,
             output=self._tiles(embedding * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
-            hidden=_up(len(model.layers[0].feed_forward.w1.weight)), vocab=_up(config.vocab_size), eps=config.norm_eps,
+            hidden=_up(self._hidden(model.layers[0])), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
         self._tables = self._rope(config.max_seq_len)
 
@@ -114,7 +115,11 @@ class PrefillWeights:
         cos, sin = rope_tables(torch.arange(length)[None], config.head_dim, config.rope_theta, config.scaling)
         return cos[0, :, 0].repeat_interleave(2, -1), torch.stack([-sin, sin], -1)[0, :, 0].flatten(1)
 
-    def _layer(self, block) -> _Layer:
+    @staticmethod
+    def _hidden(block: Any) -> int:
+        return len(block.feed_forward.w1.weight)
+
+    def _layer(self, block: Any) -> _Layer:
         attention, mlp = block.attention, block.feed_forward
         q, k, v = (linear.weight.float() for linear in (attention.wq, attention.wk, attention.wv))
         qkv = torch.cat([q / self.config.head_dim**0.5, k, v]) * block.attention_norm.weight.float()
@@ -133,7 +138,7 @@ class PrefillWeights:
 
 
 class PrefillModel:
-    """Those weights with a precision: every operand is one number of bfloat16, or the sum of two (`parts`)."""
+    """These weights with a precision: every operand is one bfloat16 number, or the sum of two (`parts`)."""
 
     device = torch.device("cpu")
 
@@ -141,17 +146,17 @@ class PrefillModel:
         self.weights, self.parts, self.config = weights, parts, weights.config
 
     def read(self, tokens: list[int]) -> Prefix:
-        """A beginning that texts go on from."""
-        size = self.weights.kernel.cells_size(self.weights.struct, self.parts, len(tokens))
-        cells = torch.empty(self.config.n_layers * size, dtype=torch.bfloat16)
-        self._run([tokens], None, cells, torch.empty(0, dtype=torch.int64), None)
-        return Prefix(len(tokens), self.parts, cells)
+        """Compute the keys and values of a beginning that texts continue."""
+        size = self.weights.kernel.kv_size(self.weights.struct, self.parts, len(tokens))
+        kv = torch.empty(self.config.n_layers * size, dtype=torch.bfloat16)
+        self._run([tokens], None, kv, torch.empty(0, dtype=torch.int64), None)
+        return Prefix(len(tokens), self.parts, kv)
 
     def logits(self, texts: list[list[int]], places: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
-        """Logits of the next token after some of the tokens.
+        """Return the logits of the next token after some of the tokens.
 
         Args:
-            texts: token ids, without padding; all of them go on from `past`.
+            texts: token ids, without padding; all of them continue `past`.
             places: (index of the text, index of the token).
 
         Returns:
@@ -170,7 +175,9 @@ class PrefillModel:
         self._run(texts, past, None, rows, logits)
         return logits[: len(places), : self.config.vocab_size]
 
-    def _run(self, texts, past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None) -> None:
+    def _run(
+        self, texts: list[list[int]], past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None
+    ) -> None:
         tokens, lengths = torch.tensor([token for text in texts for token in text]), torch.tensor([*map(len, texts)])
         if not lengths.numel() or not lengths.all():
             raise ValueError("there is a text without tokens")
@@ -182,7 +189,7 @@ class PrefillModel:
         struct.cos, struct.sin = cos.data_ptr(), sin.data_ptr()
         failed = self.weights.kernel.prefill(
             struct, self.parts, len(texts), lengths.data_ptr(), tokens.data_ptr(), n_past,
-            past.cells.data_ptr() if past else None, None if kept is None else kept.data_ptr(),
+            past.kv.data_ptr() if past else None, None if kept is None else kept.data_ptr(),
             len(rows), rows.data_ptr(), None if logits is None else logits.data_ptr(),
         )  # fmt: skip
         if failed:
@@ -194,6 +201,6 @@ def _up(n: int) -> int:
 
 
 def _padded(weight: Tensor) -> Tensor:
-    """Rows of zeros added, up to a multiple of 32."""
+    """Append rows of zeros, up to a multiple of 32."""
     missing = _up(len(weight)) - len(weight)
     return torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]) if missing else weight.contiguous()

@@ -327,7 +327,7 @@ struct Cell {
     }
 };
 
-struct Text { int start, length; size_t cell; };  // its first row; tokens; where the cells of its heads begin
+struct Text { int start, length; size_t cell; };  // its first row; tokens; where the kv of its heads begin
 
 // H query heads that share keys and values, from `head` on, in one text: out[row] = softmax(q keys) values, causal, after
 // the `n_past` keys of `past`. No largest score is subtracted: where they leave the range of e^x, the result is NaN, never wrong.
@@ -421,15 +421,15 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
     const MatrixUnit unit;
     const int D = m.head_dim, width = (m.n_heads + 2 * m.n_kv_heads) * D, attended_width = m.n_heads * D;
     const int group = m.n_heads / m.n_kv_heads;
-    thread_local Memory x_memory, in_memory, qkv_memory, both_memory, hidden_memory, cells_memory,
+    thread_local Memory x_memory, in_memory, qkv_memory, both_memory, hidden_memory, kv_memory,
         shares_memory, chosen_memory, chosen_x_memory;
     std::vector<Text> texts(n_texts);
     int n = 0, longest = 0;
-    size_t n_cells = 0;
+    size_t n_kv = 0;
     for (int i = 0; i < n_texts; i++) {
-        texts[i] = {n, int(lengths[i]), n_cells};
+        texts[i] = {n, int(lengths[i]), n_kv};
         n += int(lengths[i]);
-        n_cells += Cell<P>::size(int(lengths[i]), D) * m.n_kv_heads;
+        n_kv += Cell<P>::size(int(lengths[i]), D) * m.n_kv_heads;
         longest = std::max(longest, int(lengths[i]));
     }
     int rows = up(n);
@@ -439,7 +439,7 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
     bf16* in_at = in_memory.take<bf16>(P * most * std::max(m.dim, attended_width));
     float* both = both_memory.take<float>(most * PAIR);
     bf16* hidden = hidden_memory.take<bf16>(P * most * m.hidden);
-    bf16* cells = kept ? kept : cells_memory.take<bf16>(n_cells);
+    bf16* kv = kept ? kept : kv_memory.take<bf16>(n_kv);
     bf16* shares = shares_memory.take<bf16>(size_t(2) * P * (up(n_past) + up(longest)) * LANES);
     const size_t past_size = Cell<P>::size(n_past, D);
     std::vector<char> wanted(n, 1);
@@ -458,11 +458,11 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
         rms_norm(x, in, m.eps);
         product(in, layer.qkv, width, qkv, false);
 
-        std::memset(cells, 0, n_cells * sizeof(bf16));
+        std::memset(kv, 0, n_kv * sizeof(bf16));
         for (int i = 0; i < n_texts; i++)
             for (int h = 0; h < m.n_kv_heads; h++) {
                 const Text& text = texts[i];
-                const Cell<P> own{cells + text.cell + h * Cell<P>::size(text.length, D), up(text.length), D};
+                const Cell<P> own{kv + text.cell + h * Cell<P>::size(text.length, D), up(text.length), D};
                 const Cell<P> before{const_cast<bf16*>(past) + (size_t(l) * m.n_kv_heads + h) * past_size, up(n_past), D};
                 const int keys = attended_width + h * D, values = keys + m.n_kv_heads * D;
                 for (int t = 0; t < text.length; t++) {
@@ -482,7 +482,7 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
                 for (; head < (h + 1) * group; head++)
                     attend<P, 1>(m, text, own, before, n_past, qkv, head, wanted.data(), shares, attended);
             }
-        if (kept) cells += n_cells;
+        if (kept) kv += n_kv;
         if (last) {
             if (n_places == 0) return;
             rows = up(n_places);
@@ -523,13 +523,13 @@ extern "C" const char* matrix_unit() {
 }
 
 // bfloat16 numbers that the keys and values of a layer take, for one text.
-extern "C" size_t cells_size(const Model* m, int parts, int length) {
+extern "C" size_t kv_size(const Model* m, int parts, int length) {
     return (parts == 2 ? Cell<2>::size(length, m->head_dim) : Cell<1>::size(length, m->head_dim)) * m->n_kv_heads;
 }
 
 // `n_texts` texts of `lengths` tokens, one after another in `tokens`, all of which go on from the same `n_past` tokens
 // (`past`: what `kept` was when those were read; null with none). `places` (n_places,): indices of tokens -> `logits`
-// (n_places filled up to a multiple of 32, vocab). With `kept`, n_layers * cells_size of one text, keys and values go there.
+// (n_places filled up to a multiple of 32, vocab). With `kept`, n_layers * kv_size of one text, keys and values go there.
 extern "C" int prefill(const Model* m, int parts, int n_texts, const int64_t* lengths, const int64_t* tokens, int n_past,
                        const bf16* past, bf16* kept, int n_places, const int64_t* places, float* logits) {
     try {
