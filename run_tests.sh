@@ -21,6 +21,7 @@ set_up_browser() {
 }
 set_up_browser
 ruff check .
+mypy # 40 seconds the first time; what it has seen it keeps in .mypy_cache
 # Two test workers with one core each are faster than two that compete for all cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 exec python -m pytest "$@"

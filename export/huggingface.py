@@ -246,7 +246,8 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
             }
         return LMConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} cannot be used ({error!r:.200})") from error
+        reason = str(error) if isinstance(error, UserError) else f"{error!r:.200}"  # repr: "KeyError('vocab_size')"
+        raise UserError(f"{where} cannot be used: {reason}") from error
 
 
 # ---- writing folders

@@ -445,7 +445,7 @@ def test_models_that_are_no_minimind_are_refused():
             config_from_llama(content | change, "x")
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     for change, message in (
-        (yarn | {"rope_type": "llama3"}, "rope_scaling llama3"),
+        (yarn | {"rope_type": "llama3"}, "rope_scaling=llama3"),
         (yarn | {"beta_fast": 16}, "rope_scaling: unknown: beta_fast"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,8 +20,6 @@ HEAVY = {
     *("torch", "transformers", "peft", "deepspeed", "pandas", "pyarrow", "fastapi", "uvicorn", "streamlit"),
     *("matplotlib", "wandb", "tensorboard"),
 }
-NOT_LIGHT_YET = {path.name for path in SCRIPT_FILES} - {"data_process.py"}
-NOT_LAYERED_YET = {"data_pipeline.preferences", "data_pipeline.tokenize", "trainer"}
 
 
 def imports(path: Path, source: str | None = None) -> set[str]:
@@ -68,11 +66,6 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
     return next((cycle for name in sorted(graph) if (cycle := visit(name, []))), None)
 
 
-def expect_failure(request, pending: bool) -> None:
-    if pending:
-        request.applymarker(pytest.mark.xfail(reason="not converted yet"))
-
-
 def test_these_tests_see_imports_and_cycles():
     assert {"common.cli", "model.model", "data_pipeline.readers", "trainer.parallel.fsdp"} <= FILES.keys()
     here = ROOT / "model" / "x.py"
@@ -90,8 +83,7 @@ def test_every_folder_with_code_has_its_layer():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_packages_import_only_downwards(name, request):
-    expect_failure(request, name in NOT_LAYERED_YET)
+def test_packages_import_only_downwards(name):
     package = name.split(".")[0]
     found = first_names(FILES[name])
     assert not found & ((set(BELOW) - BELOW[package] - {package}) | ABOVE_ALL)
@@ -103,8 +95,7 @@ def test_packages_import_only_downwards(name, request):
 
 
 @pytest.mark.parametrize("package", BELOW)
-def test_no_module_imports_itself_through_others(package, request):
-    expect_failure(request, package in NOT_LAYERED_YET)
+def test_no_module_imports_itself_through_others(package):
     names = modules(package)
     graph = {
         name: {other for other in imports(path) if other in names} - {name, package} for name, path in names.items()
@@ -149,9 +140,8 @@ def loaded_by(*command: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SCRIPT_FILES, ids=lambda path: path.name)
-def test_help_loads_no_heavy_library(path, request):
+def test_help_loads_no_heavy_library(path):
     """So that it answers in less than a second."""
-    expect_failure(request, path.name in NOT_LIGHT_YET)
     assert not loaded_by(path.name, "--help") & HEAVY
 
 
