@@ -1,7 +1,7 @@
-"""What the loop trains on: samples by number, batches by sample numbers.
+"""Data sets for the training loop: samples by number, batches by sample numbers.
 
 A data set is anything with `len()`, `batch(indices) -> Batch`, `documents(indices)` and a `fingerprint`; the loop knows no
-more about it. A batch depends on nothing but the numbers asked for: that is what makes resuming exact.
+more about it. A batch depends only on the numbers that are asked for: that makes resuming exact.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from data_pipeline.tokenize import TokenizedDataset
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors for the model, and what the loop has to know about them.
+    """Tensors for the model, and their counts.
 
     Attributes:
         inputs: keyword arguments for the loss function.
         n_targets: how many targets the loss sums over.
         n_tokens: tokens that are not padding.
-        attention_pairs: sum over documents of their squared length: what attention costs.
-        idle: it only keeps a process without samples in step with the others; nothing of it counts.
+        attention_pairs: sum over documents of their squared length: the cost of attention.
+        dummy: it only keeps a process without samples in step with the others and counts for nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -51,7 +51,7 @@ class Batch:
 
 
 class Dataset(Protocol):
-    """What `trainer.trainer.fit` needs of its data."""
+    """The data that `trainer.trainer.fit` takes."""
 
     fingerprint: str
 
@@ -60,7 +60,7 @@ class Dataset(Protocol):
     def batch(self, indices: Sequence[int]) -> Batch: ...
 
     def documents(self, indices: Sequence[int]) -> list[int]:
-        """Numbers of the documents in these samples, for error messages."""
+        """Return the numbers of the documents in these samples, for error messages."""
         ...
 
 
@@ -94,11 +94,11 @@ class PackedRows:
         return sorted({int(d) for r in indices for d in self.packing.document[bounds[r] : bounds[r + 1]]})
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Rows as tensors.
+        """Return rows as tensors.
 
         input_ids, labels, position_ids, attention_mask: (rows, seq_len or less); labels are aligned with input_ids (the
         model shifts them), -100 at the first token of each piece, on padding and on what is not to be learned.
-        cu_seqlens: (documents + 1,). The padding at the end of a row is a document of its own, so that nobody sees it.
+        cu_seqlens: (documents + 1,). The padding at the end of a row is a document of its own: no token attends to it.
         """
         packing, dataset = self.packing, self.dataset
         # Full rows are the rule. Where little data leaves them half empty, the common empty end is not computed.

@@ -15,7 +15,7 @@ WINDOW = 1 << 16  # pieces packed together: enough for full rows, and memory sta
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces of documents stand in which row.
+    """Pieces of documents by row.
 
     Row r holds the pieces bounds[r]:bounds[r + 1]; piece i is `length[i]` tokens of document `document[i]`, from its
     token `start[i]` on.
@@ -32,7 +32,7 @@ class Packing:
 
     @property
     def fill(self) -> float:
-        """Share of the rows' tokens that are not padding."""
+        """Return the share of the rows' tokens that are not padding."""
         return float(self.length.sum(dtype=np.int64)) / max(len(self) * self.seq_len, 1)
 
 
@@ -76,7 +76,7 @@ def pack(documents: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) ->
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """Best-fit decreasing: longest piece first, each into the fullest row it fits. Returns row per piece, rows used.
+    """Return the row of each piece, and how many rows are used: longest piece first, each into the fullest row it fits.
 
     Open rows are kept by the room they have left, and bit r of `rooms` says that there is a row with room r: the best
     row is found by one bit trick instead of a search.
@@ -105,5 +105,5 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
 
 
 def sample_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits its samples: a pure function of (seed, epoch)."""
+    """Return the order in which an epoch visits its samples: a pure function of (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n_samples)

@@ -1,4 +1,4 @@
-"""Chats and preference pairs in every format users have, read into messages; tokens come later, in tokenize.py.
+"""Read dialogues and preference pairs of every format users have into messages; tokenize_chats.py makes tokens of them.
 
     for chat in iter_conversations(Path("sft_data.csv"), on_bad=print):
         chat.line, chat.messages            # [{"role": "user", "content": ...}, {"role": "assistant", ...}]
@@ -31,12 +31,12 @@ PREFERENCE_COLUMNS = (("chosen", "rejected"),)
 
 
 class Malformed(UserError):
-    """A row that is not what it should be. The text says what is wrong, for the list of bad lines."""
+    """A row with wrong fields or roles. The text says what is wrong, for the list of bad lines."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sound chat: perhaps a system message, then user and assistant in turn; the assistant speaks last."""
+    """A valid dialogue: an optional system message, then user and assistant in turn; the last message is an answer."""
 
     line: int
     messages: list[Message]
@@ -44,7 +44,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two different answers to one prompt: perhaps a system message, then user and assistant in turn, the user last."""
+    """Two different answers to one prompt: an optional system message, then user and assistant in turn, the user last."""
 
     line: int
     prompt_messages: list[Message]
@@ -53,7 +53,7 @@ class Preference:
 
 
 def iter_conversations(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Conversation]:
-    """Yield the chats of `path` in constant memory; rows that are no sound chat go to `on_bad`.
+    """Yield the dialogues of `path` in constant memory; rows that are not a valid dialogue go to `on_bad`.
 
     on_bad=None makes the first such row a UserError naming file, line and reason.
     Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a chat.
@@ -110,7 +110,7 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
 
 
 def read_messages(data: dict) -> list[Message]:
-    """The messages of a row as they stand in it: their order is unchecked, and the last q and a may be empty."""
+    """Return the messages of a row as they are: their order is unchecked, and the last q and a may be empty."""
     dialogue = data.get("messages") or data.get("conversations")
     if dialogue:
         return _with_system(data, _dialogue(dialogue))
@@ -125,12 +125,12 @@ def read_messages(data: dict) -> list[Message]:
 
 
 def text_of(data: dict, name: str, required: bool = False) -> str:
-    """The stripped text under `name`; "" for null, and for a missing field that is not required."""
+    """Return the stripped text under `name`; "" for null, and for a missing field that is not required."""
     return _text(data, name, required).strip()
 
 
 def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:
-    """UserError if `path` is of a format with a header that has none of the `needed` sets of columns, or plain text."""
+    """Raise UserError if `path` has a header with none of the `needed` sets of columns, or is plain text."""
     sets = " or ".join(",".join(names) for names in needed)
     if file_format(path) == ".txt":
         raise UserError(f"{path}: plain text has no fields, but {sets} is needed; use .jsonl, .csv or .parquet")
@@ -159,7 +159,7 @@ def _user(text: str) -> Message:
 
 
 def _with_system(data: dict, messages: list[Message]) -> list[Message]:
-    """The messages, after the row's own `system` field if it has one."""
+    """Return the messages, after the row's own `system` field if it has one."""
     system = _text(data, "system")
     return [{"role": "system", "content": system}, *messages] if system.strip() else messages
 
@@ -169,7 +169,7 @@ def _stripped(messages: list[Message]) -> list[tuple[str, str]]:
 
 
 def _is_dialogue(prompt: object) -> bool:
-    """Whether a prompt holds messages; in a CSV they are written as text, and "[1, 2]: what is it?" is just text."""
+    """Return whether a prompt holds messages; in a CSV they are written as text, and "[1, 2]: what is it?" is just text."""
     if not isinstance(prompt, str):
         return True
     with contextlib.suppress(Malformed):
@@ -192,7 +192,10 @@ def _history(value: object) -> list[Message]:
 
 
 def _dialogue(value: object) -> list[Message]:
-    """[{"role","content"}] or [{"from","value"}] with the roles of this project. An empty system message is none."""
+    """Return messages with the roles of this project; an empty system message is left out.
+
+    value: [{"role","content"}] or [{"from","value"}].
+    """
     value = _parsed(value, "dialogue")
     if not isinstance(value, list) or not value:
         raise Malformed("the dialogue is not a list of messages")
@@ -214,7 +217,7 @@ def _message(message: object) -> Message:
 
 
 def _answer(data: dict, name: str) -> tuple[list[Message], str]:
-    """The answer under `name`, and the prompt that it repeats, if it does."""
+    """Return the prompt that the answer under `name` repeats, if it does, and the answer."""
     value = data.get(name)
     if isinstance(value, str) and _is_dialogue(value):
         value = _parsed(value, name)
@@ -257,7 +260,7 @@ def _check_text(text: str, name: str) -> None:
 
 
 def _parsed(value: object, name: str) -> object:
-    """A list as it is, or written as JSON, or (in files of the original MiniMind) as a Python literal."""
+    """Return a list, given as it is, as JSON, or (in files of the original MiniMind) as a Python literal."""
     if isinstance(value, float) and value != value:  # pandas writes an empty field as NaN
         return None
     if not isinstance(value, str):

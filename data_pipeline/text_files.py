@@ -97,7 +97,9 @@ def hash_files(paths: Sequence[Path], cache_dir: Path) -> list[str]:
         check_readable(path)
     found = {}
     todo = [path for path in paths if known.get(str(path.resolve()), [None])[0] != file_state(path)]
-    with Progress("hash", sum(map(total_bytes, todo))) if todo else contextlib.nullcontext() as progress:
+    with contextlib.ExitStack() as stack:
+        if todo:
+            progress = stack.enter_context(Progress("hash", sum(map(total_bytes, todo))))
         for path in paths:
             name, state = str(path.resolve()), file_state(path)
             if path not in todo:

@@ -46,7 +46,7 @@ from model.tokenizer import BOS_ID, EOS_ID, encode_texts, tokenizer_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 2  # of the files and of how they are made: raise it when either changes
+VERSION = 1  # of how tokens are made: raising it makes older training states impossible to resume
 MAX_WITHOUT_TARGET = 0.01  # a larger share of dialogues without a token to train on is a mistake in data or settings
 
 DTYPES = {
@@ -351,6 +351,8 @@ def _open(folder: Path) -> TokenizedDataset | None:
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         for name, size in info["files"].items():
+            if name not in DTYPES:  # an earlier version had other files
+                return None
             if (folder / f"{name}.bin").stat().st_size != size:
                 return None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

@@ -103,7 +103,7 @@ def test_logits_through_the_cache_in_chunks(kind):
     with pytest.raises(ValueError, match="holds 20 tokens per row, 21 are needed"):
         model(ids[:, :1], past_key_values=cache)
     assert cache.get_seq_length() == 20
-    with pytest.raises(ValueError, match="made for 2 rows, and 1 came"):
+    with pytest.raises(ValueError, match="made for 2 rows, and the call has 1"):
         model(ids[:1, :1], past_key_values=KVCache(model.config, 2, 20))
 
 

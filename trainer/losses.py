@@ -57,7 +57,10 @@ def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor,
 def compute_ref_logps(
     model: nn.Module, pairs: Dataset, device: torch.device, dtype: torch.dtype, batch_size: int
 ) -> np.ndarray:
-    """Return the log-probabilities of all answers under the model as it is now, (pairs, 2) float32: chosen, rejected."""
+    """Return the log-probabilities of all answers under the model as it is now, (pairs, 2) float32: chosen, rejected.
+
+    pairs: a `data_pipeline.preferences.PreferencePairs`.
+    """
     was_training = model.training
     model.to(device).eval()
     logps = []
