@@ -21,11 +21,11 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from trainer.options import TuneOptions
+from trainer.options import ChatOptions
 
 
 @dataclass
-class SftOptions(TuneOptions):
+class SftOptions(ChatOptions):
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "sft_data_single.csv"],
         "dialogues: CSV (history,q,a) or JSONL (messages or conversations) (default: dataset/sft_data_single.csv)",
@@ -33,18 +33,17 @@ class SftOptions(TuneOptions):
     )  # fmt: skip
     learning_rate: float = flag(5e-4, "peak learning rate")
     batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
-    show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
 
 
 def main() -> None:
     options = parse_options(SftOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
-    from data_pipeline.tokenize_chats import tokenize_chat_data
     from model.device import resolve_device
     from trainer.distributed import cleanup_distributed, init_distributed
+    from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, packed_rows, require_files, starting_model, weights_run
+    from trainer.recipe import open_tokenizer, require_files, weights_run
     from trainer.trainer import fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
@@ -56,12 +55,7 @@ def main() -> None:
     run = weights_run("full_sft", options, model, tokenizer, origin)
 
     # Data: dialogues, with a mask over everything that the assistant does not say.
-    seq_len = model.config.max_seq_len
-    train, val = packed_rows(
-        options, dist_env, seq_len,
-        lambda cache: tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len),
-        tokenizer if options.show_sample else None,
-    )  # fmt: skip
+    train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)
 
     # Loss: cross entropy of the next token of the assistant.
     fit(model, next_token_loss, train, val, options, run, dist_env)

@@ -23,22 +23,24 @@ from typing import TYPE_CHECKING
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
-from trainer.options import TuneOptions
+from trainer.options import ChatOptions
 
 if TYPE_CHECKING:
     from model.LMConfig import LMConfig
 
 
 @dataclass
-class LoraOptions(TuneOptions):
+class LoraOptions(ChatOptions):
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "sample" / "lora_identity.jsonl"],
         "dialogues: CSV or JSONL, as for 3-full_sft.py (default: dataset/sample/lora_identity.jsonl)", nargs="+",
     )  # fmt: skip
     lora_name: str = flag("identity", "name of the adapter")
-    rank: int = flag(8, "width of the adapter's matrices")
-    alpha: float = flag(16.0, "the adapter's output is scaled by alpha / rank")
-    lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped while training")
+    rank: int = flag(8, "width of the adapter's matrices", min=1)
+    alpha: float = flag(
+        16.0, "the adapter's output is scaled by alpha / rank; above 0, or the adapter does nothing", above=0
+    )
+    lora_dropout: float = flag(0.0, "share of the adapter's inputs dropped while training", min=0, below=1)
     target_modules: list[str] = flag(
         ["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "linear layers that get an adapter (default: all)", nargs="+"
     )
@@ -47,16 +49,12 @@ class LoraOptions(TuneOptions):
     batch_size: int = flag(8, "rows of max_seq_len tokens that go through the model at once, per process")
     weight_decay: float = flag(0.0, "weight decay of the adapter's matrices")
     epochs: float = flag(3.0, "passes over the data; may be a fraction")
-    show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
 
     def validate(self) -> list[str]:
         rules = {
             f"--lora_name {self.lora_name!r} becomes part of a file name: use letters, digits and -": (
                 re.fullmatch(r"[A-Za-z0-9-]+", self.lora_name)
             ),
-            f"--rank {self.rank} must be at least 1": self.rank >= 1,
-            f"--alpha {self.alpha} must be more than 0, or the adapter does nothing": self.alpha > 0,
-            f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1": 0 <= self.lora_dropout < 1,
             "--init_from none: an adapter needs trained weights to start from": self.init_from != "none",
         }
         return super().validate() + [error for error, kept in rules.items() if not kept]
@@ -68,16 +66,16 @@ def main() -> None:
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     import torch
 
-    from data_pipeline.tokenize_chats import tokenize_chat_data
-    from inference.model_finder import checkpoint_name
+    from model.architecture import checkpoint_name
     from model.device import DTYPES, resolve_device
     from model.lora import add_adapter, merge, read_description, save_adapter, trainable_share
     from model.model import parameter_counts
     from model.tokenizer import tokenizer_hash
     from model.weights import check_can_write, save_checkpoint
     from trainer.distributed import cleanup_distributed, init_distributed
+    from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import make_out_dir, open_tokenizer, packed_rows, require_files, starting_model
+    from trainer.recipe import open_tokenizer, require_files
     from trainer.trainer import Run, fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
@@ -89,7 +87,7 @@ def main() -> None:
     assert base is not None  # --init_from none was refused
     file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
     folder = file.with_suffix("")
-    make_out_dir(options.out_dir)
+    options.out_dir.mkdir(parents=True, exist_ok=True)
     check_can_write_adapter(folder, base.config, options.overwrite)
     if options.merge:
         check_can_write(file, base.config, options.overwrite)
@@ -108,12 +106,7 @@ def main() -> None:
     run = Run("lora", folder.name, base.config, identity, partial(save_adapter, folder, adapted, base), active)
 
     # Data: dialogues.
-    seq_len = model.config.max_seq_len
-    train, val = packed_rows(
-        options, dist_env, seq_len,
-        lambda cache: tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len),
-        tokenizer if options.show_sample else None,
-    )  # fmt: skip
+    train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)
 
     # Loss: cross entropy of the next token of the assistant.
     fit(adapted, next_token_loss, train, val, options, run, dist_env)

@@ -33,25 +33,20 @@ class DpoOptions(TuneOptions):
         [ROOT / "dataset" / "dpo" / "train_data.json"],
         "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",
     )  # fmt: skip
-    beta: float = flag(0.1, "strength of the pull towards the reference model")
+    beta: float = flag(0.1, "strength of the pull towards the reference model", above=0)
     loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
-    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
-    max_dropped: float = flag(0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len")
+    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)", min=0, below=0.5)
+    max_dropped: float = flag(
+        0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len", min=0, max=1
+    )
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")
     val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")
     weight_decay: float = flag(0.0, "weight decay of matrices")
 
     def validate(self) -> list[str]:
-        rules = {
-            f"--beta {self.beta} must be more than 0": self.beta > 0,
-            f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5": 0
-            <= self.label_smoothing
-            < 0.5,
-            f"--max_dropped {self.max_dropped} must be between 0 and 1": 0 <= self.max_dropped <= 1,
-            "--label_smoothing has no meaning for --loss ipo": not (self.label_smoothing and self.loss == "ipo"),
-        }
-        return super().validate() + [error for error, kept in rules.items() if not kept]
+        ignored = self.label_smoothing and self.loss == "ipo"
+        return super().validate() + (["--label_smoothing has no meaning for --loss ipo"] if ignored else [])
 
 
 def main() -> None:
@@ -61,8 +56,9 @@ def main() -> None:
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
     from model.device import resolve_device, resolve_dtype
     from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
+    from trainer.finetune import starting_model
     from trainer.losses import compute_ref_logps, dpo_loss
-    from trainer.recipe import open_tokenizer, require_files, starting_model, weights_run
+    from trainer.recipe import open_tokenizer, require_files, weights_run
     from trainer.trainer import fit
 
     device = resolve_device(options.device)

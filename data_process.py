@@ -43,16 +43,20 @@ class Options:
     input: list[Path] = flag([], "raw files to read instead of the default ones", nargs="+", metavar="PATH")
     data_dir: Path = flag(ROOT / "dataset", "folder of the raw dumps (default: dataset)")
     out_dir: Path = flag(ROOT / "dataset", "folder for the results (default: dataset)")
-    num_workers: int = flag(os.cpu_count() or 1, "processes (default: one per CPU; 0: only this one)")
-    max_chars: int | None = flag(None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)")
-    min_chars: int = flag(1, "pretrain: shortest text in characters")
-    min_q_chars: int = flag(2, "sft: shortest question in characters (default: 2; original: 10)")
-    min_a_chars: int = flag(1, "sft: shortest answer in characters (default: 1; original: 5)")
+    num_workers: int = flag(os.cpu_count() or 1, "processes (default: one per CPU; 0: only this one)", min=0)
+    max_chars: int | None = flag(
+        None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)", min=0
+    )
+    min_chars: int = flag(1, "pretrain: shortest text in characters", min=0)
+    min_q_chars: int = flag(2, "sft: shortest question in characters (default: 2; original: 10)", min=0)
+    min_a_chars: int = flag(1, "sft: shortest answer in characters (default: 1; original: 5)", min=0)
     min_chinese_ratio: float = flag(
         0.0,
         "smallest share of Chinese characters in each text (default: 0, because any more drops all English; "
         "original for sft: 0.9)",
         metavar="0..1",
+        min=0,
+        max=1,
     )
     history: str = flag(
         "keep",
@@ -63,11 +67,7 @@ class Options:
     dedupe: bool = flag(True, "drop exact duplicates (default: yes)")
 
     def validate(self) -> list[str]:
-        errors = [f"--{name} {n} is negative" for name, n in vars(self).items() if type(n) is int and n < 0]
-        if not 0 <= self.min_chinese_ratio <= 1:
-            errors.append(f"--min_chinese_ratio {self.min_chinese_ratio} is not between 0 and 1")
-        if self.input and self.stage == "all":
-            errors.append("--input needs one stage, not all")
+        errors = ["--input needs one stage, not all"] if self.input and self.stage == "all" else []
         return errors + validate_folder("--out_dir", self.out_dir)
 
 

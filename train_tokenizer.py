@@ -45,7 +45,7 @@ class Options:
         metavar="FILE",
     )
     out_dir: Path = flag(ROOT / "out" / "tokenizer", "folder of the tokenizer (default: out/tokenizer)")
-    vocab_size: int = flag(6400, "number of tokens")
+    vocab_size: int = flag(6400, "number of tokens", min=SMALLEST_VOCAB, max=65536)  # token caches are 16 bits wide
     text_field: str = flag(
         "text",
         "field or column with the text; rows without it are read as dialogues: messages, conversations, q and a, "
@@ -55,28 +55,19 @@ class Options:
         0.01,
         "fraction of the texts that is measured and not trained on, chosen by hash, so that a duplicate of a "
         "held-out text is held out as well",
+        above=0,
+        below=1,
     )
     max_bytes: float = flag(
         32e6,
         "train on a uniform sample of at most this many bytes of text; for each byte training needs about 90 bytes of "
         "memory and 2 microseconds (default: 32e6)",
+        min=1,
     )
-    min_frequency: int = flag(2, "minimum count of a pair of tokens that becomes a token")
+    min_frequency: int = flag(2, "minimum count of a pair of tokens that becomes a token", min=1)
     overwrite: bool = flag(False, "replace the tokenizer in --out_dir if there is one", action="store_true")
 
     def validate(self) -> list[str]:
-        errors = []
-        if not SMALLEST_VOCAB <= self.vocab_size <= 65536:  # token caches are 16 bits wide
-            errors.append(f"--vocab_size {self.vocab_size} is not between {SMALLEST_VOCAB} and 65536")
-        if not 0 < self.held_out < 1:
-            errors.append(f"--held_out {self.held_out} is not between 0 and 1")
-        if self.max_bytes < 1:
-            errors.append(f"--max_bytes {self.max_bytes:g} is less than 1")
-        if self.min_frequency < 1:
-            errors.append(f"--min_frequency {self.min_frequency} is less than 1")
-        return errors + self._validate_out_dir()
-
-    def _validate_out_dir(self) -> list[str]:
         folder = self.out_dir
         errors = validate_folder("--out_dir", folder) + validate_folder("--out_dir", folder.parent)
         if errors or not folder.exists():

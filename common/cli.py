@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -32,6 +33,12 @@ from typing import Any, NoReturn
 
 from common.errors import UserError, known_flags, name_flags
 
+_LIMITS = {
+    "min": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 FlagSpec = tuple[Any, str]  # (type, help) of a flag that is declared elsewhere
 
 
@@ -44,6 +51,7 @@ def flag(
     min: float | None = None,
     above: float | None = None,
     max: float | None = None,
+    below: float | None = None,
     **settings: Any,
 ) -> Any:
     """Return a dataclass field that becomes a flag.
@@ -53,10 +61,12 @@ def flag(
         help: the default value is added to it, unless it says "(default: ...)" itself.
         group: title under which `--help` shows the flag.
         positional: an argument without a name.
-        min, above, max: limits of a number; `above` itself is not allowed. `parse_options` reports values outside.
+        min, above, max, below: limits of a number; `above` and `below` themselves are not allowed. `parse_options`
+            reports values outside. A field that overrides one of a base class has its limits, unless it sets some.
         settings: for `ArgumentParser.add_argument`.
     """
-    limits = {name: value for name, value in (("min", min), ("above", above), ("max", max)) if value is not None}
+    limits = {"min": min, "above": above, "max": max, "below": below}
+    limits = {name: value for name, value in limits.items() if value is not None}
     metadata = {"help": help, "group": group, "positional": positional, "limits": limits, "settings": settings}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -83,22 +93,20 @@ def option_group(options: Callable[..., Any], title: str, **defaults: Any) -> An
 
 def range_errors(options: Any, values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with `values` (name -> value), by the limits of the flags of a dataclass: a line for each."""
+    classes = (options if isinstance(options, type) else type(options)).__mro__
     found = []
-    for field in dataclasses.fields(options):
-        limits, value = field.metadata.get("limits"), values.get(field.name)
+    for name, value in values.items():
+        fields = [cls.__dataclass_fields__.get(name) for cls in classes if dataclasses.is_dataclass(cls)]
+        limits = next((field.metadata["limits"] for field in fields if field and field.metadata.get("limits")), {})
         if not limits or not isinstance(value, (int, float)):
             continue
-        low, above, high = (limits.get(name) for name in ("min", "above", "max"))
-        # Written so that NaN is refused too.
-        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-        if inside and math.isfinite(value):
+        if math.isfinite(value) and all(_LIMITS[kind][1](value, limit) for kind, limit in limits.items()):
             continue
-        if low is not None and high is not None:
-            wanted = f"between {low} and {high}"
+        if "min" in limits and "max" in limits:
+            wanted = f"between {limits['min']} and {limits['max']}"
         else:
-            words = [("at least", low), ("above", above), ("at most", high)]
-            wanted = " and ".join(f"{word} {limit}" for word, limit in words if limit not in (None, -math.inf))
-        found.append(f"--{field.name} {value} must be {wanted or 'a finite number'}")
+            wanted = " and ".join(f"{_LIMITS[kind][0]} {x}" for kind, x in limits.items() if math.isfinite(x))
+        found.append(f"--{name} {value} must be {wanted or 'a finite number'}")
     return found
 
 

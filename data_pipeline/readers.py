@@ -25,8 +25,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import data_pipeline.text_files as text_files
 from common.errors import UserError
-from data_pipeline import text_files
 from data_pipeline.text_files import BadLine, TruncatedArchive, check_readable, line_blocks, read_chunks, utf8_reason
 
 if TYPE_CHECKING:

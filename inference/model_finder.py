@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from model.architecture import Architecture
+from model.architecture import Architecture, checkpoint_name
 
 WEIGHTS, ADAPTER, EXPORT = "weights", "adapter", "export"
 # Files that make up a model, the heavy one first.
@@ -85,22 +85,13 @@ def default_model(entries: list[Entry]) -> Entry:
     return next((entry for entry in entries if entry.stage in CHAT_STAGES and entry.kind != EXPORT), entries[0])
 
 
-def checkpoint_name(stage: str, config: Architecture) -> str:
-    """Return the file name of a stage's weights: `pretrain_512.pth`, `full_sft_512_moe.pth`."""
-    return f"{stage}_{_size(config)}.pth"
-
-
-def _size(config: Architecture) -> str:
-    return f"{config.dim}{'_moe' if config.use_moe else ''}"
-
-
 def find_model(out_dir: Path, stages: Sequence[str], config: Architecture | None = None) -> Path | None:
     """Return the model of `stages` in a folder that was written last, or None. "lora" stands for the folders of adapters.
 
     config: find only weights with its size in their names; None: of any size.
     """
-    sizes = r"\d+(_moe)?" if config is None else _size(config)
-    weights = re.compile(rf"({'|'.join(map(re.escape, stages))})_{sizes}\.pth")
+    ending = r"_\d+(_moe)?\.pth" if config is None else re.escape(checkpoint_name("", config))
+    weights = re.compile(rf"({'|'.join(map(re.escape, stages))}){ending}")
     for entry in list_models(out_dir):
         named = entry.path.name.startswith("lora_") if entry.kind == ADAPTER else weights.fullmatch(entry.path.name)
         if named and (entry.kind == WEIGHTS or "lora" in stages):

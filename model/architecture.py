@@ -76,6 +76,11 @@ class Architecture:
     initializer_range: float = 0.02
 
 
+def checkpoint_name(stage: str, config: Architecture) -> str:
+    """Return the file name of a stage's weights: `pretrain_512.pth`, `full_sft_512_moe.pth`."""
+    return f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
+
+
 def field_descriptions() -> dict[str, str]:
     """Return the description of every field, from the docstring of `Architecture`: each is written there, once."""
     found = re.findall(r"^ {4}    (\w+): (.+(?:\n {12}.+)*)", Architecture.__doc__ or "", re.MULTILINE)

@@ -13,13 +13,13 @@ from inference.model_finder import (
     ADAPTER,
     EXPORT,
     WEIGHTS,
-    checkpoint_name,
     default_model,
     find_model,
     list_models,
     read_entry,
     require_model,
 )
+from model.architecture import checkpoint_name
 from model.LMConfig import preset
 
 

@@ -67,7 +67,7 @@ def test_flags_reach_the_filters(raw, tmp_path):
     assert "shorter than 2" in fails("sft", "--data_dir", raw, "--out_dir", tmp_path, "--min_a_chars", 2)
     wrong = run("all", "--input", "x", "--max_chars", "-1", "--min_chinese_ratio", "2")
     assert wrong.returncode == 2
-    for problem in ("--max_chars -1 is negative", "not between 0 and 1", "--input needs one stage"):
+    for problem in ("--max_chars -1 must be at least 0", "2.0 must be between 0 and 1", "--input needs one stage"):
         assert problem in wrong.stderr
 
 

@@ -63,20 +63,20 @@ class TrainOptions:
     preset: str | None = flag(None, "model size (default: minimind-v1-small)", choices=[*PRESETS])
     model: dict = flag_group("model", "fields of the configuration; default: what the preset says", _model_flags)
 
-    epochs: float = flag(1.0, "passes over the data; may be a fraction")
-    max_steps: int | None = flag(None, "stop after this many optimizer steps instead of after --epochs")
-    batch_size: int = flag(32, "rows of max_seq_len tokens that go through the model at once, per process")
-    accumulation_steps: int = flag(1, "micro-batches whose gradients are summed for one optimizer step")
+    epochs: float = flag(1.0, "passes over the data; may be a fraction", above=0)
+    max_steps: int | None = flag(None, "stop after this many optimizer steps instead of after --epochs", min=1)
+    batch_size: int = flag(32, "rows of max_seq_len tokens that go through the model at once, per process", min=1)
+    accumulation_steps: int = flag(1, "micro-batches whose gradients are summed for one optimizer step", min=1)
     auto_batch: bool = flag(
         False, "when the device runs out of memory, halve the rows that go through the model at once and double the "
         "accumulation, as often as needed; the samples of a step stay the same",
     )  # fmt: skip
-    learning_rate: float = flag(1e-3, "peak learning rate")
-    warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)")
-    weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay")
-    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit")
+    learning_rate: float = flag(1e-3, "peak learning rate", above=0)
+    warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)", min=0)
+    weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
     optimizer: str = flag("adamw", "adamw, or muon for the matrices and AdamW for the rest", choices=OPTIMIZERS)
-    seed: int = flag(1337, "seed of initial weights, data order and dropout")
+    seed: int = flag(1337, "seed of initial weights, data order and dropout", min=0, below=2**63)
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag(
@@ -85,20 +85,22 @@ class TrainOptions:
     )  # fmt: skip
     compile: bool = flag(False, "compile the model: slower start, faster steps (on a CPU it needs a C++ compiler)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
-    num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each batch when it is needed")
+    num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each batch when it is needed", min=0)
     local_rank: int = flag(0, "set by launchers, and ignored: the environment variable LOCAL_RANK is used")
     deepspeed: Path | None = flag(
         None, "shard optimizer, gradients or weights over the processes with DeepSpeed, as this file says (configs/)",
         metavar="FILE",
     )  # fmt: skip
     fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes with PyTorch's FSDP2")
-    timeout: float = flag(600.0, "seconds to wait for a process that does not respond; then the error names it")
+    timeout: float = flag(600.0, "seconds to wait for a process that does not respond; then the error names it", min=1)
 
-    val_fraction: float = flag(0.01, "share of the documents held out for validation, chosen by content; 0: none")
-    val_tokens: int = flag(100_000, "hold out at most about this many tokens")
-    val_interval: int = flag(200, "optimizer steps between validations (and after the last step)")
-    log_interval: int = flag(10, "optimizer steps between log lines")
-    save_interval: int = flag(200, "optimizer steps between saves of weights and training state")
+    val_fraction: float = flag(
+        0.01, "share of the documents held out for validation, chosen by content; 0: none", min=0, below=1
+    )
+    val_tokens: int = flag(100_000, "hold out at most about this many tokens", min=0)
+    val_interval: int = flag(200, "optimizer steps between validations (and after the last step)", min=1)
+    log_interval: int = flag(10, "optimizer steps between log lines", min=1)
+    save_interval: int = flag(200, "optimizer steps between saves of weights and training state", min=1)
     keep: int = flag(2, "number of training states to keep (the newest)")
     save_dtype: str = flag(
         "float32", "precision of the .pth file (the training state is always float32)", choices=DTYPES
@@ -117,31 +119,20 @@ class TrainOptions:
     use_tensorboard: bool = flag(False, "log to TensorBoard, into OUT_DIR/tensorboard")
     profile: int = flag(
         0, "record this many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
-        metavar="N",
+        metavar="N", min=0,
     )  # fmt: skip
 
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""
-        found = []
-        for name in ("batch_size", "accumulation_steps", "val_interval", "log_interval", "save_interval"):
-            if getattr(self, name) < 1:
-                found.append(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("warmup_iters", "num_workers", "weight_decay", "grad_clip", "val_tokens", "profile"):
-            if getattr(self, name) < 0:
-                found.append(f"--{name} {getattr(self, name)} must not be negative")
-        for name, value in (vars(self) | self.model).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                found.append(f"--{name} {value} is not a finite number")
+        found = [
+            f"--{name} {value} is not a finite number"
+            for name, value in self.model.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
         seq_len = self.model.get("max_seq_len", 2)
         rules = {
-            f"--seed {self.seed} must be at least 0 and below 2**63": 0 <= self.seed < 2**63,
             f"--max_seq_len {seq_len}: a row of one token has nothing to predict": seq_len >= 2,
-            f"--max_steps {self.max_steps} must be at least 1": self.max_steps is None or self.max_steps >= 1,
-            f"--epochs {self.epochs} must be more than 0": self.epochs > 0,
-            f"--learning_rate {self.learning_rate} must be more than 0": self.learning_rate > 0,
-            f"--val_fraction {self.val_fraction} must be at least 0 and below 1": 0 <= self.val_fraction < 1,
             f"--keep {self.keep} must be at least 2: a power cut may destroy the state being written": self.keep >= 2,
-            f"--timeout {self.timeout} must be at least 1 second": self.timeout >= 1,
             "--resume continues a run and --overwrite replaces it: give one of them": not (
                 self.resume and self.overwrite
             ),
@@ -209,6 +200,13 @@ class TuneOptions(TrainOptions):
         None, "weights to start from; none for random ones (default: the newest fitting checkpoint in OUT_DIR)",
         metavar="FILE|none",
     )  # fmt: skip
+
+
+@dataclass
+class ChatOptions(TuneOptions):
+    """Flags of the stages that learn from dialogues."""
+
+    show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
 
 
 # ---- the JSON file of --deepspeed

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize import TokenizedDataset
-from inference.model_finder import checkpoint_name, find_model
+from model.architecture import checkpoint_name
 from model.device import DTYPES
-from model.LMConfig import PRESETS, LMConfig
-from model.model import Transformer, describe_parameters, parameter_counts
+from model.LMConfig import LMConfig
+from model.model import Transformer, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import Checkpoint, check_can_write, load_checkpoint, save_checkpoint
+from model.weights import Checkpoint, check_can_write, save_checkpoint
 from trainer.checkpoint import complete_states
 from trainer.distributed import DistEnv, main_process_first
-from trainer.options import TrainOptions, TuneOptions
+from trainer.options import TrainOptions
 from trainer.trainer import Run
 
 
@@ -52,38 +48,6 @@ def new_model(config: LMConfig, seed: int) -> Transformer:
     return Transformer(config)
 
 
-def starting_model(
-    options: TuneOptions, stages: list[str], tokenizer: PreTrainedTokenizerFast
-) -> tuple[Transformer, Checkpoint | None]:
-    """Return the model a stage starts from, and the checkpoint it came from (None: random weights).
-
-    --init_from, or the newest checkpoint of `stages` in --out_dir (of the size of --preset, if that is given). Weights
-    are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the file.
-    """
-    if options.init_from == "none":
-        print("WARNING: starting from random weights: the model has not learned any language")
-        config = options.config()
-        open_tokenizer(options, config)
-        return new_model(config, options.seed), None
-    if options.init_from is not None:
-        path: Path | None = Path(options.init_from)
-    else:
-        path = find_model(options.out_dir, stages, options.config() if options.preset else None)
-    if path is None:
-        size = f" of the size of {options.preset}" if options.preset else ""
-        raise UserError(
-            f"no {' or '.join(stages)} checkpoint{size} in {options.out_dir}: run the stage before this one, name "
-            "weights with --init_from FILE, or start from random ones with --init_from none"
-        )
-    overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
-    checkpoint = load_checkpoint(path, dtype=torch.float32, tokenizer=tokenizer, overrides=overrides)
-    stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
-    print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
-    for note in checkpoint.notes:
-        print(f"note: {note}")
-    return checkpoint.model, checkpoint
-
-
 def weights_run(
     stage: str,
     options: TrainOptions,
@@ -98,7 +62,7 @@ def weights_run(
     """
     config: LMConfig = model.config
     path = options.out_dir / checkpoint_name(stage, config)
-    make_out_dir(options.out_dir)
+    options.out_dir.mkdir(parents=True, exist_ok=True)
     if options.resume is None or not complete_states(options.out_dir / f"{path.stem}.resume"):
         check_can_write(path, config, options.overwrite)  # a resumed state is compared with more than the shape
 
@@ -119,30 +83,18 @@ def weights_run(
     )
 
 
-def make_out_dir(out_dir: Path) -> None:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {out_dir} cannot be used ({error.strerror}); choose another folder") from error
-
-
 def packed_rows(
     options: TrainOptions,
     dist_env: DistEnv,
     seq_len: int,
     tokenize: Callable[[Path], TokenizedDataset],
-    show: PreTrainedTokenizerFast | None = None,
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return training and validation rows of the data (None where --val_fraction is 0).
 
-    Args:
-        tokenize: return the tokens of the data from the cache in a folder, or create them there.
-        show: the tokenizer, to print the first sample.
+    tokenize: return the tokens of the data from the cache in a folder, or create them there.
     """
     with main_process_first(dist_env, "tokens"):
         dataset = tokenize(options.cache_dir or options.out_dir / "cache")
-    if show is not None:
-        show_sample(dataset, show)
     n_tokens = max(int(dataset.offsets[-1]), 1)
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
     train = PackedRows(dataset, train_ids, seq_len, options.seed)
@@ -153,17 +105,3 @@ def packed_rows(
         f"({train.packing.fill:.1%} full); held out for validation: {held_out}"
     )
     return train, val
-
-
-def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Print one document with its target tokens in green (in a log without colours: between » and «)."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
-    tokens = dataset.document(0)
-    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
-    print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
-    pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
-    for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
-        print(f"{on}{text}{off}" if learned else text, end="")
-    print("\n---")

@@ -1,0 +1,83 @@
+"""The steps shared by the stages that start from a trained model: its weights, and rows of dialogues."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from common.errors import UserError
+from data_pipeline.datasets import PackedRows
+from data_pipeline.tokenize import TokenizedDataset
+from data_pipeline.tokenize_chats import tokenize_chat_data
+from inference.model_finder import find_model
+from model.LMConfig import PRESETS
+from model.model import Transformer, describe_parameters
+from model.weights import Checkpoint, load_checkpoint
+from trainer.distributed import DistEnv
+from trainer.options import ChatOptions, TuneOptions
+from trainer.recipe import new_model, open_tokenizer, packed_rows
+
+
+def starting_model(
+    options: TuneOptions, stages: list[str], tokenizer: PreTrainedTokenizerFast
+) -> tuple[Transformer, Checkpoint | None]:
+    """Return the model a stage starts from, and the checkpoint it came from (None: random weights).
+
+    --init_from, or the newest checkpoint of `stages` in --out_dir (of the size of --preset, if that is given). Weights
+    are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the file.
+    """
+    if options.init_from == "none":
+        print("WARNING: starting from random weights: the model has not learned any language")
+        config = options.config()
+        open_tokenizer(options, config)
+        return new_model(config, options.seed), None
+    if options.init_from is not None:
+        path: Path | None = Path(options.init_from)
+    else:
+        path = find_model(options.out_dir, stages, options.config() if options.preset else None)
+    if path is None:
+        size = f" of the size of {options.preset}" if options.preset else ""
+        raise UserError(
+            f"no {' or '.join(stages)} checkpoint{size} in {options.out_dir}: run the stage before this one, name "
+            "weights with --init_from FILE, or start from random ones with --init_from none"
+        )
+    overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
+    checkpoint = load_checkpoint(path, dtype=torch.float32, tokenizer=tokenizer, overrides=overrides)
+    stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
+    print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
+    for note in checkpoint.notes:
+        print(f"note: {note}")
+    return checkpoint.model, checkpoint
+
+
+def chat_rows(
+    options: ChatOptions, dist_env: DistEnv, tokenizer: PreTrainedTokenizerFast, seq_len: int
+) -> tuple[PackedRows, PackedRows | None]:
+    """Return training and validation rows of dialogues, with a mask over everything that the assistant does not say."""
+    train, val = packed_rows(
+        options, dist_env, seq_len,
+        lambda cache: tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len),
+    )  # fmt: skip
+    if options.show_sample:
+        show_sample(train.dataset, tokenizer)
+    return train, val
+
+
+def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Print one document with its target tokens in green (in a log without colours: between » and «)."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
+    tokens = dataset.document(0)
+    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
+    print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
+    pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
+    for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        print(f"{on}{text}{off}" if learned else text, end="")
+    print("\n---")
