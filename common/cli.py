@@ -97,7 +97,8 @@ def range_errors(options: Any, values: Mapping[str, Any]) -> list[str]:
     found = []
     for name, value in values.items():
         fields = [cls.__dataclass_fields__.get(name) for cls in classes if dataclasses.is_dataclass(cls)]
-        limits = next((field.metadata["limits"] for field in fields if field and field.metadata.get("limits")), {})
+        declared = [field.metadata.get("limits") for field in fields if field is not None]
+        limits: dict[str, float] = next(filter(None, declared), {})
         if not limits or not isinstance(value, (int, float)):
             continue
         if math.isfinite(value) and all(_LIMITS[kind][1](value, limit) for kind, limit in limits.items()):

@@ -28,11 +28,12 @@ from common.errors import UserError
 from common.files import atomic_write, explain_write_errors
 from common.progress import Progress
 from data_pipeline.dedupe import KeySet, content_key
-from data_pipeline.readers import Block, columns, iter_blocks, map_blocks, parse_block
+from data_pipeline.readers import Block, iter_blocks, map_blocks, parse_block
 from data_pipeline.records import (
     CHAT_COLUMNS,
     PREFERENCE_COLUMNS,
     Malformed,
+    check_columns,
     parse_preference,
     read_messages,
     text_of,
@@ -277,12 +278,7 @@ def _check_input(path: Path, stage: Stage, outputs: list[Path]) -> None:
     """Raise UserError before hours of work if the first rows show that an input cannot be used."""
     if any(path.resolve() == output.resolve() for output in outputs):
         raise UserError(f"{path} is both input and output: choose another --out_dir")
-    names = columns(path)
-    if names is not None and not any(set(needed) <= set(names) for needed in stage.columns):
-        needed = " or ".join(",".join(names) for names in stage.columns)
-        raise UserError(
-            f"{path}: {stage.name} needs the columns {needed}, but this file has {', '.join(names)}; rename them"
-        )
+    check_columns(path, stage.columns)
     if next(iter_blocks(path), None) is None:
         raise UserError(f"{path}: no rows in it; download it again or remove it from the inputs")
 

@@ -130,9 +130,9 @@ def text_of(data: dict, name: str, required: bool = False) -> str:
 
 
 def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:
-    """Raise UserError if `path` has a header with none of the `needed` sets of columns, or is plain text."""
+    """Raise UserError if `path` has a header with none of the `needed` sets of columns; plain text has only `text`."""
     sets = " or ".join(",".join(names) for names in needed)
-    if file_format(path) == ".txt":
+    if file_format(path) == ".txt" and ("text",) not in needed:
         raise UserError(f"{path}: plain text has no fields, but {sets} is needed; use .jsonl, .csv or .parquet")
     found = columns(path)
     if found is not None and not any(set(names) <= set(found) for names in needed):

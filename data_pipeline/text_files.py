@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import gzip
 import hashlib
 import json
@@ -14,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
-
-import jsonlines
 
 from common.errors import UserError
 from common.files import atomic_write
@@ -41,14 +38,15 @@ class BadLineLog:
     def __init__(self, file: IO[str] | None = None) -> None:
         self.count = 0
         self.first: list[str] = []  # "file:line: reason"
-        self.writer = jsonlines.Writer(file) if file else None
+        self.file = file
 
     def add(self, path: Path, bad: BadLine) -> None:
         self.count += 1
         if len(self.first) < self.LISTED:
             self.first.append(f"{path}:{bad.line}: {bad.reason}")
-        if self.writer:
-            self.writer.write({"file": str(path), "line": bad.line, "reason": bad.reason})
+        if self.file is not None:
+            row = {"file": str(path), "line": bad.line, "reason": bad.reason}
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def shown(self) -> list[str]:
         """Return the lines to print: the first rows, and how many more there are."""
@@ -95,30 +93,26 @@ def hash_files(paths: Sequence[Path], cache_dir: Path) -> list[str]:
         known = {}
     for path in paths:
         check_readable(path)
-    found = {}
-    todo = [path for path in paths if known.get(str(path.resolve()), [None])[0] != file_state(path)]
-    with contextlib.ExitStack() as stack:
-        if todo:
-            progress = stack.enter_context(Progress("hash", sum(map(total_bytes, todo))))
-        for path in paths:
-            name, state = str(path.resolve()), file_state(path)
-            if path not in todo:
-                found[name] = known[name][1]
-                continue
+    names = [str(path.resolve()) for path in paths]
+    todo = {n: path for n, path in zip(names, paths, strict=True) if known.get(n, [None])[0] != file_state(path)}
+    found = {name: known[name][1] for name in names if name not in todo}
+    if not todo:
+        return [found[name] for name in names]
+    with Progress("hash", sum(map(total_bytes, todo.values()))) as progress:
+        for name, path in todo.items():
+            state = file_state(path)
             digest = hashlib.blake2b(digest_size=16)
             with path.open("rb") as file:
                 while piece := file.read(1 << 20):
                     digest.update(piece)
-                    if progress is not None:
-                        progress.update(len(piece))
+                    progress.update(len(piece))
             found[name] = digest.hexdigest()
             # Times are coarse: a file written this very moment may be written again and look the same.
             if file_state(path) == state and time.time_ns() - max(state[1:3]) > 2_000_000_000:
                 known[name] = [state, found[name]]
-    if todo:
-        with atomic_write(memo) as memo_file:
-            json.dump(known, memo_file, indent=1)
-    return [found[str(path.resolve())] for path in paths]
+    with atomic_write(memo) as memo_file:
+        json.dump(known, memo_file, indent=1)
+    return [found[name] for name in names]
 
 
 def file_state(path: Path) -> list[int]:

@@ -124,6 +124,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         config: LMConfig
     config_class = LMConfig
     base_model_prefix = ""
+    _input_embed_layer = "tok_embeddings"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["TransformerBlock"]
@@ -155,12 +156,6 @@ class Transformer(PreTrainedModel, GenerationMixin):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.tok_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.tok_embeddings = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.output

@@ -326,8 +326,8 @@ def test_unusable_inputs_and_folders(tmp_path):
         with pytest.raises(UserError, match=message):
             clean(STAGES[stage], [path], out_dir, CleaningOptions(), 0)
 
-    attempt("a.csv", "title,body\n1,2\n", r"a\.csv: pretrain needs the columns text, but this file has title, body")
-    attempt("a.csv", "q\n1\n", "sft needs the columns q,a or instruction,output", stage="sft")
+    attempt("a.csv", "title,body\n1,2\n", r"a\.csv: needs the columns text, but this file has title, body")
+    attempt("a.csv", "q\n1\n", "needs the columns q,a or instruction,output", stage="sft")
     attempt("a.csv", "text\n", "no rows in it")
     attempt("a.jsonl", "", "the file is empty")
     attempt("pretrain_data.csv", "text\nx\n", "is both input and output")

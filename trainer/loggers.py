@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -153,7 +153,7 @@ def _warn(text: str) -> None:
     print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
-class RankLog:
+class RankLog(logging.Handler):
     """The log of one process, out/logs/<run>.rank<N>.log: times, warnings, and the error that ended it.
 
     The terminal shows rank 0 only. When a run of many processes fails or is slow, the reason is often in another log.
@@ -163,34 +163,32 @@ class RankLog:
     """
 
     def __init__(self, out_dir: Path, name: str, dist_env: DistEnv) -> None:
+        super().__init__(logging.WARNING)
         self.path = out_dir / "logs" / f"{name}.rank{dist_env.rank}.log"
         self.dist_env = dist_env
         self._file: IO[str] | None = None
-        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> RankLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", newline="", buffering=1)  # noqa: SIM115
-        self._cleanup.callback(self._close)
-        self._cleanup.enter_context(self._record_warnings())
+        self._show_warning = warnings.showwarning
+        warnings.showwarning = self._record_warning
+        logging.getLogger().addHandler(self)
         self.write(
             f"--- started: process {os.getpid()} on {platform.node()}, rank {self.dist_env.rank} of {self.dist_env.size}, "
             f"PyTorch {torch.__version__}"
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             self.write("--- finished")
         elif isinstance(error, SystemExit):
             self.write(f"--- stopped (exit code {error.code})")
         else:
             self.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
-        self._cleanup.close()
-
-    def _close(self) -> None:
+        warnings.showwarning = self._show_warning
+        logging.getLogger().removeHandler(self)
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -201,30 +199,14 @@ class RankLog:
             with contextlib.suppress(OSError):
                 self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    @contextlib.contextmanager
-    def _record_warnings(self) -> Iterator[None]:
-        """Write warnings of Python and of the logging module here; on the terminal show only those of rank 0."""
-        show = warnings.showwarning
-
-        def record(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
-            self.write(f"WARNING {category.__name__}: {message} ({filename}, line {lineno})")
-            if self.dist_env.is_main:
-                show(message, category, filename, lineno, *rest)
-
-        handler = _Handler(self)
-        warnings.showwarning = record  # type: ignore[assignment]
-        logging.getLogger().addHandler(handler)
-        try:
-            yield
-        finally:
-            warnings.showwarning = show
-            logging.getLogger().removeHandler(handler)
-
-
-class _Handler(logging.Handler):
-    def __init__(self, log: RankLog) -> None:
-        super().__init__(logging.WARNING)
-        self.log = log
-
     def emit(self, record: logging.LogRecord) -> None:
-        self.log.write(f"{record.levelname} {record.name}: {record.getMessage()}")
+        """Write a warning of the logging module."""
+        self.write(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+    def _record_warning(
+        self, message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any, **more: Any
+    ) -> None:
+        """Write a warning of Python; the terminal shows only those of rank 0."""
+        self.write(f"WARNING {category.__name__}: {message} ({filename}, line {lineno})")
+        if self.dist_env.is_main:
+            self._show_warning(message, category, filename, lineno, *rest, **more)
