@@ -15,7 +15,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,38 +91,36 @@ def fit(
             return trainer.run_steps(stop)
 
 
+@dataclass(eq=False)
 class Trainer:
     """The state of a run. Read `step` first: it is one optimizer step, from batch to new weights."""
 
-    strategy: ParallelStrategy
-    metrics_logger: MetricsLogger
+    model: nn.Module
+    loss_fn: LossFunction
+    train: Dataset
+    val: Dataset | None
+    options: TrainOptions
+    run: Run
+    dist_env: DistEnv
+    strategy: ParallelStrategy = field(init=False)
+    metrics_logger: MetricsLogger = field(init=False)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction,
-        train: Dataset,
-        val: Dataset | None,
-        options: TrainOptions,
-        run: Run,
-        dist_env: DistEnv,
-    ) -> None:
-        self.model, self.loss_fn, self.options, self.run, self.dist_env = model, loss_fn, options, run, dist_env
-        self.train, self.val = train, val
+    def __post_init__(self) -> None:
+        options, run, dist_env = self.options, self.run, self.dist_env
         self.device = resolve_device(options.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", dist_env.local_rank)
         self.dtype = resolve_dtype(options.dtype, self.device)
         per_step = options.batch_size * options.accumulation_steps * dist_env.size
-        total = options.max_steps * per_step if options.max_steps else max(round(options.epochs * len(train)), 1)
-        self.schedule = Schedule(len(train), per_step, total, options.seed)
+        total = options.max_steps * per_step if options.max_steps else max(round(options.epochs * len(self.train)), 1)
+        self.schedule = Schedule(len(self.train), per_step, total, options.seed)
         self.total_steps = self.schedule.total_steps
         self.warmup_steps = min(options.warmup_iters, self.total_steps // 10)
         self.folder: Path = options.out_dir / f"{run.name}.resume"
         self.steps_done = self.tokens_done = 0
         self.metrics: dict[str, float] = {}
         self.loader = BatchLoader(
-            train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
+            self.train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
         )
         self.log = RankLog(options.out_dir, run.name, dist_env)
         self.timer = StepTimer(self.device)
