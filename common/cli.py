@@ -262,7 +262,7 @@ def validate_folder(flag: str, folder: Path) -> list[str]:
     if not nearest.is_dir():
         return [f"{flag} {folder}: {nearest} is not a folder; choose another"]
     try:
-        with tempfile.TemporaryFile(dir=nearest):  # permissions do not tell all: a disk may be read-only
+        with tempfile.TemporaryFile(dir=nearest):  # permissions are not enough: a disk may be read-only
             return []
     except OSError as error:
         return [f"{flag} {folder}: nothing can be written in {nearest} ({error.strerror}); choose another"]

@@ -33,7 +33,7 @@ known_flags: set[str] = set()  # of this process's command line; common.cli fill
 def name_flags(message: str) -> str:
     """Return `message` with `field=value` written as `--field value` (`--field` for True) where the script has that flag.
 
-    Code below the command line speaks of the fields it was given; who typed a flag should read that flag.
+    Code below the command line names the fields it was given; a user who typed a flag should read that flag.
     """
 
     def as_flag(found: re.Match) -> str:

@@ -25,7 +25,7 @@ from model.tokenizer import (
     tokenizer_hash,
 )
 
-# How text is cut before merging; no token crosses a cut. It is Qwen2's rule, which llama.cpp knows by the name "qwen2":
+# Text is cut here before merging; no token crosses a cut. It is Qwen2's rule, which llama.cpp knows by the name "qwen2":
 # a word with the character before it, digits one by one (a number is then spelled alike wherever it stands),
 # punctuation with the line end after it, line ends, blanks.
 SPLIT = (

@@ -59,7 +59,7 @@ class LMConfig(Architecture, PreTrainedConfig):
             raise UserError("this model cannot be built: " + "; ".join(errors))
 
     def _complete_rope_scaling(self, given: dict) -> dict:
-        """Return a copy of `rope_scaling` that holds the original length, if the factor tells it."""
+        """Return a copy of `rope_scaling` that holds the original length, computed from the factor if it is missing."""
         factor = given.get("factor")
         if "original_max_position_embeddings" in given or not _is_factor(factor):
             return dict(given)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# Whether the variable-length kernel takes grouped keys and values as they are: it does in torch 2.13, not in 2.11.
+# The variable-length kernel takes grouped keys and values as they are in torch 2.13, not in 2.11.
 VARLEN_KERNEL_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 

@@ -27,7 +27,7 @@ from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
 
 @dataclass
 class TransformerOutput(MoeCausalLMOutputWithPast):
-    """What Hugging Face libraries read, and `last_hidden_state` (batch, time, dim), the input of `output`."""
+    """Hugging Face's output, and `last_hidden_state` (batch, time, dim), the input of `output`."""
 
     last_hidden_state: Tensor | None = None
 
@@ -137,7 +137,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # How generation scales texts beyond the trained length; None: not at all.
+        # Scaling of texts beyond the trained length, for generation; None: no scaling.
         self.dynamic_rope_scaling: DynamicRopeScaling | None = None
         self.post_init()
 

@@ -263,7 +263,7 @@ def _config_from_json(info: dict, file: Path) -> LMConfig:
 
 
 def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: Path, notes: list[str]) -> LMConfig:
-    """Return the configuration of a file without a JSON: what its shapes tell, else that of the published models."""
+    """Return the configuration of a file without a JSON: from its shapes, the rest as in the published models."""
     vocab_size, dim = state[EMBEDDING].shape
     layers = {int(match[1]) for name in state if (match := _LAYER.match(name))}
     n_experts = sum(bool(_EXPERT.fullmatch(name)) for name in state)
@@ -305,7 +305,7 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
 
 
 def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor | None) -> tuple[int, str]:
-    """Return the number of query heads and where it comes from: matrices do not tell it, an old position table does."""
+    """Return the number of query heads and its source: the matrices do not show it, but an old position table does."""
     if pos_cis is not None and pos_cis.dim() == 2 and pos_cis.shape[1] > 0:  # (positions, head_dim / 2)
         return dim // (2 * pos_cis.shape[1]), "from the table pos_cis"
     for name in PRESETS:

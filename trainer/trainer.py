@@ -51,7 +51,7 @@ COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained.
+    """The name, model and identity of a training run.
 
     Attributes:
         stage: "pretrain", "full_sft", ...
