@@ -45,7 +45,7 @@ def modules(package: str) -> dict[str, Path]:
     return found
 
 
-FILES = {name: path for package in BELOW for name, path in modules(package).items()}
+FILES = {name: path for package in sorted(BELOW) for name, path in modules(package).items()}
 
 
 def first_names(path: Path) -> set[str]:
