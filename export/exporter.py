@@ -45,10 +45,9 @@ def export_folder(
     dtype = options.dtype or ("float16" if options.format == "gguf" else stored)
     description = describe(source, dtype)
     rows = sample_rows(tokenizer, texts, source.config)
-    in_folder = (
-        options.tokenizer == TOKENIZER_DIR and (source.path / CONFIG).is_file()
-    )  # an export has its own tokenizer
-    tokenizer_dir = source.path if in_folder else options.tokenizer
+    tokenizer_dir = options.tokenizer
+    if tokenizer_dir == TOKENIZER_DIR and (source.path / CONFIG).is_file():
+        tokenizer_dir = source.path  # an export has its own tokenizer
     with lock(target):
         check_target(target, options.overwrite)
         # Without a leading dot: transformers makes a module name of a folder with code.

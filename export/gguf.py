@@ -239,7 +239,7 @@ def compare_gguf(
     """
     read_back, stored = model_logits(read_gguf(path, model.config), rows), model_logits(round_to(model, kind), rows)
     source = model_logits(copy.deepcopy(model).float(), rows) if kind in MAX_KL else None
-    return measure(read_back, stored, source, tolerance=tolerance or 0.0, max_kl=MAX_KL.get(kind))
+    return measure(read_back, stored, source, tolerance or 0.0, MAX_KL.get(kind))
 
 
 # ---- Ollama

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference.kernels.decode import KernelUnavailable, NativeModel
 from inference.kernels.decode_weights import DecodeLayer, DecodeWeights
-from inference.options import COMPILE, QUANTIZATIONS
+from inference.options import COMPILE
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import apply_rope
@@ -35,8 +35,6 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
     """
     if compile not in COMPILE:
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"unknown quantization {quantize!r}; known: {', '.join(QUANTIZATIONS)}")
     if compile == "off" and quantize == "none":
         return None
     if type(model) is not Transformer:
@@ -69,9 +67,6 @@ class TorchModel:
             self.function = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
             for tensor in weights.tensors():
                 torch._dynamo.mark_static_address(tensor)  # or a CUDA graph would copy it each time
-
-    def describe(self) -> str:
-        return "PyTorch, compiled" if self.compiled else "PyTorch"
 
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
         """Return the decoding step on a cache: keys, values of each layer (rows, kv_heads, max_len, head_dim)."""

@@ -6,7 +6,6 @@ dataclasses. Nothing here imports torch: `--help` and the clients of a server ne
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import typing
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import FlagSpec, Parser, add_flags, flag, option_group, range_errors
+from common.cli import FlagSpec, flag, option_group, range_errors
 from common.errors import UserError
 from common.files import ROOT
 from model.architecture import TOKENIZER_DIR
@@ -128,10 +127,6 @@ class ModelOptions:
         choices=QUANTIZATIONS,
     )  # fmt: skip
 
-    def validate(self) -> list[str]:
-        """Return everything that is wrong with the flags (their limits are checked by `parse_options`)."""
-        return []
-
 
 @dataclass
 class ChatOptions:
@@ -162,17 +157,3 @@ def sampling_flags() -> dict[str, FlagSpec]:
 def model_options() -> Any:
     """Return a dataclass field `model: ModelOptions` of a script."""
     return option_group(ModelOptions, "the model")
-
-
-# ---- for scripts that use argparse
-
-
-def add_sampling_flags(parser: Parser, **defaults: Any) -> None:
-    """Add a flag for every field of `SamplingParams`; `defaults` replace some of its defaults."""
-    add_flags(parser, {"": parser.add_argument_group("how tokens are chosen")}, SamplingParams, defaults, {})
-
-
-def sampling_from_args(args: argparse.Namespace) -> SamplingParams:
-    """Return the parameters that were given. Raises UserError for all that are wrong."""
-    fields = dataclasses.fields(SamplingParams)
-    return SamplingParams(**{field.name: getattr(args, field.name) for field in fields if "help" in field.metadata})

@@ -144,12 +144,8 @@ class ResponseBuilder:
         raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def collect(self, stream: Stream[TokenOutput]) -> dict:
         """Return the whole answer."""

@@ -77,13 +77,8 @@ def in_blocks(weight: Tensor) -> Tensor:
 class NativeModel:
     """A model's weights laid out for the kernel: a copy, which does not follow later changes of the model."""
 
-    def __init__(self, weights: DecodeWeights, threads: int | None = None) -> None:
-        """
-        Raises KernelUnavailable: no kernel, or none for this model.
-
-        Args:
-            threads: of a step; None: as many as PyTorch uses.
-        """
+    def __init__(self, weights: DecodeWeights) -> None:
+        """Raises KernelUnavailable: no kernel, or none for this model."""
         config = weights.config
         if weights.norm.device.type != "cpu":
             raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.norm.device}")
@@ -93,7 +88,7 @@ class NativeModel:
             raise KernelUnavailable(f"the kernel has no attention for a head dimension of {config.head_dim}")
         if config.n_layers > MAX_LAYERS:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
-        self.kernel, self.config, self.dtype, self.threads = load_kernel(), config, weights.dtype, threads
+        self.kernel, self.config, self.dtype = load_kernel(), config, weights.dtype
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
         self.rope = weights.rope
@@ -105,9 +100,6 @@ class NativeModel:
             head_dim=config.head_dim, n_routed=config.n_routed_experts if config.use_moe else 0,
             top_k=config.num_experts_per_tok, renormalise=weights.renormalise, eps=config.norm_eps,
         )  # fmt: skip
-
-    def describe(self) -> str:
-        return f"C++, {self.threads or torch.get_num_threads()} threads"
 
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
         """Return the decoding step on a cache: keys, values of each layer (slots, kv_heads, max_len, head_dim)."""
@@ -155,7 +147,7 @@ class NativeStep:
 
     def __init__(self, native: NativeModel, keys: list[Tensor], values: list[Tensor]) -> None:
         slots, _, max_len, _ = keys[0].shape
-        self.threads = native.threads or torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         cos, sin = native.rope(max_len)
         layers = native.layers(keys, values)
         model = _Model.from_buffer_copy(native.struct)
