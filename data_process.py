@@ -35,8 +35,8 @@ DUMPS = {
 MAX_CHARS = {"pretrain": 512, "sft": 512, "dpo": 0}
 
 
-@dataclass
-class Options:
+@dataclass(frozen=True)
+class Options(CleaningOptions):
     stage: str = flag(
         None, "what to make; all: every stage whose dump exists", positional=True, choices=[*STAGES, "all"]
     )
@@ -47,24 +47,6 @@ class Options:
     max_chars: int | None = flag(
         None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)", min=0
     )
-    min_chars: int = flag(1, "pretrain: shortest text in characters", min=0)
-    min_q_chars: int = flag(2, "sft: shortest question in characters (default: 2; original: 10)", min=0)
-    min_a_chars: int = flag(1, "sft: shortest answer in characters (default: 1; original: 5)", min=0)
-    min_chinese_ratio: float = flag(
-        0.0,
-        "smallest share of Chinese characters in each text (default: 0, because any more drops all English; "
-        "original for sft: 0.9)",
-        metavar="0..1",
-        min=0,
-        max=1,
-    )
-    history: str = flag(
-        "keep",
-        "sft: keep: dialogues go to sft_data.csv beside the single turns (default); drop: only their last turn "
-        "is kept, in sft_data_single.csv; only: sft_data.csv gets nothing but dialogues",
-        choices=["keep", "drop", "only"],
-    )
-    dedupe: bool = flag(True, "drop exact duplicates (default: yes)")
 
     def validate(self) -> list[str]:
         errors = ["--input needs one stage, not all"] if self.input and self.stage == "all" else []
@@ -80,17 +62,16 @@ def find_inputs(stage: str, data_dir: Path) -> list[Path]:
 def main() -> None:
     options = parse_options(Options, __doc__)
     exit_on_sigterm()
-    names = [field.name for field in dataclasses.fields(CleaningOptions)]
-    cleaning = CleaningOptions(**{name: getattr(options, name) for name in names})
     done = 0
     for name in STAGES if options.stage == "all" else [options.stage]:
         inputs = options.input or find_inputs(name, options.data_dir)
         if not inputs:
             print(f"{name}: skipped, there is no {options.data_dir / DUMPS[name]}")
             continue
-        max_chars = MAX_CHARS[name] if options.max_chars is None else options.max_chars
-        limits = dataclasses.replace(cleaning, max_chars=max_chars)
-        summary = clean(STAGES[name], inputs, options.out_dir, limits, options.num_workers)
+        # Workers get these options: not the script's own class, for which each would run the script's file.
+        limits = {field.name: getattr(options, field.name) for field in dataclasses.fields(CleaningOptions)}
+        limits["max_chars"] = MAX_CHARS[name] if options.max_chars is None else options.max_chars
+        summary = clean(STAGES[name], inputs, options.out_dir, CleaningOptions(**limits), options.num_workers)
         print(summary_table(STAGES[name], summary), flush=True)
         done += 1
     if not done:

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from common.cli import flag
 from common.errors import UserError
 from common.files import atomic_write, explain_write_errors
 from common.progress import Progress
@@ -48,13 +49,25 @@ BYTES_PER_WORKER = 4 << 20  # below this a process costs more to start than it s
 class CleaningOptions:
     """The rows to keep. Lengths are in characters; 0 switches a limit off."""
 
-    min_chars: int = 1
-    max_chars: int = 512
-    min_q_chars: int = 2
-    min_a_chars: int = 1
-    min_chinese_ratio: float = 0.0
-    history: str = "keep"  # "keep", "drop" or "only": see `sft_row`
-    dedupe: bool = True
+    max_chars: int | None = flag(512, "longest text, question or answer in characters; 0: any", min=0)
+    min_chars: int = flag(1, "pretrain: shortest text in characters", min=0)
+    min_q_chars: int = flag(2, "sft: shortest question in characters (default: 2; original: 10)", min=0)
+    min_a_chars: int = flag(1, "sft: shortest answer in characters (default: 1; original: 5)", min=0)
+    min_chinese_ratio: float = flag(
+        0.0,
+        "smallest share of Chinese characters in each text (default: 0, because any more drops all English; "
+        "original for sft: 0.9)",
+        metavar="0..1",
+        min=0,
+        max=1,
+    )
+    history: str = flag(
+        "keep",
+        "sft: keep: dialogues go to sft_data.csv beside the single turns (default); drop: only their last turn "
+        "is kept, in sft_data_single.csv; only: sft_data.csv gets nothing but dialogues",
+        choices=["keep", "drop", "only"],
+    )
+    dedupe: bool = flag(True, "drop exact duplicates (default: yes)")
 
 
 class Filtered(Exception):
