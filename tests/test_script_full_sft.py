@@ -188,7 +188,7 @@ def test_several_formats_in_a_process_of_its_own(out, tmp_path):
     command = [sys.executable, SCRIPT, *QUICK, "--data_path", single, more, "--out_dir", out, "--show_sample"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "12 chats" in result.stdout and "»a 0</s>«" in result.stdout
+    assert "12 dialogues" in result.stdout and "»a 0</s>«" in result.stdout
     assert "step 3/3 100%" in result.stdout and "2-eval.py" in result.stdout
     lines = [json.loads(line) for line in (out / "full_sft_32.metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
