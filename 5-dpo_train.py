@@ -35,7 +35,7 @@ class DpoOptions(TuneOptions):
     )  # fmt: skip
     beta: float = flag(0.1, "strength of the pull towards the reference model", above=0)
     loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
-    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)", min=0, below=0.5)
+    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
     max_dropped: float = flag(
         0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len", min=0, max=1
     )
@@ -45,8 +45,12 @@ class DpoOptions(TuneOptions):
     weight_decay: float = flag(0.0, "weight decay of matrices")
 
     def validate(self) -> list[str]:
-        ignored = self.label_smoothing and self.loss == "ipo"
-        return super().validate() + (["--label_smoothing has no meaning for --loss ipo"] if ignored else [])
+        smoothing = self.label_smoothing
+        rules = {
+            f"--label_smoothing {smoothing} must be at least 0 and below 0.5": 0 <= smoothing < 0.5,
+            "--label_smoothing has no meaning for --loss ipo": not (smoothing and self.loss == "ipo"),
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
 
 
 def main() -> None:
