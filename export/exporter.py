@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, exclusive
+from common.files import atomic_folder, exclusive, write_json
 from export.huggingface import (
     CONFIG,
+    DESCRIPTION,
     check_target,
     describe,
     read_folder,
-    write_description,
     write_llama,
     write_minimind,
 )
@@ -60,7 +60,7 @@ def export_folder(
                 write_gguf(file, source.model, tokenizer, kind, name)
                 agreement = compare_gguf(file, source.model, kind, rows, options.tolerance)
                 write_text(folder / "Modelfile", modelfile(file.name, name.lower(), source.config))
-                write_description(folder, description)
+                write_json(folder / DESCRIPTION, description)
             else:
                 write = write_llama if options.format == "llama" else write_minimind
                 write(folder, source.model, tokenizer_dir, getattr(torch, dtype), description)

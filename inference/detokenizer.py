@@ -48,7 +48,7 @@ class Detokenizer:
 
     def _until_stop(self, text: str) -> str:
         text = self._waiting + text
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
         if found:
             self.stopped, self._waiting = True, ""
             return text[: min(found)]

@@ -35,7 +35,6 @@ from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
 
 PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (at least one prompt is read)
-
 MAX_PASS_TEXTS = 64  # texts that are scored or embedded in one forward pass
 
 SHUTTING_DOWN = "the server is shutting down"
@@ -216,12 +215,12 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
+        """Return the number of sequences in the batch."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Sequences and texts that wait for their turn."""
+        """Return the number of sequences and texts that wait."""
         return len(self._waiting) + len(self._texts)
 
     def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
@@ -452,5 +451,5 @@ def _next_batch(queue: deque, limit: int, group: Callable[[Any], object] = lambd
 
 
 def _deliver(news: dict[Stream, Any]) -> None:
-    for owner, what in news.items():
-        owner._receive(what)
+    for owner, results in news.items():
+        owner._receive(results)

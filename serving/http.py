@@ -1,4 +1,4 @@
-"""What every HTTP request passes, whatever it asks for: key, size, counting, errors in OpenAI's form, disconnects."""
+"""Handle what all HTTP requests have in common: key, size, counting, errors in OpenAI's form, disconnects."""
 
 from __future__ import annotations
 

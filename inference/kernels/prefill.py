@@ -152,28 +152,28 @@ class PrefillModel:
         self._run([tokens], None, kv, torch.empty(0, dtype=torch.int64), None)
         return Prefix(len(tokens), self.parts, kv)
 
-    def logits(self, texts: list[list[int]], places: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
+    def logits(self, texts: list[list[int]], positions: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
         """Return the logits of the next token after some of the tokens.
 
         Args:
             texts: token ids, without padding; all of them continue `past`.
-            places: (index of the text, index of the token).
+            positions: (index of the text, index of the token).
 
         Returns:
-            (places, vocab) float32
+            (positions, vocab) float32
 
-        Raises IndexError for tokens that are not in the vocabulary and places that are not in the texts, ValueError for a
+        Raises IndexError for tokens that are not in the vocabulary and positions that are not in the texts, ValueError for a
         text without tokens and a `past` of another precision.
         """
-        if not all(0 <= text < len(texts) and 0 <= token < len(texts[text]) for text, token in places):
-            raise IndexError("a place is in none of the texts")
+        if not all(0 <= text < len(texts) and 0 <= token < len(texts[text]) for text, token in positions):
+            raise IndexError("a position is in none of the texts")
         if past is not None and past.parts != self.parts:
             raise ValueError(f"a beginning in {past.parts} parts cannot be continued in {self.parts}")
         starts = [0, *itertools.accumulate(map(len, texts))]
-        rows = torch.tensor([starts[text] + token for text, token in places])
-        logits = torch.empty(_up(len(places)), self.weights.struct.vocab)
+        rows = torch.tensor([starts[text] + token for text, token in positions])
+        logits = torch.empty(_up(len(positions)), self.weights.struct.vocab)
         self._run(texts, past, None, rows, logits)
-        return logits[: len(places), : self.config.vocab_size]
+        return logits[: len(positions), : self.config.vocab_size]
 
     def _run(
         self, texts: list[list[int]], past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None
