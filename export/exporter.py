@@ -11,15 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.files import atomic_folder, exclusive, write_json
-from export.huggingface import (
-    CONFIG,
-    DESCRIPTION,
-    check_target,
-    describe,
-    read_folder,
-    write_llama,
-    write_minimind,
-)
+from export.huggingface import CONFIG, DESCRIPTION, check_target, describe, read_folder, write_llama, write_minimind
 from export.model_card import model_card
 from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
 from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows

@@ -22,15 +22,7 @@ from inference.options import ModelOptions, SamplingParams
 from inference.terminal import visible
 from model.model import parameter_counts
 from serving.chat_model import ChatModel, Exchange
-from serving.web.page import (
-    answer_facts,
-    empty_html,
-    facts_html,
-    left_out_note,
-    literal,
-    size_text,
-    text_html,
-)
+from serving.web.page import answer_facts, empty_html, facts_html, left_out_note, literal, size_text, text_html
 from serving.web.texts import LANGUAGES, Texts, language_of
 
 RELOAD_SECONDS = 3  # between two looks into the folder of models
