@@ -68,24 +68,18 @@ def export_folder(
 def import_folder(folder: Path, options: ExportOptions) -> tuple[Path, Agreement]:
     """Convert an exported folder to a .pth file."""
     target = options.output or Path(f"{folder.resolve()}.pth")
-    check_file(target, options.overwrite)
-    source = read_folder(folder)
-    rows = sample_rows(load_tokenizer(folder), read_texts(options.text), source.config)
-    agreement = compare_folder(folder, source.model, rows, options.tolerance)
-    agreement.check()
-    dtype = getattr(torch, options.dtype) if options.dtype else source.model.tok_embeddings.weight.dtype
     with lock(target):
-        check_file(target, options.overwrite)  # another process may have written it meanwhile
+        if target.is_dir():
+            raise UserError(f"{target} is a folder; choose another --output")
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
+        source = read_folder(folder)
+        rows = sample_rows(load_tokenizer(folder), read_texts(options.text), source.config)
+        agreement = compare_folder(folder, source.model, rows, options.tolerance)
+        agreement.check()
+        dtype = getattr(torch, options.dtype) if options.dtype else source.model.tok_embeddings.weight.dtype
         save_checkpoint(target, source.model, dtype=dtype, info=source.info, overwrite=options.overwrite)
     return target, agreement
-
-
-def check_file(target: Path, overwrite: bool) -> None:
-    """Raise UserError if a .pth file must not be written there."""
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; choose another --output")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
 
 
 def lock(target: Path) -> AbstractContextManager:

@@ -1,11 +1,5 @@
 """Convert a MiniMind for other libraries, and back: names, order of the rows, configurations, folders.
 
-    check_target("out/full_sft_512-llama")
-    with atomic_folder("out/full_sft_512-llama", hidden=False) as folder:
-        write_llama(folder, checkpoint.model, tokenizer_dir, torch.float32, describe(checkpoint, "float32"))
-        compare_folder(folder, checkpoint.model, rows).check()        # export/self_check.py
-    checkpoint = read_folder("out/full_sft_512-llama")
-
 `llama` folders hold an architecture that transformers itself knows, so no code travels with them:
 
 dense               LlamaForCausalLM. It rotates feature i together with i + head_dim / 2 where we rotate pairs, so the

@@ -43,7 +43,7 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
     options = [*FLAGS, *flags]
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
-        # What -march=native means on this CPU: a home folder may be shared by several machines.
+        # The instructions that -march=native allows on this CPU: a home folder may be shared by several machines.
         macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
         native = subprocess.run(macros, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inference.kernels.loader import KernelUnavailable, Memory, load_library
@@ -99,12 +100,12 @@ class PrefillWeights:
             embedding=self._memory.keep(embedding), layers=self._layers,
             output=self._tiles(embedding * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
-            hidden=_up(self._hidden(model.layers[0])), vocab=_up(config.vocab_size), eps=config.norm_eps,
+            hidden=_up(len(model.layers[0].feed_forward.w1.weight)), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
         self._tables = self._rope(config.max_seq_len)
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of at least so many positions, (positions, head_dim): of both features of a pair, and -sin, sin."""
+        """Return (positions, head_dim) each, of `length` positions or more: cos twice for each pair, and -sin, sin."""
         tables = self._tables  # another thread may replace them
         if length > len(tables[0]):
             self._tables = tables = self._rope(length)
@@ -114,10 +115,6 @@ class PrefillWeights:
         config = self.config
         cos, sin = rope_tables(torch.arange(length)[None], config.head_dim, config.rope_theta, config.scaling)
         return cos[0, :, 0].repeat_interleave(2, -1), torch.stack([-sin, sin], -1)[0, :, 0].flatten(1)
-
-    @staticmethod
-    def _hidden(block: Any) -> int:
-        return len(block.feed_forward.w1.weight)
 
     def _layer(self, block: Any) -> _Layer:
         attention, mlp = block.attention, block.feed_forward
@@ -202,5 +199,4 @@ def _up(n: int) -> int:
 
 def _padded(weight: Tensor) -> Tensor:
     """Append rows of zeros, up to a multiple of 32."""
-    missing = _up(len(weight)) - len(weight)
-    return torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]) if missing else weight.contiguous()
+    return F.pad(weight, (0, 0, 0, -len(weight) % PAIR)).contiguous()
