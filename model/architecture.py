@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class Architecture:
 
 def field_descriptions() -> dict[str, str]:
     """Return the description of every field, from the docstring of `Architecture`: each is written there, once."""
-    found = re.findall(r"^ {4}    (\w+): (.+(?:\n {12}.+)*)", Architecture.__doc__ or "", re.MULTILINE)
+    docstring = inspect.cleandoc(Architecture.__doc__ or "")  # Python 3.13 has removed its indentation already
+    found = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", docstring, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 
