@@ -84,7 +84,7 @@ def page() -> None:
         with st.sidebar:
             start = options.sampling, options.history_turns, options.system
             settings = widgets.choose_settings(*start, model, texts)
-    # Always in the same place, so that a question half typed outlives the button when that appears or disappears.
+    # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):
         if conversation.running is not None and st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
             conversation.stop()

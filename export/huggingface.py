@@ -311,7 +311,7 @@ def _token_ids(config: LMConfig) -> dict:
 
 
 def _without_paths(value: Any) -> Any:
-    """Return a copy in which absolute paths are cut to their last part: nobody needs to know where the files were."""
+    """Return a copy in which absolute paths are cut to their last part: they are private."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

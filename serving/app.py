@@ -167,7 +167,7 @@ async def _on_engine_error(_: Request, error: EngineError) -> Response:
 
 
 async def _on_disconnect(_: Request, __: ClientDisconnected) -> Response:
-    return Response(status_code=499)  # nobody reads it; the log shows why the request ended
+    return Response(status_code=499)  # for the log: the client has closed the connection
 
 
 async def _on_bug(_: Request, __: Exception) -> Response:

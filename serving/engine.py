@@ -325,10 +325,10 @@ class Engine:
         with self._wakeup:
             while not (self._waiting or self._texts or self._cancelled or self._running or self.closing):
                 self._wakeup.wait()
-            gone, self._cancelled = self._cancelled, set()
-            if gone:
-                self._waiting = deque(item for item in self._waiting if item.owner not in gone)
-                self._texts = deque(item for item in self._texts if item.owner not in gone)
+            cancelled, self._cancelled = self._cancelled, set()
+            if cancelled:
+                self._waiting = deque(item for item in self._waiting if item.owner not in cancelled)
+                self._texts = deque(item for item in self._texts if item.owner not in cancelled)
             rejected: list[_Sequence | _Text] = []
             if self.closing:
                 rejected = [*self._waiting, *self._texts]
@@ -337,7 +337,7 @@ class Engine:
             stopping = self._stopping
         generator = self.generator
         assert generator is not None
-        for key in [key for key, item in self._running.items() if item.owner in gone]:
+        for key in [key for key, item in self._running.items() if item.owner in cancelled]:
             generator.cancel(key)
             del self._running[key]
             self.statistics.cancelled += 1
@@ -427,7 +427,7 @@ class Engine:
         if news:
             try:
                 self.loop.call_soon_threadsafe(_deliver, news)
-            except RuntimeError:  # the loop is closed: nobody listens any more
+            except RuntimeError:  # the loop is closed: nothing receives them any more
                 log.debug("the event loop has ended")
 
 
