@@ -100,7 +100,7 @@ class PrefillWeights:
             embedding=self._memory.keep(embedding), layers=self._layers,
             output=self._tiles(embedding * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
-            hidden=_up(len(model.layers[0].feed_forward.w1.weight)), vocab=_up(config.vocab_size), eps=config.norm_eps,
+            hidden=_up(config.hidden_dim), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
         self._tables = self._rope(config.max_seq_len)
 
