@@ -40,7 +40,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from common.cli import flag, parse_options, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
-from common.files import atomic_write  # noqa: E402
+from common.files import atomic_write, write_json  # noqa: E402
 from inference.generator import generate  # noqa: E402
 from inference.model_loader import open_model  # noqa: E402
 from inference.options import DTYPES, SamplingParams, sampling_options  # noqa: E402
@@ -349,9 +349,7 @@ def main() -> None:
             for i, question in enumerate(questions)
         ],
     }
-    with atomic_write(args.output.with_suffix(".json")) as file:
-        json.dump(record, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    write_json(args.output.with_suffix(".json"), record)
     with atomic_write(args.output) as file:
         file.write(transcript(questions, contestants, verdicts, rows))
     print(table(rows))

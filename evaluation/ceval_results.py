@@ -7,7 +7,6 @@ write_results(out_dir, results, summary)
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.files import atomic_write
+from common.files import atomic_write, write_json
 from evaluation.ceval import LETTERS, Question
 
 CHANCE = 1 / len(LETTERS)
@@ -124,12 +123,6 @@ def write_submission(path: Path, results: pd.DataFrame) -> None:
     """Write the answers to the test questions in the format of cevalbenchmark.com."""
     groups = results.groupby("subject", sort=False)
     write_json(path, {name: dict(zip(one["id"], one["prediction"], strict=True)) for name, one in groups})
-
-
-def write_json(path: Path, content: dict) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, ensure_ascii=False, indent=2)
-        file.write("\n")
 
 
 def draw(summary: dict, path: Path) -> None:

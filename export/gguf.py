@@ -1,8 +1,5 @@
 """Write a MiniMind as a GGUF file for llama.cpp, Ollama and the programs built on them.
 
-    write_gguf(path, model, tokenizer, "q8_0", name="my-minimind")
-    model = read_gguf(path, config)  # read it back in float32, to check what was written
-
 llama.cpp rotates interleaved pairs in all three architectures used here, as we do, so no rows are reordered:
 
 dense                                               llama

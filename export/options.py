@@ -51,9 +51,7 @@ class ExportOptions:
     )
     ceval: Path | None = flag(None, "summary.json of eval_ceval.py, for the model card", metavar="FILE")
     push_to_hub: str | None = flag(
-        None,
-        "also upload the folder to the Hugging Face Hub (log in before: hf auth login)",
-        metavar="USER/NAME",
+        None, "also upload the folder to the Hugging Face Hub (log in before: hf auth login)", metavar="USER/NAME"
     )
     private: bool = flag(False, "make the repository there a private one", action="store_true")
 

@@ -1,7 +1,7 @@
 """One step of decoding as a pure function of tokens, positions and cache, and the fast ways to run it.
 
 `choose_backend` selects one: on a CPU with a C++ compiler the kernel of `inference.kernels.decode`; elsewhere, if asked for,
-the function below through torch.compile (on a GPU with CUDA graphs). It goes into `BatchGenerator(..., backend=...)`.
+the function below through torch.compile (on a GPU with CUDA graphs). Pass it to `BatchGenerator(..., backend=...)`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def decode_step(
     keys: list[Tensor],
     values: list[Tensor],
 ) -> Tensor:
-    """One token of each row through the model.
+    """Run one token of each row through the model.
 
     Args:
         rope: cosine and sine of every slot of the cache, (max_len, head_dim / 2) each.

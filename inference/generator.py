@@ -66,8 +66,7 @@ class _Row:
 class BatchGenerator:
     """Continuous batching: sequences decoded together, one token each per step, that join and leave at any step.
 
-    `add` lets sequences join; they leave when they end or at `cancel`. Rows that ended cost nothing: the last row takes
-    their place.
+    `add` lets sequences join; they leave when they end or at `cancel`. The last row then fills the gap.
 
     Longer contexts: with `model.dynamic_rope_scaling`, the positions of every row are scaled as its length requires. Up to
     the trained length they are those of training, whatever `max_len` is. When a row outgrows the length that its factor

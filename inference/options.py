@@ -26,7 +26,7 @@ MAX_LOGPROBS = 20  # alternatives that can be reported for each token: OpenAI's 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next tokens are chosen, and when to stop. The defaults are greedy: always the most probable token.
+    """Choose how tokens are sampled, and when to stop. The defaults are greedy: always the most probable token.
 
     A field's metadata has its `help` and, for numbers, its `limits`: `min`, `above` (exclusive), `max`. Fields without a
     help text are no flags.
@@ -99,7 +99,7 @@ class SamplingParams:
 
 @dataclass
 class ModelOptions:
-    """Which model generates, and where and how it runs."""
+    """Choose the model that generates, and where and how it runs."""
 
     weights: Path | None = flag(
         None, "a .pth file, the folder of an adapter, or an exported folder (default: the newest suitable model in OUT_DIR)",
@@ -130,7 +130,7 @@ class ModelOptions:
 
 @dataclass
 class ChatOptions:
-    """How much of a conversation the model sees."""
+    """Choose how much of a conversation the model sees."""
 
     system: str | None = flag(None, "a system message, which stands before everything", metavar="TEXT")
     history_turns: int = flag(5, "how many earlier questions, with their answers, the model sees", min=0, metavar="N")
@@ -148,10 +148,8 @@ def sampling_options(**defaults: Any) -> Any:
 def sampling_flags() -> dict[str, FlagSpec]:
     """Return the numbers of `SamplingParams` for a `flag_group`, which keeps apart what was given and what was not."""
     hints = typing.get_type_hints(SamplingParams)
-    fields = [
-        field for field in dataclasses.fields(SamplingParams) if "help" in field.metadata and field.name != "stop"
-    ]
-    return {field.name: (hints[field.name], field.metadata["help"]) for field in fields}
+    helps = {field.name: field.metadata.get("help") for field in dataclasses.fields(SamplingParams)}
+    return {name: (hints[name], help) for name, help in helps.items() if help and name != "stop"}
 
 
 def model_options() -> Any:

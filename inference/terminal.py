@@ -129,7 +129,7 @@ _PICTURES |= dict.fromkeys(range(128, 160), 65533)
 
 
 def use_utf8() -> None:
-    """Read and write UTF-8 whatever the terminal's settings: the default elsewhere cannot print Chinese."""
+    """Read and write UTF-8, also where the terminal's default encoding cannot print Chinese."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
         errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"

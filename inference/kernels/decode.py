@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inference.kernels.decode_weights import DecodeLayer, DecodeWeights, Matrix, SwiGLU
@@ -66,14 +67,6 @@ def load_kernel() -> ctypes.CDLL:
     return kernel
 
 
-def in_blocks(weight: Tensor) -> Tensor:
-    """Return (outputs, inputs) as (outputs / 16, inputs, 16), the last block padded with zeros."""
-    outputs, inputs = weight.shape
-    padded = weight.new_zeros(-(-outputs // LANES) * LANES, inputs)
-    padded[:outputs] = weight
-    return padded.view(-1, LANES, inputs).transpose(1, 2).contiguous()
-
-
 class NativeModel:
     """A model's weights laid out for the kernel: a copy, which does not follow later changes of the model."""
 
@@ -92,7 +85,7 @@ class NativeModel:
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
         self.rope = weights.rope
-        self._layers = [self._layer(layer) for layer in weights.layers]
+        self.layers = [self._layer(layer) for layer in weights.layers]
         self.struct = _Model(
             embedding=self._memory.keep(weights.embedding), embedding_kind=_KINDS[weights.dtype],
             cache_kind=_KINDS[weights.dtype], norm=self._floats(weights.norm), output=self._matrix(weights.output),
@@ -104,12 +97,6 @@ class NativeModel:
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
         """Return the decoding step on a cache: keys, values of each layer (slots, kv_heads, max_len, head_dim)."""
         return NativeStep(self, keys, values)
-
-    def layers(self, keys: list[Tensor], values: list[Tensor]) -> ctypes.Array:
-        layers = (_Layer * len(keys))(*self._layers)
-        for layer, key, value in zip(layers, keys, values, strict=True):
-            layer.keys, layer.values = key.data_ptr(), value.data_ptr()
-        return layers
 
     def _layer(self, layer: DecodeLayer) -> _Layer:
         struct = _Layer(
@@ -130,10 +117,10 @@ class NativeModel:
         return _Experts(self._matrix(w1), self._matrix(w3), self._matrix(expert.w2))
 
     def _matrix(self, matrix: Matrix) -> _Matrix:
-        data = in_blocks(matrix.weight)
-        scale = None
-        if matrix.scale is not None:
-            scale = self._floats(torch.nn.functional.pad(matrix.scale, (0, len(data) * LANES - len(matrix.scale))))
+        missing = -len(matrix.weight) % LANES
+        # (outputs, inputs) -> (outputs / 16, inputs, 16), the last block padded with zeros
+        data = F.pad(matrix.weight, (0, 0, 0, missing)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+        scale = None if matrix.scale is None else self._floats(F.pad(matrix.scale, (0, missing)))
         return _Matrix(self._memory.keep(data), scale, _KINDS[data.dtype], data.shape[0], data.shape[1], 0)
 
     def _floats(self, tensor: Tensor) -> int:
@@ -149,7 +136,9 @@ class NativeStep:
         slots, _, max_len, _ = keys[0].shape
         self.threads = torch.get_num_threads()
         cos, sin = native.rope(max_len)
-        layers = native.layers(keys, values)
+        layers = (_Layer * len(keys))(*native.layers)
+        for layer, key, value in zip(layers, keys, values, strict=True):
+            layer.keys, layer.values = key.data_ptr(), value.data_ptr()
         model = _Model.from_buffer_copy(native.struct)
         model.cos, model.sin, model.max_len, model.layers = cos.data_ptr(), sin.data_ptr(), max_len, layers
         scratch = torch.empty(native.kernel.scratch_floats(ctypes.byref(model), MAX_ROWS, self.threads))
