@@ -113,7 +113,7 @@ def to_llama_state(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tens
 
 
 def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> dict[str, Tensor]:
-    """Undo `to_llama_state`. Raises UserError for weights that a MiniMind has no place for."""
+    """Undo `to_llama_state`. Raises UserError for weights that a MiniMind does not have."""
     heads, names = rows_to_reorder(config), llama_names(config)
     state = dict(state)
     missing = [theirs for theirs in names.values() if theirs not in state]
@@ -133,9 +133,11 @@ def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | s
     if config.use_moe:
         biases = [state.pop(ROUTER_BIAS.format(i), None) for i in range(config.n_layers)]
         if any(bias is not None and bias.any() for bias in biases):
-            raise UserError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind has not")
+            raise UserError(
+                f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind does not have"
+            )
     if state:
-        raise UserError(f"{where}: weights that a MiniMind has no place for: {list_names(list(state))}")
+        raise UserError(f"{where}: weights that a MiniMind does not have: {list_names(list(state))}")
     return ours
 
 
@@ -222,7 +224,7 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
         }
     wrong = [f"{name}: {value}, not {ours}" for name, (ours, value) in fixed.items() if value != ours]
     if wrong:
-        raise UserError(f"{where} is no model that a MiniMind can be: {'; '.join(wrong)}")
+        raise UserError(f"{where} cannot be converted to a MiniMind: {'; '.join(wrong)}")
     try:
         fields = {
             "dim": content["hidden_size"],

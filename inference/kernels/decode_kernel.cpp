@@ -10,7 +10,7 @@
 // what a row computes does not depend, to the bit, on which other rows there are.
 //
 // Plain C++17 with the vector extensions of GCC and Clang, no PyTorch headers: it compiles in seconds for any CPU.
-// model/decode_native.py compiles it, lays out the weights, and mirrors the structs below.
+// decode.py compiles it, lays out the weights, and mirrors the structs below.
 
 #include "kernel.hpp"
 

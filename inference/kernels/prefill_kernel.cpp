@@ -8,7 +8,7 @@
 // Numbers: an operand is rounded to bfloat16 (8 significant bits), or to the sum of two of them (16 bits: hi and lo), of
 // which the product is hi hi + hi lo + lo hi. Sums, the residual stream, norms and the softmax are float32.
 //
-// Without AMX the same tiles are multiplied by AVX512-BF16 or plain vectors. model/prefill.py compiles this and lays out
+// Without AMX the same tiles are multiplied by AVX512-BF16 or plain vectors. prefill.py compiles this and lays out
 // the weights.
 
 #include "kernel.hpp"
