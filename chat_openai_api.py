@@ -1,4 +1,4 @@
-"""Chat on the terminal with a server that speaks OpenAI's API, such as my_openai_api.py.
+"""Chat on the terminal with a server of OpenAI's API, such as my_openai_api.py.
 
     python chat_openai_api.py                                   # the server on this machine
     python chat_openai_api.py --base_url http://10.0.0.5:8000/v1 --api_key KEY --system "Answer in one sentence."

@@ -45,18 +45,15 @@ class CevalOptions:
     score: str = flag("letter", "what is compared, see above", choices=["letter", "text"])
     plain: bool = flag(False, "bare text instead of the chat format: for pretrained models", action="store_true")
     test: bool = flag(False, "answer the test questions and write submission.json", action="store_true")
-    max_seq_len: int | None = flag(None, "longest prompt in tokens (default: the length the model was trained at)")
-    batch_tokens: int | None = flag(None, "tokens in one forward pass (default: 512 on a CPU, else 16384)")
+    max_seq_len: int | None = flag(
+        None, "longest prompt in tokens (default: the length the model was trained at)", min=8
+    )
+    batch_tokens: int | None = flag(None, "tokens in one forward pass (default: 512 on a CPU, else 16384)", min=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "precision, see above", choices=["auto", "bfloat16", "float16", "float32"])
 
     def validate(self) -> list[str]:
-        errors = [
-            f"--{name} {value} must be at least {least}"
-            for name, value, least in (("max_seq_len", self.max_seq_len, 8), ("batch_tokens", self.batch_tokens, 1))
-            if value is not None and value < least
-        ]
-        errors += validate_folder("--out_dir", self.out_dir)
+        errors = validate_folder("--out_dir", self.out_dir)
         named = [f"--{name}" for name in ("weights", "lora", "hf") if getattr(self, name) is not None]
         if len(named) > 1:
             errors.append(f"{' and '.join(named)} name different models: give only one of them")
@@ -73,7 +70,7 @@ def main() -> None:
     from evaluation import ceval_results
     from evaluation.ceval import read_examples, read_questions
     from evaluation.evaluated_model import EvaluatedModel, open_transformers_folder
-    from inference.model_finder import find_model
+    from inference.model_finder import require_model
     from inference.model_loader import open_model
     from model.device import DTYPES, resolve_device
 
@@ -93,9 +90,7 @@ def main() -> None:
     else:
         path = options.weights
         if path is None and options.lora is None:
-            path = find_model(ROOT / "out", ["rl", "full_sft"])
-            if path is None:
-                raise UserError("no rl_*.pth or full_sft_*.pth in out: train one, or name a file with --weights")
+            path = require_model(ROOT / "out", ["rl", "full_sft"], "3-full_sft.py")
         checkpoint, tokenizer = open_model(
             path, lora=options.lora, tokenizer=options.tokenizer, device=device, dtype=dtype
         )

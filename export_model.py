@@ -19,7 +19,7 @@ loaded again, and its logits on real text are compared with those of the source:
 from __future__ import annotations
 
 from common.cli import parse_options
-from common.errors import UserError, exit_on_sigterm, run_script
+from common.errors import exit_on_sigterm, run_script
 from export.options import ExportOptions
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     import transformers  # heavy imports come after the command line is checked, so that --help is fast
 
     from export.exporter import check_output, export_folder, import_folder, upload
-    from inference.model_finder import find_model
+    from inference.model_finder import require_model
     from inference.model_loader import open_model
 
     transformers.utils.logging.disable_progress_bar()
@@ -40,9 +40,7 @@ def main() -> None:
         check_output(options)
         path = options.weights
         if path is None and options.lora is None:
-            path = find_model(options.out_dir, ["rl", "full_sft", "pretrain"])
-            if path is None:
-                raise UserError(f"no checkpoint in {options.out_dir}: train one, or name it with --weights FILE")
+            path = require_model(options.out_dir, ["rl", "full_sft", "pretrain"], "1-pretrain.py")
         source, tokenizer = open_model(path, lora=options.lora, tokenizer=options.tokenizer)
         for note in source.notes:
             print(f"note: {note}")

@@ -25,7 +25,7 @@ from serving.web.texts import LANGUAGES
 
 @dataclass
 class Options(ChatOptions):
-    """How the page starts; the sliders change most of it."""
+    """Initial state of the page; the sliders change most of it."""
 
     language: str = flag("auto", "of the page; auto: the browser's", choices=["auto", *LANGUAGES])
     model: ModelOptions = model_options()
@@ -84,7 +84,7 @@ def page() -> None:
         with st.sidebar:
             start = options.sampling, options.history_turns, options.system
             settings = widgets.choose_settings(*start, model, texts)
-    # Always in the same place, so that a question half typed outlives the button's coming and going.
+    # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):
         if conversation.running is not None and st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
             conversation.stop()
@@ -101,10 +101,10 @@ def page() -> None:
         last = i == len(conversation.exchanges) - 1
         widgets.show_question(exchange)
         with st.chat_message("assistant", avatar=":material/neurology:"):
-            places = widgets.show_answer(exchange, texts)
-            if places is not None and exchange.answer is conversation.running:
+            placeholders = widgets.show_answer(exchange, texts)
+            if placeholders is not None and exchange.answer is conversation.running:
                 st.empty()  # where the buttons were: what a run does not replace stays until its end
-                widgets.write(exchange, places, texts)
+                widgets.write(exchange, placeholders, texts)
                 st.rerun()
             with st.container(horizontal=True, gap="small", key=f"actions_{i}"):
                 widgets.copy_button(exchange, f"copy_{i}", texts)

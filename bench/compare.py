@@ -21,7 +21,6 @@ the requested JSON: any other reply counts as failed, is shown with the reason, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -39,12 +38,12 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from common.cli import Parser, validate_folder  # noqa: E402
+from common.cli import flag, parse_options, validate_folder  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
-from common.files import atomic_write  # noqa: E402
+from common.files import atomic_write, write_json  # noqa: E402
 from inference.generator import generate  # noqa: E402
 from inference.model_loader import open_model  # noqa: E402
-from inference.options import SamplingParams, add_sampling_flags, sampling_from_args  # noqa: E402
+from inference.options import DTYPES, SamplingParams, sampling_options  # noqa: E402
 from inference.terminal import use_utf8  # noqa: E402
 from model.chat_format import truncate_chat  # noqa: E402
 from model.device import resolve_device, resolve_dtype  # noqa: E402
@@ -99,39 +98,36 @@ class Verdict:
     failure: str = ""
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("models", nargs="+", type=Path, metavar="MODEL", help="a .pth file, an adapter or an exported folder")
-    add("--questions", type=Path, metavar="FILE", help="text or JSONL (default: a dozen in Chinese and English)")
-    add("--output", type=Path, default=ROOT / "out" / "compare.md", help="the transcript; a .json is written beside it "
-        "(default: out/compare.md)")  # fmt: skip
-    add("--tokenizer", type=Path, default=TOKENIZER_DIR, help="tokenizer folder for .pth files (default: in model/)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", default="float32", help="auto, float32, float16 or bfloat16 (default: float32)",
-        choices=["auto", "float32", "float16", "bfloat16"])  # fmt: skip
-    add("--judge_base_url", metavar="URL", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
-    add("--judge_model", metavar="NAME", help="the model there that judges")
-    add("--judge_timeout", type=float, default=120.0, help="seconds to wait for one verdict (default: 120)")
-    add_sampling_flags(parser, seed=0)
-    args = parser.parse_args()
-    errors = []
-    if bool(args.judge_base_url) != bool(args.judge_model):
-        errors.append("--judge_base_url and --judge_model belong together")
-    if args.judge_base_url and not 2 <= len(args.models) <= 26:
-        errors.append("a judge compares 2 to 26 models")
-    if not args.judge_timeout > 0:
-        errors.append(f"--judge_timeout {args.judge_timeout} must be more than 0")
-    if args.judge_base_url and not args.judge_base_url.startswith(("http://", "https://")):
-        errors.append(f"--judge_base_url {args.judge_base_url} must begin with http:// or https://")
-    errors += validate_folder("--output", args.output.parent)
-    if args.output.is_dir():
-        errors.append(f"--output {args.output} is a folder: name the Markdown file")
-    if args.output.suffix == ".json":
-        errors.append(f"--output {args.output}: name the Markdown file; the .json is written beside it")
-    if errors:
-        parser.error(errors)
-    return args
+@dataclass
+class Options:
+    models: list[Path] = flag([], "a .pth file, an adapter or an exported folder", positional=True, nargs="+",
+        metavar="MODEL")  # fmt: skip
+    questions: Path | None = flag(None, "text or JSONL (default: a dozen in Chinese and English)", metavar="FILE")
+    output: Path = flag(ROOT / "out" / "compare.md", "the transcript; a .json is written beside it (default: "
+        "out/compare.md)")  # fmt: skip
+    tokenizer: Path = flag(TOKENIZER_DIR, "tokenizer folder for .pth files (default: in model/)")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = flag("float32", "auto, float32, float16 or bfloat16", choices=DTYPES)
+    judge_base_url: str | None = flag(None, "an OpenAI-compatible endpoint, such as http://localhost:8000/v1",
+        metavar="URL")  # fmt: skip
+    judge_model: str | None = flag(None, "the model there that judges", metavar="NAME")
+    judge_timeout: float = flag(120.0, "seconds to wait for one verdict", above=0)
+    sampling: SamplingParams = sampling_options(seed=0)
+
+    def validate(self) -> list[str]:
+        errors = []
+        if bool(self.judge_base_url) != bool(self.judge_model):
+            errors.append("--judge_base_url and --judge_model belong together")
+        if self.judge_base_url and not 2 <= len(self.models) <= 26:
+            errors.append("a judge compares 2 to 26 models")
+        if self.judge_base_url and not self.judge_base_url.startswith(("http://", "https://")):
+            errors.append(f"--judge_base_url {self.judge_base_url} must begin with http:// or https://")
+        errors += validate_folder("--output", self.output.parent)
+        if self.output.is_dir():
+            errors.append(f"--output {self.output} is a folder: name the Markdown file")
+        if self.output.suffix == ".json":
+            errors.append(f"--output {self.output}: name the Markdown file; the .json is written beside it")
+        return errors
 
 
 # ---- what is compared
@@ -164,7 +160,7 @@ def read_questions(path: Path | None) -> list[str]:
     return questions
 
 
-def open_models(args: argparse.Namespace) -> list[Contestant]:
+def open_models(args: Options) -> list[Contestant]:
     """Load every model before the first question: a wrong path should not cost an hour. Names are made unique."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
@@ -245,7 +241,7 @@ def parse_verdict(text: str, letters: str) -> dict[str, int]:
     return scores
 
 
-def judge_all(args: argparse.Namespace, questions: list[str], contestants: list[Contestant]) -> list[Verdict]:
+def judge_all(args: Options, questions: list[str], contestants: list[Contestant]) -> list[Verdict]:
     """Return a verdict for each question."""
     import openai  # needed here only
 
@@ -253,7 +249,7 @@ def judge_all(args: argparse.Namespace, questions: list[str], contestants: list[
     client = openai.OpenAI(base_url=args.judge_base_url, api_key=key, timeout=args.judge_timeout, max_retries=1)
     letters = string.ascii_uppercase[: len(contestants)]
     form = json.dumps({"scores": dict.fromkeys(letters, 5)})
-    dice = random.Random(args.seed)
+    dice = random.Random(args.sampling.seed)
     verdicts = []
     for i, question in enumerate(tqdm(questions, desc="judge", unit="question", disable=None, leave=False)):
         order = dice.sample(range(len(contestants)), len(contestants))  # letter j stands for contestant order[j]
@@ -323,14 +319,14 @@ def transcript(questions: list[str], contestants: list[Contestant], verdicts: li
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_options(Options, __doc__)
     use_utf8()
-    sampling = sampling_from_args(args)
+    sampling = args.sampling
     questions = read_questions(args.questions)
     contestants = open_models(args)
     with tqdm(total=len(questions) * len(contestants), unit="answer", disable=None, leave=False) as bar:
         for one in contestants:
-            torch.manual_seed(args.seed or 0)
+            torch.manual_seed(sampling.seed or 0)
             answer(one, questions[0], SamplingParams(max_new_tokens=2))  # the first call prepares kernels: not measured
             for question in questions:
                 one.answers.append(answer(one, question, sampling))
@@ -353,9 +349,7 @@ def main() -> None:
             for i, question in enumerate(questions)
         ],
     }
-    with atomic_write(args.output.with_suffix(".json")) as file:
-        json.dump(record, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    write_json(args.output.with_suffix(".json"), record)
     with atomic_write(args.output) as file:
         file.write(transcript(questions, contestants, verdicts, rows))
     print(table(rows))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -55,6 +56,13 @@ def atomic_write(path: Path | str, mode: str = "w", encoding: str | None = "utf-
             os.unlink(tmp)
         raise
     fsync_dir(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
 
 
 @contextlib.contextmanager

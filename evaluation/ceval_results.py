@@ -7,7 +7,6 @@ write_results(out_dir, results, summary)
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.files import atomic_write
+from common.files import atomic_write, write_json
 from evaluation.ceval import LETTERS, Question
 
 CHANCE = 1 / len(LETTERS)
@@ -81,11 +80,7 @@ def summarize(results: pd.DataFrame) -> dict:
         "chance": CHANCE,
         "categories": {name: accuracy(group) for name, group in groups.items() if len(group)},
         "subjects": {
-            name: {
-                "name": official["name"].get(name, ""),
-                "category": official["category"].get(name, OWN),
-                **one,
-            }
+            name: {"name": official["name"].get(name, ""), "category": official["category"].get(name, OWN), **one}
             for name, one in subjects.items()
         },
     }
@@ -130,12 +125,6 @@ def write_submission(path: Path, results: pd.DataFrame) -> None:
     write_json(path, {name: dict(zip(one["id"], one["prediction"], strict=True)) for name, one in groups})
 
 
-def write_json(path: Path, content: dict) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-
-
 def draw(summary: dict, path: Path) -> None:
     """Draw the accuracy of every group and subject as a bar with its standard error, and the line of guessing."""
     from matplotlib import font_manager, rc_context  # slow to import
@@ -146,11 +135,13 @@ def draw(summary: dict, path: Path) -> None:
     rows += [(name, one, "lightsteelblue") for name, one in summary["subjects"].items()]
     names, groups, colours = zip(*rows, strict=True)
     bars = 100 * pd.DataFrame(groups)[["accuracy", "standard_error"]]
-    # Subjects may have Chinese names, and "$" in a name does not start a formula.
     installed = set(font_manager.get_font_names())
-    fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed)]
-    with rc_context({"font.family": fonts, "text.parse_math": False}), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    fonts = [font for font in CHINESE_FONTS if font in installed]
+    if not fonts and not all(map(str.isascii, names)):
+        print(f"note: no font on this machine has all characters of {path}; {CHINESE_FONTS[0]} has them")
+    # "$" in a name does not start a formula.
+    with rc_context({"font.family": ["DejaVu Sans", *fonts], "text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* missing from font")  # one for each character
         figure = Figure(figsize=(9, 1.2 + 0.22 * len(rows)), layout="constrained")
         axes = figure.subplots()
         axes.barh(names, bars["accuracy"], xerr=bars["standard_error"], color=colours, ecolor="grey")
@@ -160,9 +151,3 @@ def draw(summary: dict, path: Path) -> None:
         axes.legend(loc="lower right")
         with atomic_write(path, "wb", encoding=None) as file:
             figure.savefig(file, format="png", dpi=120)
-    missing = [warning for warning in caught if "missing from font" in str(warning.message)]
-    for other in caught:
-        if other not in missing:
-            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    if missing:  # once, not for each character
-        print(f"note: no font on this machine has all characters of {path}; {CHINESE_FONTS[0]} has them")

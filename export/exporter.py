@@ -10,16 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, exclusive
-from export.huggingface import (
-    CONFIG,
-    check_target,
-    describe,
-    read_folder,
-    write_description,
-    write_llama,
-    write_minimind,
-)
+from common.files import atomic_folder, exclusive, write_json
+from export.huggingface import CONFIG, DESCRIPTION, check_target, describe, read_folder, write_llama, write_minimind
 from export.model_card import model_card
 from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
 from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
@@ -45,10 +37,9 @@ def export_folder(
     dtype = options.dtype or ("float16" if options.format == "gguf" else stored)
     description = describe(source, dtype)
     rows = sample_rows(tokenizer, texts, source.config)
-    in_folder = (
-        options.tokenizer == TOKENIZER_DIR and (source.path / CONFIG).is_file()
-    )  # an export has its own tokenizer
-    tokenizer_dir = source.path if in_folder else options.tokenizer
+    tokenizer_dir = options.tokenizer
+    if tokenizer_dir == TOKENIZER_DIR and (source.path / CONFIG).is_file():
+        tokenizer_dir = source.path  # an export has its own tokenizer
     with lock(target):
         check_target(target, options.overwrite)
         # Without a leading dot: transformers makes a module name of a folder with code.
@@ -61,7 +52,7 @@ def export_folder(
                 write_gguf(file, source.model, tokenizer, kind, name)
                 agreement = compare_gguf(file, source.model, kind, rows, options.tolerance)
                 write_text(folder / "Modelfile", modelfile(file.name, name.lower(), source.config))
-                write_description(folder, description)
+                write_json(folder / DESCRIPTION, description)
             else:
                 write = write_llama if options.format == "llama" else write_minimind
                 write(folder, source.model, tokenizer_dir, getattr(torch, dtype), description)
@@ -77,24 +68,18 @@ def export_folder(
 def import_folder(folder: Path, options: ExportOptions) -> tuple[Path, Agreement]:
     """Convert an exported folder to a .pth file."""
     target = options.output or Path(f"{folder.resolve()}.pth")
-    check_file(target, options.overwrite)
-    source = read_folder(folder)
-    rows = sample_rows(load_tokenizer(folder), read_texts(options.text), source.config)
-    agreement = compare_folder(folder, source.model, rows, options.tolerance)
-    agreement.check()
-    dtype = getattr(torch, options.dtype) if options.dtype else source.model.tok_embeddings.weight.dtype
     with lock(target):
-        check_file(target, options.overwrite)  # another process may have written it meanwhile
+        if target.is_dir():
+            raise UserError(f"{target} is a folder; choose another --output")
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
+        source = read_folder(folder)
+        rows = sample_rows(load_tokenizer(folder), read_texts(options.text), source.config)
+        agreement = compare_folder(folder, source.model, rows, options.tolerance)
+        agreement.check()
+        dtype = getattr(torch, options.dtype) if options.dtype else source.model.tok_embeddings.weight.dtype
         save_checkpoint(target, source.model, dtype=dtype, info=source.info, overwrite=options.overwrite)
     return target, agreement
-
-
-def check_file(target: Path, overwrite: bool) -> None:
-    """Raise UserError if a .pth file must not be written there."""
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; choose another --output")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
 
 
 def lock(target: Path) -> AbstractContextManager:

@@ -1,8 +1,5 @@
 """Write a MiniMind as a GGUF file for llama.cpp, Ollama and the programs built on them.
 
-    write_gguf(path, model, tokenizer, "q8_0", name="my-minimind")
-    model = read_gguf(path, config)  # read it back in float32, to check what was written
-
 llama.cpp rotates interleaved pairs in all three architectures used here, as we do, so no rows are reordered:
 
 dense                                               llama
@@ -239,7 +236,7 @@ def compare_gguf(
     """
     read_back, stored = model_logits(read_gguf(path, model.config), rows), model_logits(round_to(model, kind), rows)
     source = model_logits(copy.deepcopy(model).float(), rows) if kind in MAX_KL else None
-    return measure(read_back, stored, source, tolerance=tolerance or 0.0, max_kl=MAX_KL.get(kind))
+    return measure(read_back, stored, source, tolerance or 0.0, MAX_KL.get(kind))
 
 
 # ---- Ollama

@@ -1,11 +1,5 @@
 """Convert a MiniMind for other libraries, and back: names, order of the rows, configurations, folders.
 
-    check_target("out/full_sft_512-llama")
-    with atomic_folder("out/full_sft_512-llama", hidden=False) as folder:
-        write_llama(folder, checkpoint.model, tokenizer_dir, torch.float32, describe(checkpoint, "float32"))
-        compare_folder(folder, checkpoint.model, rows).check()        # export/self_check.py
-    checkpoint = read_folder("out/full_sft_512-llama")
-
 `llama` folders hold an architecture that transformers itself knows, so no code travels with them:
 
 dense               LlamaForCausalLM. It rotates feature i together with i + head_dim / 2 where we rotate pairs, so the
@@ -32,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import ROOT, recover_folder
+from common.files import ROOT, recover_folder, write_json
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
 from model.weights import EMBEDDING, OUTPUT, Checkpoint, build_model, dtype_name, list_names, state_to_save
@@ -301,26 +295,17 @@ def describe(checkpoint: Checkpoint, dtype: str) -> dict:
     return {"config": checkpoint.config.own_fields(), "dtype": dtype, **_without_paths(made)}
 
 
-def write_description(folder: Path, description: dict) -> None:
-    _write_json(folder / DESCRIPTION, description)
-
-
 def _write_folder(
     folder: Path, content: dict, config: LMConfig, state: dict[str, Tensor], tokenizer_dir: Path, description: dict
 ) -> None:
-    _write_json(folder / CONFIG, content)
-    _write_json(
-        folder / "generation_config.json", _token_ids(config) | {"transformers_version": transformers.__version__}
-    )
-    write_description(folder, description)
+    write_json(folder / CONFIG, content)
+    version = {"transformers_version": transformers.__version__}
+    write_json(folder / "generation_config.json", _token_ids(config) | version)
+    write_json(folder / DESCRIPTION, description)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer_dir / name, folder / name)
     # Bytes first, written here: the library's own writer turns a full disk into an error without its number.
     (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _token_ids(config: LMConfig) -> dict:
@@ -328,7 +313,7 @@ def _token_ids(config: LMConfig) -> dict:
 
 
 def _without_paths(value: Any) -> Any:
-    """Return a copy in which absolute paths are cut to their last part: nobody needs to know where the files were."""
+    """Return a copy in which absolute paths are cut to their last part: they are private."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -34,15 +34,8 @@ _INFO_ROWS = {
 }
 _METRICS = ("loss", "bits_per_byte", "accuracy", "margin")  # not speed or memory
 _OPTION_ROWS = (
-    "data_path",
-    "epochs",
-    "batch_size",
-    "accumulation_steps",
-    "learning_rate",
-    "optimizer",
-    "dtype",
-    "seed",
-)
+    "data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "optimizer", "dtype", "seed",
+)  # fmt: skip
 
 
 def model_card(
@@ -116,29 +109,28 @@ def _architecture(model: Transformer, export_format: str) -> dict:
 
 def _training(description: dict) -> dict:
     rows = {label: description[key] for key, label in _INFO_ROWS.items() if description.get(key) is not None}
-    metrics = description.get("metrics")
-    for key, value in (metrics if isinstance(metrics, dict) else {}).items():
+    for key, value in description.get("metrics", {}).items():
         if isinstance(value, (int, float)) and any(word in key for word in _METRICS):
             rows[key.replace("_", " ")] = f"{value:.4g}"
-    options = description.get("options")
-    for key in _OPTION_ROWS if isinstance(options, dict) else ():
-        if options.get(key) is not None:
-            value = options[key]
+    options = description.get("options", {})
+    for key in _OPTION_ROWS:
+        if (value := options.get(key)) is not None:
             rows[f"--{key}"] = " ".join(map(str, value)) if isinstance(value, list) else value
     return rows
 
 
 def _ceval(summary: dict) -> dict:
     """Return the accuracies in a summary: overall, and of the categories if there are any."""
-    groups = {"overall": summary.get("overall")} | (summary.get("categories") or {})
-    rows = {}
-    for name, group in groups.items():
-        if isinstance(group, dict) and isinstance(group.get("accuracy"), (int, float)):
-            questions = f" of {group['questions']} questions" if "questions" in group else ""
-            rows[name] = f"{group['accuracy']:.1%}{questions} (chance: 25%)"
-    if not rows:
-        raise UserError("no accuracy in the summary of C-Eval: name the summary.json that eval_ceval.py writes")
-    return rows
+    try:
+        groups = {"overall": summary["overall"], **summary["categories"]}
+        return {
+            name: f"{group['accuracy']:.1%} of {group['questions']} questions (chance: 25%)"
+            for name, group in groups.items()
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            "no accuracy in the summary of C-Eval: name the summary.json that eval_ceval.py writes"
+        ) from error
 
 
 def _table(rows: dict) -> str:

@@ -47,12 +47,11 @@ class ExportOptions:
         None,
         "largest difference of logits allowed (default: 1e-4; minimind and gguf, whose logits are computed by our own "
         "code: 0)",
+        min=0,
     )
     ceval: Path | None = flag(None, "summary.json of eval_ceval.py, for the model card", metavar="FILE")
     push_to_hub: str | None = flag(
-        None,
-        "also upload the folder to the Hugging Face Hub (log in before: hf auth login)",
-        metavar="USER/NAME",
+        None, "also upload the folder to the Hugging Face Hub (log in before: hf auth login)", metavar="USER/NAME"
     )
     private: bool = flag(False, "make the repository there a private one", action="store_true")
 
@@ -70,8 +69,6 @@ class ExportOptions:
             errors += [f"--{name} is not for --format pth" for name in unused]
             if self.weights is None:
                 errors.append("--format pth needs --weights FOLDER")
-        if self.tolerance is not None and not self.tolerance >= 0:
-            errors.append(f"--tolerance {self.tolerance} must not be negative")
         if self.push_to_hub is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", self.push_to_hub):
             errors.append(f"--push_to_hub {self.push_to_hub}: give user/name")
         if self.private and self.push_to_hub is None:

@@ -1,10 +1,4 @@
-"""Check that an export computes what its source does: compare the logits of both on real text.
-
-rows = sample_rows(tokenizer, SAMPLE_TEXTS, config)
-agreement = compare_folder(folder, model, rows)
-agreement.check()          # UserError if the export is wrong
-print(agreement.describe())
-"""
+"""Check that an export computes what its source does: compare the logits of both on real text."""
 
 from __future__ import annotations
 
@@ -144,19 +138,11 @@ class Agreement:
 
 
 def measure(
-    exported: list[Tensor],
-    stored: list[Tensor],
-    source: list[Tensor] | None,
-    *,
-    tolerance: float,
-    max_kl: float | None = None,
+    exported: list[Tensor], stored: list[Tensor], source: list[Tensor] | None, tolerance: float, max_kl: float | None
 ) -> Agreement:
     """Compare the logits of an export with those of its source, (time, vocab_size) for every row.
 
-    Args:
-        exported: logits of the export.
-        stored: logits of the source, its weights rounded as the export stores them.
-        source: logits of the source; None if the export stores the same precision.
+    stored: of the source, its weights rounded as the export stores them; source: None if nothing was rounded.
     """
     agreement = Agreement(sum(map(len, exported)), largest_difference(stored, exported), tolerance)
     if source is not None:
@@ -181,9 +167,7 @@ def compare_folder(
     source = model_logits(copy.deepcopy(model).float(), rows) if lossy else None
     if tolerance is None:
         tolerance = 0.0 if ours else 1e-4
-    return measure(
-        folder_logits(folder, rows), reference, source, tolerance=tolerance, max_kl=MAX_KL.get(dtype_name(dtype))
-    )
+    return measure(folder_logits(folder, rows), reference, source, tolerance, MAX_KL.get(dtype_name(dtype)))
 
 
 def is_minimind(folder: Path) -> bool:

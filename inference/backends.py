@@ -1,7 +1,7 @@
 """One step of decoding as a pure function of tokens, positions and cache, and the fast ways to run it.
 
 `choose_backend` selects one: on a CPU with a C++ compiler the kernel of `inference.kernels.decode`; elsewhere, if asked for,
-the function below through torch.compile (on a GPU with CUDA graphs). It goes into `BatchGenerator(..., backend=...)`.
+the function below through torch.compile (on a GPU with CUDA graphs). Pass it to `BatchGenerator(..., backend=...)`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference.kernels.decode import KernelUnavailable, NativeModel
 from inference.kernels.decode_weights import DecodeLayer, DecodeWeights
-from inference.options import COMPILE, QUANTIZATIONS
+from inference.options import COMPILE
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import apply_rope
@@ -35,8 +35,6 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
     """
     if compile not in COMPILE:
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"unknown quantization {quantize!r}; known: {', '.join(QUANTIZATIONS)}")
     if compile == "off" and quantize == "none":
         return None
     if type(model) is not Transformer:
@@ -69,9 +67,6 @@ class TorchModel:
             self.function = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
             for tensor in weights.tensors():
                 torch._dynamo.mark_static_address(tensor)  # or a CUDA graph would copy it each time
-
-    def describe(self) -> str:
-        return "PyTorch, compiled" if self.compiled else "PyTorch"
 
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> TorchStep:
         """Return the decoding step on a cache: keys, values of each layer (rows, kv_heads, max_len, head_dim)."""
@@ -119,7 +114,7 @@ def decode_step(
     keys: list[Tensor],
     values: list[Tensor],
 ) -> Tensor:
-    """One token of each row through the model.
+    """Run one token of each row through the model.
 
     Args:
         rope: cosine and sine of every slot of the cache, (max_len, head_dim / 2) each.

@@ -25,7 +25,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
         self._waiting = ""  # complete characters that may begin a stop string
-        self.stopped = False  # a stop string came; the text has ended before it
+        self.stopped = False  # a stop string was found; the text ends before it
 
     def add(self, token: int) -> str:
         """Return the text that is certain now, often "" or one character."""
@@ -48,7 +48,7 @@ class Detokenizer:
 
     def _until_stop(self, text: str) -> str:
         text = self._waiting + text
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
         if found:
             self.stopped, self._waiting = True, ""
             return text[: min(found)]

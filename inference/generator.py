@@ -3,8 +3,7 @@
     for output in generate(model, [ids], SamplingParams(temperature=0.8, top_p=0.9, seed=1), tokenizer=tokenizer):
         print(output.text, end="", flush=True)
 
-`BatchGenerator` decodes sequences together, which join and leave at any step; the functions below it are for everyday
-use.
+`BatchGenerator` decodes sequences together, which join and leave at any step; `generate` is for everyday use.
 """
 
 from __future__ import annotations
@@ -67,8 +66,7 @@ class _Row:
 class BatchGenerator:
     """Continuous batching: sequences decoded together, one token each per step, that join and leave at any step.
 
-    `add` lets sequences join; they leave when they end or at `cancel`. Rows that ended cost nothing: the last row takes
-    their place.
+    `add` lets sequences join; they leave when they end or at `cancel`. The last row then fills the gap.
 
     Longer contexts: with `model.dynamic_rope_scaling`, the positions of every row are scaled as its length requires. Up to
     the trained length they are those of training, whatever `max_len` is. When a row outgrows the length that its factor
@@ -417,16 +415,6 @@ def _decode_all(
             yield from generator.add(prompts[new], samplings[new], keys)
         else:
             yield from generator.step()
-
-
-def generate_ids(model: Transformer, prompts: Sequence[Sequence[int]], *args, **kwargs) -> list[list[int]]:
-    """Return the new tokens of each prompt, without the end token. Arguments as for `generate`."""
-    eos_id = kwargs.get("eos_id", EOS_ID)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for output in generate(model, prompts, *args, **kwargs):
-        if output.token != eos_id:
-            answers[output.key].append(output.token)
-    return answers
 
 
 def generate_text(

@@ -6,7 +6,6 @@ dataclasses. Nothing here imports torch: `--help` and the clients of a server ne
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import typing
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import FlagSpec, Parser, add_flags, flag, option_group, range_errors
+from common.cli import FlagSpec, flag, option_group, range_errors
 from common.errors import UserError
 from common.files import ROOT
 from model.architecture import TOKENIZER_DIR
@@ -27,7 +26,7 @@ MAX_LOGPROBS = 20  # alternatives that can be reported for each token: OpenAI's 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next tokens are chosen, and when to stop. The defaults are greedy: always the most probable token.
+    """Choose how tokens are sampled, and when to stop. The defaults are greedy: always the most probable token.
 
     A field's metadata has its `help` and, for numbers, its `limits`: `min`, `above` (exclusive), `max`. Fields without a
     help text are no flags.
@@ -100,7 +99,7 @@ class SamplingParams:
 
 @dataclass
 class ModelOptions:
-    """Which model generates, and where and how it runs."""
+    """Choose the model that generates, and where and how it runs."""
 
     weights: Path | None = flag(
         None, "a .pth file, the folder of an adapter, or an exported folder (default: the newest suitable model in OUT_DIR)",
@@ -128,14 +127,10 @@ class ModelOptions:
         choices=QUANTIZATIONS,
     )  # fmt: skip
 
-    def validate(self) -> list[str]:
-        """Return everything that is wrong with the flags (their limits are checked by `parse_options`)."""
-        return []
-
 
 @dataclass
 class ChatOptions:
-    """How much of a conversation the model sees."""
+    """Choose how much of a conversation the model sees."""
 
     system: str | None = flag(None, "a system message, which stands before everything", metavar="TEXT")
     history_turns: int = flag(5, "how many earlier questions, with their answers, the model sees", min=0, metavar="N")
@@ -153,26 +148,10 @@ def sampling_options(**defaults: Any) -> Any:
 def sampling_flags() -> dict[str, FlagSpec]:
     """Return the numbers of `SamplingParams` for a `flag_group`, which keeps apart what was given and what was not."""
     hints = typing.get_type_hints(SamplingParams)
-    fields = [
-        field for field in dataclasses.fields(SamplingParams) if "help" in field.metadata and field.name != "stop"
-    ]
-    return {field.name: (hints[field.name], field.metadata["help"]) for field in fields}
+    helps = {field.name: field.metadata.get("help") for field in dataclasses.fields(SamplingParams)}
+    return {name: (hints[name], help) for name, help in helps.items() if help and name != "stop"}
 
 
 def model_options() -> Any:
     """Return a dataclass field `model: ModelOptions` of a script."""
     return option_group(ModelOptions, "the model")
-
-
-# ---- for scripts that use argparse
-
-
-def add_sampling_flags(parser: Parser, **defaults: Any) -> None:
-    """Add a flag for every field of `SamplingParams`; `defaults` replace some of its defaults."""
-    add_flags(parser, {"": parser.add_argument_group("how tokens are chosen")}, SamplingParams, defaults, {})
-
-
-def sampling_from_args(args: argparse.Namespace) -> SamplingParams:
-    """Return the parameters that were given. Raises UserError for all that are wrong."""
-    fields = dataclasses.fields(SamplingParams)
-    return SamplingParams(**{field.name: getattr(args, field.name) for field in fields if "help" in field.metadata})

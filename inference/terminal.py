@@ -7,22 +7,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a client of a server does not need torch
+    from inference.generator import TokenOutput
 
 HELP = """\
   /clear       forget the conversation
   /save FILE   append it to FILE, as one line of {"messages": [...]}
   /help        this list
   /exit        end (also: Ctrl-D); Ctrl-C stops an answer"""
-
-
-class Output(Protocol):
-    """What is read of a `TokenOutput`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def finish(self) -> str | None: ...
 
 
 class Chat:
@@ -85,7 +79,7 @@ class Chat:
 # ---- printing answers
 
 
-def print_answer(outputs: Iterable[Output], max_new_tokens: int, context: int) -> tuple[str, bool]:
+def print_answer(outputs: Iterable[TokenOutput], max_new_tokens: int, context: int) -> tuple[str, bool]:
     """Print an answer token by token, then why it was cut off (if it was), its length and speed.
 
     Returns:
@@ -135,7 +129,7 @@ _PICTURES |= dict.fromkeys(range(128, 160), 65533)
 
 
 def use_utf8() -> None:
-    """Read and write UTF-8 whatever the terminal's settings: the default elsewhere cannot print Chinese."""
+    """Read and write UTF-8, also where the terminal's default encoding cannot print Chinese."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Broken bytes from outside stay recognisable as such, and are refused where text is needed.
         errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"

@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, write_json
 from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
 from model.model import Transformer
 from model.tokenizer import tokenizer_hash
-from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors, write_json
+from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
 _TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt, but stored in old files

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import atomic_write
 
 _DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile)
 
@@ -103,13 +102,6 @@ def check_intact(path: Path, info: dict) -> None:
         raise UserError(f"{path} is damaged ({error}); copy it again or save it again") from error
     if broken:
         raise UserError(f"{path} is damaged: wrong checksum of {broken}; copy it again or save it again")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the description of weights."""
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
 
 
 def list_names(names: list[str], limit: int = 4) -> str:

@@ -167,7 +167,7 @@ async def _on_engine_error(_: Request, error: EngineError) -> Response:
 
 
 async def _on_disconnect(_: Request, __: ClientDisconnected) -> Response:
-    return Response(status_code=499)  # nobody reads it; the log shows why the request ended
+    return Response(status_code=499)  # for the log: the client has closed the connection
 
 
 async def _on_bug(_: Request, __: Exception) -> Response:
@@ -188,16 +188,16 @@ EXPECTED = {
 def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     """Return the first of pydantic's errors as (message, param)."""
     error = errors[0]
-    place = [part for part in error["loc"] if part != "body"]
+    path = [part for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
-    if not place:
+    if not path:
         return "the body must be a JSON object", None
-    for depth, part in enumerate(place):
+    for depth, part in enumerate(path):
         if part in EXPECTED and error["type"] != "missing":
-            name = _dotted(place[: depth + 1])
+            name = _dotted(path[: depth + 1])
             return f"{name} must be {EXPECTED[part]}", name
-    name = _dotted(place)
+    name = _dotted(path)
     if error["type"] == "too_short":
         return f"{name} is empty", name
     if error["type"] == "missing":
@@ -205,9 +205,9 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     return f"{name}: {error['msg'][:1].lower()}{error['msg'][1:]}", name
 
 
-def _dotted(place: Sequence[str | int]) -> str:
-    """Return the place of a field as text: messages, 0, role -> messages[0].role"""
+def _dotted(path: Sequence[str | int]) -> str:
+    """Return the path of a field as text: messages, 0, role -> messages[0].role"""
     name = ""
-    for part in place:
+    for part in path:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
     return name

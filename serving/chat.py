@@ -53,9 +53,9 @@ def plain_message(index: int, message: protocol.Message) -> dict[str, str]:
         texts = []
         for i, part in enumerate(content):
             if part.type != "text" or part.text is None:
-                place = f"{where}.content[{i}]"
-                text = f"{place} is of type {part.type!r}: this model reads only parts of type text"
-                raise ApiError(400, text, place)
+                param = f"{where}.content[{i}]"
+                text = f"{param} is of type {part.type!r}: this model reads only parts of type text"
+                raise ApiError(400, text, param)
             texts.append(part.text)
         content = "".join(texts)
     return {"role": "system" if message.role == "developer" else message.role, "content": content}

@@ -6,8 +6,8 @@
         print(answer.text)
     conversation.stop()
 
-This module knows nothing of a page or a terminal. An interface may draw `answer.text` whenever it likes, come back later
-to the same answer (a web page is redrawn from scratch at every click), or stop it.
+An interface may draw `answer.text` at any time, return later to the same answer (a web page is redrawn from scratch at
+every click), or stop it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Answer:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of computing."""
+        """Return tokens per second of computing."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -110,7 +110,7 @@ class Conversation:
 
     @property
     def running(self) -> Answer | None:
-        """The answer that is being written."""
+        """Return the answer that is being written."""
         last = self.exchanges[-1].answer if self.exchanges else None
         return last if last is not None and last.finish is None else None
 

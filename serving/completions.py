@@ -44,12 +44,7 @@ class CompletionBuilder(ResponseBuilder):
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def whole_choice(self, index: int, choice: Choice) -> dict:
-        return {
-            "index": index,
-            "text": choice.text,
-            "logprobs": self.logprobs(choice),
-            "finish_reason": choice.finish,
-        }
+        return {"index": index, "text": choice.text, "logprobs": self.logprobs(choice), "finish_reason": choice.finish}
 
     def chunk_choices(self, index: int, choice: Choice, first: bool) -> list[dict]:
         return [self.whole_choice(index, choice)] if choice.text or choice.tokens or choice.finish else []

@@ -1,4 +1,4 @@
-"""What all endpoints that run the model share: checks of a request, prompts, and answers as one object or as chunks.
+"""Shared by all endpoints that run the model: checks of a request, prompts, and answers as one object or as chunks.
 
 A new endpoint is one file: a subclass of `Endpoint` that turns its request into prompts and `SamplingParams`, and a
 subclass of `ResponseBuilder` that knows the form of its answer. `app.py` gives it a route, `protocol.py` its schemas.
@@ -144,12 +144,8 @@ class ResponseBuilder:
         raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def collect(self, stream: Stream[TokenOutput]) -> dict:
         """Return the whole answer."""

@@ -35,7 +35,6 @@ from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
 
 PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (at least one prompt is read)
-
 MAX_PASS_TEXTS = 64  # texts that are scored or embedded in one forward pass
 
 SHUTTING_DOWN = "the server is shutting down"
@@ -216,12 +215,12 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
+        """Return the number of sequences in the batch."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Sequences and texts that wait for their turn."""
+        """Return the number of sequences and texts that wait."""
         return len(self._waiting) + len(self._texts)
 
     def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
@@ -326,10 +325,10 @@ class Engine:
         with self._wakeup:
             while not (self._waiting or self._texts or self._cancelled or self._running or self.closing):
                 self._wakeup.wait()
-            gone, self._cancelled = self._cancelled, set()
-            if gone:
-                self._waiting = deque(item for item in self._waiting if item.owner not in gone)
-                self._texts = deque(item for item in self._texts if item.owner not in gone)
+            cancelled, self._cancelled = self._cancelled, set()
+            if cancelled:
+                self._waiting = deque(item for item in self._waiting if item.owner not in cancelled)
+                self._texts = deque(item for item in self._texts if item.owner not in cancelled)
             rejected: list[_Sequence | _Text] = []
             if self.closing:
                 rejected = [*self._waiting, *self._texts]
@@ -338,7 +337,7 @@ class Engine:
             stopping = self._stopping
         generator = self.generator
         assert generator is not None
-        for key in [key for key, item in self._running.items() if item.owner in gone]:
+        for key in [key for key, item in self._running.items() if item.owner in cancelled]:
             generator.cancel(key)
             del self._running[key]
             self.statistics.cancelled += 1
@@ -428,7 +427,7 @@ class Engine:
         if news:
             try:
                 self.loop.call_soon_threadsafe(_deliver, news)
-            except RuntimeError:  # the loop is closed: nobody listens any more
+            except RuntimeError:  # the loop is closed: nothing receives them any more
                 log.debug("the event loop has ended")
 
 
@@ -452,5 +451,5 @@ def _next_batch(queue: deque, limit: int, group: Callable[[Any], object] = lambd
 
 
 def _deliver(news: dict[Stream, Any]) -> None:
-    for owner, what in news.items():
-        owner._receive(what)
+    for owner, results in news.items():
+        owner._receive(results)

@@ -1,4 +1,4 @@
-"""What every HTTP request passes, whatever it asks for: key, size, counting, errors in OpenAI's form, disconnects."""
+"""Handle what all HTTP requests have in common: key, size, counting, errors in OpenAI's form, disconnects."""
 
 from __future__ import annotations
 
@@ -168,15 +168,15 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
+        disconnect.cancel()
 
 
 class _Stalled(Exception):

@@ -1,4 +1,4 @@
-"""What clients send and receive: the part of OpenAI's API that this server implements.
+"""Schemas of requests and answers: the part of OpenAI's API that this server implements.
 
 Types are strict: "5" is not a number and 1 not a boolean. A field that this server cannot honour is rejected unless it
 has no effect anyway (null, an empty list, the neutral value); fields that only label a request (`HARMLESS`) are accepted

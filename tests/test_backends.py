@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding import generate_ids
 from test_generator import TOKENIZER, kinds, make, make_prompts, recompute
 from tolerances import close_to, shape_of
 
 from inference.backends import TorchModel, choose_backend
-from inference.generator import BatchGenerator, generate, generate_ids
+from inference.generator import BatchGenerator, generate
 from inference.kernels import decode
 from inference.kernels.decode import NativeModel
 from inference.kernels.decode_weights import DecodeWeights, quantize_int8

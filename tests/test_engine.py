@@ -6,9 +6,10 @@ import asyncio
 from collections import deque
 
 import pytest
+from decoding import generate_ids
 from serving_helpers import TOKENIZER, tiny_model
 
-from inference.generator import BatchGenerator, generate_ids
+from inference.generator import BatchGenerator
 from inference.options import SamplingParams
 from serving import engine as engine_module
 from serving.engine import Engine, EngineFailed, QueueFull, ShuttingDown, Stream

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoding import generate_ids
 from safetensors.torch import load_file, save_file
 from tolerances import rounding
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -47,7 +48,6 @@ from export.self_check import (
     model_logits,
     sample_rows,
 )
-from inference.generator import generate_ids
 from inference.options import SamplingParams
 from model.chat_format import render_chat
 from model.LMConfig import LMConfig
@@ -504,7 +504,10 @@ def test_card_and_description_tell_no_paths():
     }
     description = describe(checkpoint(model, **info, fingerprint="f"), "float32")
     assert "/home" not in json.dumps(description) and "fingerprint" not in description
-    quiz = {"overall": {"accuracy": 0.253, "questions": 1346}, "categories": {"STEM": {"accuracy": 0.3}}}
+    quiz = {
+        "overall": {"accuracy": 0.253, "questions": 1346},
+        "categories": {"STEM": {"accuracy": 0.3, "questions": 100}},
+    }
     agreement = Agreement(100, 1e-6, 1e-4)
     card = model_card("me/x", checkpoint(model, **info), description, "llama", agreement, ceval=quiz)
     assert card.startswith("---\nlanguage:\n- zh\n- en\nlibrary_name: transformers\n")

@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
+from decoding import generate_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import close_to, shape_of
 
 from inference.detokenizer import Detokenizer, _byte_of_character
-from inference.generator import BatchGenerator, generate, generate_ids, generate_text
+from inference.generator import BatchGenerator, generate, generate_text
 from inference.kv_cache import KVCache
 from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next

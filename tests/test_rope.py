@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from decoding import generate_ids
 from tolerances import assert_logits_close, rounding
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -13,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from export.huggingface import read_folder, write_llama, write_minimind
 from export.self_check import compare_folder
 from inference.backends import TorchModel
-from inference.generator import BatchGenerator, generate, generate_ids
+from inference.generator import BatchGenerator, generate
 from inference.kernels.decode_weights import DecodeWeights
 from inference.options import SamplingParams
 from model.architecture import ROPE_SCALING_METHODS, parse_rope_scaling

@@ -153,7 +153,7 @@ def test_failures_leave_nothing(out, tmp_path, main):
     for message, args in {
         "is damaged or cut off": ["--weights", broken],
         "no checkpoint .*missing.pth": ["--weights", tmp_path / "missing.pth"],
-        "no checkpoint in .*empty": ["--out_dir", empty],
+        r"no rl_\*.pth, full_sft_\*.pth, pretrain_\*.pth in .*empty": ["--out_dir", empty],
         "does not compute what its source does": ["--weights", good, "--tolerance", "1e-12"],
         "is not an adapter": ["--lora", empty],
         "--text .* cannot be read": ["--weights", good, "--text", tmp_path / "missing.txt"],
@@ -202,7 +202,7 @@ def test_combinations_that_make_no_sense(main, capsys):
         "--dtype q8_0 --push_to_hub me --tolerance -1": [
             "q8_0 needs --format gguf",
             "give user/name",
-            "not be negative",
+            "at least 0",
         ],
         "--format pth --lora x": ["--lora is not for --format pth", "needs --weights FOLDER"],
         "--private --output /dev/null/x/y": ["--private is for --push_to_hub", "/dev/null is not a folder"],

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inference.kernels.decode_weights import DecodeLayer, DecodeWeights, Matrix, SwiGLU
@@ -66,24 +67,11 @@ def load_kernel() -> ctypes.CDLL:
     return kernel
 
 
-def in_blocks(weight: Tensor) -> Tensor:
-    """Return (outputs, inputs) as (outputs / 16, inputs, 16), the last block padded with zeros."""
-    outputs, inputs = weight.shape
-    padded = weight.new_zeros(-(-outputs // LANES) * LANES, inputs)
-    padded[:outputs] = weight
-    return padded.view(-1, LANES, inputs).transpose(1, 2).contiguous()
-
-
 class NativeModel:
     """A model's weights laid out for the kernel: a copy, which does not follow later changes of the model."""
 
-    def __init__(self, weights: DecodeWeights, threads: int | None = None) -> None:
-        """
-        Raises KernelUnavailable: no kernel, or none for this model.
-
-        Args:
-            threads: of a step; None: as many as PyTorch uses.
-        """
+    def __init__(self, weights: DecodeWeights) -> None:
+        """Raises KernelUnavailable: no kernel, or none for this model."""
         config = weights.config
         if weights.norm.device.type != "cpu":
             raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.norm.device}")
@@ -93,11 +81,11 @@ class NativeModel:
             raise KernelUnavailable(f"the kernel has no attention for a head dimension of {config.head_dim}")
         if config.n_layers > MAX_LAYERS:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
-        self.kernel, self.config, self.dtype, self.threads = load_kernel(), config, weights.dtype, threads
+        self.kernel, self.config, self.dtype = load_kernel(), config, weights.dtype
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
         self.rope = weights.rope
-        self._layers = [self._layer(layer) for layer in weights.layers]
+        self.layers = [self._layer(layer) for layer in weights.layers]
         self.struct = _Model(
             embedding=self._memory.keep(weights.embedding), embedding_kind=_KINDS[weights.dtype],
             cache_kind=_KINDS[weights.dtype], norm=self._floats(weights.norm), output=self._matrix(weights.output),
@@ -106,18 +94,9 @@ class NativeModel:
             top_k=config.num_experts_per_tok, renormalise=weights.renormalise, eps=config.norm_eps,
         )  # fmt: skip
 
-    def describe(self) -> str:
-        return f"C++, {self.threads or torch.get_num_threads()} threads"
-
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
         """Return the decoding step on a cache: keys, values of each layer (slots, kv_heads, max_len, head_dim)."""
         return NativeStep(self, keys, values)
-
-    def layers(self, keys: list[Tensor], values: list[Tensor]) -> ctypes.Array:
-        layers = (_Layer * len(keys))(*self._layers)
-        for layer, key, value in zip(layers, keys, values, strict=True):
-            layer.keys, layer.values = key.data_ptr(), value.data_ptr()
-        return layers
 
     def _layer(self, layer: DecodeLayer) -> _Layer:
         struct = _Layer(
@@ -138,10 +117,10 @@ class NativeModel:
         return _Experts(self._matrix(w1), self._matrix(w3), self._matrix(expert.w2))
 
     def _matrix(self, matrix: Matrix) -> _Matrix:
-        data = in_blocks(matrix.weight)
-        scale = None
-        if matrix.scale is not None:
-            scale = self._floats(torch.nn.functional.pad(matrix.scale, (0, len(data) * LANES - len(matrix.scale))))
+        missing = -len(matrix.weight) % LANES
+        # (outputs, inputs) -> (outputs / 16, inputs, 16), the last block padded with zeros
+        data = F.pad(matrix.weight, (0, 0, 0, missing)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+        scale = None if matrix.scale is None else self._floats(F.pad(matrix.scale, (0, missing)))
         return _Matrix(self._memory.keep(data), scale, _KINDS[data.dtype], data.shape[0], data.shape[1], 0)
 
     def _floats(self, tensor: Tensor) -> int:
@@ -155,9 +134,11 @@ class NativeStep:
 
     def __init__(self, native: NativeModel, keys: list[Tensor], values: list[Tensor]) -> None:
         slots, _, max_len, _ = keys[0].shape
-        self.threads = native.threads or torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         cos, sin = native.rope(max_len)
-        layers = native.layers(keys, values)
+        layers = (_Layer * len(keys))(*native.layers)
+        for layer, key, value in zip(layers, keys, values, strict=True):
+            layer.keys, layer.values = key.data_ptr(), value.data_ptr()
         model = _Model.from_buffer_copy(native.struct)
         model.cos, model.sin, model.max_len, model.layers = cos.data_ptr(), sin.data_ptr(), max_len, layers
         scratch = torch.empty(native.kernel.scratch_floats(ctypes.byref(model), MAX_ROWS, self.threads))

@@ -31,7 +31,7 @@ constexpr int ROWS = 4;
 
 }  // namespace
 
-// ---- what Python hands over
+// ---- structs that Python fills in
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
@@ -167,7 +167,7 @@ void rotate(float* x, const float* cos, const float* sin, int head_dim) {
 // G query heads that share a key/value head, of one row: out = softmax(q keys / sqrt(head_dim)) values.
 // q, out (G, head_dim); keys, values (length, head_dim); scores (G, stride) to work in.
 template <class T, int V, int G>  // V = head_dim / 16
-void attend(const float* q, const T* keys, const T* values, int length, float* scores, int stride, float* out) {
+void attention(const float* q, const T* keys, const T* values, int length, float* scores, int stride, float* out) {
     constexpr int D = V * LANES;
     const float scale = 1 / std::sqrt(float(D));
     floats query[G][V];
@@ -190,7 +190,7 @@ void attend(const float* q, const T* keys, const T* values, int length, float* s
     float share[G];
     for (int g = 0; g < G; g++) {
         float* score = scores + g * stride;
-        for (int t = length; t % LANES; t++) score[t] = -INFINITY;  // and then next to nothing
+        for (int t = length; t % LANES; t++) score[t] = -INFINITY;  // its weight becomes 0
         floats total = {};
         for (int t = 0; t < length; t += LANES) {
             const floats p = exp(load(score + t) - top[g]);
@@ -199,7 +199,7 @@ void attend(const float* q, const T* keys, const T* values, int length, float* s
         }
         share[g] = 1 / sum(total);
     }
-    floats mix[2][G][V] = {};  // of even and odd places: twice as many sums for the processor to work on at a time
+    floats mix[2][G][V] = {};  // of even and odd positions: twice as many sums for the processor to work on at a time
     for (int t = 0; t < length; t++) {
         floats(&here)[G][V] = mix[t % 2];
         for (int i = 0; i < V; i++) {
@@ -216,9 +216,9 @@ void attend_heads(const float* q, const T* keys, const T* values, int length, in
                   float* out) {
     int h = 0;
     for (; h + 2 <= heads; h += 2)
-        attend<T, V, 2>(q + h * V * LANES, keys, values, length, scores, stride, out + h * V * LANES);
+        attention<T, V, 2>(q + h * V * LANES, keys, values, length, scores, stride, out + h * V * LANES);
     for (; h < heads; h++)
-        attend<T, V, 1>(q + h * V * LANES, keys, values, length, scores, stride, out + h * V * LANES);
+        attention<T, V, 1>(q + h * V * LANES, keys, values, length, scores, stride, out + h * V * LANES);
 }
 
 template <class T>
@@ -261,7 +261,7 @@ void choose_experts(const Model& m, const float* gate, const float* x, float* we
     for (int e = 0; e < m.n_routed; e++) weights[e] = m.renormalise ? chosen[e] / (kept + 1e-20f) : chosen[e];
 }
 
-// Put a row's new key or value, x (kv_heads, head_dim), into its place in `kv` (slots, kv_heads, max_len, head_dim).
+// Store a row's new key or value, x (kv_heads, head_dim), in its slot of `kv` (slots, kv_heads, max_len, head_dim).
 void keep(const Model& m, void* kv, const float* x, int64_t slot, int64_t position) {
     for (int h = 0; h < m.n_kv_heads; h++) {
         const size_t at = ((slot * m.n_kv_heads + h) * m.max_len + position) * m.head_dim;
@@ -289,13 +289,13 @@ struct Scratch {  // sizes in floats, for `rows` rows
         hidden = size_t(rows) * widest * 2;
         mixing = size_t(rows) * m.n_routed * 2;
         normed = size_t(rows) * up(m.dim);                           // of each thread
-        scores = size_t(2) * up(m.max_len);     // of each thread: see `attend`
+        scores = size_t(2) * up(m.max_len);     // of each thread: see `attention`
     }
 };
 
-// The threads of a step share out each phase in small pieces: who is free takes the next one. A thread that the system
-// has put aside for another process holds up the others only if that happens in the middle of a piece, and then once;
-// equal shares with a barrier behind each would wait for it dozens of times a step.
+// The threads of a step divide each phase into small pieces: a free thread takes the next one. A thread that the system
+// has suspended delays the others only if it was in the middle of a piece, and then once; with equal shares and a
+// barrier after each phase, all would wait for it dozens of times a step.
 class Phases {
 public:
     static constexpr int MOST = 1024;
@@ -410,7 +410,7 @@ extern "C" void decode_step(const Model* model, int rows, const int64_t* tokens,
                     choose_experts(m, layer.gate, normed, mixing + r * m.n_routed * 2);
                 });
 
-            // Who goes where: `members(e)` fills in the rows of expert e (-1: the part that every row passes) and where
+            // Routing: `members(e)` fills in the rows of expert e (-1: the part that every row passes) and where
             // in `hidden` their inner values stand: first those of that part, then one after another of a row's experts.
             const int shared = layer.shared.w1.blocks * LANES, wide = layer.gate ? layer.routed[0].w1.blocks * LANES : 0;
             const int total = shared + m.top_k * wide;

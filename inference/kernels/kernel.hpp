@@ -1,4 +1,4 @@
-// What the kernels share: vectors of 16 numbers, bfloat16, and e^x. Vector extensions of GCC and Clang, so any CPU will do.
+// Shared by the kernels: vectors of 16 numbers, bfloat16, and e^x. Vector extensions of GCC and Clang, for any CPU.
 
 #pragma once
 
@@ -32,7 +32,7 @@ inline floats load(const bf16* p) {
 #endif
 }
 inline floats load(const int8_t* p) {
-#if defined(__AVX512F__)  // what compilers make of the line below is ten times slower
+#if defined(__AVX512F__)  // compilers translate the line below to code ten times slower
     return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const bytes*>(p), ints), floats);

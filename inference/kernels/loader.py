@@ -43,7 +43,7 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
     options = [*FLAGS, *flags]
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
-        # What -march=native means on this CPU: a home folder may be shared by several machines.
+        # The instructions that -march=native allows on this CPU: a home folder may be shared by several machines.
         macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
         native = subprocess.run(macros, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -76,7 +76,7 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return zeros like `torch.zeros`; on a CPU in pages of 2 MB where the system has them.
 
-    Reading memory in the usual pages of 4 KB, a CPU spends half of its time looking up where they are.
+    With the usual pages of 4 KB, a CPU that reads much memory spends half of its time on address translation.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     if torch.device(device).type != "cpu" or size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -102,7 +102,7 @@ class Memory:
         if self._used + size > len(self._chunk):
             self._chunk, self._used = zeros((max(size, CHUNK),), torch.uint8), 0
             self._alive.append(self._chunk)
-        place = self._chunk[self._used : self._used + tensor.nbytes]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        part = self._chunk[self._used : self._used + tensor.nbytes]
+        part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self._used += size
-        return place.data_ptr()
+        return part.data_ptr()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inference.kernels.loader import KernelUnavailable, Memory, load_library
@@ -99,12 +100,12 @@ class PrefillWeights:
             embedding=self._memory.keep(embedding), layers=self._layers,
             output=self._tiles(embedding * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
-            hidden=_up(self._hidden(model.layers[0])), vocab=_up(config.vocab_size), eps=config.norm_eps,
+            hidden=_up(config.hidden_dim), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
         self._tables = self._rope(config.max_seq_len)
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of at least so many positions, (positions, head_dim): of both features of a pair, and -sin, sin."""
+        """Return (positions, head_dim) each, of `length` positions or more: cos twice for each pair, and -sin, sin."""
         tables = self._tables  # another thread may replace them
         if length > len(tables[0]):
             self._tables = tables = self._rope(length)
@@ -114,10 +115,6 @@ class PrefillWeights:
         config = self.config
         cos, sin = rope_tables(torch.arange(length)[None], config.head_dim, config.rope_theta, config.scaling)
         return cos[0, :, 0].repeat_interleave(2, -1), torch.stack([-sin, sin], -1)[0, :, 0].flatten(1)
-
-    @staticmethod
-    def _hidden(block: Any) -> int:
-        return len(block.feed_forward.w1.weight)
 
     def _layer(self, block: Any) -> _Layer:
         attention, mlp = block.attention, block.feed_forward
@@ -152,28 +149,28 @@ class PrefillModel:
         self._run([tokens], None, kv, torch.empty(0, dtype=torch.int64), None)
         return Prefix(len(tokens), self.parts, kv)
 
-    def logits(self, texts: list[list[int]], places: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
+    def logits(self, texts: list[list[int]], positions: list[tuple[int, int]], past: Prefix | None = None) -> Tensor:
         """Return the logits of the next token after some of the tokens.
 
         Args:
             texts: token ids, without padding; all of them continue `past`.
-            places: (index of the text, index of the token).
+            positions: (index of the text, index of the token).
 
         Returns:
-            (places, vocab) float32
+            (positions, vocab) float32
 
-        Raises IndexError for tokens that are not in the vocabulary and places that are not in the texts, ValueError for a
+        Raises IndexError for tokens that are not in the vocabulary and positions that are not in the texts, ValueError for a
         text without tokens and a `past` of another precision.
         """
-        if not all(0 <= text < len(texts) and 0 <= token < len(texts[text]) for text, token in places):
-            raise IndexError("a place is in none of the texts")
+        if not all(0 <= text < len(texts) and 0 <= token < len(texts[text]) for text, token in positions):
+            raise IndexError("a position is in none of the texts")
         if past is not None and past.parts != self.parts:
             raise ValueError(f"a beginning in {past.parts} parts cannot be continued in {self.parts}")
         starts = [0, *itertools.accumulate(map(len, texts))]
-        rows = torch.tensor([starts[text] + token for text, token in places])
-        logits = torch.empty(_up(len(places)), self.weights.struct.vocab)
+        rows = torch.tensor([starts[text] + token for text, token in positions])
+        logits = torch.empty(_up(len(positions)), self.weights.struct.vocab)
         self._run(texts, past, None, rows, logits)
-        return logits[: len(places), : self.config.vocab_size]
+        return logits[: len(positions), : self.config.vocab_size]
 
     def _run(
         self, texts: list[list[int]], past: Prefix | None, kept: Tensor | None, rows: Tensor, logits: Tensor | None
@@ -202,5 +199,4 @@ def _up(n: int) -> int:
 
 def _padded(weight: Tensor) -> Tensor:
     """Append rows of zeros, up to a multiple of 32."""
-    missing = _up(len(weight)) - len(weight)
-    return torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]) if missing else weight.contiguous()
+    return F.pad(weight, (0, 0, 0, -len(weight) % PAIR)).contiguous()

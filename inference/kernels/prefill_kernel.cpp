@@ -8,8 +8,7 @@
 // Numbers: an operand is rounded to bfloat16 (8 significant bits), or to the sum of two of them (16 bits: hi and lo), of
 // which the product is hi hi + hi lo + lo hi. Sums, the residual stream, norms and the softmax are float32.
 //
-// Without AMX the same tiles are multiplied by AVX512-BF16 or plain vectors. prefill.py compiles this and lays out
-// the weights.
+// Without AMX the same tiles are multiplied by AVX512-BF16 or plain vectors. prefill.py lays out the weights and calls this.
 
 #include "kernel.hpp"
 
@@ -32,7 +31,7 @@ constexpr int MAX_HEAD = 8 * LANES;
 
 }  // namespace
 
-// ---- what Python hands over. Matrices (outputs, inputs) are tiles [parts][outputs / 16][inputs / 32][16][16][2], with the
+// ---- structs that Python fills in. Matrices (outputs, inputs) are tiles [parts][outputs / 16][inputs / 32][16][16][2], with the
 // norm's weight before them folded in and outputs filled up to a multiple of 32.
 
 struct Layer {
@@ -296,8 +295,8 @@ void swiglu(const Operand<P>& a, const bf16* w13, const Grid& both, const Operan
 // ---- attention
 
 // Keys and values of one text and head, as right operands: keys [parts][length / 16][head / 32], with columns for keys;
-// values [parts][head / 16 + 1][length / 32], with columns for features, and then columns of ones: what comes out there
-// is the sum of the weights. `length` is filled up to a multiple of 32, with zeros.
+// values [parts][head / 16 + 1][length / 32], with columns for features, and then columns of ones: their results
+// are the sums of the weights. `length` is filled up to a multiple of 32, with zeros.
 template <int P>
 struct Cell {
     bf16* at;
@@ -397,7 +396,7 @@ public:
     ~Memory() { std::free(at); }
     template <class T>
     T* take(size_t n) {
-        constexpr size_t page = 1 << 21;  // in pages of 4 KB, half of the time goes into looking up where they are
+        constexpr size_t page = 1 << 21;  // with pages of 4 KB, half of the time is spent on address translation
         const size_t bytes = (n * sizeof(T) + page - 1) / page * page;
         if (bytes > size) {
             std::free(at);
@@ -417,7 +416,7 @@ private:
 
 template <int P>
 void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64_t* tokens, int n_past, const bf16* past,
-                bf16* kept, int n_places, const int64_t* places, float* logits) {
+                bf16* kept, int n_positions, const int64_t* positions, float* logits) {
     const MatrixUnit unit;
     const int D = m.head_dim, width = (m.n_heads + 2 * m.n_kv_heads) * D, attended_width = m.n_heads * D;
     const int group = m.n_heads / m.n_kv_heads;
@@ -433,7 +432,7 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
         longest = std::max(longest, int(lengths[i]));
     }
     int rows = up(n);
-    const size_t most = std::max(rows, up(n_places));
+    const size_t most = std::max(rows, up(n_positions));
     Grid x = Grid::blocks(x_memory.take<float>(most * m.dim), m.dim);
     const Grid qkv = Grid::blocks(qkv_memory.take<float>(most * width), width);
     bf16* in_at = in_memory.take<bf16>(P * most * std::max(m.dim, attended_width));
@@ -449,10 +448,10 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
             store(x(r, i), r < n ? load(m.embedding + tokens[r] * m.dim + i) : floats{});
     for (int l = 0; l < m.n_layers; l++) {
         const Layer& layer = m.layers[l];
-        const bool last = l == m.n_layers - 1;  // what it makes of other tokens than those at `places` is seen by nobody
+        const bool last = l == m.n_layers - 1;  // its outputs at other tokens than `positions` are not needed
         if (last) {
             std::fill(wanted.begin(), wanted.end(), 0);
-            for (int i = 0; i < n_places; i++) wanted[places[i]] = 1;
+            for (int i = 0; i < n_positions; i++) wanted[positions[i]] = 1;
         }
         Operand<P> in{in_at, rows, m.dim}, attended{in_at, rows, attended_width};
         rms_norm(x, in, m.eps);
@@ -484,16 +483,16 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
             }
         if (kept) kv += n_kv;
         if (last) {
-            if (n_places == 0) return;
-            rows = up(n_places);
+            if (n_positions == 0) return;
+            rows = up(n_positions);
             const Operand<P> chosen{chosen_memory.take<bf16>(size_t(P) * rows * attended_width), rows, attended_width};
             const Grid chosen_x = Grid::blocks(chosen_x_memory.take<float>(size_t(rows) * m.dim), m.dim);
             for (int i = 0; i < rows; i++) {
-                const int place = int(places[std::min(i, n_places - 1)]);
-                for (int c = 0; c < m.dim; c += LANES) store(chosen_x(i, c), load(x(place, c)));
+                const int position = int(positions[std::min(i, n_positions - 1)]);
+                for (int c = 0; c < m.dim; c += LANES) store(chosen_x(i, c), load(x(position, c)));
                 for (int p = 0; p < P; p++)
                     for (int c = 0; c < attended_width; c += PAIR)
-                        std::memcpy(chosen(i, c) + p * chosen.low(), attended(place, c) + p * attended.low(), PAIR * sizeof(bf16));
+                        std::memcpy(chosen(i, c) + p * chosen.low(), attended(position, c) + p * attended.low(), PAIR * sizeof(bf16));
             }
             x = chosen_x, attended = chosen, in.rows = rows;
         }
@@ -510,7 +509,7 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
 
 }  // namespace
 
-// What the products run on: "AMX", "AVX512-BF16" or "vectors"; null if the system does not let this process use AMX.
+// Return the unit that computes the products: "AMX", "AVX512-BF16" or "vectors"; null if the system does not let this process use AMX.
 extern "C" const char* matrix_unit() {
 #if defined(__AMX_BF16__)
     constexpr int request_permission = 0x1023, tile_data = 18;
@@ -522,18 +521,18 @@ extern "C" const char* matrix_unit() {
 #endif
 }
 
-// bfloat16 numbers that the keys and values of a layer take, for one text.
+// Return how many bfloat16 numbers the keys and values of one layer take for one text.
 extern "C" size_t kv_size(const Model* m, int parts, int length) {
     return (parts == 2 ? Cell<2>::size(length, m->head_dim) : Cell<1>::size(length, m->head_dim)) * m->n_kv_heads;
 }
 
-// `n_texts` texts of `lengths` tokens, one after another in `tokens`, all of which go on from the same `n_past` tokens
-// (`past`: what `kept` was when those were read; null with none). `places` (n_places,): indices of tokens -> `logits`
-// (n_places filled up to a multiple of 32, vocab). With `kept`, n_layers * kv_size of one text, keys and values go there.
+// `n_texts` texts of `lengths` tokens, one after another in `tokens`, all of which continue the same `n_past` tokens
+// (`past`: what `kept` was when those were read; null with none). `positions` (n_positions,): indices of tokens -> `logits`
+// (n_positions filled up to a multiple of 32, vocab). With `kept`, n_layers * kv_size of one text, keys and values are stored there.
 extern "C" int prefill(const Model* m, int parts, int n_texts, const int64_t* lengths, const int64_t* tokens, int n_past,
-                       const bf16* past, bf16* kept, int n_places, const int64_t* places, float* logits) {
+                       const bf16* past, bf16* kept, int n_positions, const int64_t* positions, float* logits) {
     try {
-        (parts == 2 ? read_texts<2> : read_texts<1>)(*m, n_texts, lengths, tokens, n_past, past, kept, n_places, places, logits);
+        (parts == 2 ? read_texts<2> : read_texts<1>)(*m, n_texts, lengths, tokens, n_past, past, kept, n_positions, positions, logits);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

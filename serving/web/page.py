@@ -60,7 +60,7 @@ def title_html(name: str, subtitle: str) -> str:
 
 
 def empty_html(head: str, more: str) -> str:
-    """Return what stands on a page without a conversation."""
+    """Return the content of a page without a conversation."""
     return f"<div class='mm-empty'><b>{html.escape(head)}</b><span>{html.escape(more)}</span></div>"
 
 

@@ -22,15 +22,7 @@ from inference.options import ModelOptions, SamplingParams
 from inference.terminal import visible
 from model.model import parameter_counts
 from serving.chat_model import ChatModel, Exchange
-from serving.web.page import (
-    answer_facts,
-    empty_html,
-    facts_html,
-    left_out_note,
-    literal,
-    size_text,
-    text_html,
-)
+from serving.web.page import answer_facts, empty_html, facts_html, left_out_note, literal, size_text, text_html
 from serving.web.texts import LANGUAGES, Texts, language_of
 
 RELOAD_SECONDS = 3  # between two looks into the folder of models
@@ -45,7 +37,7 @@ SLIDERS: dict[str, tuple[float, float, float]] = {
     "repetition_penalty": (1.0, 2.0, 0.01),
 }
 FOLDER = Path(__file__).parent
-Places = tuple[DeltaGenerator, DeltaGenerator]  # of the text of an answer and of the facts below it
+Placeholders = tuple[DeltaGenerator, DeltaGenerator]  # of the text of an answer and of the facts below it
 
 
 # ---- models
@@ -211,21 +203,21 @@ def show_question(exchange: Exchange) -> None:
             st.html(text_html(visible(exchange.question)))
 
 
-def show_answer(exchange: Exchange, texts: Texts) -> Places | None:
-    """Show the answer as it is now and return its places; show the error and return None if there is no answer."""
+def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
+    """Show the answer as it is now and return its placeholders; show the error and return None if there is no answer."""
     if exchange.answer is None:
         st.error(literal(texts("not_answered", reason=visible(exchange.error))), icon=":material/error:")
         return None
     note = left_out_note(exchange.answer, texts)
     if note:
         st.html(facts_html(note))
-    places = st.empty(), st.empty()
-    draw(exchange, places, texts)
-    return places
+    placeholders = st.empty(), st.empty()
+    draw(exchange, placeholders, texts)
+    return placeholders
 
 
-def draw(exchange: Exchange, places: Places, texts: Texts) -> None:
-    (text, facts), answer = places, exchange.answer
+def draw(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
+    (text, facts), answer = placeholders, exchange.answer
     assert answer is not None
     running = answer.finish is None
     beginning = visible(exchange.question) if exchange.continues else ""
@@ -234,14 +226,14 @@ def draw(exchange: Exchange, places: Places, texts: Texts) -> None:
     facts.html(facts_html(answer_facts(answer, exchange.model_name, texts) if answer.tokens else texts("reading")))
 
 
-def write(exchange: Exchange, places: Places, texts: Texts) -> None:
+def write(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
     """Continue an answer and draw it as it grows. Streamlit may end this run at each drawing, for example for Stop."""
     answer, drawn = exchange.answer, time.monotonic()
     assert answer is not None
     while answer.advance():
         # Long texts are drawn less often: each drawing sends all of it.
         if time.monotonic() - drawn >= DRAW_SECONDS + len(answer.text) / 400_000:
-            draw(exchange, places, texts)
+            draw(exchange, placeholders, texts)
             drawn = time.monotonic()
 
 
@@ -256,5 +248,5 @@ def copy_button(exchange: Exchange, key: str, texts: Texts) -> None:
     mount(key=key, data={"text": visible(beginning + exchange.answer.text), **labels}, width="content")
 
 
-def small_button(place: DeltaGenerator, key: str, icon: str, texts: Texts) -> bool:
-    return place.button(texts(key), key=key, icon=icon, type="tertiary")
+def small_button(placeholder: DeltaGenerator, key: str, icon: str, texts: Texts) -> bool:
+    return placeholder.button(texts(key), key=key, icon=icon, type="tertiary")
