@@ -34,7 +34,7 @@ class Options(ChatOptions):
     def validate(self) -> list[str]:
         weights = self.model.weights
         if weights is not None and read_entry(weights) is None:
-            return [f"--weights {weights} is no .pth file, adapter or exported folder"]
+            return [f"--weights {weights} is not a .pth file, adapter or exported folder"]
         return []
 
 

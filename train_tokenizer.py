@@ -15,6 +15,7 @@ Out: a Hugging Face tokenizer folder, and a report: its compression, a round tri
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
-from common.files import ROOT, atomic_folder, exclusive
+from common.files import ROOT, atomic_folder, exclusive, recover_folder
 
 SMALLEST_VOCAB = 3 + 256  # the special tokens and the bytes
 FILES = ("tokenizer_config.json", "training.json", "tokenizer.json")
@@ -69,6 +70,9 @@ class Options:
 
     def validate(self) -> list[str]:
         folder = self.out_dir
+        if folder.resolve() == Path.cwd() or os.path.ismount(folder):
+            return [f"--out_dir {folder} cannot be replaced as a whole; name another folder"]
+        recover_folder(folder)
         errors = validate_folder("--out_dir", folder) + validate_folder("--out_dir", folder.parent)
         if errors or not folder.exists():
             return errors[:1]
@@ -134,7 +138,7 @@ def train(options: Options) -> None:
         bpe.write_tokenizer(trained, folder, training)
         for name in KEPT_FILES:
             if (options.out_dir / name).exists():
-                shutil.copy2(options.out_dir / name, folder / name)
+                shutil.copyfile(options.out_dir / name, folder / name)
     if compression:
         bpe.print_report(tokenizer, compression, len(samples))
     else:

@@ -42,7 +42,7 @@ def name_flags(message: str) -> str:
             return found[0]
         return f"--{name}" if value == "True" else f"--{name} {value}"
 
-    return re.sub(r"(?<!-)\b(\w+)=(True\b|(?=\S))", as_flag, message)
+    return re.sub(r"(?<![-\w/\\.])(\w+)=(True\b|(?=\S))", as_flag, message)
 
 
 def run_script(main: Callable[[], int | None]) -> None:

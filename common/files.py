@@ -75,7 +75,7 @@ def atomic_folder(target: Path | str, *, hidden: bool = True) -> Iterator[Path]:
     hidden: start the temporary name with a dot. (transformers makes a module name of a folder that holds code, which
         must not start with one.)
     """
-    target = Path(target)
+    target = Path(os.path.realpath(target))  # a link stays a link, and what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f"{'.' * hidden}{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -84,7 +84,7 @@ def atomic_folder(target: Path | str, *, hidden: bool = True) -> Iterator[Path]:
             if path.is_dir():
                 fsync_dir(path)
                 continue
-            with path.open("rb+") as file:
+            with path.open("rb+" if os.name == "nt" else "rb") as file:  # only Windows needs to write for it
                 os.fsync(file.fileno())
         fsync_dir(tmp)
         tmp.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
@@ -102,6 +102,7 @@ def atomic_folder(target: Path | str, *, hidden: bool = True) -> Iterator[Path]:
 
 def recover_folder(target: Path) -> None:
     """Finish or undo a replacement of `target` by `atomic_folder` that was killed half-way."""
+    target = Path(os.path.realpath(target))
     old = _old_name(target)
     if old.exists():
         if target.exists():

@@ -25,6 +25,7 @@ class KeySet:
         handle, self.name = tempfile.mkstemp(prefix=".seen.", suffix=".tmp", dir=folder)
         os.close(handle)
         self.database = sqlite3.connect(self.name, isolation_level=None)
+        self.cursor = self.database.cursor()
         # It need not survive a crash: no journal, no waiting for the disk, one transaction that never ends.
         for setting in (
             "journal_mode=OFF",
@@ -32,11 +33,11 @@ class KeySet:
             "locking_mode=EXCLUSIVE",
             f"cache_size=-{self.CACHE_KB}",
         ):
-            self.database.execute(f"PRAGMA {setting}")
-        self.database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
+            self._execute(f"PRAGMA {setting}")
+        self._execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
         if os.name != "nt":  # an open file without a name vanishes with its process, even a killed one
             os.unlink(self.name)
-        self.cursor = self.database.execute("BEGIN")
+        self._execute("BEGIN")
 
     def __enter__(self) -> Self:
         return self
@@ -47,9 +48,13 @@ class KeySet:
 
     def add(self, key: bytes) -> bool:
         """Add `key`; return True if it is new, False if it was there."""
+        return self._execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+
+    def _execute(self, statement: str, values: tuple = ()) -> sqlite3.Cursor:
         try:
-            return self.cursor.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+            return self.cursor.execute(statement, values)
         except sqlite3.OperationalError as error:
+            Path(self.name).unlink(missing_ok=True)
             # A quota or a limit on the size of files is an error of writing to SQLite.
             full = error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None

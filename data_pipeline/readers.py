@@ -230,13 +230,15 @@ def _array_rows(chunks: Iterator[bytes]) -> Iterator[Record | BadLine]:
     items = ijson.sendable_list()
     parser = ijson.items_coro(items, "item")
     decode = codecs.getincrementaldecoder("utf-8")("mark").decode
-    row, waiting, broken = 0, 0, ""
+    row, waiting, broken, held = 0, 0, "", ""
     try:
         for chunk in itertools.chain(chunks, [b""]):
             digits = sys.get_int_max_str_digits()
             sys.set_int_max_str_digits(0)  # ijson's C code crashes on an integer that is over the limit
             try:
-                text = decode(chunk, final=not chunk)
+                text = held + decode(chunk, final=not chunk)
+                end = _WHOLE_ESCAPES.match(text).end() if chunk else len(text)
+                text, held = _mark_lone_surrogates(text[:end]), text[end:]
                 if text:
                     parser.send(text.encode())
                 if not chunk:
@@ -244,7 +246,9 @@ def _array_rows(chunks: Iterator[bytes]) -> Iterator[Record | BadLine]:
             except (ijson.JSONError, ValueError) as error:
                 message = error.args[0] if isinstance(error, ijson.JSONError) else error
                 message = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
-                broken = f"invalid JSON: {message.splitlines()[0]}"
+                broken = f"invalid JSON: {message.splitlines()[0].rstrip('.')}"
+                if "NaN" in text or "Infinity" in text:
+                    broken += " (NaN and Infinity are not JSON: write null)"
             finally:
                 sys.set_int_max_str_digits(digits)
             waiting = 0 if items else waiting + len(chunk)
@@ -267,11 +271,25 @@ def _array_rows(chunks: Iterator[bytes]) -> Iterator[Record | BadLine]:
         yield error.bad_line()
 
 
+# Text up to an escape that may continue in the next chunk: \\uXXXX, or the first half of a surrogate pair.
+_WHOLE_ESCAPES = re.compile(r"(?:[^\\]|\\(?:[^u]|u[dD][89abAB]..(?=.{6})|u(?![dD][89abAB]).{4}))*+", re.DOTALL)
+_SURROGATES = re.compile(
+    r"\\[^u]|\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(\\u[dD][89a-fA-F][\da-fA-F]{2})"
+)
+
+
+def _mark_lone_surrogates(text: str) -> str:
+    """Return JSON in which half of a surrogate pair is marked as a wrong byte: ijson would turn it into "?"."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return text
+    return _SURROGATES.sub(lambda found: _WRONG_BYTE if found[1] else found[0], text)
+
+
 def _plain(value: Any) -> Any:
-    """Return a value of ijson as json.loads would; _BadRow if a byte of it was not UTF-8."""
+    """Return a value of ijson as json.loads would; _BadRow if a byte or character of it was not Unicode."""
     if isinstance(value, str):
         if _WRONG_BYTE in value:
-            raise _BadRow("invalid UTF-8 in the row")
+            raise _BadRow("invalid UTF-8, or half of a surrogate pair, in the row")
         return value
     if isinstance(value, dict):
         return {_plain(name): _plain(inner) for name, inner in value.items()}
@@ -316,7 +334,7 @@ def _csv_header(path: Path, reader: Any) -> list[str]:
     if header is None:
         raise UserError(f"{path}: only blank lines; the first line must name the columns")
     if len(set(header)) < len(header):
-        raise UserError(f"{path}: a column name stands twice in the header: {', '.join(header)}")
+        raise UserError(f"{path}: a column name occurs twice in the header: {', '.join(header)}")
     return header
 
 

@@ -127,7 +127,9 @@ def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | s
     if config.use_moe:
         biases = [state.pop(ROUTER_BIAS.format(i), None) for i in range(config.n_layers)]
         if any(bias is not None and bias.any() for bias in biases):
-            raise UserError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind has not")
+            raise UserError(
+                f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind does not have"
+            )
     if state:
         raise UserError(f"{where}: weights that a MiniMind does not have: {list_names(list(state))}")
     return ours
@@ -216,7 +218,7 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
         }
     wrong = [f"{name}: {value}, not {ours}" for name, (ours, value) in fixed.items() if value != ours]
     if wrong:
-        raise UserError(f"{where} is no model that a MiniMind can be: {'; '.join(wrong)}")
+        raise UserError(f"{where} cannot be converted to a MiniMind: {'; '.join(wrong)}")
     try:
         fields = {
             "dim": content["hidden_size"],

@@ -50,7 +50,7 @@ class Chat:
                 return
             if command == "/clear":
                 self.turns.clear()
-                print("forgotten")
+                print("conversation cleared")
             elif command == "/save":
                 self.save(argument.strip())
             elif command.startswith("/") and command[1:].isalpha() and not argument:

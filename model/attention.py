@@ -13,10 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
-# The variable-length kernel takes grouped keys and values as they are in torch 2.13, not in 2.11.
-VARLEN_KERNEL_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # exported models also run on older versions, without this kernel
+    varlen_attn = None
+
+# Whether the variable-length kernel takes grouped keys and values as they are: it does in torch 2.13, not in 2.11.
+VARLEN_KERNEL_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(
@@ -97,7 +101,8 @@ def cu_seqlens_from_positions(position_ids: Tensor) -> Tensor:
 def _has_varlen_kernel(q: Tensor) -> bool:
     """Return whether FlashAttention's kernel can run: half precision on NVIDIA Ampere (capability 8.0) and newer."""
     return (
-        q.device.type == "cuda"
+        varlen_attn is not None
+        and q.device.type == "cuda"
         and torch.version.cuda is not None
         and q.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(q.device)[0] >= 8

@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise UserError(f"device={name}: there are only {torch.cuda.device_count()} CUDA devices, from cuda:0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: there is none here; use device=cpu")
+        raise UserError("device=mps: no MPS device is available; use device=cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device={name} is not supported; use cpu, cuda, cuda:N or mps")
     return device

@@ -179,6 +179,10 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         disconnect.cancel()
 
 
+class _Stalled(Exception):
+    """A client has read nothing for too long."""
+
+
 class SSEResponse(EventSourceResponse):
     """Server-sent events, sent until they end, the client disconnects, or it reads nothing for `STALL_SECONDS`.
 
@@ -191,12 +195,15 @@ class SSEResponse(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(STALL_SECONDS):
-                await send(message)
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise _Stalled from None
 
         try:
             await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
+        except _Stalled:
             log.warning("a client read nothing for %g s: its request is dropped", STALL_SECONDS)
         finally:
             self.on_end()

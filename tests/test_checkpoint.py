@@ -51,6 +51,13 @@ def test_without_its_marker_a_state_does_not_exist(tmp_path):
     assert not (tmp_path / "step_00000002").exists()  # nobody's leftovers are cleared away
 
 
+def test_a_state_whose_replacement_was_killed_is_there(tmp_path):
+    save_state(tmp_path, 1, {"a": torch.ones(1)}, {}, keep=2)
+    (tmp_path / "step_00000001").rename(tmp_path / ".step_00000001.old")
+    save_state(tmp_path, 2, {"a": torch.ones(1)}, {}, keep=2)
+    assert steps(tmp_path) == [1, 2]
+
+
 def test_nothing_to_resume_is_an_error(tmp_path):
     with pytest.raises(UserError, match="--resume auto"):
         load_state(tmp_path / "none.resume")

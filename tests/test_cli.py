@@ -95,6 +95,8 @@ def test_fields_in_errors_are_shown_as_the_flags_that_were_typed(capsys):
     make().parse_args([])
     message = "batch_size=3 is not divisible by n_heads=2; overwrite=True, --batch_size=4"
     assert name_flags(message) == "--batch_size 3 is not divisible by n_heads=2; overwrite=True, --batch_size=4"
+    known_flags.add("seed")
+    assert name_flags("/data/seed=1/a.csv: no such file") == "/data/seed=1/a.csv: no such file"
     parser = make()
     parser.add_argument("--overwrite", action="store_true")
     parser.parse_args([])

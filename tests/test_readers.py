@@ -166,7 +166,6 @@ def test_archives_of_several_parts(tmp_path):
         (b'[{"a": 1}', 1, "invalid JSON: parse error: premature EOF"),
         (b'[{"a": 1} {"a": 2}]', 1, "invalid JSON: parse error: after array element, I expect ',' or ']'"),
         (b'[{"a": 1}] {"a": 2}', 1, "invalid JSON: parse error: trailing garbage"),
-        (b'[{"a": 1}, {"a": "\\udc00"}, {"a": 3}]', 1, "invalid JSON: 'utf-8' codec can't decode"),
     ],
 )
 def test_a_broken_array_is_read_up_to_the_break(tmp_path, content, good, reason):
@@ -183,8 +182,31 @@ def test_bad_rows_inside_an_array(tmp_path):
     assert rows == [(1, {"a": 1}), (5, {"a": 2**64 - 1, "b": 0.1})]
     assert bad == [
         BadLine(2, "not an object but a number"),
-        BadLine(3, "invalid UTF-8 in the row"),
+        BadLine(3, "invalid UTF-8, or half of a surrogate pair, in the row"),
         BadLine(4, "invalid JSON: nested too deeply"),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11, 1000])
+def test_half_of_a_surrogate_pair_in_an_array(size):
+    """It is reported and the rows around it are read, wherever the file is cut into chunks."""
+    rows = [
+        r'{"a": "\ud83d\ude00"}',
+        r'{"a": "x\ud800"}',
+        r'{"a": "\udc00y"}',
+        r'{"a": "\\ud800"}',
+        r'{"a": "\ud83d\ud83d"}',
+    ]
+    raw = "[" + ", ".join([*rows, '{"a": "end"}']) + "]"
+    chunks = (raw[i : i + size].encode() for i in range(0, len(raw), size))
+    reason = "invalid UTF-8, or half of a surrogate pair, in the row"
+    assert list(readers._array_rows(chunks)) == [
+        Record(1, {"a": "\U0001f600"}),
+        BadLine(2, reason),
+        BadLine(3, reason),
+        Record(4, {"a": "\\ud800"}),
+        BadLine(5, reason),
+        Record(6, {"a": "end"}),
     ]
 
 
@@ -255,7 +277,7 @@ def test_line_blocks_lose_nothing(lines, size):
         ("a.jsonl", "\n \n", "no rows in it"),
         ("a.csv", "text\n", "no rows in it"),
         ("a.csv", "\n\n", "only blank lines"),
-        ("a.csv", "a,a\n1,2\n", "stands twice"),
+        ("a.csv", "a,a\n1,2\n", "occurs twice"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "the archive is empty"),
         ("a.txt", "x".encode("utf-16"), "UTF-16"),
         ("a.doc", "x", "cannot tell its format"),

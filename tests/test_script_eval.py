@@ -91,7 +91,7 @@ def test_chat_model(out, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{out / 'rl_64.pth'} (rl)\n")
-    assert "forgotten" in result.stdout and "appended 3 turns" in result.stdout
+    assert "conversation cleared" in result.stdout and "appended 3 turns" in result.stdout
     assert result.stdout.count(" tokens/s]") == 4
     (line,) = saved.read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["messages"] == conversation(out / "rl_64.pth", questions, 1, "简短。")

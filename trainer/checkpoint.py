@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import atomic_folder, exclusive
+from common.files import atomic_folder, exclusive, recover_folder
 from trainer.distributed import DistEnv
+from trainer.optim import load_parameters
 from trainer.options import TrainOptions
 
 MARKER = "COMPLETE"
@@ -113,6 +114,8 @@ def complete_states(folder: Path) -> list[Path]:
     """Return the complete states in `folder`, oldest first."""
     if not folder.is_dir():
         return []
+    for old in folder.glob(".step_*.old"):  # killed while it was replaced
+        recover_folder(folder / old.name[1:].removesuffix(".old"))
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / MARKER).exists()]
     return sorted(found, key=step_of)
 
@@ -129,6 +132,7 @@ def delete_state(path: Path) -> None:
 
 def _delete_leftovers(folder: Path) -> None:
     """Delete what a killed process left half-written: only one run writes into the folder."""
+    complete_states(folder)  # recovers what a killed replacement left under another name
     for path in folder.iterdir():
         incomplete = _STEP.fullmatch(path.name) and not (path / MARKER).exists()
         if incomplete or path.name.startswith((".step_", ".writing_", ".replaced_")):  # the latter: older versions
@@ -165,7 +169,7 @@ def find_state(
     found = complete_states(folder)
     ours = [path for path in found if dist_env.restart_count and _description(path).get("launch") == dist_env.run_id]
     if dist_env.restart_count:
-        where = f"continuing from {ours[-1].name}" if ours else "nothing was saved yet, starting as the flags say"
+        where = f"continuing from {ours[-1].name}" if ours else "nothing was saved yet, starting from the beginning"
         print(f"restarted by the launcher (restart {dist_env.restart_count}): {where}")
     if not ours and (options.resume is None or (options.resume == "auto" and not found)):
         # A damaged description does not say that the run is finished: its state is not replaced unless asked.
@@ -182,7 +186,7 @@ def find_state(
     path = folder if options.resume in (None, "newest", "auto") else Path(options.resume)
     state = load_state(ours[-1] if ours else path)
     _check_same_run(state, model, identity, options)
-    model.load_state_dict(state.tensors["model"], strict=False)
+    load_parameters(model, state.tensors["model"])
     print(f"resuming after step {state.step} from {state.path}")
     if state.path.parent.resolve() == folder.resolve():
         for later in [path for path in found if step_of(path) > state.step]:

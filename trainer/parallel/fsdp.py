@@ -24,6 +24,7 @@ from trainer.optim import (
     clip_gradients,
     gradient_norm,
     load_optimizer_state,
+    load_parameters,
     make_optimizers,
     optimizer_state,
 )
@@ -76,7 +77,7 @@ class FSDPStrategy(ParallelStrategy):
         }
         if not self.dist_env.is_main:
             return TrainState()
-        self.cpu_model.load_state_dict(weights, strict=False)
+        load_parameters(self.cpu_model, weights)
         return TrainState(weights, state)
 
     def load_state_dict(self, optimizer: OptimizerState, scaler: dict) -> None:

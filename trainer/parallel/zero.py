@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.moe import MoEFeedForward
 from trainer.distributed import DistEnv, broadcast_tensors
-from trainer.optim import OptimizerState, make_optimizers
+from trainer.optim import OptimizerState, load_parameters, make_optimizers
 from trainer.options import TrainOptions, read_zero_config, zero_values_of_flags
 from trainer.parallel.ddp import ParallelStrategy, TrainState
 
@@ -76,7 +76,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             state[name]["step"] = self.zero.optimizer.state[self._flat()[0]]["step"].detach().cpu().clone()
         if not self.dist_env.is_main:
             return TrainState()
-        self.cpu_model.load_state_dict(weights, strict=False)
+        load_parameters(self.cpu_model, weights)
         return TrainState(weights, state)
 
     def load_state_dict(self, optimizer: OptimizerState, scaler: dict) -> None:
