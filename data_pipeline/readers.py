@@ -237,7 +237,8 @@ def _array_rows(chunks: Iterator[bytes]) -> Iterator[Record | BadLine]:
             sys.set_int_max_str_digits(0)  # ijson's C code crashes on an integer that is over the limit
             try:
                 text = held + decode(chunk, final=not chunk)
-                end = _WHOLE_ESCAPES.match(text).end() if chunk else len(text)
+                whole = _WHOLE_ESCAPES.match(text) if chunk else None
+                end = whole.end() if whole else len(text)
                 text, held = _mark_lone_surrogates(text[:end]), text[end:]
                 if text:
                     parser.send(text.encode())

@@ -17,7 +17,7 @@ from torch import Tensor
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # exported models also run on older versions, without this kernel
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 # Whether the variable-length kernel takes grouped keys and values as they are: it does in torch 2.13, not in 2.11.
 VARLEN_KERNEL_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
