@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
+import jsonlines
+
 from common.errors import UserError
 from common.files import atomic_write
 from common.progress import Progress
@@ -38,15 +40,14 @@ class BadLineLog:
     def __init__(self, file: IO[str] | None = None) -> None:
         self.count = 0
         self.first: list[str] = []  # "file:line: reason"
-        self.file = file
+        self.writer = jsonlines.Writer(file) if file is not None else None
 
     def add(self, path: Path, bad: BadLine) -> None:
         self.count += 1
         if len(self.first) < self.LISTED:
             self.first.append(f"{path}:{bad.line}: {bad.reason}")
-        if self.file is not None:
-            row = {"file": str(path), "line": bad.line, "reason": bad.reason}
-            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.writer is not None:
+            self.writer.write({"file": str(path), "line": bad.line, "reason": bad.reason})
 
     def shown(self) -> list[str]:
         """Return the lines to print: the first rows, and how many more there are."""

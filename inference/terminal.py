@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import jsonlines
 
 if TYPE_CHECKING:  # a client of a server does not need torch
     from inference.generator import TokenOutput
@@ -67,8 +68,8 @@ class Chat:
             print("nothing to save yet" if name else "name a file: /save FILE")
             return
         try:
-            with Path(name).expanduser().open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": [*self.system, *self.turns]}, ensure_ascii=False) + "\n")
+            with jsonlines.open(Path(name).expanduser(), "a") as writer:
+                writer.write({"messages": [*self.system, *self.turns]})
         except OSError as error:
             print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
         else:

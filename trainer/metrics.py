@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import jsonlines
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -163,8 +163,8 @@ class MetricsLogger:
         line["memory_gb"] = _memory_gb(self.device)
         line["eta_seconds"] = (now - self._started) / (step - self.first_step) * (self.total_steps - step)
         if self.dist_env.is_main:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                file.write(json.dumps(line) + "\n")
+            with jsonlines.open(self.path, "a") as writer:
+                writer.write(line)
             tqdm.write(self._format(line))
             self._loggers.log({name: value for name, value in line.items() if name != "step"}, step)
         self._validated_now = False
@@ -216,20 +216,15 @@ class MetricsLogger:
         """Delete the lines of steps that are repeated after a resume."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         with atomic_write(self.path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+            jsonlines.Writer(file).write_all(kept)
 
 
 def read_metrics(path: Path) -> list[dict]:
     """Return the lines of a metrics file, without a last line that a killed process left incomplete."""
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    with jsonlines.open(path) as reader:
+        return list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
 
 
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
