@@ -98,7 +98,7 @@ class BatchGenerator:
             raise ValueError("the model is in training mode and would drop activations: call model.eval() first")
         if rows < 1:
             raise ValueError(f"a BatchGenerator needs at least 1 row, not {rows}")
-        weight = model.get_input_embeddings().weight
+        weight = model.tok_embeddings.weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         self.dynamic_rope_scaling: DynamicRopeScaling | None = model.dynamic_rope_scaling
         self.capacity, self.max_len, self.device = rows, max_len or model.config.max_seq_len, weight.device
