@@ -204,7 +204,7 @@ def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
         what = rng.choice(["state", "weights"])
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and launch.process.poll() is None:
-            folder, prefix = (state, ".writing_") if what == "state" else (out_dir, weights)
+            folder, prefix = (state, ".step_") if what == "state" else (out_dir, weights)
             with contextlib.suppress(FileNotFoundError):
                 if any(name.startswith(prefix) and not name.endswith(".lock") for name in os.listdir(folder)):
                     launch.kill_all()
