@@ -275,7 +275,7 @@ def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
 def test_wrong_flags_are_one_line_in_the_page(out, open_page):
     assert "--top_p 3.0 must be above 0" in error(open_page("--out_dir", out, "--top_p", 3))
     assert "unrecognized arguments: --nonsense" in error(open_page("--nonsense"))
-    assert "is no .pth file, adapter or exported folder" in error(open_page("--weights", out / "none.pth"))
+    assert "is not a .pth file, adapter or exported folder" in error(open_page("--weights", out / "none.pth"))
     assert "--device cuda:99" in error(open_page("--out_dir", out, "--device", "cuda:99"))
     assert "--history_turns N" in open_page("--help").code[0].value
 
