@@ -273,7 +273,7 @@ def _array_rows(chunks: Iterator[bytes]) -> Iterator[Record | BadLine]:
 
 
 # Text up to an escape that may continue in the next chunk: \\uXXXX, or the first half of a surrogate pair.
-_WHOLE_ESCAPES = re.compile(r"(?:[^\\]|\\(?:[^u]|u[dD][89abAB]..(?=.{6})|u(?![dD][89abAB]).{4}))*+", re.DOTALL)
+_WHOLE_ESCAPES = re.compile(r"(?:[^\\]++|\\(?:[^u]|u[dD][89abAB]..(?=.{6})|u(?![dD][89abAB]).{4}))*+", re.DOTALL)
 _SURROGATES = re.compile(
     r"\\[^u]|\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(\\u[dD][89a-fA-F][\da-fA-F]{2})"
 )
