@@ -55,7 +55,9 @@ def main() -> None:
     tokenizer = open_tokenizer(options, config)
     train, val = packed_rows(
         options, dist_env, config.max_seq_len,
-        lambda cache: tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field),
+        lambda cache: tokenize_pretrain_data(
+            options.data_path, tokenizer, cache, text_field=options.text_field, max_dropped=options.max_dropped
+        ),
     )  # fmt: skip
 
     # Model: random weights.

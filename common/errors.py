@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -62,8 +63,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = ended.code
     except UserError as error:
         fail(name_flags(str(error)))
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as stop:
+        what = "stopped by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
+        fail(": ".join([what, *map(str, stop.args)]), code=143 if isinstance(stop, Terminated) else 130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
@@ -116,6 +118,8 @@ def fail(message: str, code: int = 1, store: Any = None) -> NoReturn:
     if dist is not None:  # at once: no process may be kept waiting by a connection to one that is gone
         sys.stdout.flush()
         os._exit(code)
+    if code > 128:  # a signal: a thread may be computing outside of Python, and for long
+        _exit_without_teardown(code)
     sys.exit(code)
 
 
@@ -131,6 +135,31 @@ def _is_first_to_fail(dist: ModuleType, store: Any) -> bool:
         return dist.get_rank() == 0
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where `exit_on_sigterm` or `stoppable` wait for it."""
+
+
 def exit_on_sigterm() -> None:
     """Let SIGTERM end the process as Ctrl-C does, so that temporary files are removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+@contextlib.contextmanager
+def stoppable(note: str) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the block alike; `note` says what was kept, and `run_script` prints it."""
+    main_thread = threading.current_thread() is threading.main_thread()  # only there a handler can be set
+    before = signal.getsignal(signal.SIGTERM)
+    if main_thread:
+        exit_on_sigterm()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = stop.args or (note,)
+        raise
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
