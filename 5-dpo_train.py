@@ -36,6 +36,9 @@ class DpoOptions(TuneOptions):
     beta: float = flag(0.1, "strength of the pull towards the reference model", above=0)
     loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
+    max_dropped: float = flag(
+        0.1, "largest share of rows that cannot be used; more than elsewhere: long questions are common in pairs"
+    )
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")
     val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")
