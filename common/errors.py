@@ -64,12 +64,14 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         fail(name_flags(str(error)))
     except KeyboardInterrupt as stop:
-        what = "stopped by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
-        fail(": ".join([what, *map(str, stop.args)]), code=143 if isinstance(stop, Terminated) else 130)
+        number = (stop.args or (signal.SIGINT,))[0]
+        what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        fail(": ".join([what, *getattr(stop, "__notes__", [])]), code=128 + number)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
-            fail(f"no space left on the disk{where}: free some space and run the same command again")
+            again = " with --resume auto" if "resume" in known_flags else ""  # a training: it may have saved a state
+            fail(f"no space left on the disk{where}: free some space and run the same command again{again}")
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(f"no permission for {error.filename}: choose another folder or change its permissions")
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
@@ -135,17 +137,13 @@ def _is_first_to_fail(dist: ModuleType, store: Any) -> bool:
         return dist.get_rank() == 0
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came where `exit_on_sigterm` or `stoppable` wait for it."""
-
-
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end the process as Ctrl-C does, so that temporary files are removed."""
+    """Let SIGTERM end the process as Ctrl-C does, so that temporary files are removed; `run_script` exits with 143."""
 
-    def terminate(*_: object) -> NoReturn:
-        raise Terminated
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 @contextlib.contextmanager
@@ -158,7 +156,7 @@ def stoppable(note: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.args = stop.args or (note,)
+        stop.add_note(note)
         raise
     finally:
         if main_thread:

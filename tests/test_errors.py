@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import atexit, signal, sys
-from common.errors import UserError, exit_on_sigterm, run_script, stoppable
+from common.errors import UserError, exit_on_sigterm, known_flags, run_script, stoppable
 
 class Last:
     def __del__(self):
@@ -27,6 +27,7 @@ def main():
 
 run_script(main)
 """
+FULL = "error: no space left on the disk while writing x.pth: free some space and run the same command again"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -48,6 +49,8 @@ run_script(main)
             )
             for name, code, said in [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "stopped by SIGTERM")]
         ),
+        ("raise OSError(28, '', 'x.pth')", 1, f"{FULL}\n"),
+        ("known_flags.add('resume'); raise OSError(28, '', 'x.pth')", 1, f"{FULL} with --resume auto\n"),
     ],
 )
 def test_how_a_script_ends(processes, end, code, said):
