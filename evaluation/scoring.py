@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from inference.kernels.loader import KernelUnavailable
 from inference.kernels.prefill import PrefillModel, PrefillWeights, Prefix
@@ -35,6 +35,8 @@ from model.model import Transformer
 BATCH_TOKENS = 512  # positions in one batch; more is slower on a CPU, whose caches are small
 MIN_SHARED = 24  # tokens that joining a group must save, because the prefix costs an extra forward pass
 SAFETY = 2.0  # a margin below SAFETY * the largest error measured is decided in float32
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, (1, kv_heads, past, head_dim)
 
 
 @dataclass(frozen=True)
@@ -72,31 +74,6 @@ class _Batch:
 
     sequences: list[_Sequence]
     shared: int = 0
-
-
-class PrefixCache:
-    """The KV cache of a prefix, (1, kv_heads, past, head_dim) per layer, which any number of sequences can follow.
-
-    The first forward pass fills it; after `freeze` it does not change.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.length = 0
-
-    def freeze(self) -> None:
-        self.length = self.layers[0][0].shape[2]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.length
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        if not self.length:
-            self.layers.append((k, v))
-            return k, v
-        pairs = zip(self.layers[layer], (k, v), strict=True)
-        k, v = (torch.cat([old.expand(len(new), -1, -1, -1), new], dim=2) for old, new in pairs)
-        return k, v
 
 
 def score(
@@ -309,25 +286,26 @@ def _log_probs(model: Any, batch: _Batch, batch_tokens: int) -> list[float]:
     return values
 
 
-def _prefill(model: Any, tokens: list[int]) -> PrefixCache | Prefix:
+def _prefill(model: Any, tokens: list[int]) -> KeysAndValues | Prefix:
     """Compute the keys and values of a prefix."""
     if isinstance(model, PrefillModel):
         return model.read(tokens)
-    prefix = PrefixCache()
-    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=prefix, logits_to_keep=1)
-    prefix.freeze()
-    return prefix
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _logits(
-    model: Any, rows: list[list[int]], prefix: PrefixCache | Prefix | None, positions: list[tuple[int, int]]
+    model: Any, rows: list[list[int]], prefix: KeysAndValues | Prefix | None, positions: list[tuple[int, int]]
 ) -> Tensor:
     """Return float32 logits (positions, vocab) predicted from the tokens at `positions`, (row, column) each."""
     if isinstance(model, PrefillModel):
         return model.logits(rows, positions, prefix)
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
-    inputs = {"input_ids": ids, "use_cache": False} | ({} if prefix is None else {"past_key_values": prefix})
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if prefix is not None:
+        inputs["past_key_values"] = DynamicCache([[kv.expand(len(rows), -1, -1, -1) for kv in pair] for pair in prefix])
     kept = sorted({column for _, column in positions})  # a model takes one list of columns for all rows
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=torch.tensor(kept, device=ids.device)).logits
