@@ -210,41 +210,36 @@ def _batches(sequences: list[_Sequence], batch_tokens: int, share: bool) -> Iter
             yield group
         else:
             alone += group.sequences
-    for start, stop in _chunks(alone, batch_tokens):
-        yield _Batch(alone[start:stop])
+    yield from map(_Batch, _chunks(alone, batch_tokens))
 
 
-def _chunks(sequences: list[_Sequence], batch_tokens: int, shared: int = 0) -> list[tuple[int, int]]:
-    """Sort by length, the longest first (so that running out of memory shows at once); return (start, stop) of batches."""
+def _chunks(sequences: list[_Sequence], batch_tokens: int, shared: int = 0) -> Iterator[list[_Sequence]]:
+    """Sort by length, the longest first (so that running out of memory shows at once); yield batches."""
     sequences.sort(key=lambda sequence: -len(sequence.tokens))
-    bounds, start = [], 0
+    start = 0
     while start < len(sequences):
-        stop = start + max(1, batch_tokens // (len(sequences[start].tokens) - shared))
-        bounds.append((start, min(stop, len(sequences))))
-        start = stop
-    return bounds
+        size = max(1, batch_tokens // (len(sequences[start].tokens) - shared))
+        yield sequences[start : start + size]
+        start += size
 
 
 def _groups(sequences: list[_Sequence]) -> list[_Batch]:
     """Group sequences with a common prefix, wherever that saves at least MIN_SHARED tokens."""
     groups: list[_Batch] = []
-    before: list[int] = []
     for sequence in sorted(sequences, key=lambda one: one.tokens):  # common prefixes become neighbours
-        tokens = sequence.tokens
-        limit = min(len(before), *(target.position for target in sequence.targets))
-        if groups:  # a target predicted from inside the prefix would be lost
-            limit = min(limit, *(target.position for target in groups[-1].sequences[-1].targets))
-        common = next((n for n in range(limit) if tokens[n] != before[n]), limit)
-        group = groups[-1] if groups else None
-        shared = min(common, group.shared) if group and group.shared else common
-        # A shorter prefix leaves more tokens to every member so far.
-        lost = (len(group.sequences) - 1) * (group.shared - shared) if group and group.shared else 0
-        if group and shared - lost >= MIN_SHARED:
-            group.sequences.append(sequence)
-            group.shared = shared
-        else:
-            groups.append(_Batch([sequence]))
-        before = tokens
+        if groups:
+            group, before = groups[-1], groups[-1].sequences[-1]
+            # A target predicted from inside the prefix would be lost.
+            limit = min(target.position for one in (before, sequence) for target in one.targets)
+            common = next((n for n in range(limit) if sequence.tokens[n] != before.tokens[n]), limit)
+            shared = min(common, group.shared or common)
+            # A shorter prefix leaves more tokens to every member so far.
+            lost = (len(group.sequences) - 1) * (group.shared - shared) if group.shared else 0
+            if shared - lost >= MIN_SHARED:
+                group.sequences.append(sequence)
+                group.shared = shared
+                continue
+        groups.append(_Batch([sequence]))
     return groups
 
 
@@ -269,13 +264,9 @@ def _run(model: Any, batches: list[_Batch], batch_tokens: int, threads: bool) ->
 @torch.inference_mode()
 def _log_probs(model: Any, batch: _Batch, batch_tokens: int) -> list[float]:
     """Return the log-probabilities of the targets of a batch, in the order of `_targets`."""
-    prefix = None
-    chunks = _chunks(batch.sequences, batch_tokens, batch.shared)  # also sorts them
-    if batch.shared:
-        prefix = _prefill(model, batch.sequences[0].tokens[: batch.shared])
+    prefix = _prefill(model, batch.sequences[0].tokens[: batch.shared]) if batch.shared else None
     values: list[float] = []
-    for start, stop in chunks:
-        chunk = batch.sequences[start:stop]
+    for chunk in _chunks(batch.sequences, batch_tokens, batch.shared):  # which also sorts them
         rows = [sequence.tokens[batch.shared :] for sequence in chunk]
         wanted = [(row, target.position - batch.shared) for row, one in enumerate(chunk) for target in one.targets]
         positions = sorted(set(wanted))
