@@ -15,7 +15,7 @@ class BatchedSamplingParams:
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         first = samplings[0]
-        if any(sampling.kind() != first.kind() for sampling in samplings):
+        if len({sampling.kind() for sampling in samplings}) > 1:
             raise ValueError(
                 "these SamplingParams are of different kinds: make one BatchedSamplingParams for each kind"
             )
