@@ -10,7 +10,8 @@ Out: out/rl_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1
 
 The model is compared with itself before this stage (the reference): the loss falls as the better answer gains
 probability over the worse one, relative to the probabilities under the reference. --beta sets the penalty for moving
-away from the reference. The loss starts at ln 2 = 0.693, the accuracy (share of pairs ranked correctly) at 0.
+away from the reference. The loss starts at ln 2 = 0.693 (--loss sigmoid) or at 1 / (2 beta)^2, which is 25 for the default
+beta (--loss ipo), the accuracy (share of pairs ranked correctly) at 0.
 
 For a mixture of experts the balance loss is not part of this stage: pairs are few, and the gate hardly changes.
 """
@@ -34,7 +35,11 @@ class DpoOptions(TuneOptions):
         "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",
     )  # fmt: skip
     beta: float = flag(0.1, "strength of the pull towards the reference model", above=0)
-    loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
+    loss: str = flag(
+        "sigmoid",
+        "sigmoid: DPO, which starts at 0.693; ipo: its squared variant, at 1 / (2 beta)^2",
+        choices=["sigmoid", "ipo"],
+    )
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
     max_dropped: float = flag(
         0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len", min=0, max=1

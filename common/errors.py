@@ -62,12 +62,13 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = ended.code
     except UserError as error:
         fail(name_flags(str(error)))
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as stop:
+        fail("interrupted", code=128 + (stop.args or (signal.SIGINT,))[0])
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
-            fail(f"no space left on the disk{where}: free some space and run the same command again")
+            again = " with --resume auto" if "resume" in known_flags else ""  # a training: it may have saved a state
+            fail(f"no space left on the disk{where}: free some space and run the same command again{again}")
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(f"no permission for {error.filename}: choose another folder or change its permissions")
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
@@ -132,5 +133,9 @@ def _is_first_to_fail(dist: ModuleType, store: Any) -> bool:
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end the process as Ctrl-C does, so that temporary files are removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Let SIGTERM end the process as Ctrl-C does, so that temporary files are removed; `run_script` exits with 143."""
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)

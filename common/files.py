@@ -126,7 +126,8 @@ def explain_write_errors(folder: Path, choose: str = "another folder", note: str
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # numpy's tofile raises an error without a number: "819200 requested and 14936 written".
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error):
             raise UserError(f"no space left in {folder}: free some space or choose {choose}{note}") from None
         no_access = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
         if error.errno in no_access:

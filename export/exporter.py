@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, exclusive, write_json
+from common.files import atomic_folder, exclusive, explain_write_errors, write_json
 from export.huggingface import CONFIG, DESCRIPTION, check_target, describe, read_folder, write_llama, write_minimind
 from export.model_card import model_card
 from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
@@ -82,10 +83,15 @@ def import_folder(folder: Path, options: ExportOptions) -> tuple[Path, Agreement
     return target, agreement
 
 
-def lock(target: Path) -> AbstractContextManager:
+@contextmanager
+def lock(target: Path) -> Iterator[None]:
     """Keep every other process from exporting to `target`, or from training what is saved there."""
     busy = f"another process is writing {target} right now: wait for it, or choose another --output"
-    return exclusive(target.parent, target.stem if target.suffix == ".pth" else target.name, busy)
+    with (
+        explain_write_errors(target.parent, "another --output", "; nothing was changed"),
+        exclusive(target.parent, target.stem if target.suffix == ".pth" else target.name, busy),
+    ):
+        yield
 
 
 def read_texts(path: Path | None) -> list[str]:

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
-import atexit, sys
-from common.errors import UserError, run_script
+import atexit, os, signal, sys
+from common.errors import UserError, exit_on_sigterm, known_flags, run_script
 
 class Last:
     def __del__(self):
@@ -27,6 +27,7 @@ def main():
 
 run_script(main)
 """
+FULL = "error: no space left on the disk while writing x.pth: free some space and run the same command again"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -38,6 +39,10 @@ run_script(main)
         ("sys.exit(143)", 143, ""),
         ("sys.exit('no')", 1, "no\n"),
         ("raise UserError('wrong')", 1, "error: wrong\n"),
+        ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+        ("exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM)", 143, "error: interrupted\n"),
+        ("raise OSError(28, '', 'x.pth')", 1, f"{FULL}\n"),
+        ("known_flags.add('resume'); raise OSError(28, '', 'x.pth')", 1, f"{FULL} with --resume auto\n"),
     ],
 )
 def test_how_a_script_ends(processes, end, code, said):

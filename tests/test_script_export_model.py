@@ -169,6 +169,43 @@ def test_failures_leave_nothing(out, tmp_path, main):
         assert names(tmp_path) == before and not names(empty)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+@pytest.mark.parametrize("target_format", ["llama", "minimind", "gguf", "pth"])
+def test_a_full_disk_keeps_the_old_export(out, tmp_path, main, target_format):
+    """A limit on the size of files, which stands for a full disk, below the size of the weights."""
+    import resource
+
+    target = tmp_path / ("x.pth" if target_format == "pth" else "x")
+    weights = out / "full_sft_64.pth"
+    if target_format == "pth":
+        main("--weights", weights, "--output", tmp_path / "source")
+        weights = tmp_path / "source"
+    command = ["--weights", weights, "--format", target_format, "--output", target]
+    main(*command)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"no space left in {tmp_path}: .* --output; nothing was changed"):
+            main(*command, "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_sigterm_leaves_nothing_and_is_the_exit_code(out, tmp_path):
+    stopped = """
+import os, signal, sys, export_model, export.exporter
+export.exporter.compare_folder = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["export_model.py", *sys.argv[1:]]
+export_model.run_script(export_model.main)
+"""
+    command = [sys.executable, "-c", stopped, "--weights", out / "full_sft_64.pth", "--output", tmp_path / "export"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr, names(tmp_path)) == (143, "error: interrupted\n", set())
+
+
 def test_what_a_killed_export_left_goes_and_two_do_not_meet(out, tmp_path, main, monkeypatch):
     """SIGKILL while the folder is checked; then the lock of a process that is alive."""
     weights, target = out / "full_sft_64.pth", tmp_path / "export"
