@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1  # of how tokens are made: raising it makes older training states impossible to resume
+STOPPED = "tokenizing was not finished; no other file was changed. The same command starts it again"
 MAX_DROPPED = 0.01  # a larger share of rows that cannot be used is a mistake in data or settings
 
 DTYPES = {
@@ -233,7 +234,7 @@ def cached_dataset(
         raise UserError("no data files given: name at least one")
     if len(tokenizer) > 1 << 16:
         raise UserError(f"a vocabulary of {len(tokenizer):,} does not fit in 16 bits: at most 65,536 are possible")
-    with explain_write_errors(cache_dir):
+    with explain_write_errors(cache_dir), stoppable(STOPPED):
         cache_dir.mkdir(parents=True, exist_ok=True)
         formats = [(file_format(path), path.suffix.lower()) for path in paths]  # the reader depends on the name
         hashes = hash_files(paths, cache_dir)
@@ -243,7 +244,7 @@ def cached_dataset(
         dataset, built = _open(folder), False
         if dataset is None:
             busy = f"waiting for another process that tokenizes the same data into {folder}"
-            with exclusive(cache_dir, folder.name, busy, wait=-1), stoppable(STOPPED):
+            with exclusive(cache_dir, folder.name, busy, wait=-1):
                 dataset = _open(folder)  # the other process has built it
                 if dataset is None:
                     if folder.exists():
@@ -263,9 +264,6 @@ def cached_dataset(
         rows = sum(source["rows"] for source in info["sources"])
         check_dropped(paths, info["skipped"], rows, info["first_skipped"], info["incomplete"], max_dropped)
         return dataset
-
-
-STOPPED = "tokenizing was not finished; no other file was changed. The same command starts it again"
 
 
 def _build(
