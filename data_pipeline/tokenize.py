@@ -153,7 +153,7 @@ def tokenize_pretrain_data(
 
 # --- from a block of rows to arrays ----------------------------------------------------------------------------------
 
-# Why a row is skipped, for "3 rows are ...".
+# Why a row is skipped, after the number of such rows.
 UNREADABLE, NO_TEXT, EMPTY = "unreadable", "without text", "empty"
 
 
@@ -291,7 +291,7 @@ def _build(
     if not writer.documents:
         names, skipped = ", ".join(map(str, paths)), writer.skipped_rows
         first = f"; the first is {skipped.first[0]}" if skipped.count else ""
-        raise UserError(f"{names}: no usable row: {_skipped(writer.skipped)}{first}. Check the format of the data")
+        raise UserError(f"{names}: no usable row: {_numbers(writer.skipped)}{first}. Check the format of the data")
     return {"kind": kind, "sources": sources, **writer.info(), "seconds": seconds}
 
 
@@ -319,7 +319,7 @@ def check_dropped(
         longer = "allow longer ones with --max_seq_len, " if "too long" in " ".join(skipped) else ""
         raise UserError(
             f"{', '.join(map(str, paths))}: {n_skipped:,} of {n_rows:,} rows cannot be used, more than "
-            f"max_dropped={max_dropped:g} allows ({_skipped(skipped)}). The first: {'; '.join(first[:3])}. Correct or "
+            f"max_dropped={max_dropped:g} allows ({_numbers(skipped)}). The first: {'; '.join(first[:3])}. Correct or "
             f"remove such rows, {longer}or train on the others with max_dropped={math.ceil(100 * n_skipped / n_rows) / 100}"
         )
 
@@ -420,16 +420,9 @@ def _encode_in_threads(
 # --- summary ---------------------------------------------------------------------------------------------------------
 
 
-def _count(n: int, text: str) -> str:
-    """Return "3 rows are empty" or "1 row is empty"."""
-    if n == 1:
-        for many, one in (("rows are", "row is"), ("dialogues", "dialogue"), ("answers were", "answer was")):
-            text = text.replace(many, one).replace("their", "its")
-    return f"{n:,} {text}"
-
-
-def _skipped(counts: Mapping[str, int]) -> str:
-    return ", ".join(_count(n, f"rows are {reason}") for reason, n in counts.items()) or "only blank lines"
+def _numbers(counts: Mapping[str, int]) -> str:
+    """Return "3 unreadable, 1 empty"."""
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items()) or "only blank lines"
 
 
 def _counts(info: dict[str, Any]) -> str:
@@ -446,9 +439,9 @@ def _summary(info: dict[str, Any], built: bool) -> str:
     how = f" in {info['seconds']:.1f} s, {rate:.1f} MB/s; kept in" if built else ", ready in"
     lines = [f"tokens: {_counts(info)}{how} {folder}"]
     if info["cut"]:
-        lines.append("  too long: " + "; ".join(_count(n, text) for text, n in info["cut"].items()))
+        lines.append(f"  too long: {_numbers(info['cut'])}")
     if n_skipped:
-        lines.append(f"  skipped: {_skipped(info['skipped'])} (all are in {folder / 'skipped.jsonl'})")
+        lines.append(f"  skipped: {_numbers(info['skipped'])} (all are in {folder / 'skipped.jsonl'})")
     if n_skipped and built:
         lines.append(f"  the first {len(first)} of {n_skipped:,}:")
         lines += [f"    {bad}" for bad in first]
