@@ -71,15 +71,15 @@ def main() -> None:
 
     # Model: one that answers.
     tokenizer = open_tokenizer(options)
-    model, origin = starting_model(options, ["full_sft"], tokenizer)
-    run = weights_run("rl", options, model, tokenizer, origin)
+    model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
+    run = weights_run("rl", options, model.config, tokenizer, dist_env, origin)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
     run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
 
     # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    with main_process_first(dist_env, "log-probabilities of the reference model"):
+    with main_process_first(dist_env, "computing the log-probabilities of the reference model"):
         dtype = resolve_dtype(options.dtype, device)
         weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
         for part in (train, val) if val else (train,):
