@@ -269,6 +269,9 @@ def find_state(
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
     if changed:
         raise UserError(f"cannot resume {path}: this is a different run: {'; '.join(changed)}")
+    if (state.run["format"] == "deepspeed") != (options.deepspeed is not None):
+        saved = "with" if state.run["format"] == "deepspeed" else "without"
+        raise UserError(f"cannot resume {path}: it was saved {saved} --deepspeed, and can only be continued so")
     print(f"resuming after step {state.step} from {path}")
     if path.parent.resolve() == folder.resolve():
         state.obsolete = [later for later in found if step_of(later) > state.step]

@@ -312,7 +312,7 @@ class Trainer:
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype)
+        self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if state is not None:
             self._resume(state)
         self.metrics_logger = MetricsLogger(
@@ -325,6 +325,7 @@ class Trainer:
         if self.dist_env.size > 1 and isinstance(self.strategy, DDPStrategy):
             # DDP arranges its buckets in its first backward pass. It should not be one that counts: a restarted run
             # would add up the gradients of its first step in another order than a run that was not interrupted.
+            self.strategy.train(False)
             self._sum_gradients()
             self.strategy.zero_grad()
 
@@ -483,9 +484,6 @@ class Trainer:
             raise UserError(
                 f"not every machine sees {state.path}: all of them need the same --out_dir, or a copy of it"
             )
-        if (saved := state.run["format"]) != self.strategy.format:
-            with_or_without = "with" if saved == "deepspeed" else "without"
-            raise UserError(f"cannot resume {state.path}: it was saved {with_or_without} --deepspeed, continue it so")
         self.strategy.load(state.path)
         self.steps_done = self._saved_step = state.step
         self.tokens_done, self.metrics = state.run["tokens"], state.run["metrics"]
@@ -496,9 +494,19 @@ class Trainer:
 
 
 def make_strategy(
-    model: nn.Module, options: TrainOptions, dist_env: DistEnv, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    options: TrainOptions,
+    dist_env: DistEnv,
+    device: torch.device,
+    dtype: torch.dtype,
+    state: TrainingCheckpoint | None,
 ) -> ParallelStrategy:
-    """Return the parallel strategy that the flags ask for. `model` has the starting weights, the same in all processes."""
+    """Return the parallel strategy that the flags ask for.
+
+    Args:
+        model: has the starting weights, the same in all processes.
+        state: what will be loaded into it.
+    """
     if not options.fsdp and options.deepspeed is None:
         return DDPStrategy(model, options, dist_env, device, dtype)
     if not dist.is_initialized():  # both need a process group, also for a single process
@@ -510,7 +518,7 @@ def make_strategy(
         return FSDPStrategy(model, options, dist_env, device)
     from trainer.parallel.zero import DeepSpeedStrategy  # loads deepspeed, which not every system has
 
-    return DeepSpeedStrategy(model, options, dist_env, device, dtype)
+    return DeepSpeedStrategy(model, options, dist_env, device, dtype, state)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
