@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from test_trainer import ROW, config, options
 from tolerances import assert_moments_alike, assert_trained_alike, rounding, shape_of
 
 from common.errors import UserError
+from model.model import Transformer
 from trainer.distributed import DistEnv
 from trainer.options import validate_zero_config
+from trainer.parallel.zero import only_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -71,6 +74,7 @@ def trained(tmp_path_factory) -> Path:
         train({"out_dir": str(folder / f"one_{model}"), "options": ONE, "model": fields}, DistEnv())
     case = {"out_dir": str(folder / "one_bfloat16"), "options": ONE | {"dtype": "bfloat16"}, "model": {"use_moe": True}}
     train(case, DistEnv())
+    train({"out_dir": str(folder / "one_muon"), "options": ONE | {"optimizer": "muon"}}, DistEnv())
     for command, group in (
         (torchrun(2), ["plain", "fsdp"]),
         (deepspeed(2), ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]),
@@ -93,6 +97,11 @@ def trained(tmp_path_factory) -> Path:
             cases.append(
                 {"out_dir": str(folder / f"{engine}_bfloat16"), "options": settings, "model": {"use_moe": True}}
             )
+        if "fsdp" in group:
+            settings = TWO | {"fsdp": True, "optimizer": "muon"}
+            cases.append({"out_dir": str(folder / "fsdp_muon"), "options": settings})
+            settings = settings | {"resume": halfway(folder / "fsdp_muon")}
+            cases.append({"out_dir": str(folder / "fsdp_muon_resumed"), "options": settings})
         case = {"out_dir": str(folder / "odd"), "options": TWO, "odd": {"learning_rate": 0.5, "seed": 1}, "fails": True}
         result = launch(command, [*cases, case], folder)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -154,6 +163,21 @@ def test_what_one_engine_began_another_ends(trained, source, engine):
         assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
     assert_same_end(found, expected)
     assert [line["step"] for line in found[2]] == [4, 5, 6]
+
+
+def test_muon_orthogonalises_whole_matrices_though_they_are_sharded(trained):
+    """In bfloat16, in which the order of a sum shows; of shards by themselves it would be another matrix altogether."""
+    expected, found = results(trained / "one_muon"), results(trained / "fsdp_muon")
+    eps = torch.finfo(torch.bfloat16).eps
+    for a, b in zip(expected[2], found[2], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=ROUNDING if a["step"] == 1 else eps)
+    torch.manual_seed(0)
+    for name, start in Transformer(config()).named_parameters():
+        if start.dim() == 2:
+            change = (expected[0][name] - start).norm()
+            assert (expected[0][name] - found[0][name]).norm() < 0.1 * change, name
+    resumed = results(trained / "fsdp_muon_resumed")
+    assert all(torch.equal(resumed[0][name], found[0][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("source", BACK_TO_ONE)
@@ -230,6 +254,17 @@ def test_a_state_of_deepspeed_is_continued_by_deepspeed_only(trained, tmp_path, 
     settings = ONE | ENGINES[now] | {"resume": halfway(trained / f"{saved}_dense")}
     with pytest.raises(UserError, match="it was saved with(out)? --deepspeed"):
         train({"out_dir": str(tmp_path), "options": settings}, DistEnv())
+
+
+def test_files_of_deepspeed_cannot_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    torch.save({"module": Bomb()}, tmp_path / "mp_rank_00_model_states.pt")
+    with only_tensors(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "mp_rank_00_model_states.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("spread", [{"fsdp": True}, {"deepspeed": CONFIGS / "zero1.json"}], ids=["fsdp", "deepspeed"])

@@ -80,15 +80,18 @@ def fit(
     options: TrainOptions,
     run: Run,
     dist_env: DistEnv,
+    before_training: Callable[[nn.Module], None] | None = None,
 ) -> dict:
     """Train `model` as `options` say, in place (its parameters may end up sharded); return the last metrics.
+
+    before_training: called on every process with the model that has its starting weights, whole or sharded.
 
     Raises UserError if there is nothing to resume, the state to resume belongs to a different run, the loss becomes
     non-finite, or the disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
     trainer = Trainer(model, loss_fn, train, val, options, run, dist_env)
     with hold_run(options.out_dir, run.name) if dist_env.is_main else contextlib.nullcontext(), trainer.log:
-        trainer.prepare()
+        trainer.prepare(before_training)
         with stop_signals(announce=dist_env.is_main) as stop, trainer.metrics_logger, trainer.profiler:
             return trainer.run_steps(stop)
 
@@ -303,7 +306,7 @@ class Trainer:
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
+    def prepare(self, before_training: Callable[[nn.Module], None] | None = None) -> None:
         """Load the state and set up everything that can fail, before the first step."""
         options = self.options
         options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -313,6 +316,9 @@ class Trainer:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
+        if before_training is not None:
+            with self.dist_env.watchdog.suspend("preparing") if self.dist_env.watchdog else contextlib.nullcontext():
+                before_training(self.strategy.module)
         if state is not None:
             self._resume(state)
         self.metrics_logger = MetricsLogger(

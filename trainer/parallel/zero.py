@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,7 +23,7 @@ from common.errors import UserError
 from common.files import atomic_folder
 from model.moe import MoEFeedForward
 from trainer.checkpoint import TrainingCheckpoint
-from trainer.distributed import DistEnv, main_process_first
+from trainer.distributed import DistEnv, barrier, main_process_first
 from trainer.optim import make_optimizers
 from trainer.options import TrainOptions, read_zero_config, zero_values_of_flags
 from trainer.parallel.ddp import ParallelStrategy
@@ -103,7 +104,7 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def load(self, folder: Path) -> None:
         tag = TAG
-        with _only_tensors():
+        with only_tensors():
             if self.universal:
                 tag = f".universal_{folder.name}"
                 with main_process_first(self.dist_env, "converting the state"):
@@ -113,6 +114,9 @@ class DeepSpeedStrategy(ParallelStrategy):
             path, _ = self.module.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise UserError(f"cannot resume {folder}: DeepSpeed finds no state in it")
+        barrier(self.dist_env)
+        if self.universal and self.dist_env.is_main:
+            shutil.rmtree(folder / tag)
 
 
 def _convert_to_universal(source: Path, target: Path) -> None:
@@ -129,7 +133,7 @@ def _convert_to_universal(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_tensors() -> Iterator[None]:
+def only_tensors() -> Iterator[None]:
     """Let DeepSpeed load files that hold nothing but tensors and its own plain classes: others could run code."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
