@@ -5,7 +5,7 @@
     python 0-eval_pretrain.py --prompt_file beginnings.txt --seed 1
     python 0-eval_pretrain.py --interactive --weights out/pretrain_768.pth
 
-In:  the newest out/pretrain_*.pth, or any model (--weights), published MiniMind-v1 files too
+In:  the newest out/pretrain_*.pth, or any model (--weights): a .pth file, published MiniMind-v1 files too, or a folder
 Out: text on the terminal, as it is generated
 
 The model sees `<s>` and the beginning, as at the start of a training text, and generates until it ends the text itself or

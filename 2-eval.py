@@ -4,8 +4,10 @@
     python 2-eval.py --auto --temperature 0                     # built-in questions, Chinese and English
     python 2-eval.py --weights out/full_sft_512.pth --system "Answer in one sentence." --history_turns 3
     python 2-eval.py --lora out/lora_identity_512
+    python 2-eval.py --weights out/rl_512-llama                 # an exported folder
 
-In:  a model (--weights), or an adapter folder that knows its base (--lora)
+In:  a .pth file, the folder of an adapter, or an exported folder (--weights); an adapter on a base of your choice (--lora
+     with --weights)
 Out: the conversation on the terminal; /save FILE keeps it in the format that 3-full_sft.py trains on
 
 The model sees `<s>user\\n…</s>\\n<s>assistant\\n` and generates the answer up to its own `</s>`. It remembers only what is
@@ -86,13 +88,13 @@ def main() -> None:
     if not options.auto:
         chat.run()
         return
+    answered = 0
     for question in QUESTIONS:
         print(f"> {question}")
         chat.turns.clear()
-        try:
-            chat.ask(question)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        answered += chat.ask(question)
+    if not answered:
+        raise UserError("no question was answered; the lines above say why")
 
 
 if __name__ == "__main__":

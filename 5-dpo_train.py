@@ -10,13 +10,15 @@ Out: out/rl_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1
 
 The model is compared with itself before this stage (the reference): the loss falls as the better answer gains
 probability over the worse one, relative to the probabilities under the reference. --beta sets the penalty for moving
-away from the reference. The loss starts at ln 2 = 0.693, the accuracy (share of pairs ranked correctly) at 0.
+away from the reference. The loss starts at ln 2 = 0.693 (--loss sigmoid) or at 1 / (2 beta)^2, which is 25 for the default
+beta (--loss ipo), the accuracy (share of pairs ranked correctly) at 0.
 
 For a mixture of experts the balance loss is not part of this stage: pairs are few, and the gate hardly changes.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,11 @@ class DpoOptions(TuneOptions):
         "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",
     )  # fmt: skip
     beta: float = flag(0.1, "strength of the pull towards the reference model", above=0)
-    loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
+    loss: str = flag(
+        "sigmoid",
+        "sigmoid: DPO, which starts at 0.693; ipo: its squared variant, at 1 / (2 beta)^2",
+        choices=["sigmoid", "ipo"],
+    )
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
     max_dropped: float = flag(
         0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len", min=0, max=1
@@ -57,6 +63,8 @@ def main() -> None:
     options = parse_options(DpoOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from torch import nn
+
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
     from model.device import resolve_device, resolve_dtype
     from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
@@ -79,15 +87,19 @@ def main() -> None:
     # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    with main_process_first(dist_env, "computing the log-probabilities of the reference model"):
-        dtype = resolve_dtype(options.dtype, device)
-        weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
+    dtype = resolve_dtype(options.dtype, device)
+    weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
+
+    def add_reference(module: nn.Module) -> None:
         for part in (train, val) if val else (train,):
-            compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
-            part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
+            compute = partial(compute_ref_logps, module, part, device, dtype, options.batch_size)
+            # A sharded model computes on all processes together; where each has all of it, one computes for all.
+            with nullcontext() if options.shards_weights else main_process_first(dist_env, "computing the reference"):
+                part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
 
     # Loss: the better answer should gain probability over the worse one.
-    fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, dist_env)
+    loss = dpo_loss(options.beta, options.label_smoothing, options.loss)
+    fit(model, loss, train, val, options, run, dist_env, add_reference)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
     print(f"done: {path}; now try: python 2-eval.py --weights {path}")

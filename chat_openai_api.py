@@ -37,7 +37,7 @@ class Options(ChatOptions):
     )
 
     def validate(self) -> list[str]:
-        errors = super().validate() + range_errors(SamplingParams, self.sampling)
+        errors = range_errors(SamplingParams, self.sampling)
         if "" in self.stop:
             errors.append("--stop must not be empty")
         try:

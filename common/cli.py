@@ -143,7 +143,7 @@ def parse_options(
     errors: list[str] = []
     try:
         result = _build(options, given, errors)
-        errors += result.validate()
+        errors += result.validate() if hasattr(result, "validate") else []
     except UserError as error:  # from a dataclass that checks itself
         errors.append(str(error))
     if errors:

@@ -8,18 +8,20 @@ from typing import Self
 
 from tqdm import tqdm
 
+from common.words import counted
+
 
 class Progress:
-    """Show bytes read, rate and remaining time: a bar on a terminal, a line every ten seconds in a log.
+    """Show what is done, rate and remaining time: a bar on a terminal, a line every ten seconds in a log.
 
-    Set `kept` to the number of rows that were kept so far; the lines show it.
+    By default bytes that are read: set `kept` to the number of rows that were kept so far; the lines show it.
     """
 
     EVERY = 10.0  # seconds between two lines in a log
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.kept = name, total, 0, 0
-        self.bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None)
+    def __init__(self, name: str, total: int, unit: str = "B") -> None:
+        self.name, self.total, self.unit, self.done, self.kept = name, total, unit, 0, 0
+        self.bar = tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=None)
         self.started = self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -28,18 +30,20 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self.bar.close()
 
-    def update(self, n_bytes: int) -> None:
-        """Count `n_bytes` more of the input as read."""
-        self.done += n_bytes
-        self.bar.update(n_bytes)
+    def update(self, n: int) -> None:
+        """Count `n` more units as done."""
+        self.done += n
+        self.bar.update(n)
         now = time.monotonic()
         if self.bar.disable and now - self.last_line >= self.EVERY:
             self.last_line = now
             rate = self.done / (now - self.started)
             left = tqdm.format_interval((self.total - self.done) / rate)
-            print(
-                f"{self.name}: {self.done / self.total:.0%} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
-                f"{left} left, {self.kept:,} rows kept",
-                file=sys.stderr,
-                flush=True,
-            )
+            if self.unit == "B":
+                total, rate_text = f"{self.total / 1e6:,.0f} MB", f"{rate / 1e6:.1f} MB/s"
+                left += f" left, {counted(self.kept, 'row')} kept"
+            else:
+                total, rate_text = counted(self.total, self.unit), f"{rate:,.1f} {self.unit}s/s"
+                left += " left"
+            line = f"{self.name}: {self.done / self.total:.0%} of {total}, {rate_text}, {left}"
+            print(line, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from inference.kernels.loader import KernelUnavailable
 from inference.kernels.prefill import PrefillModel, PrefillWeights, Prefix
@@ -35,6 +35,8 @@ from model.model import Transformer
 BATCH_TOKENS = 512  # positions in one batch; more is slower on a CPU, whose caches are small
 MIN_SHARED = 24  # tokens that joining a group must save, because the prefix costs an extra forward pass
 SAFETY = 2.0  # a margin below SAFETY * the largest error measured is decided in float32
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, (1, kv_heads, past, head_dim)
 
 
 @dataclass(frozen=True)
@@ -72,31 +74,6 @@ class _Batch:
 
     sequences: list[_Sequence]
     shared: int = 0
-
-
-class PrefixCache:
-    """The KV cache of a prefix, (1, kv_heads, past, head_dim) per layer, which any number of sequences can follow.
-
-    The first forward pass fills it; after `freeze` it does not change.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.length = 0
-
-    def freeze(self) -> None:
-        self.length = self.layers[0][0].shape[2]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.length
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        if not self.length:
-            self.layers.append((k, v))
-            return k, v
-        pairs = zip(self.layers[layer], (k, v), strict=True)
-        k, v = (torch.cat([old.expand(len(new), -1, -1, -1), new], dim=2) for old, new in pairs)
-        return k, v
 
 
 def score(
@@ -233,41 +210,36 @@ def _batches(sequences: list[_Sequence], batch_tokens: int, share: bool) -> Iter
             yield group
         else:
             alone += group.sequences
-    for start, stop in _chunks(alone, batch_tokens):
-        yield _Batch(alone[start:stop])
+    yield from map(_Batch, _chunks(alone, batch_tokens))
 
 
-def _chunks(sequences: list[_Sequence], batch_tokens: int, shared: int = 0) -> list[tuple[int, int]]:
-    """Sort by length, the longest first (so that running out of memory shows at once); return (start, stop) of batches."""
+def _chunks(sequences: list[_Sequence], batch_tokens: int, shared: int = 0) -> Iterator[list[_Sequence]]:
+    """Sort by length, the longest first (so that running out of memory shows at once); yield batches."""
     sequences.sort(key=lambda sequence: -len(sequence.tokens))
-    bounds, start = [], 0
+    start = 0
     while start < len(sequences):
-        stop = start + max(1, batch_tokens // (len(sequences[start].tokens) - shared))
-        bounds.append((start, min(stop, len(sequences))))
-        start = stop
-    return bounds
+        size = max(1, batch_tokens // (len(sequences[start].tokens) - shared))
+        yield sequences[start : start + size]
+        start += size
 
 
 def _groups(sequences: list[_Sequence]) -> list[_Batch]:
     """Group sequences with a common prefix, wherever that saves at least MIN_SHARED tokens."""
     groups: list[_Batch] = []
-    before: list[int] = []
     for sequence in sorted(sequences, key=lambda one: one.tokens):  # common prefixes become neighbours
-        tokens = sequence.tokens
-        limit = min(len(before), *(target.position for target in sequence.targets))
-        if groups:  # a target predicted from inside the prefix would be lost
-            limit = min(limit, *(target.position for target in groups[-1].sequences[-1].targets))
-        common = next((n for n in range(limit) if tokens[n] != before[n]), limit)
-        group = groups[-1] if groups else None
-        shared = min(common, group.shared) if group and group.shared else common
-        # A shorter prefix leaves more tokens to every member so far.
-        lost = (len(group.sequences) - 1) * (group.shared - shared) if group and group.shared else 0
-        if group and shared - lost >= MIN_SHARED:
-            group.sequences.append(sequence)
-            group.shared = shared
-        else:
-            groups.append(_Batch([sequence]))
-        before = tokens
+        if groups:
+            group, before = groups[-1], groups[-1].sequences[-1]
+            # A target predicted from inside the prefix would be lost.
+            limit = min(target.position for one in (before, sequence) for target in one.targets)
+            common = next((n for n in range(limit) if sequence.tokens[n] != before.tokens[n]), limit)
+            shared = min(common, group.shared or common)
+            # A shorter prefix leaves more tokens to every member so far.
+            lost = (len(group.sequences) - 1) * (group.shared - shared) if group.shared else 0
+            if shared - lost >= MIN_SHARED:
+                group.sequences.append(sequence)
+                group.shared = shared
+                continue
+        groups.append(_Batch([sequence]))
     return groups
 
 
@@ -292,13 +264,9 @@ def _run(model: Any, batches: list[_Batch], batch_tokens: int, threads: bool) ->
 @torch.inference_mode()
 def _log_probs(model: Any, batch: _Batch, batch_tokens: int) -> list[float]:
     """Return the log-probabilities of the targets of a batch, in the order of `_targets`."""
-    prefix = None
-    chunks = _chunks(batch.sequences, batch_tokens, batch.shared)  # also sorts them
-    if batch.shared:
-        prefix = _prefill(model, batch.sequences[0].tokens[: batch.shared])
+    prefix = _prefill(model, batch.sequences[0].tokens[: batch.shared]) if batch.shared else None
     values: list[float] = []
-    for start, stop in chunks:
-        chunk = batch.sequences[start:stop]
+    for chunk in _chunks(batch.sequences, batch_tokens, batch.shared):  # which also sorts them
         rows = [sequence.tokens[batch.shared :] for sequence in chunk]
         wanted = [(row, target.position - batch.shared) for row, one in enumerate(chunk) for target in one.targets]
         positions = sorted(set(wanted))
@@ -309,25 +277,26 @@ def _log_probs(model: Any, batch: _Batch, batch_tokens: int) -> list[float]:
     return values
 
 
-def _prefill(model: Any, tokens: list[int]) -> PrefixCache | Prefix:
+def _prefill(model: Any, tokens: list[int]) -> KeysAndValues | Prefix:
     """Compute the keys and values of a prefix."""
     if isinstance(model, PrefillModel):
         return model.read(tokens)
-    prefix = PrefixCache()
-    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=prefix, logits_to_keep=1)
-    prefix.freeze()
-    return prefix
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _logits(
-    model: Any, rows: list[list[int]], prefix: PrefixCache | Prefix | None, positions: list[tuple[int, int]]
+    model: Any, rows: list[list[int]], prefix: KeysAndValues | Prefix | None, positions: list[tuple[int, int]]
 ) -> Tensor:
     """Return float32 logits (positions, vocab) predicted from the tokens at `positions`, (row, column) each."""
     if isinstance(model, PrefillModel):
         return model.logits(rows, positions, prefix)
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
-    inputs = {"input_ids": ids, "use_cache": False} | ({} if prefix is None else {"past_key_values": prefix})
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if prefix is not None:
+        inputs["past_key_values"] = DynamicCache([[kv.expand(len(rows), -1, -1, -1) for kv in pair] for pair in prefix])
     kept = sorted({column for _, column in positions})  # a model takes one list of columns for all rows
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=torch.tensor(kept, device=ids.device)).logits

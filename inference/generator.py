@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ class _Row:
     detokenizer: Detokenizer | None
     factor: float = 1.0  # by which its positions are scaled: see `model.rope.DynamicRopeScaling`
     num_generated: int = 0
-    random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         # Each row has its own random numbers: what it draws does not depend on the other rows.
         self.random = random.Random(self.sampling.seed)
+        self.kind = self.sampling.kind()
 
 
 class BatchGenerator:
@@ -107,13 +107,9 @@ class BatchGenerator:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
         self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
-        # One entry per row, as tensors: the newest token, its position, and what penalties have to know.
-        self._tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._positions = torch.zeros(0, dtype=torch.int64, device=self.device)
-        vocab_size = model.config.vocab_size
-        self._counts = torch.zeros(rows, vocab_size, device=self.device)
-        self._in_prompt = torch.zeros(rows, vocab_size, dtype=torch.bool, device=self.device)
-        self._groups: list[tuple[list[int], Tensor | None, BatchedSamplingParams]] | None = None
+        # What penalties have to know, for each row: how often its answer has each token, and which its prompt has.
+        self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
+        self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     @property
     def free(self) -> int:
@@ -151,7 +147,6 @@ class BatchGenerator:
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.check(prompt, sampling)
         first = len(self.rows)
-        end = first + len(prompts)
         factors = [self._factor(len(prompt)) for prompt in prompts]
         scaling = self._scaling(factors)
         if self._backend is not None and self._backend.supports_prefill and scaling is None:
@@ -167,12 +162,7 @@ class BatchGenerator:
                 self._in_prompt[row] = False
                 self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
             self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, factor))
-        new = self._sample(logits, self._group(range(first, end)), first)
-        self._tokens = torch.cat([self._tokens, new])
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self._positions = torch.cat([self._positions, lengths])
-        self._groups = None
-        return self._outputs(new, first, self._log_probabilities(logits, new, first))
+        return self._sample(logits, first)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None) -> Tensor:
         """Fill the cache's rows from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
@@ -205,29 +195,27 @@ class BatchGenerator:
         self._rescale()
         longest = max(row.cached_len for row in self.rows)
         scaling = self._scaling([row.factor for row in self.rows])
+        tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=self.device)
+        positions = torch.tensor([row.cached_len for row in self.rows], device=self.device)
         if self._backend is not None and scaling is None:
-            logits = self._backend(self._tokens, self._positions, longest)
+            logits = self._backend(tokens, positions, longest)
         else:  # the backends know only the rotation of training
-            logits = self._forward(longest, scaling)
+            logits = self._forward(tokens, positions, longest, scaling)
         for row in self.rows:
             row.cached_len += 1
-        if self._groups is None:
-            self._groups = self._group(range(len(self.rows)))
-        self._tokens = self._sample(logits, self._groups, 0)
-        self._positions = self._positions + 1
-        return self._outputs(self._tokens, 0, self._log_probabilities(logits, self._tokens, 0))
+        return self._sample(logits, 0)
 
-    def _forward(self, longest: int, scaling: RopeScaling | None) -> Tensor:
-        """Run the newest tokens through the model; return logits (rows, vocab)."""
-        positions = mask = None
-        if min(row.cached_len for row in self.rows) < longest:
-            positions = self._positions
+    def _forward(self, tokens: Tensor, positions: Tensor, longest: int, scaling: RopeScaling | None) -> Tensor:
+        """Run the newest tokens (rows,) through the model; return logits (rows, vocab)."""
+        ragged = min(row.cached_len for row in self.rows) < longest
+        mask = None
+        if ragged:
             slots = torch.arange(longest + 1, device=self.device)
             mask = (slots <= positions[:, None])[:, None, None]  # (rows, 1, 1, longest + 1)
-        self._cache.select(slice(0, len(self.rows)), longest, positions)
+        self._cache.select(slice(0, len(self.rows)), longest, positions if ragged else None)
         out = self.model(
-            input_ids=self._tokens[:, None],
-            position_ids=None if positions is None else positions[:, None],
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None] if ragged else None,
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
@@ -267,40 +255,26 @@ class BatchGenerator:
                     rope_scaling=self._scaling([factor]),
                 )
 
-    def _group(self, indices: range) -> list[tuple[list[int], Tensor | None, BatchedSamplingParams]]:
-        """Return rows by kind of sampling: (members, the same as a tensor or None for all of `indices`, params)."""
+    def _sample(self, logits: Tensor, first: int) -> list[TokenOutput]:
+        """Choose the next tokens of the rows from `first` on, given their logits (rows, vocab)."""
         kinds: dict[tuple, list[int]] = {}
-        for i in indices:
-            kinds.setdefault(self.rows[i].sampling.kind(), []).append(i)
-        return [
-            (
-                members,
-                torch.tensor(members, device=self.device) if len(kinds) > 1 else None,
-                BatchedSamplingParams([self.rows[i].sampling for i in members], self.device),
-            )
-            for members in kinds.values()
-        ]
-
-    def _sample(
-        self, logits: Tensor, groups: list[tuple[list[int], Tensor | None, BatchedSamplingParams]], first: int
-    ) -> Tensor:
-        """Return the next tokens of the rows from `first` on, given their logits (rows, vocab)."""
+        for i, row in enumerate(self.rows[first:]):
+            kinds.setdefault(row.kind, []).append(i)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
-        for members, index, params in groups:
+        for members in kinds.values():
+            rows = [self.rows[first + i] for i in members]
+            params = BatchedSamplingParams([row.sampling for row in rows], self.device)
+            index = slice(None) if len(kinds) == 1 else torch.tensor(members, device=self.device)
             uniform = counts = in_prompt = None
             if not params.greedy:
-                uniform = torch.tensor([self.rows[i].random.random() for i in members], device=self.device)
+                uniform = torch.tensor([row.random.random() for row in rows], device=self.device)
             if params.has_penalties:
-                which = slice(members[0], members[-1] + 1) if index is None else index
-                counts, in_prompt = self._counts[which], self._in_prompt[which]
-            chosen = sample_next(logits if index is None else logits[index - first], params, uniform, counts, in_prompt)
+                part = slice(first, len(self.rows))
+                counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
+            tokens[index] = sample_next(logits[index], params, uniform, counts, in_prompt)
             if params.has_penalties:
-                rows = torch.arange(members[0], members[-1] + 1, device=self.device) if index is None else index
-                self._counts[rows, chosen] += 1
-            if index is None:
-                return chosen
-            tokens[index - first] = chosen
-        return tokens
+                self._counts[torch.tensor(members, device=self.device) + first, tokens[index]] += 1
+        return self._outputs(tokens, first, self._log_probabilities(logits, tokens, first))
 
     def _log_probabilities(self, logits: Tensor, tokens: Tensor, first: int) -> dict[int, tuple[float, tuple]]:
         """Return `logprob` and `top_logprobs` of the rows from `first` on that ask for them; compute nothing if none does.
@@ -309,7 +283,7 @@ class BatchGenerator:
             logits: (rows, vocab), the model's own.
             tokens: (rows,) the chosen ones.
         """
-        limits = {i: row.sampling.logprobs for i, row in enumerate(self.rows) if i >= first}
+        limits = {i: row.sampling.logprobs for i, row in enumerate(self.rows[first:], start=first)}
         wanted = {i: limit for i, limit in limits.items() if limit is not None}
         if not wanted:
             return {}
@@ -347,19 +321,13 @@ class BatchGenerator:
     @torch.inference_mode()
     def _drop(self, ended: list[int]) -> None:
         """Remove rows (indices in ascending order); the last row fills each gap."""
-        if not ended:
-            return
-        order = list(range(len(self.rows)))
         for i in reversed(ended):
             last = len(self.rows) - 1
             if i < last:
                 self._cache.move(last, i, self.rows[last].cached_len)
                 self._counts[i], self._in_prompt[i] = self._counts[last], self._in_prompt[last]
-                self.rows[i], order[i] = self.rows[last], order[last]
+                self.rows[i] = self.rows[last]
             self.rows.pop()
-            order.pop()
-        kept = torch.tensor(order, dtype=torch.int64, device=self.device)
-        self._tokens, self._positions, self._groups = self._tokens[kept], self._positions[kept], None
 
 
 def generate(

@@ -40,6 +40,12 @@ class Entry:
     base: str | None = None
     loss: float | None = None
     step: int | None = None
+    total_steps: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Return whether its run did all its steps; True where they are not recorded, as for published weights."""
+        return self.step is None or self.total_steps is None or self.step >= self.total_steps
 
     @property
     def continues(self) -> bool:
@@ -72,7 +78,8 @@ def read_entry(path: Path) -> Entry | None:
     else:
         return None
     info = _read_json(description)
-    stage, base, loss, step = (info.get(key) for key in ("stage", "base", "loss", "step"))
+    stage, base, loss = (info.get(key) for key in ("stage", "base", "loss"))
+    step, total_steps = (value if isinstance(value := info.get(key), int) else None for key in ("step", "total_steps"))
     if not isinstance(stage, str):
         in_name = _STAGE_IN_NAME.match(path.name)
         stage = "lora" if kind == ADAPTER else in_name[1] if in_name else ""
@@ -92,7 +99,8 @@ def read_entry(path: Path) -> Entry | None:
         stamp=stamp,
         base=base if isinstance(base, str) else None,
         loss=float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None,
-        step=step if isinstance(step, int) else None,
+        step=step,
+        total_steps=total_steps,
     )
 
 
@@ -115,26 +123,55 @@ def _read_json(path: Path) -> dict:
 
 
 def default_model(entries: list[Entry]) -> Entry:
-    """Return the newest model that answers questions; if there is none, the newest."""
-    return next((entry for entry in entries if entry.stage in CHAT_STAGES and entry.kind != EXPORT), entries[0])
+    """Return the newest model that answers questions, a finished one if possible; if there is none, the newest."""
+    answering = [entry for entry in entries if entry.stage in CHAT_STAGES and entry.kind != EXPORT]
+    return _newest_finished(answering) if answering else entries[0]
 
 
-def find_model(out_dir: Path, stages: Sequence[str], config: Architecture | None = None) -> Path | None:
-    """Return the newest model of `stages` in a folder, or None. "lora" stands for the folders of adapters.
+def _newest_finished(entries: list[Entry]) -> Entry:
+    """Return the newest model whose run is finished; if there is none, the newest. `entries`: the newest first."""
+    return next((entry for entry in entries if entry.finished), entries[0])
 
-    config: find only weights with its size in their names; None: of any size.
+
+def find_model(
+    out_dir: Path, stages: Sequence[str], config: Architecture | None = None, flag: str = "--weights"
+) -> Path | None:
+    """Return the newest finished model of `stages` in a folder, else the newest unfinished one, or None.
+
+    Print what was chosen if there was a choice, or if it is unfinished. "lora" stands for the folders of adapters.
+
+    Args:
+        config: find only weights with its size in their names; None: of any size.
+        flag: of the script, that names another model.
     """
-    for entry in list_models(out_dir):
-        name = entry.path.name
-        if entry.kind == ADAPTER:
-            found = "lora" in stages and name.startswith("lora_")
-        elif config is None:
-            found = any(re.fullmatch(rf"{stage}_\d+(_moe)?\.pth", name) for stage in stages)
-        else:
-            found = name in [checkpoint_name(stage, config) for stage in stages]
-        if found:
-            return entry.path
-    return None
+    fitting = [entry for entry in list_models(out_dir) if _fits(entry, stages, config)]
+    if not fitting:
+        return None
+    chosen = _newest_finished(fitting)
+    newer = fitting[: fitting.index(chosen)]
+    if len(fitting) > 1 or not chosen.finished:
+        text = f"using {_label(chosen)}"
+        if len(fitting) > 1:
+            text += f", the newest {'finished ' if newer else ''}one of {len(fitting)} that fit"
+        text += f"; newer: {', '.join(map(_label, newer))}" if newer else ""
+        print(f"{text}; {flag} names another")
+    return chosen.path
+
+
+def _fits(entry: Entry, stages: Sequence[str], config: Architecture | None) -> bool:
+    name = entry.path.name
+    if entry.kind == ADAPTER:
+        return "lora" in stages and name.startswith("lora_")
+    if config is None:
+        return any(re.fullmatch(rf"{stage}_\d+(_moe)?\.pth", name) for stage in stages)
+    return name in [checkpoint_name(stage, config) for stage in stages]
+
+
+def _label(entry: Entry) -> str:
+    if entry.step is None:
+        return str(entry.path)
+    of_total = f" of {entry.total_steps}" if entry.total_steps is not None else ""
+    return f"{entry.path} ({'' if entry.finished else 'unfinished: '}step {entry.step}{of_total})"
 
 
 def require_model(out_dir: Path, stages: Sequence[str], script: str) -> Path:

@@ -135,10 +135,6 @@ class ChatOptions:
     system: str | None = flag(None, "a system message, which stands before everything", metavar="TEXT")
     history_turns: int = flag(5, "how many earlier questions, with their answers, the model sees", min=0, metavar="N")
 
-    def validate(self) -> list[str]:
-        """Return everything that is wrong with the flags (their limits are checked by `parse_options`)."""
-        return []
-
 
 def sampling_options(**defaults: Any) -> Any:
     """Return a dataclass field `sampling: SamplingParams` of a script; `defaults` replace some of its defaults."""

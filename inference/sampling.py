@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,22 +15,26 @@ class BatchedSamplingParams:
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         first = samplings[0]
-        if any(sampling.kind() != first.kind() for sampling in samplings):
+        if len({sampling.kind() for sampling in samplings}) > 1:
             raise ValueError(
                 "these SamplingParams are of different kinds: make one BatchedSamplingParams for each kind"
             )
         self.greedy, self.has_penalties = first.greedy, first.has_penalties
         self.top_k, self.truncates, self.has_top_p = first.top_k, first.truncates, first.top_p < 1
-
-        def column(name: str, floor: float = -math.inf) -> Tensor:
-            return torch.tensor([[max(getattr(s, name), floor)] for s in samplings], dtype=torch.float32, device=device)
-
-        if self.has_penalties:
-            self.repetition = column("repetition_penalty")
-            self.presence, self.frequency = column("presence_penalty"), column("frequency_penalty")
-        if not self.greedy:
-            self.temperature = column("temperature", floor=1e-6)  # smaller is greedy, and then 0 in float32
-            self.top_p, self.min_p = column("top_p"), column("min_p")
+        if self.has_penalties or not self.greedy:
+            table = [
+                (
+                    max(s.temperature, 1e-6),
+                    s.top_p,
+                    s.min_p,
+                    s.repetition_penalty,
+                    s.presence_penalty,
+                    s.frequency_penalty,
+                )
+                for s in samplings  # a smaller temperature is greedy, and then 0 in float32
+            ]
+            columns = torch.tensor(table, dtype=torch.float32, device=device).split(1, dim=1)
+            self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = columns
 
 
 def sample_next(

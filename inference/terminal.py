@@ -37,10 +37,15 @@ class Chat:
         """Print the answer as it comes and return it. Raises ValueError, before anything is printed, if there is none."""
         raise NotImplementedError
 
-    def ask(self, question: str) -> None:
-        """Print the answer; question and answer become part of the conversation. Raises ValueError, and nothing changes."""
-        text = self.reply(question)
+    def ask(self, question: str) -> bool:
+        """Print the answer, and add both to the conversation; or print why there is none. Return whether there is one."""
+        try:
+            text = self.reply(question)
+        except ValueError as error:
+            print(f"not answered: {error}", file=sys.stderr, flush=True)
+            return False
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        return True
 
     def run(self) -> None:
         """Read questions and commands until /exit or the end of the input."""
@@ -57,10 +62,7 @@ class Chat:
             elif command.startswith("/") and command[1:].isalpha() and not argument:
                 print(HELP if command == "/help" else f"no such command: {command}\n{HELP}")
             elif command:
-                try:
-                    self.ask(line)
-                except ValueError as error:
-                    print(f"not answered: {error}", file=sys.stderr, flush=True)
+                self.ask(line)
 
     def save(self, name: str) -> None:
         """Append the conversation to a file that 3-full_sft.py can train on."""

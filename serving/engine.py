@@ -81,7 +81,7 @@ class Stream(Generic[T]):
         """
         self._engine, self._is_last = engine, is_last
         self._results: list[tuple[int, T]] = []
-        self._waiter: asyncio.Future | None = None
+        self._news = asyncio.Event()
         self._error: EngineError | None = None
         self.unfinished = size  # items whose last result has not come
 
@@ -104,8 +104,8 @@ class Stream(Generic[T]):
                 raise self._error
             if not self.unfinished:
                 raise StopAsyncIteration
-            self._waiter = self._engine.loop.create_future()
-            await self._waiter
+            self._news.clear()
+            await self._news.wait()
         results, self._results = self._results, []
         return results
 
@@ -122,8 +122,7 @@ class Stream(Generic[T]):
         elif self._error is None:
             self._results += news
             self.unfinished -= sum(self._is_last(result) for _, result in news)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._news.set()
 
 
 @dataclass
@@ -155,13 +154,12 @@ class _Sequence:
 
 @dataclass(slots=True, eq=False)
 class _Text:
-    """A text to read: for its embedding, or for its Scores with the `top` most probable tokens."""
+    """A text to read: for its Scores with the `top` most probable tokens, or for its embedding (None)."""
 
     owner: Stream
     index: int
     prompt: Sequence[int]
-    top: int
-    embedding: bool
+    top: int | None
 
 
 @dataclass
@@ -245,17 +243,17 @@ class Engine:
 
     async def score(self, texts: Sequence[Sequence[int]], top: int = 0) -> list[Scores]:
         """Return the scores of each text, with the `top` most probable tokens at each position. Raises like `submit`."""
-        return await self._read_texts(texts, top, embedding=False)
+        return await self._read_texts(texts, top)
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return (dim,) float32 for each text: the mean of its final hidden states. Raises like `submit`."""
-        return await self._read_texts(texts, 0, embedding=True)
+        return await self._read_texts(texts, None)
 
-    async def _read_texts(self, texts: Sequence[Sequence[int]], top: int, embedding: bool) -> list:
+    async def _read_texts(self, texts: Sequence[Sequence[int]], top: int | None) -> list:
         stream: Stream = Stream(self, len(texts), is_last=lambda _: True)
         with self._wakeup:
             self._check_room(len(texts))
-            self._texts += [_Text(stream, i, text, top, embedding) for i, text in enumerate(texts)]
+            self._texts += [_Text(stream, i, text, top) for i, text in enumerate(texts)]
             self._wakeup.notify()
         found: dict[int, Any] = {}
         async with stream:
@@ -292,14 +290,11 @@ class Engine:
     async def close(self, drain_seconds: float = 0.0) -> None:
         """Let what runs finish, for at most `drain_seconds`; drop the rest, and end the thread."""
         self.start_draining()
-        deadline = time.monotonic() + drain_seconds
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._thread.join, drain_seconds)
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify()
-        while self._thread.is_alive():  # it finishes its current step, and notifies every stream
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(self._thread.join)  # it finishes its current step, and notifies every stream
         await asyncio.sleep(0)  # those notifications are already scheduled in this loop
 
     # -- the thread
@@ -314,11 +309,15 @@ class Engine:
             while self._step():
                 pass
             log.debug("engine ended")
-            self._fail_requests(ShuttingDown(SHUTTING_DOWN), waiting_too=True)
         except BaseException:
             self.failed = True
-            self._fail_requests(EngineFailed(STOPPED), waiting_too=True)
             raise
+        finally:
+            with self._wakeup:
+                self.closing = True
+                items = [*self._running.values(), *self._clear_queues()]
+            self._running.clear()
+            self._fail(items, EngineFailed(STOPPED) if self.failed else ShuttingDown(SHUTTING_DOWN))
 
     def _step(self) -> bool:
         """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
@@ -329,11 +328,7 @@ class Engine:
             if cancelled:
                 self._waiting = deque(item for item in self._waiting if item.owner not in cancelled)
                 self._texts = deque(item for item in self._texts if item.owner not in cancelled)
-            rejected: list[_Sequence | _Text] = []
-            if self.closing:
-                rejected = [*self._waiting, *self._texts]
-                self._waiting.clear()
-                self._texts.clear()
+            rejected = self._clear_queues() if self.closing else []
             stopping = self._stopping
         generator = self.generator
         assert generator is not None
@@ -341,12 +336,12 @@ class Engine:
             generator.cancel(key)
             del self._running[key]
             self.statistics.cancelled += 1
-        self._publish({item.owner: ShuttingDown(SHUTTING_DOWN) for item in rejected})
+        self._fail(rejected, ShuttingDown(SHUTTING_DOWN))
         if stopping or (self.closing and not self._running):
             return False
         with self._wakeup:
             joining = _next_batch(self._waiting, generator.free)
-            texts = _next_batch(self._texts, MAX_PASS_TEXTS, group=lambda item: (item.top, item.embedding))
+            texts = _next_batch(self._texts, MAX_PASS_TEXTS, group=lambda item: item.top)
         try:
             if texts:
                 self._publish(_by_owner(zip(texts, self._read(generator, texts), strict=True)))
@@ -357,7 +352,9 @@ class Engine:
         except RuntimeError:  # from PyTorch: out of memory, a broken device
             log.exception("a step failed; its requests are dropped")
             self.statistics.failures += 1
-            self._fail_requests(EngineFailed("the computation failed: see the server's log"), [*joining, *texts])
+            failed = [*self._running.values(), *joining, *texts]
+            self._running.clear()
+            self._fail(failed, EngineFailed("the computation failed: see the server's log"))
             self.generator = generator = None  # its memory must be free before the next one allocates its own
             self.generator = self._make_generator()
         return True
@@ -392,7 +389,7 @@ class Engine:
         longest = max(lengths)
         ids = torch.tensor([[*item.prompt, *[0] * (longest - len(item.prompt))] for item in items], device=device)
         self.statistics.prompt_tokens += sum(lengths)
-        if items[0].embedding:
+        if items[0].top is None:
             output = model(input_ids=ids, use_cache=False, logits_to_keep=1, output_hidden_states=True)
             hidden = output.hidden_states[-1]  # (texts, longest, dim)
             return [states[:length].float().mean(0).cpu() for states, length in zip(hidden, lengths, strict=True)]
@@ -408,18 +405,14 @@ class Engine:
             for i, length in enumerate(lengths)
         ]
 
-    def _fail_requests(
-        self, error: EngineError, extra: Iterable[_Sequence | _Text] = (), waiting_too: bool = False
-    ) -> None:
-        """End all running requests and `extra` with an error; with `waiting_too` also those that wait."""
-        items: list[_Sequence | _Text] = [*self._running.values(), *extra]
-        self._running.clear()
-        if waiting_too:
-            with self._wakeup:
-                self.closing = True
-                items += [*self._waiting, *self._texts]
-                self._waiting.clear()
-                self._texts.clear()
+    def _clear_queues(self) -> list[_Sequence | _Text]:
+        """Empty the queues and return what waited in them. The caller holds `_wakeup`."""
+        items = [*self._waiting, *self._texts]
+        self._waiting.clear()
+        self._texts.clear()
+        return items
+
+    def _fail(self, items: Iterable[_Sequence | _Text], error: EngineError) -> None:
         self._publish({item.owner: error for item in items})
 
     def _publish(self, news: dict[Stream, Any]) -> None:

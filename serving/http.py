@@ -115,7 +115,9 @@ class Auth:
             if received > MAX_BODY:
                 if message.get("more_body", False):
                     await _discard(receive, headers)
-                raise _too_large(f"more than {MAX_BODY}")
+                size = headers.get(b"content-length", b"more than %d" % MAX_BODY).decode()
+                text = f"the body has {size} bytes; the limit is {MAX_BODY}"
+                raise ApiError(413, text, code="request_too_large")
             return message
 
         await self.app(scope, receive_limited, send_counted)
@@ -131,14 +133,7 @@ class Auth:
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if kind != b"application/json":  # a web page can send other types to any server without CORS permission
                 return ApiError(415, "the body must be JSON, with the header `Content-Type: application/json`")
-            length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length) > MAX_BODY:
-                return _too_large(length.decode())
         return None
-
-
-def _too_large(size: str) -> ApiError:
-    return ApiError(413, f"the body has {size} bytes; the limit is {MAX_BODY}", code="request_too_large")
 
 
 async def _discard(receive: Receive, headers: dict[bytes, bytes]) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal, get_type_hints
 
+from openai import types
+from openai.types import completion_choice
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from inference.options import SamplingParams
@@ -147,98 +149,31 @@ class EmbeddingRequest(Request):
     dimensions: int | None = Field(None, ge=1, description="only the model's own width")
 
 
-# ---- answers
+# ---- answers: the types of OpenAI's own client, and here only what differs from them
 
 
-class PromptUsage(Schema):
-    prompt_tokens: int
-    total_tokens: int
+class Logprobs(completion_choice.Logprobs):
+    token_logprobs: list[float | None]  # the first token of a prompt has none
+    top_logprobs: list[dict[str, float] | None] | None = None
 
 
-class Usage(PromptUsage):
-    completion_tokens: int
+class CompletionChoice(types.CompletionChoice):
+    logprobs: Logprobs | None = None
 
 
-class Generated(Schema):
-    """The fields that all generated answers have."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    usage: Usage
-
-
-class TopLogprob(Schema):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Schema):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class AnswerMessage(Schema):
-    role: Literal["assistant"]
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Schema):
-    index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatCompletion(Generated):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-
-
-class CompletionLogprobs(Schema):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(Schema):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class Completion(Generated):
-    object: Literal["text_completion"]
+class Completion(types.Completion):
     choices: list[CompletionChoice]
 
 
-class Embedding(Schema):
-    object: Literal["embedding"]
-    index: int
+class Embedding(types.Embedding):
     embedding: list[float] | str
 
 
-class EmbeddingList(Schema):
-    object: Literal["list"]
-    model: str
+class EmbeddingList(types.CreateEmbeddingResponse):
     data: list[Embedding]
-    usage: PromptUsage
 
 
-class ModelCard(Schema):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
+class ModelCard(types.Model):
     max_model_len: int = Field(description="maximum length of prompt and answer together, in tokens")
 
 
@@ -251,14 +186,7 @@ class Health(Schema):
     status: Literal["ok", "shutting down", "failed"]
 
 
-class ErrorDetail(Schema):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorBody(Schema):
     """Every error, whatever its status."""
 
-    error: ErrorDetail
+    error: types.ErrorObject

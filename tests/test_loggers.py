@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.test_trainer import options, same, train, weights
+from trainer.losses import next_token_loss
 
 
 class StubRun:
@@ -110,3 +112,25 @@ def test_tensorboard_has_the_figures_and_no_step_twice_after_a_resume(tmp_path):
     assert [step for step, _ in found["loss"]] == list(range(1, 13))
     assert [value for _, value in found["loss"]] == pytest.approx([line["loss"] for line in lines])
     assert {"lr", "grad_norm", "tokens_per_second"} <= found.keys()
+
+
+@pytest.mark.parametrize(("first_seconds", "first_eta"), [(5.0, None), (100.0, 1100.0)])
+def test_the_remaining_time_is_not_that_of_a_slow_first_step(tmp_path, monkeypatch, capsys, first_seconds, first_eta):
+    """The first step takes long, the others a second; all that is known before it is printed before it."""
+    now, printed_before = 0.0, []
+
+    def slow_loss(model, batch):
+        nonlocal now
+        if not printed_before:
+            printed_before.append(capsys.readouterr().out)
+        now += 1.0 if now else first_seconds
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr("trainer.metrics.time", SimpleNamespace(perf_counter=lambda: now))
+    train(options(tmp_path), loss_fn=slow_loss)
+    assert printed_before == ["12 steps of 4 rows each; the log begins after step 1\n"]
+    lines = [json.loads(line) for line in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()]
+    assert [line.get("eta_seconds") for line in lines] == [first_eta, 9.0, 6.0, 3.0, 0.0]
+    first, *others = capsys.readouterr().out.splitlines()
+    assert ("eta" in first) == bool(first_eta) and "mfu" not in first
+    assert [line.split(" | ")[-1] for line in others] == [f"eta 0:00:{seconds:02d}" for seconds in (9, 6, 3, 0)]

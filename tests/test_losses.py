@@ -264,6 +264,16 @@ def test_ipo_by_its_formula(encoded, tmp_path):
     assert loss.item() == pytest.approx(distance**2, abs=2 * abs(distance) * margin_rounding(pairs, 1.0))
 
 
+def test_the_pass_of_the_reference_is_not_silent(encoded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.losses.Progress.EVERY", 0.0)
+    with_reference(encoded, make(), tmp_path, batch_size=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" pairs")[0] for line in lines] == [
+        f"reference model: {share} of 4" for share in ("75%", "100%")
+    ]
+    assert all(line.endswith(" left") for line in lines)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_the_margin_rises_on_a_toy_set(encoded, tmp_path, kind):
     policy = make(initializer_range=0.02)

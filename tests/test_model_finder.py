@@ -140,6 +140,31 @@ def test_names_and_finding(tmp_path):
     assert found(["pretrain", "full_sft"]) == "pretrain_192.pth"
 
 
+def test_a_finished_model_is_preferred_and_the_choice_is_printed(tmp_path, capsys):
+    def said() -> str:
+        return capsys.readouterr().out.replace(f"{tmp_path}/", "")
+
+    trial = put(tmp_path / "pretrain_64.pth", when=1e9 + 2, stage="pretrain", step=3, total_steps=1000)
+    assert find_model(tmp_path, ["pretrain"]) == trial
+    assert said() == "using pretrain_64.pth (unfinished: step 3 of 1000); --weights names another\n"
+    whole = put(tmp_path / "pretrain_512.pth", when=1e9 + 1, stage="pretrain", step=1000, total_steps=1000)
+    put(tmp_path / "full_sft_64.pth", when=1e9 + 4, stage="full_sft")
+    assert find_model(tmp_path, ["pretrain"], flag="--init_from") == whole
+    assert said() == (
+        "using pretrain_512.pth (step 1000 of 1000), the newest finished one of 2 that fit; newer: pretrain_64.pth "
+        "(unfinished: step 3 of 1000); --init_from names another\n"
+    )
+    published = put(tmp_path / "pretrain_768.pth", when=1e9 + 3)
+    assert find_model(tmp_path, ["pretrain"]) == published
+    assert said() == "using pretrain_768.pth, the newest one of 3 that fit; --weights names another\n"
+    assert find_model(tmp_path, ["full_sft"]) and said() == ""  # no choice, and no reason to doubt it
+
+    (answering,) = [entry for entry in list_models(tmp_path) if entry.stage == "full_sft"]
+    assert default_model(list_models(tmp_path)) == answering
+    put(tmp_path / "rl_64.pth", when=1e9 + 5, stage="rl", step=1, total_steps=2)
+    assert default_model(list_models(tmp_path)) == answering
+
+
 def test_adapters_are_found_too(tmp_path):
     put(tmp_path / "full_sft_64.pth", when=1e9 + 1)
     adapter = put_folder(tmp_path / "lora_x_64", "adapter_model.safetensors", "adapter_config.json", 1e9 + 2)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from export.exporter import export_folder
+from export.options import ExportOptions
 from inference.generator import generate_text
 from inference.options import SamplingParams
 from model.chat_format import truncate_chat
@@ -90,7 +92,7 @@ def test_chat_model(out, tmp_path):
         *flags, input="\n".join(["before", "/clear", *questions, f"/save {saved}", "/exit", "after"]), cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{out / 'rl_64.pth'} (rl)\n")
+    assert f"; --weights names another\n{out / 'rl_64.pth'} (rl)\n" in result.stdout
     assert "conversation cleared" in result.stdout and "appended 3 turns" in result.stdout
     assert result.stdout.count(" tokens/s]") == 4
     (line,) = saved.read_text(encoding="utf-8").splitlines()
@@ -135,6 +137,28 @@ def test_built_in_questions(out, call):
     assert "note: this is a base model" in result.stdout
     assert "> What is the capital of France?" in result.stdout and "> 你好" in result.stdout
     assert result.stdout.count(" tokens/s]") == 9
+
+
+def test_built_in_questions_that_do_not_fit_are_skipped(out, call):
+    result = call("--weights", out / "rl_64.pth", "--auto", *GREEDY, "--max_seq_len", 31)
+    assert result.returncode == 0
+    answered, skipped = result.stdout.count(" tokens/s]"), result.stderr.count("not answered: the last question has ")
+    assert answered and skipped and answered + skipped == 9
+
+
+def test_an_exported_folder_answers_like_its_source(out, tmp_path, call):
+    source = load_checkpoint(out / "rl_64.pth")
+    folder, _ = export_folder(source, TOKENIZER, ExportOptions(output=tmp_path / "rl_64-llama"))
+
+    def answer(weights: Path, *flags) -> str:
+        result = call("--weights", weights, *GREEDY, *flags, input="hi\n")
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split("> ", 1)[1].split("\n[")[0]
+
+    assert answer(folder) == answer(source.path)
+    assert "no config.json in" in message(call("--weights", tmp_path))
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors in" in message(call("--weights", folder))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
@@ -199,4 +223,7 @@ def test_wrong_input_is_one_clear_line(out, tmp_path, call):
     wrong = message(call("--min_p", 3, "--history_turns", -1, "--max_seq_len", 1), lines=3, code=2)
     assert "--min_p 3.0 must be between 0 and 1" in wrong and "--history_turns -1 must be at least 0" in wrong
     assert "--max_seq_len 1 must be at least 2" in wrong
-    assert "tokens, and 84 is the limit" in fails("--out_dir", out, *GREEDY, "--auto", "--system", "long " * 200)
+    result = call("--out_dir", out, *GREEDY, "--auto", "--system", "long " * 200)
+    assert result.returncode == 1 and result.stderr.count("not answered: ") == 9
+    assert "tokens, and 84 is the limit" in result.stderr
+    assert result.stderr.endswith("\nerror: no question was answered; the lines above say why\n")

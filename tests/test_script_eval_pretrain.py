@@ -75,7 +75,7 @@ def expected(path: Path, text: str, sampling: SamplingParams, max_len: int | Non
 def test_built_in_prompts_on_the_newest_checkpoint(out, tmp_path):
     result = run("--out_dir", out, "--max_new_tokens", 4, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{out / 'pretrain_32.pth'}\n")
+    assert f"; --weights names another\n{out / 'pretrain_32.pth'}\n" in result.stdout
     assert "no JSON beside it, read from the shapes: dim 32" in result.stdout and "M parameters" in result.stdout
     for text in ("中国的首都是", "The capital of France is"):
         assert f"\n{text}" in result.stdout

@@ -29,9 +29,9 @@ def starting_model(
 ) -> tuple[Transformer, Checkpoint | None]:
     """Return the model a stage starts from, and the checkpoint it came from (None: random weights).
 
-    --init_from, or the newest checkpoint of `stages` in --out_dir (of the size of --preset, if that is given). Weights
-    are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the file.
-    Where training shards them over the processes, they are mapped from a file.
+    --init_from, or the newest finished checkpoint of `stages` in --out_dir (of the size of --preset, if that is given).
+    Weights are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the
+    file. Where training shards them over the processes, they are mapped from a file.
     """
     if options.init_from == "none":
         print("WARNING: starting from random weights: the model has not learned any language")
@@ -41,7 +41,7 @@ def starting_model(
     if options.init_from is not None:
         path: Path | None = Path(options.init_from)
     else:
-        path = find_model(options.out_dir, stages, options.config() if options.preset else None)
+        path = find_model(options.out_dir, stages, options.config() if options.preset else None, "--init_from")
     if path is None:
         size = f" of the size of {options.preset}" if options.preset else ""
         raise UserError(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common.progress import Progress
 from data_pipeline.datasets import Batch, Dataset
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int, dict[str, Tensor]]]
@@ -62,12 +62,14 @@ def compute_ref_logps(
     pairs: a `data_pipeline.preferences.PreferencePairs`.
     """
     was_training = model.training
-    model.to(device).eval()
+    model.eval()
     logps = []
-    for begin in tqdm(range(0, len(pairs), batch_size), desc="reference model", disable=None, leave=False):
-        batch = pairs.batch(range(begin, min(begin + batch_size, len(pairs)))).to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logps.append(sequence_logps(model, batch.inputs)[0].view(-1, 2).cpu().numpy())
+    with Progress("reference model", len(pairs), "pair") as progress:
+        for begin in range(0, len(pairs), batch_size):
+            batch = pairs.batch(range(begin, min(begin + batch_size, len(pairs)))).to(device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                logps.append(sequence_logps(model, batch.inputs)[0].view(-1, 2).cpu().numpy())
+            progress.update(len(logps[-1]))
     model.train(was_training)
     return np.concatenate(logps).astype(np.float32)
 
@@ -82,10 +84,10 @@ def dpo_loss(beta: float, label_smoothing: float = 0.0, kind: str = "sigmoid") -
     ipo: (m - 1 / (2 beta))^2 with log-probabilities averaged over an answer's tokens (https://arxiv.org/abs/2310.12036,
         equation 17); it does not push a pair any further once its margin is large enough.
 
-    Before the first step m is 0 and the sigmoid loss ln 2. Logged beside the loss, as means over pairs: `chosen_reward` and
-    `rejected_reward` (beta r), their `margin`, `accuracy` (share of positive margins), and `kl_estimate`, the mean of -r
-    per answer: how much less probable the answers of the data have become (an estimate of the KL divergence from the
-    reference if the answers were samples of it).
+    Before the first step m is 0: the sigmoid loss is ln 2, the ipo loss 1 / (2 beta)^2. Logged beside the loss, as means
+    over pairs: `chosen_reward` and `rejected_reward` (beta r), their `margin`, `accuracy` (share of positive margins), and
+    `kl_estimate`, the mean of -r per answer: how much less probable the answers of the data have become (an estimate of the
+    KL divergence from the reference if the answers were samples of it).
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:

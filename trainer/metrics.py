@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
+from common.words import counted
 from model.LMConfig import LMConfig
 from trainer.distributed import DistEnv, all_reduce_sum
 from trainer.loggers import Loggers, RankLog, open_loggers
@@ -88,6 +89,19 @@ class MetricsLogger:
         self._validated_now = False
         self._bar: tqdm | None = None
         self._loggers = Loggers([])
+        if dist_env.is_main and steps_done < total_steps:
+            print(self._plan(), flush=True)  # a first step can take minutes, and nothing else is printed before its end
+
+    def _plan(self) -> str:
+        """Return what is known before the first step; its duration is not."""
+        options, size = self.options, self.dist_env.size
+        rows = options.batch_size * options.accumulation_steps * size
+        text = f"{counted(self.total_steps - self.first_step, 'step')} of {counted(rows, 'row')} each"
+        if rows > options.batch_size:
+            text += f", {options.batch_size:,} at once" + (f" in each of {size} processes" if size > 1 else "")
+        if options.compile:
+            text += "; --compile takes about a minute before the first"
+        return f"{text}; the log begins after step {self.first_step + 1}"
 
     def __enter__(self) -> MetricsLogger:
         if self.dist_env.is_main:
@@ -101,7 +115,7 @@ class MetricsLogger:
                 disable=None,
                 leave=False,
             )
-        self._since = self._started = self._step_since = time.perf_counter()
+        self._since = self._step_since = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,6 +135,8 @@ class MetricsLogger:
         if self._bar is not None:
             self._bar.update()
         now = time.perf_counter()
+        if step == self.first_step + 1:
+            self._first_step_done = now
         waited = self.timer.data_seconds
         self.rank_log.write(f"step {step}: {now - self._step_since:.4f} s, of which {waited:.4f} s waiting for data")
         self._step_since = now
@@ -161,7 +177,12 @@ class MetricsLogger:
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
         line |= self._skew(steps)
         line["memory_gb"] = _memory_gb(self.device)
-        line["eta_seconds"] = (now - self._started) / (step - self.first_step) * (self.total_steps - step)
+        # The first step also allocates and compiles: it says how long the others take only where that hardly counts.
+        if step > self.first_step + 1:
+            step_seconds = (now - self._first_step_done) / (step - self.first_step - 1)
+            line["eta_seconds"] = step_seconds * (self.total_steps - step)
+        elif seconds > 10 and not self.options.compile:
+            line["eta_seconds"] = seconds * (self.total_steps - step)
         if self.dist_env.is_main:
             with jsonlines.open(self.path, "a") as writer:
                 writer.write(line)
@@ -202,9 +223,11 @@ class MetricsLogger:
             each = "GPU" if self.device.type == "cuda" else "process"
             parts[-1] += f" ({line['tokens_per_second_per_process']:,.0f} per {each})"
             parts.append(f"skew {line['skew']:.2f} (rank {int(line['slowest_rank'])})")
-        parts.append(f"mfu {line['mfu']:.1%}" if "mfu" in line else "mfu n/a")
-        minutes, seconds = divmod(round(line["eta_seconds"]), 60)
-        parts += [f"mem {line['memory_gb']:.1f} GB", f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"]
+        parts += [f"mfu {line['mfu']:.1%}"] if "mfu" in line else []
+        parts.append(f"mem {line['memory_gb']:.1f} GB")
+        if "eta_seconds" in line:
+            minutes, seconds = divmod(round(line["eta_seconds"]), 60)
+            parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
         return " | ".join(parts)
 
     def plot(self) -> None:

@@ -42,14 +42,13 @@ def load_library(name: str, *flags: str) -> ctypes.CDLL:
     compiler, source = shlex.split(os.environ.get("CXX") or "g++"), HERE / f"{name}_kernel.cpp"
     options = [*FLAGS, *flags]
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
-        # The instructions that -march=native allows on this CPU: a home folder may be shared by several machines.
+        # The compiler's version, and the instructions of this CPU: a home folder may be shared by several machines.
         macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-        native = subprocess.run(macros, capture_output=True, check=True).stdout
+        target = subprocess.run(macros, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise KernelUnavailable(f"no C++ compiler ({shlex.join(compiler)}): {error}") from error
     read = b"".join(path.read_bytes() for path in (source, HERE / "kernel.hpp"))
-    key = hashlib.sha256(read + " ".join(options).encode() + version.encode() + native).hexdigest()[:16]
+    key = hashlib.sha256(read + " ".join(options).encode() + target).hexdigest()[:16]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
     except RuntimeError as error:  # a user without a home folder, as in some containers
