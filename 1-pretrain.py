@@ -57,7 +57,9 @@ def main() -> None:
     # Data: texts, tokenized once and kept on the disk.
     train, val = packed_rows(
         options, dist_env, config.max_seq_len,
-        lambda cache: tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field),
+        lambda cache: tokenize_pretrain_data(
+            options.data_path, tokenizer, cache, text_field=options.text_field, max_dropped=options.max_dropped
+        ),
     )  # fmt: skip
 
     # Model: random weights.

@@ -43,7 +43,7 @@ class DpoOptions(TuneOptions):
     )
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
     max_dropped: float = flag(
-        0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len", min=0, max=1
+        0.1, "largest share of rows that cannot be used; more than elsewhere: long questions are common in pairs"
     )
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")

@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -64,7 +65,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         fail(name_flags(str(error)))
     except KeyboardInterrupt as stop:
-        fail("interrupted", code=128 + (stop.args or (signal.SIGINT,))[0])
+        number = (stop.args or (signal.SIGINT,))[0]
+        what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        fail(": ".join([what, *getattr(stop, "__notes__", [])]), code=128 + number)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
@@ -115,6 +118,8 @@ def fail(message: str, code: int = 1) -> NoReturn:
     if dist is not None:  # at once: no process may be kept waiting by a connection to one that is gone
         sys.stdout.flush()
         os._exit(code)
+    if code > 128:  # a signal: a thread may be computing outside of Python, and for long
+        _exit_without_teardown(code)
     sys.exit(code)
 
 
@@ -133,3 +138,20 @@ def exit_on_sigterm() -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextlib.contextmanager
+def stoppable(note: str) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the block alike; `note` says what was kept, and `run_script` prints it."""
+    main_thread = threading.current_thread() is threading.main_thread()  # only there a handler can be set
+    before = signal.getsignal(signal.SIGTERM)
+    if main_thread:
+        exit_on_sigterm()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(note)
+        raise
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, recover_folder
+from common.files import atomic_folder, recover_folder, write_json
 from model.model import Transformer
 from model.weights import Checkpoint, load_checkpoint
 
@@ -92,7 +92,7 @@ def save_adapter(
             "config": base.config.own_fields(),
             **info,
         }
-        (tmp / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_json(tmp / DESCRIPTION, description)
 
 
 def load_adapter(

@@ -67,7 +67,9 @@ def chat_rows(
     """Return training and validation rows of dialogues, with a mask over everything that the assistant does not say."""
     train, val = packed_rows(
         options, dist_env, seq_len,
-        lambda cache: tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len),
+        lambda cache: tokenize_chat_data(
+            options.data_path, tokenizer, cache, max_tokens=seq_len, max_dropped=options.max_dropped
+        ),
     )  # fmt: skip
     if options.show_sample:
         show_sample(train.dataset, tokenizer)

@@ -59,6 +59,10 @@ class TrainOptions:
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
     cache_dir: Path | None = flag(None, "folder for tokenised data (default: OUT_DIR/cache)")
+    max_dropped: float = flag(
+        0.01, "largest share of rows that cannot be used (unreadable, not valid, too long, not for this stage); they are "
+        "never trained on, and more of them are an error", min=0, max=1,
+    )  # fmt: skip
     tokenizer: Path = flag(TOKENIZER_DIR, "tokenizer folder (default: the one shipped in model/)")
     preset: str | None = flag(None, "model size (default: minimind-v1-small)", choices=[*PRESETS])
     model: dict = flag_group("model", "fields of the configuration; default: what the preset says", _model_flags)
