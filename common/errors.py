@@ -29,6 +29,7 @@ class UserError(ValueError):
 
 
 known_flags: set[str] = set()  # of this process's command line; common.cli fills it
+failure_key = "failed"  # in the process group's store: the first process to fail puts it there
 
 
 def name_flags(message: str) -> str:
@@ -109,13 +110,10 @@ def _exit_without_teardown(code: int) -> NoReturn:
     os._exit(code)
 
 
-def fail(message: str, code: int = 1, store: Any = None) -> NoReturn:
-    """Print `error: message` on stderr and exit with `code`. Of several processes only the first to fail prints it.
-
-    store: the process group's key-value store, for a thread that has a connection of its own.
-    """
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print `error: message` on stderr and exit with `code`. Of several processes only the first to fail prints it."""
     dist = _distributed()
-    if dist is None or _is_first_to_fail(dist, store):
+    if dist is None or _is_first_to_fail(dist):
         print(f"error: {message}", file=sys.stderr, flush=True)
     if dist is not None:  # at once: no process may be kept waiting by a connection to one that is gone
         sys.stdout.flush()
@@ -125,14 +123,10 @@ def fail(message: str, code: int = 1, store: Any = None) -> NoReturn:
     sys.exit(code)
 
 
-def has_failed(store: Any) -> bool:
-    """Return whether a process has already printed why it exits; `store` is the process group's key-value store."""
-    return store.check(["failed"])
-
-
-def _is_first_to_fail(dist: ModuleType, store: Any) -> bool:
+def _is_first_to_fail(dist: ModuleType) -> bool:
     try:
-        return (store or dist.distributed_c10d._get_default_store()).add("failed", 1) == 1
+        # A connection of its own: the main thread may be waiting on the other one.
+        return dist.distributed_c10d._get_default_store().clone().add(failure_key, 1) == 1
     except RuntimeError:  # the store is gone, and with it rank 0, which has printed its own message
         return dist.get_rank() == 0
 
