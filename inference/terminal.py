@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import jsonlines
 
+from common.words import counted
+
 if TYPE_CHECKING:  # a client of a server does not need torch
     from inference.generator import TokenOutput
 
@@ -75,8 +77,7 @@ class Chat:
         except OSError as error:
             print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
         else:
-            n = len(self.turns) // 2
-            print(f"appended {n} turn{'s' * (n != 1)} to {name}")
+            print(f"appended {counted(len(self.turns) // 2, 'turn')} to {name}")
 
 
 # ---- printing answers

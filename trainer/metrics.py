@@ -101,7 +101,11 @@ class MetricsLogger:
             text += f", {options.batch_size:,} at once" + (f" in each of {size} processes" if size > 1 else "")
         if options.compile:
             text += "; --compile takes about a minute before the first"
-        return f"{text}; the log begins after step {self.first_step + 1}"
+        text += f"; the log begins after step {self.first_step + 1}"
+        if options.optimizer == "muon" and options.learning_rate == type(options).learning_rate:
+            rate = 4 * options.learning_rate  # the default is AdamW's
+            text += f"\nnote: muon learns faster with a higher rate than AdamW: try --learning_rate {rate:g}"
+        return text
 
     def __enter__(self) -> MetricsLogger:
         if self.dist_env.is_main:
