@@ -35,23 +35,20 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
     """
     if compile not in COMPILE:
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
-    if compile == "off" and quantize == "none":
+    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
+    optional = compile == "auto" and quantize == "none"  # asked for nothing: the model itself will do
+    if compile == "off" and quantize == "none" or optional and not (on_cpu and type(model) is Transformer):
         return None
     if type(model) is not Transformer:
-        if compile == "auto" and quantize == "none":
-            return None
         raise ValueError(
             "fast decoding is for a plain model, and this one has an adapter: merge it into the weights first"
         )
-    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
-    if compile == "auto" and quantize == "none" and not on_cpu:
-        return None
     weights = DecodeWeights(model, quantize)
     if compile != "off" and on_cpu:
         try:
             return NativeModel(weights)
         except KernelUnavailable:
-            if compile == "auto" and quantize == "none":
+            if optional:
                 return None
     return TorchModel(weights, compiled=compile == "on")
 
