@@ -37,7 +37,7 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
     on_cpu = model.tok_embeddings.weight.device.type == "cpu"
     optional = compile == "auto" and quantize == "none"  # asked for nothing: the model itself will do
-    if compile == "off" and quantize == "none" or optional and not (on_cpu and type(model) is Transformer):
+    if (compile == "off" and quantize == "none") or (optional and not (on_cpu and type(model) is Transformer)):
         return None
     if type(model) is not Transformer:
         raise ValueError(
