@@ -50,18 +50,21 @@ def main() -> None:
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
 
-    # Data: texts, tokenized once and kept on the disk.
     config = options.config()
     tokenizer = open_tokenizer(options, config)
+    run = weights_run("pretrain", options, config, tokenizer, dist_env)
+
+    # Data: texts, tokenized once and kept on the disk.
     train, val = packed_rows(
         options, dist_env, config.max_seq_len,
-        lambda cache: tokenize_pretrain_data(options.data_path, tokenizer, cache, text_field=options.text_field),
+        lambda cache: tokenize_pretrain_data(
+            options.data_path, tokenizer, cache, text_field=options.text_field, max_dropped=options.max_dropped
+        ),
     )  # fmt: skip
 
     # Model: random weights.
-    model = new_model(config, options.seed)
+    model = new_model(options, config, dist_env)
     print(describe_parameters(model))
-    run = weights_run("pretrain", options, model, tokenizer)
 
     # Loss: cross entropy of the next token.
     fit(model, next_token_loss, train, val, options, run, dist_env)

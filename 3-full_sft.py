@@ -51,8 +51,8 @@ def main() -> None:
 
     # Model: one that was pretrained.
     tokenizer = open_tokenizer(options)
-    model, origin = starting_model(options, ["pretrain"], tokenizer)
-    run = weights_run("full_sft", options, model, tokenizer, origin)
+    model, origin = starting_model(options, ["pretrain"], tokenizer, dist_env)
+    run = weights_run("full_sft", options, model.config, tokenizer, dist_env, origin)
 
     # Data: dialogues, with a mask over everything that the assistant does not say.
     train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)

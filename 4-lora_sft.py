@@ -18,15 +18,11 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
 from trainer.options import ChatOptions
-
-if TYPE_CHECKING:
-    from model.LMConfig import LMConfig
 
 
 @dataclass
@@ -68,10 +64,11 @@ def main() -> None:
 
     from model.architecture import checkpoint_name
     from model.device import DTYPES, resolve_device
-    from model.lora import add_adapter, merge, read_description, save_adapter, trainable_share
+    from model.lora import add_adapter, load_adapter, save_adapter, trainable_share
     from model.model import parameter_counts
     from model.tokenizer import tokenizer_hash
-    from model.weights import check_can_write, save_checkpoint
+    from model.weights import save_checkpoint
+    from trainer.checkpoint import check_run
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
@@ -83,14 +80,13 @@ def main() -> None:
 
     # Model: an adapter on frozen weights.
     tokenizer = open_tokenizer(options)
-    model, base = starting_model(options, ["full_sft", "rl"], tokenizer)
+    model, base = starting_model(options, ["full_sft", "rl"], tokenizer, dist_env)
     assert base is not None  # --init_from none was refused
     file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
     folder = file.with_suffix("")
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    check_can_write_adapter(folder, base.config, options.overwrite)
-    if options.merge:
-        check_can_write(file, base.config, options.overwrite)
+    for output in (folder, file) if options.merge else (folder,):
+        check_run(output, options, dist_env)
+
     settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.lora_dropout}
     identity = {"adapter": settings | {"target_modules": sorted(set(options.target_modules))}}
     identity |= {"tokenizer_hash": tokenizer_hash(tokenizer), "origin": base.fingerprint}
@@ -111,29 +107,12 @@ def main() -> None:
     # Loss: cross entropy of the next token of the assistant.
     fit(adapted, next_token_loss, train, val, options, run, dist_env)
     if dist_env.is_main and options.merge:
-        info = read_description(folder) | {"merged_adapter": run.name}
-        save_checkpoint(file, merge(adapted), dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
+        merged = load_adapter(folder, base=base.path)
+        info = merged.info | {"merged_adapter": run.name}
+        save_checkpoint(file, merged.model, dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
         print(f"merged into {file}")
     cleanup_distributed(dist_env)
     print(f"done: {folder}; now try: python 2-eval.py --lora {folder}")
-
-
-def check_can_write_adapter(folder: Path, config: LMConfig, overwrite: bool) -> None:
-    """Raise UserError if `folder` holds an adapter of another architecture than `config` without `overwrite`."""
-    from model.LMConfig import LMConfig, architecture_differences
-    from model.lora import read_description
-
-    if overwrite or not folder.exists():
-        return
-    try:
-        theirs = LMConfig(**read_description(folder)["config"])
-    except ValueError as error:
-        raise UserError(f"{error}; remove the folder or choose another --lora_name") from error
-    if differences := architecture_differences(theirs, config):
-        raise UserError(
-            f"{folder} is an adapter of another model ({'; '.join(differences)}): replace it with --overwrite, or choose "
-            "another --lora_name"
-        )
 
 
 if __name__ == "__main__":

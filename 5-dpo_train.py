@@ -18,6 +18,7 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ class DpoOptions(TuneOptions):
     )
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
     max_dropped: float = flag(
-        0.1, "maximum share of pairs that are dropped because they do not fit into max_seq_len", min=0, max=1
+        0.1, "largest share of rows that cannot be used; more than elsewhere: long questions are common in pairs"
     )
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")
@@ -62,6 +63,8 @@ def main() -> None:
     options = parse_options(DpoOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from torch import nn
+
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
     from model.device import resolve_device, resolve_dtype
     from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
@@ -76,23 +79,27 @@ def main() -> None:
 
     # Model: one that answers.
     tokenizer = open_tokenizer(options)
-    model, origin = starting_model(options, ["full_sft"], tokenizer)
-    run = weights_run("rl", options, model, tokenizer, origin)
+    model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
+    run = weights_run("rl", options, model.config, tokenizer, dist_env, origin)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
     run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
 
     # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    with main_process_first(dist_env, "log-probabilities of the reference model"):
-        dtype = resolve_dtype(options.dtype, device)
-        weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
+    dtype = resolve_dtype(options.dtype, device)
+    weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
+
+    def add_reference(module: nn.Module) -> None:
         for part in (train, val) if val else (train,):
-            compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
-            part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
+            compute = partial(compute_ref_logps, module, part, device, dtype, options.batch_size)
+            # A sharded model computes on all processes together; where each has all of it, one computes for all.
+            with nullcontext() if options.shards_weights else main_process_first(dist_env, "computing the reference"):
+                part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
 
     # Loss: the better answer should gain probability over the worse one.
-    fit(model, dpo_loss(options.beta, options.label_smoothing, options.loss), train, val, options, run, dist_env)
+    loss = dpo_loss(options.beta, options.label_smoothing, options.loss)
+    fit(model, loss, train, val, options, run, dist_env, add_reference)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
     print(f"done: {path}; now try: python 2-eval.py --weights {path}")

@@ -31,6 +31,13 @@ DUMPS = {
     "sft": "sft_data_zh.jsonl",
     "dpo": "dpo/*.json",
 }
+ONLY_FOR = {"min_chars": "pretrain", "min_q_chars": "sft", "min_a_chars": "sft", "history": "sft"}  # flag: its stage
+# The data sets on ModelScope that hold the dumps.
+PUBLISHED_IN = {
+    "pretrain": "ddzhu123/seq-monkey",
+    "sft": "deepctrl/deepctrl-sft-data",
+    "dpo": "gongjy/minimind_dataset",
+}
 # A long answer in a preference pair is no fault, and pairs are few: no limit there unless asked for.
 MAX_CHARS = {"pretrain": 512, "sft": 512, "dpo": 0}
 
@@ -50,6 +57,11 @@ class Options(CleaningOptions):
 
     def validate(self) -> list[str]:
         errors = ["--input needs one stage, not all"] if self.input and self.stage == "all" else []
+        if self.input and self.data_dir != Options.data_dir:
+            errors += ["--input names the files itself: leave --data_dir out"]
+        for name, stage in ONLY_FOR.items():
+            if self.stage not in (stage, "all") and getattr(self, name) != getattr(Options, name):
+                errors += [f"--{name} is for the stage {stage} and does nothing for {self.stage}: leave it out"]
         return errors + validate_folder("--out_dir", self.out_dir)
 
 
@@ -63,7 +75,9 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     exit_on_sigterm()
     done = 0
-    for name in STAGES if options.stage == "all" else [options.stage]:
+    incomplete: list[str] = []
+    names = list(STAGES) if options.stage == "all" else [options.stage]
+    for name in names:
         inputs = options.input or find_inputs(name, options.data_dir)
         if not inputs:
             print(f"{name}: skipped, there is no {options.data_dir / DUMPS[name]}")
@@ -73,10 +87,17 @@ def main() -> None:
         limits["max_chars"] = MAX_CHARS[name] if options.max_chars is None else options.max_chars
         summary = clean(STAGES[name], inputs, options.out_dir, CleaningOptions(**limits), options.num_workers)
         print(summary_table(STAGES[name], summary), flush=True)
+        incomplete += summary.bad.incomplete
         done += 1
     if not done:
+        dumps = ", ".join(f"{DUMPS[name]} (ModelScope: {PUBLISHED_IN[name]})" for name in names)
         raise UserError(
-            f"no raw data in {options.data_dir}: download a dump into it or name one with --input (see --help)"
+            f"no raw data in {options.data_dir}. Download into it {dumps}; or name files of your own with --input; or try "
+            f"the sample data: --data_dir {ROOT / 'dataset' / 'sample'}"
+        )
+    if incomplete:
+        raise UserError(
+            f"{'; '.join(incomplete)}. What was read is written; repair the file or download it again for the rest"
         )
 
 

@@ -17,9 +17,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
@@ -28,6 +32,8 @@ from common.files import ROOT, atomic_folder, exclusive, recover_folder
 SMALLEST_VOCAB = 3 + 256  # the special tokens and the bytes
 FILES = ("tokenizer_config.json", "training.json", "tokenizer.json")
 KEPT_FILES = ("README.md",)  # may stand in a tokenizer folder that is replaced
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -72,7 +78,6 @@ class Options:
         folder = self.out_dir
         if folder.resolve() == Path.cwd() or os.path.ismount(folder):
             return [f"--out_dir {folder} cannot be replaced as a whole; name another folder"]
-        recover_folder(folder)
         errors = validate_folder("--out_dir", folder) + validate_folder("--out_dir", folder.parent)
         if errors or not folder.exists():
             return errors[:1]
@@ -90,8 +95,29 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, __doc__.split("\n\n")[0], argv)
     exit_on_sigterm()
     busy = f"another process is training a tokenizer into {options.out_dir}: wait for it, or name another --out_dir"
-    with exclusive(options.out_dir.parent, options.out_dir.name, busy):
+    folder = Path(os.path.realpath(options.out_dir))
+    with exclusive(folder.parent, folder.name, busy):
+        recover_folder(folder)
+        if errors := options.validate():  # again: another process may have made it since
+            raise UserError(errors[0])
         train(options)
+
+
+def in_thread(work: Callable[[], Result]) -> Result:
+    """Return what `work` returns. It runs in a thread, because Python notices no Ctrl-C while code in Rust runs."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # on Windows a longer wait would hide Ctrl-C as well
+    return future.result()
 
 
 def train(options: Options) -> None:
@@ -109,7 +135,7 @@ def train(options: Options) -> None:
         f"(of {sample.seen:,} texts, {sample.seen_bytes / 1e6:,.1f} MB), about {sample.n_bytes * 2e-6:.0f} s",
         flush=True,
     )
-    trained = bpe.train_bpe(sample, options.vocab_size, options.min_frequency)
+    trained = in_thread(lambda: bpe.train_bpe(sample, options.vocab_size, options.min_frequency))
     if trained.get_vocab_size() != options.vocab_size:
         raise UserError(
             f"the text has pairs for only {trained.get_vocab_size():,} tokens, not {options.vocab_size:,}: "

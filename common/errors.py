@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ class UserError(ValueError):
 
 
 known_flags: set[str] = set()  # of this process's command line; common.cli fills it
+failure_key = "failed"  # in the process group's store: the first process to fail puts it there
 
 
 def name_flags(message: str) -> str:
@@ -63,7 +65,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         fail(name_flags(str(error)))
     except KeyboardInterrupt as stop:
-        fail("interrupted", code=128 + (stop.args or (signal.SIGINT,))[0])
+        number = (stop.args or (signal.SIGINT,))[0]
+        what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        fail(": ".join([what, *getattr(stop, "__notes__", [])]), code=128 + number)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
@@ -106,28 +110,23 @@ def _exit_without_teardown(code: int) -> NoReturn:
     os._exit(code)
 
 
-def fail(message: str, code: int = 1, store: Any = None) -> NoReturn:
-    """Print `error: message` on stderr and exit with `code`. Of several processes only the first to fail prints it.
-
-    store: the process group's key-value store, for a thread that has a connection of its own.
-    """
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print `error: message` on stderr and exit with `code`. Of several processes only the first to fail prints it."""
     dist = _distributed()
-    if dist is None or _is_first_to_fail(dist, store):
+    if dist is None or _is_first_to_fail(dist):
         print(f"error: {message}", file=sys.stderr, flush=True)
     if dist is not None:  # at once: no process may be kept waiting by a connection to one that is gone
         sys.stdout.flush()
         os._exit(code)
+    if code > 128:  # a signal: a thread may be computing outside of Python, and for long
+        _exit_without_teardown(code)
     sys.exit(code)
 
 
-def has_failed(store: Any) -> bool:
-    """Return whether a process has already printed why it exits; `store` is the process group's key-value store."""
-    return store.check(["failed"])
-
-
-def _is_first_to_fail(dist: ModuleType, store: Any) -> bool:
+def _is_first_to_fail(dist: ModuleType) -> bool:
     try:
-        return (store or dist.distributed_c10d._get_default_store()).add("failed", 1) == 1
+        # A connection of its own: the main thread may be waiting on the other one.
+        return dist.distributed_c10d._get_default_store().clone().add(failure_key, 1) == 1
     except RuntimeError:  # the store is gone, and with it rank 0, which has printed its own message
         return dist.get_rank() == 0
 
@@ -139,3 +138,20 @@ def exit_on_sigterm() -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextlib.contextmanager
+def stoppable(note: str) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the block alike; `note` says what was kept, and `run_script` prints it."""
+    main_thread = threading.current_thread() is threading.main_thread()  # only there a handler can be set
+    before = signal.getsignal(signal.SIGTERM)
+    if main_thread:
+        exit_on_sigterm()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(note)
+        raise
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)

@@ -38,14 +38,14 @@ def atomic_write(path: Path | str, mode: str = "w", encoding: str | None = "utf-
     """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
     If the block raises (a full disk, Ctrl-C) or the process is killed, `path` keeps its old content.
-    Text is written with "\\n" line ends on every system.
+    Text is written with "\\n" line ends on every system; a file name in it that is not Unicode becomes escapes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    binary = "b" in mode
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": encoding, "errors": "backslashreplace", "newline": ""}
     try:
-        with os.fdopen(fd, mode, encoding=None if binary else encoding, newline=None if binary else "") as file:
+        with os.fdopen(fd, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -143,8 +143,10 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, name: str, busy: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
+def exclusive(folder: Path, name: str, busy: str, wait: float = WAIT_SECONDS) -> Iterator[bool]:
     """Be the only process that writes `name` into `folder`; remove what a killed one left half-written.
+
+    Yields True; False where the file system has no locks, so that another process may be writing after all.
 
     The lock is the operating system's: it ends with the process, however that ends, so no stale one has to be deleted by
     hand.
@@ -174,7 +176,7 @@ def exclusive(folder: Path, name: str, busy: str, wait: float = WAIT_SECONDS) ->
     try:
         if lock.is_locked:
             delete_leftovers(folder, name)
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import IO
 
 from common.cli import flag
-from common.errors import UserError
-from common.files import atomic_write, explain_write_errors
+from common.errors import UserError, stoppable
+from common.files import atomic_write, delete_leftovers, exclusive, explain_write_errors
 from common.progress import Progress
 from data_pipeline.dedupe import KeySet, content_key
 from data_pipeline.readers import Block, iter_blocks, map_blocks, parse_block
@@ -35,6 +35,7 @@ from data_pipeline.records import (
     PREFERENCE_COLUMNS,
     Malformed,
     check_columns,
+    check_stage,
     parse_preference,
     read_messages,
     text_of,
@@ -109,9 +110,8 @@ def pretrain_row(data: dict, options: CleaningOptions) -> Row:
 
 
 def sft_row(data: dict, options: CleaningOptions) -> Row:
-    """Return a line of a CSV with the columns `history,q,a`, from an instruction or a dialogue.
+    """Return a line of a CSV with the columns `history,q,a`, from a dialogue in any format of data_pipeline/records.py.
 
-    That is {"instruction","input","output","history"}, {"q","a","history"}, {"messages"} or {"conversations"}.
     Output 0 holds single turns and output 1 dialogues, by `options.history`:
     "keep": 0 gets the rows without a history, 1 gets all;
     "drop": 0 gets all, their history left out;
@@ -173,6 +173,7 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 def _turns(data: dict) -> list[tuple[str, str]]:
     """Return the (question, answer) turns of an SFT row, in order, stripped."""
+    check_stage(data)
     messages = read_messages(data)
     if messages[:1] and messages[0]["role"] == "system":
         raise Malformed("a system message, for which history,q,a has no place: train on this file itself")
@@ -252,7 +253,13 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_write_errors(out_dir, "another --out_dir", f"; {UNCHANGED}"))
-        stack.enter_context(_rejects_file(outputs[-1].with_suffix(".rejects.jsonl"), summary))
+        stack.enter_context(stoppable(UNCHANGED))
+        rejects = outputs[-1].with_suffix(".rejects.jsonl")
+        busy = f"another process is writing {outputs[0]}: wait for it, or choose another --out_dir"
+        if stack.enter_context(exclusive(outputs[0].parent, outputs[0].name, busy)):
+            for path in [*outputs[1:], rejects]:
+                delete_leftovers(path.parent, path.name)  # of a process that was killed
+        stack.enter_context(_rejects_file(rejects, summary))
         files = [stack.enter_context(_output_file(path, stage, summary)) for path in outputs]
         seen = stack.enter_context(KeySet(out_dir)) if options.dedupe else None
         progress = stack.enter_context(Progress(stage.name, size))
@@ -289,9 +296,9 @@ UNCHANGED = "earlier output files are unchanged"
 
 def _check_input(path: Path, stage: Stage, outputs: list[Path]) -> None:
     """Raise UserError before hours of work if the first rows show that an input cannot be used."""
-    if any(path.resolve() == output.resolve() for output in outputs):
-        raise UserError(f"{path} is both input and output: choose another --out_dir")
     check_columns(path, stage.columns)
+    if any(os.path.realpath(path) == os.path.realpath(output) for output in outputs):
+        raise UserError(f"{path} is both input and output: choose another --out_dir")
     if next(iter_blocks(path), None) is None:
         raise UserError(f"{path}: no rows in it; download it again or remove it from the inputs")
 

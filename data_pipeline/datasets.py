@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from data_pipeline.packing import Packing, pack, sample_order
 from data_pipeline.tokenize import TokenizedDataset
 
@@ -130,6 +131,11 @@ class PackedRows:
                 positions[row, at:] = np.arange(width - at)
                 boundaries.append(row * width + at)
         boundaries.append(shape[0] * shape[1])
+        if ids.max() >= (n_tokens := dataset.info.get("vocab_size", 1 << 16)):
+            raise UserError(
+                f"{dataset.info['folder']}: tokens.bin is damaged (token {ids.max()} of a vocabulary of {n_tokens:,}); "
+                "delete this folder, and the next run makes it again"
+            )
         n_padding = int((mask == 0).sum())
         lengths = np.diff(boundaries)
         inputs = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}

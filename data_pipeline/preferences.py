@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, stoppable
 from common.files import atomic_write
 from data_pipeline.datasets import Batch
 from data_pipeline.records import iter_preferences
-from data_pipeline.text_files import BadLineLog
-from data_pipeline.tokenize import split_by_hash
+from data_pipeline.text_files import BadLine, BadLineLog
+from data_pipeline.tokenize import STOPPED, check_dropped, split_by_hash
 from data_pipeline.tokenize_chats import NothingToTrainOn, encode_preference
 from model.tokenizer import tokenizer_hash
 
@@ -41,38 +41,34 @@ class EncodedPair:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+@stoppable(STOPPED)
 def read_pairs(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, max_tokens: int, max_dropped: float
 ) -> list[EncodedPair]:
-    """Return all usable pairs of the files; count and list the others.
+    """Return all usable pairs of the files; count and list the other rows.
 
     Preference data is small (people wrote it): it is kept in memory.
-    Raises UserError if a file has none, or a larger share of the valid pairs than `max_dropped` does not fit into
-    `max_tokens`.
+    Raises UserError if a file has none, or more than the share `max_dropped` of the rows cannot be used (see
+    `check_dropped`).
     """
     pairs: list[EncodedPair] = []
     bad = BadLineLog()
-    dropped: Counter[str] = Counter()
+    too_long: Counter[str] = Counter()
     for path in paths:
         before = len(pairs)
         for preference in iter_preferences(path, functools.partial(bad.add, path)):
             try:
                 pairs.append(EncodedPair(*encode_preference(tokenizer, preference, max_tokens)))
             except NothingToTrainOn as error:
-                dropped[str(error)] += 1
+                too_long[str(error)] += 1
+                bad.add(path, BadLine(preference.line, f"{error} in {max_tokens} tokens"))
         if len(pairs) == before:
-            reasons = [*bad.first, *dropped]
-            raise UserError(f"{path}: no usable preference pair in it" + (f" ({reasons[0]})" if reasons else ""))
+            first = next((f" ({shown})" for shown in bad.first if shown.startswith(f"{path}:")), "")
+            raise UserError(f"{path}: no usable preference pair in it{first}")
     print(f"{len(pairs):,} preference pairs, {bad.count:,} unusable rows", *bad.shown(), sep="\n  ")
-    for reason, count in dropped.items():
-        print(f"  dropped: {count:,} pairs are {reason}")
-    n_dropped = sum(dropped.values())
-    n_valid = len(pairs) + n_dropped
-    if n_dropped > max_dropped * n_valid:
-        raise UserError(
-            f"{n_dropped:,} of {n_valid:,} pairs do not fit into --max_seq_len {max_tokens}: allow more tokens there, "
-            "shorten the data (data_process.py dpo --max_chars), or allow this loss with --max_dropped"
-        )
+    skipped = {"unreadable or not a valid pair": bad.count - too_long.total()} | too_long
+    skipped = {reason: count for reason, count in skipped.items() if count}
+    check_dropped(paths, skipped, len(pairs) + bad.count, bad.first, bad.incomplete, max_dropped)
     return pairs
 
 

@@ -170,6 +170,8 @@ def file_format(path: Path) -> str:
         suffixes.pop()
     if suffixes and suffixes[-1] in TEXT_FORMATS:
         return suffixes[-1]
+    if suffixes and suffixes[-1] in (".xlsx", ".xls"):
+        raise UserError(f"{path}: an Excel workbook is not read; save its sheet as CSV in UTF-8")
     raise UserError(
         f"{path}: cannot tell its format from its name; rename it to end in "
         ".jsonl, .json, .txt or .csv (each also with .gz or .zst after it) or .parquet"
@@ -265,7 +267,7 @@ def _array_rows(chunks: Iterator[bytes]) -> Iterator[Record | BadLine]:
             if waiting > text_files.MAX_LINE_BYTES:
                 broken = f"longer than {text_files.MAX_LINE_BYTES >> 20} MB"
             if broken:
-                yield BadLine(row + 1, f"{broken}; nothing after this row could be read")
+                yield BadLine(row + 1, f"{broken}; nothing after this row could be read", rest_lost=True)
                 return
     except TruncatedArchive as error:
         error.line = row + 1
@@ -352,9 +354,10 @@ def _csv_rows(path: Path, chunks: Iterator[bytes]) -> Iterator[Record | BadLine]
         except csv.Error as error:
             damaged.clear()
             reason = f"invalid CSV: {error}"
-            if "unexpected end" in str(error) or "field limit" in str(error):
+            left_open = "unexpected end" in str(error) or "field limit" in str(error)
+            if left_open:
                 reason = f"invalid CSV: a quote is left open; lines {line} to {reader.line_num} were lost to it"
-            yield BadLine(line, reason)
+            yield BadLine(line, reason, rest_lost=left_open)
             continue
         except TruncatedArchive as error:
             yield error.bad_line()
@@ -401,7 +404,8 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Recor
             on_bytes(size * row // n_rows - reported)
             reported = size * row // n_rows
     except (pyarrow.ArrowException, OSError) as error:
-        yield BadLine(row + 1, f"damaged Parquet: {str(error).splitlines()[0]}; nothing after this row could be read")
+        reason = f"damaged Parquet: {str(error).splitlines()[0]}; nothing after this row could be read"
+        yield BadLine(row + 1, reason, rest_lost=True)
     on_bytes(size - reported)
 
 

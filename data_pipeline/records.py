@@ -1,11 +1,11 @@
 """Read dialogues and preference pairs of every format users have into messages; tokenize_chats.py makes tokens of them.
 
-    for chat in iter_conversations(Path("sft_data.csv"), on_bad=print):
-        chat.line, chat.messages            # [{"role": "user", "content": ...}, {"role": "assistant", ...}]
+    parse_conversation({"q": "hi", "a": "hello"})   # [{"role": "user", "content": "hi"}, {"role": "assistant", ...}]
 
-A chat is a row of `history,q,a`, {"messages": [{"role","content"}]}, {"conversations": [{"from","value"}]} or
-{"instruction","input","output","history"}; a pair has a prompt, `chosen` and `rejected`. Roles are read, never guessed
-from the place: a row in which they are unknown or out of order is reported with its line, and nothing is trained on it.
+A chat is a row of `history,q,a` (or another pair of names, see QUESTION_ANSWER), {"messages": [{"role","content"}]},
+{"conversations": [{"from","value"}]} or {"instruction","input","output","history"}; a pair has a prompt, `chosen` and
+`rejected`. Roles are read, never guessed from the place: a row in which they are unknown or out of order is reported with
+its line, and nothing is trained on it.
 
 Texts are left as they are, to the last blank.
 """
@@ -25,21 +25,20 @@ from data_pipeline.text_files import BadLine
 from model.chat_format import Message, check_messages
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+QUESTION_ANSWER = (("q", "a"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
 # A CSV or Parquet file needs all columns of one of these.
-CHAT_COLUMNS = (("q", "a"), ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
+CHAT_COLUMNS = (*QUESTION_ANSWER, ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
 PREFERENCE_COLUMNS = (("chosen", "rejected"),)
+_IS_PREFERENCE = "preference pairs (chosen, rejected) are for 5-dpo_train.py"
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Malformed(UserError):
     """A row with wrong fields or roles. The text says what is wrong, for the list of bad lines."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A valid dialogue: an optional system message, then user and assistant in turn; the last message is an answer."""
-
-    line: int
-    messages: list[Message]
+class WrongStage(Malformed):
+    """A row that could be read as a dialogue, but whose other fields say that this is not what is to be learned."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,22 @@ class Preference:
     rejected: str
 
 
-def iter_conversations(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Conversation]:
-    """Yield the dialogues of `path` in constant memory; rows that are not a valid dialogue go to `on_bad`.
+def iter_preferences(path: Path, on_bad: Callable[[BadLine], None]) -> Iterator[Preference]:
+    """Yield the preference pairs of `path` in constant memory; rows that are not a valid pair go to `on_bad`.
 
-    on_bad=None makes the first such row a UserError naming file, line and reason.
-    Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a chat.
+    Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a pair.
     """
-    check_columns(path, CHAT_COLUMNS)
-    for line, messages in _parsed_rows(path, parse_conversation, on_bad):
-        yield Conversation(line, messages)
-
-
-def iter_preferences(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Preference]:
-    """Yield the preference pairs of `path`. Arguments and errors as `iter_conversations`."""
     check_columns(path, PREFERENCE_COLUMNS)
-    for line, (prompt, chosen, rejected) in _parsed_rows(path, parse_preference, on_bad):
-        yield Preference(line, prompt, chosen, rejected)
+    for record in iter_records(path, on_bad):
+        try:
+            yield Preference(record.line, *parse_preference(record.data))
+        except UserError as reason:
+            on_bad(BadLine(record.line, str(reason)))
 
 
 def parse_conversation(data: dict) -> list[Message]:
-    """Return the messages of a row, ready to be rendered; raise UserError if they are not a valid chat."""
+    """Return the messages of a row, ready to be rendered; raise UserError if they are not a valid chat to learn from."""
+    check_stage(data)
     messages = read_messages(data)
     for message in messages:
         if not message["content"].strip():
@@ -86,6 +81,7 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     The prompt is `conversations`, `messages`, `prompt` (a text or messages) or `instruction` + `input`; the answers are
     texts, messages, or whole dialogues that repeat the prompt.
     """
+    _check_text_only(data)
     chosen_prompt, chosen = _answer(data, "chosen")
     rejected_prompt, rejected = _answer(data, "rejected")
     prompt = next((data[name] for name in ("conversations", "messages", "prompt") if data.get(name)), None)
@@ -114,14 +110,28 @@ def read_messages(data: dict) -> list[Message]:
     dialogue = data.get("messages") or data.get("conversations")
     if dialogue:
         return _with_system(data, _dialogue(dialogue))
-    if "q" in data or "a" in data:
-        question, answer = _text(data, "q"), _text(data, "a")
+    if names := next((names for names in QUESTION_ANSWER if data.keys() >= set(names)), None):
+        question, answer = (_text(data, name) for name in names)
     elif "output" in data:
         question, answer = _instruction(data), _text(data, "output")
     else:
         raise Malformed(f"no question and answer; the fields are {field_names(data)}")
     turns = [*_history(data.get("history")), _user(question), {"role": "assistant", "content": answer}]
     return _with_system(data, turns)
+
+
+def check_stage(data: dict) -> None:
+    """Raise WrongStage if the answers of a row are not what a model should learn to say."""
+    if data.get("chosen") and data.get("rejected"):
+        raise WrongStage(_IS_PREFERENCE)
+    if name := next((name for name in ("label", "kto_tag") if str(data.get(name)).lower() == "false"), None):
+        raise WrongStage(f"{name} is false: an example of what not to answer (KTO)")
+    _check_text_only(data)
+
+
+def _check_text_only(data: dict) -> None:
+    if name := next((name for name in _MEDIA if data.get(name) and data[name] != "[]"), None):
+        raise WrongStage(f"it has {name}, and a model of text would learn the text that stands for them")
 
 
 def text_of(data: dict, name: str, required: bool = False) -> str:
@@ -136,19 +146,8 @@ def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:
         raise UserError(f"{path}: plain text has no fields, but {sets} is needed; use .jsonl, .csv or .parquet")
     found = columns(path)
     if found is not None and not any(set(names) <= set(found) for names in needed):
-        raise UserError(f"{path}: needs the columns {sets}, but this file has {', '.join(found)}; rename them")
-
-
-def _parsed_rows(path: Path, parse: Callable, on_bad: Callable[[BadLine], None] | None) -> Iterator[tuple]:
-    for record in iter_records(path, on_bad):
-        try:
-            parsed = parse(record.data)
-        except UserError as reason:
-            if on_bad is None:
-                raise UserError(f"{path}, line {record.line}: {reason}") from None
-            on_bad(BadLine(record.line, str(reason)))
-            continue
-        yield record.line, parsed
+        advice = _IS_PREFERENCE if set(*PREFERENCE_COLUMNS) <= set(found) else "rename them"
+        raise UserError(f"{path}: needs the columns {sets}, but this file has {', '.join(found)}; {advice}")
 
 
 # --- fields ----------------------------------------------------------------------------------------------------------

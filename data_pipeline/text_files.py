@@ -30,6 +30,7 @@ class BadLine:
 
     line: int
     reason: str
+    rest_lost: bool = False  # nobody knows how many rows after it were lost with it
 
 
 class BadLineLog:
@@ -40,12 +41,16 @@ class BadLineLog:
     def __init__(self, file: IO[str] | None = None) -> None:
         self.count = 0
         self.first: list[str] = []  # "file:line: reason"
+        self.incomplete: list[str] = []  # the same, for each file of which the rest was lost
         self.writer = jsonlines.Writer(file) if file is not None else None
 
     def add(self, path: Path, bad: BadLine) -> None:
         self.count += 1
+        shown = f"{path}:{bad.line}: {bad.reason}"
         if len(self.first) < self.LISTED:
-            self.first.append(f"{path}:{bad.line}: {bad.reason}")
+            self.first.append(shown)
+        if bad.rest_lost:
+            self.incomplete.append(shown)
         if self.writer is not None:
             self.writer.write({"file": str(path), "line": bad.line, "reason": bad.reason})
 
@@ -61,7 +66,8 @@ class TruncatedArchive(Exception):
     line = 1
 
     def bad_line(self) -> BadLine:
-        return BadLine(self.line, f"truncated archive: {self}; only what comes before line {self.line} could be read")
+        reason = f"truncated archive: {self}; only what comes before line {self.line} was read, the rest is lost"
+        return BadLine(self.line, reason, rest_lost=True)
 
 
 def total_bytes(path: Path) -> int:
@@ -73,7 +79,8 @@ def total_bytes(path: Path) -> int:
 def check_readable(path: Path) -> None:
     """Raise UserError if `path` is missing, a folder, empty or not ours to read."""
     if not path.exists():
-        raise UserError(f"{path}: no such file; check the path or download the data first")
+        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{path}: {what}; check the path or download the data first")
     if not path.is_file():
         raise UserError(f"{path}: not a file; name a data file inside it")
     if path.stat().st_size == 0:
@@ -88,9 +95,8 @@ def hash_files(paths: Sequence[Path], cache_dir: Path) -> list[str]:
     """Return a hash of the content of each file, remembered in `cache_dir`/hashes.json as long as the file is unchanged."""
     memo = cache_dir / "hashes.json"
     try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-        known = known if isinstance(known, dict) else {}
-    except (FileNotFoundError, ValueError):
+        known = {name: [state, str(digest)] for name, (state, digest) in json.loads(memo.read_bytes()).items()}
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none yet, or not one of ours
         known = {}
     for path in paths:
         check_readable(path)
@@ -131,7 +137,7 @@ def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     for chunk in _decompressed(path, on_bytes):
         if first:
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            if advice := _other_encoding(chunk):
+            if advice := _other_format(chunk) or _other_encoding(chunk):
                 raise UserError(f"{path}: the file is {advice}")
         first = False
         if chunk:
@@ -184,14 +190,30 @@ def utf8_reason(error: UnicodeDecodeError) -> str:
     return f"invalid UTF-8 at byte {error.start + 1} of the line (0x{error.object[error.start]:02x})"
 
 
+_FORMATS = {
+    b"PK\x03\x04": "an Excel workbook or a ZIP archive; save the sheet as CSV in UTF-8, or unpack the archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save it as CSV or text in UTF-8",
+    b"\x1f\x8b": "compressed with gzip; rename it to end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; rename it to end in .zst",
+    b"PAR1": "Parquet; rename it to end in .parquet",
+}
+
+
+def _other_format(chunk: bytes) -> str | None:
+    """Return what a file is and what to do, if its first bytes are those of something else than text."""
+    return next((advice for start, advice in _FORMATS.items() if chunk.startswith(start)), None)
+
+
 def _other_encoding(chunk: bytes) -> str | None:
     """Return what the file is and what to do, if it is in another encoding as a whole; None for UTF-8, bad lines or not.
 
     GBK (also called GB2312 and GB18030) is the usual encoding of Chinese text that is not UTF-8. Its everyday characters
     are pairs of a byte from 0xB0 to 0xD7 and one from 0xA1 to 0xFE.
     """
-    if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16; save it as UTF-8"
+    encoding = json.detect_encoding(chunk)  # by its byte order mark, or by the NULs among the first bytes
+    marked = encoding in ("utf-16", "utf-32")
+    if marked or (not encoding.startswith("utf-8") and chunk.count(0) > len(chunk) / 4):
+        return f"{encoding[:6].upper()}; save it as UTF-8"
     lines = [line for line in chunk.split(b"\n") if not line.isascii()]
     if len(lines) > 1 and not chunk.endswith(b"\n"):
         lines.pop()  # cut off anywhere, perhaps inside a character
@@ -216,16 +238,16 @@ def _is_utf8(line: bytes, whole: bool) -> bool:
 def _decompressed(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the content of `path` in small pieces. A file that is no archive is a UserError."""
     read = {".gz": _gzip_pieces, ".zst": _zstd_pieces}.get(path.suffix.lower(), _plain_pieces)
-    done, delivered = 0, False
+    done, delivered = 0, 0
     with path.open("rb") as file:
         try:
             for piece in read(file):
                 on_bytes(file.tell() - done)
-                done, delivered = file.tell(), True
+                done, delivered = file.tell(), delivered + len(piece)
                 yield piece
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             if delivered:
-                raise TruncatedArchive(str(error)) from None
+                raise TruncatedArchive(f"{error} after {delivered / 1e6:,.1f} MB of text") from None
             raise UserError(f"{path}: not a readable {path.suffix} archive ({error}); download it again") from None
         on_bytes(file.tell() - done)
 

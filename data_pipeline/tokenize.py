@@ -25,10 +25,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import atomic_folder, exclusive, explain_write_errors
+from common.errors import UserError, stoppable
+from common.files import atomic_folder, atomic_write, exclusive, explain_write_errors, write_json
 from common.progress import Progress
 from data_pipeline.readers import Block, columns, field_names, file_format, iter_blocks, map_blocks, parse_block
 from data_pipeline.text_files import BadLine, BadLineLog, file_state, hash_files, total_bytes
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1  # of how tokens are made: raising it makes older training states impossible to resume
-MAX_WITHOUT_TARGET = 0.01  # a larger share of dialogues without a token to train on is a mistake in data or settings
+STOPPED = "tokenizing was not finished; no other file was changed. The same command starts it again"
+MAX_DROPPED = 0.01  # a larger share of rows that cannot be used is a mistake in data or settings
 
 DTYPES = {
     "tokens": np.uint16,
@@ -122,6 +124,7 @@ def tokenize_pretrain_data(
     cache_dir: Path,
     *,
     text_field: str = "text",
+    max_dropped: float = MAX_DROPPED,
     num_workers: int | None = None,
     log: Callable[[str], object] = print,
 ) -> TokenizedDataset:
@@ -131,10 +134,11 @@ def tokenize_pretrain_data(
 
     Args:
         text_field: column or field of the text (a line of a TXT file needs none).
+        max_dropped: largest share of rows that may be skipped, see `check_dropped`.
         num_workers: threads that encode; None: one per CPU.
         log: gets the summary.
 
-    Raises UserError if a file cannot be used, no row has a text, or the cache cannot be written.
+    Raises UserError if a file cannot be used, too many rows have no text, or the cache cannot be written.
     """
     for path in paths:
         names = columns(path)
@@ -144,12 +148,12 @@ def tokenize_pretrain_data(
             )
     encode = functools.partial(_encode_documents, tokenizer=tokenizer, text_field=text_field)
     settings = {"text_field": text_field}
-    return cached_dataset("pretrain", paths, tokenizer, cache_dir, settings, encode, num_workers, log)
+    return cached_dataset("pretrain", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
 
 
 # --- from a block of rows to arrays ----------------------------------------------------------------------------------
 
-# Why a row is skipped, for "3 rows are ...".
+# Why a row is skipped, after the number of such rows.
 UNREADABLE, NO_TEXT, EMPTY = "unreadable", "without text", "empty"
 
 
@@ -164,7 +168,6 @@ class EncodedBlock:
     content_hashes: list[bytes] = field(default_factory=list)
     n_rows: int = 0
     cut: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, BadLine]] = field(default_factory=list)  # (why, for the summary; the row and its reason)
 
     def add(self, ids: Sequence[int], content: bytes, n_bytes: int) -> None:
@@ -216,6 +219,7 @@ def cached_dataset(
     cache_dir: Path,
     settings: dict[str, Any],
     encode: Callable[[Block], EncodedBlock],
+    max_dropped: float,
     num_workers: int | None,
     log: Callable[[str], object],
 ) -> TokenizedDataset:
@@ -224,44 +228,48 @@ def cached_dataset(
     Args:
         kind: "pretrain" or "chat"; only dialogues have a loss mask.
         settings: all that `encode` depends on beside the tokenizer.
+        max_dropped: see `check_dropped`. The tokens are kept whatever it is, so that trying another one costs nothing.
     """
     if not paths:
         raise UserError("no data files given: name at least one")
     if len(tokenizer) > 1 << 16:
         raise UserError(f"a vocabulary of {len(tokenizer):,} does not fit in 16 bits: at most 65,536 are possible")
-    with explain_write_errors(cache_dir):
+    with explain_write_errors(cache_dir), stoppable(STOPPED):
         cache_dir.mkdir(parents=True, exist_ok=True)
         formats = [(file_format(path), path.suffix.lower()) for path in paths]  # the reader depends on the name
         hashes = hash_files(paths, cache_dir)
         key = [VERSION, kind, settings, tokenizer_hash(tokenizer), list(zip(formats, hashes, strict=True))]
         fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         folder = cache_dir / f"{kind}-{fingerprint}"
-        dataset = _open(folder)
+        dataset, built = _open(folder), False
         if dataset is None:
             busy = f"waiting for another process that tokenizes the same data into {folder}"
             with exclusive(cache_dir, folder.name, busy, wait=-1):
                 dataset = _open(folder)  # the other process has built it
                 if dataset is None:
+                    if folder.exists():
+                        log(f"{folder} is damaged, or of an earlier version: its files are tokenized again")
                     _delete_stale_builds(cache_dir)
                     with atomic_folder(folder) as tmp:
-                        info, skipped = _build(tmp, kind, paths, encode, num_workers or os.cpu_count() or 1)
-                        info |= {"settings": settings}
+                        info = _build(tmp, kind, paths, encode, num_workers or os.cpu_count() or 1)
+                        info |= {"settings": settings, "vocab_size": len(tokenizer)}
                         for source, digest in zip(info["sources"], hashes, strict=True):
                             source["blake2b"] = digest
-                        (tmp / "info.json").write_text(json.dumps(info, ensure_ascii=False, indent=2), encoding="utf-8")
-                    log(_summary(info, skipped, folder))
-                    dataset = _open(folder)
+                        write_json(tmp / "info.json", info)
+                    dataset, built = _open(folder), True
                     if dataset is None:
                         raise UserError(f"{folder}: another program changed it just after it was written; run again")
-                    return dataset
-        log(f"tokens: {_counts(dataset.info)}, ready in {folder}")
+        info = dataset.info
+        log(_summary(info, built))
+        rows = sum(source["rows"] for source in info["sources"])
+        check_dropped(paths, info["skipped"], rows, info["first_skipped"], info["incomplete"], max_dropped)
         return dataset
 
 
 def _build(
     folder: Path, kind: str, paths: Sequence[Path], encode: Callable[[Block], EncodedBlock], num_workers: int
-) -> tuple[dict[str, Any], BadLineLog]:
-    """Write the arrays into `folder`; return what to write into info.json, and the skipped rows."""
+) -> dict[str, Any]:
+    """Write the arrays into `folder`; return what to write into info.json."""
     started = time.monotonic()
     before = [file_state(path) for path in paths]
     rows: Counter[Path] = Counter()
@@ -280,24 +288,40 @@ def _build(
             raise UserError(f"{path}: the file changed while it was read; run again when it is complete")
     sources = [{"name": path.name, "bytes": path.stat().st_size, "rows": rows[path]} for path in paths]
     seconds = round(time.monotonic() - started, 2)
-    info = {"kind": kind, "sources": sources, **writer.info(), "seconds": seconds}
-    _check_enough(paths, info, writer.skipped_rows)
-    return info, writer.skipped_rows
+    if not writer.documents:
+        names, skipped = ", ".join(map(str, paths)), writer.skipped_rows
+        first = f"; the first is {skipped.first[0]}" if skipped.count else ""
+        raise UserError(f"{names}: no usable row: {_numbers(writer.skipped)}{first}. Check the format of the data")
+    return {"kind": kind, "sources": sources, **writer.info(), "seconds": seconds}
 
 
-def _check_enough(paths: Sequence[Path], info: dict[str, Any], skipped: BadLineLog) -> None:
-    """Raise UserError if no row can be used, or too few of those that can be read."""
-    names = ", ".join(map(str, paths))
-    first = f"; the first is {skipped.first[0]}" if skipped.count else ""
-    n_dropped = sum(info["dropped"].values())
-    n_valid = info["documents"] + n_dropped
-    if n_dropped > MAX_WITHOUT_TARGET * n_valid:
+def check_dropped(
+    paths: Sequence[Path],
+    skipped: Mapping[str, int],
+    n_rows: int,
+    first: Sequence[str],
+    incomplete: Sequence[str],
+    max_dropped: float,
+) -> None:
+    """Raise UserError if more than the share `max_dropped` of the rows cannot be used, or the end of a file is lost.
+
+    Args:
+        skipped: reason -> how many of the `n_rows` rows cannot be used.
+        first: some of them, "file:line: reason".
+        incomplete: the same for each file whose end was not read, so that nobody knows how many rows were lost.
+    """
+    n_skipped = sum(skipped.values())
+    if incomplete and max_dropped < 1:
         raise UserError(
-            f"{names}: {n_dropped:,} of {n_valid:,} dialogues have nothing to train on, more than "
-            f"{MAX_WITHOUT_TARGET:.0%} ({_skipped(info['dropped'])}){first}. Allow longer dialogues or remove these"
+            f"{'; '.join(incomplete)}. Repair the file or download it again; max_dropped=1 trains on what was read"
         )
-    if not info["documents"]:
-        raise UserError(f"{names}: no usable row: {_skipped(info['skipped'])}{first}. Check the format of the data")
+    if n_skipped > max_dropped * n_rows:
+        longer = "allow longer ones with --max_seq_len, " if "too long" in " ".join(skipped) else ""
+        raise UserError(
+            f"{', '.join(map(str, paths))}: {n_skipped:,} of {n_rows:,} rows cannot be used, more than "
+            f"max_dropped={max_dropped:g} allows ({_numbers(skipped)}). The first: {'; '.join(first[:3])}. Correct or "
+            f"remove such rows, {longer}or train on the others with max_dropped={math.ceil(100 * n_skipped / n_rows) / 100}"
+        )
 
 
 class _ArrayWriter:
@@ -306,11 +330,10 @@ class _ArrayWriter:
     def __init__(self, folder: Path, has_loss_mask: bool, stack: contextlib.ExitStack) -> None:
         names = [name for name in DTYPES if has_loss_mask or name != "loss_mask"]
         self.files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names}
-        listed = stack.enter_context((folder / "skipped.jsonl").open("w", encoding="utf-8"))
+        listed = stack.enter_context(atomic_write(folder / "skipped.jsonl"))
         self.skipped_rows = BadLineLog(listed)
         self.documents = self.tokens = self.n_targets = self.n_bytes = 0
         self.skipped: Counter[str] = Counter()
-        self.dropped: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
         self.files["offsets"].write(np.zeros(1, np.int64).tobytes())
 
@@ -327,7 +350,6 @@ class _ArrayWriter:
         self.documents += len(lengths)
         self.tokens += int(lengths.sum())
         self.n_bytes += sum(encoded.n_bytes)
-        self.dropped += encoded.dropped
         self.cut += encoded.cut
         for kind, bad in encoded.skipped:
             self.skipped[kind] += 1
@@ -339,27 +361,32 @@ class _ArrayWriter:
             "tokens": self.tokens,
             "targets": self.n_targets if "loss_mask" in self.files else self.tokens - self.documents,
             "bytes": self.n_bytes,
-            "skipped": dict(self.skipped.most_common()),  # all rows that are not in the dataset
-            "dropped": dict(self.dropped.most_common()),  # of these the valid dialogues, with nothing to train on
+            "skipped": dict(self.skipped.most_common()),  # rows that are not in the dataset
+            "first_skipped": self.skipped_rows.first,
+            "incomplete": self.skipped_rows.incomplete,
             "cut": dict(self.cut.most_common()),  # dialogues that are not complete
             "files": {name: os.path.getsize(file.name) for name, file in self.files.items()},
         }
 
 
 def _open(folder: Path) -> TokenizedDataset | None:
-    """Return the dataset in `folder`; None if there is none or it is damaged."""
+    """Return the dataset in `folder`; None if there is none, it is damaged, or an earlier version wrote it."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        if not info.keys() >= {"first_skipped", "incomplete", "vocab_size"}:
+            return None
+        arrays: dict[str, Any] = {"loss_mask": None}
         for name, size in info["files"].items():
-            if name not in DTYPES:  # an earlier version had other files
+            arrays[name] = np.memmap(folder / f"{name}.bin", DTYPES[name], mode="r")
+            if arrays[name].nbytes != size:
                 return None
-            if (folder / f"{name}.bin").stat().st_size != size:
-                return None
+        info["folder"] = str(folder)
+        dataset = TokenizedDataset(**arrays, fingerprint=folder.name.rpartition("-")[2], info=info)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    arrays: dict[str, Any] = {name: np.memmap(folder / f"{name}.bin", DTYPES[name], mode="r") for name in info["files"]}
-    info["folder"] = str(folder)
-    return TokenizedDataset(**{"loss_mask": None, **arrays}, fingerprint=folder.name.rpartition("-")[2], info=info)
+    begin, end = int(dataset.offsets[0]), int(dataset.offsets[-1])
+    sound = (begin, end) == (0, len(dataset.tokens)) and len(dataset.offsets) == len(dataset) + 1
+    return dataset if sound and dataset.lengths.min() > 1 else None
 
 
 def _delete_stale_builds(cache_dir: Path) -> None:
@@ -393,16 +420,9 @@ def _encode_in_threads(
 # --- summary ---------------------------------------------------------------------------------------------------------
 
 
-def _count(n: int, text: str) -> str:
-    """Return "3 rows are empty" or "1 row is empty"."""
-    if n == 1:
-        for many, one in (("rows are", "row is"), ("dialogues", "dialogue"), ("answers were", "answer was")):
-            text = text.replace(many, one).replace("their", "its")
-    return f"{n:,} {text}"
-
-
-def _skipped(counts: dict[str, int]) -> str:
-    return ", ".join(_count(n, f"rows are {reason}") for reason, n in counts.items()) or "only blank lines"
+def _numbers(counts: Mapping[str, int]) -> str:
+    """Return "3 unreadable, 1 empty"."""
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items()) or "only blank lines"
 
 
 def _counts(info: dict[str, Any]) -> str:
@@ -411,15 +431,18 @@ def _counts(info: dict[str, Any]) -> str:
     return f"{info['documents']:,} {noun}, {info['tokens']:,} tokens{trained}"
 
 
-def _summary(info: dict[str, Any], skipped: BadLineLog, folder: Path) -> str:
-    """Return the lines that say what was tokenized and what was skipped."""
+def _summary(info: dict[str, Any], built: bool) -> str:
+    """Return the lines that say what was tokenized and what was skipped, with some of the rows if it was just built."""
+    folder, first, n_skipped = Path(info["folder"]), info["first_skipped"], sum(info["skipped"].values())
     n_bytes = sum(source["bytes"] for source in info["sources"])
     rate = n_bytes / 1e6 / max(info["seconds"], 1e-9)
-    lines = [f"tokens: {_counts(info)} in {info['seconds']:.1f} s, {rate:.1f} MB/s; kept in {folder}"]
+    how = f" in {info['seconds']:.1f} s, {rate:.1f} MB/s; kept in" if built else ", ready in"
+    lines = [f"tokens: {_counts(info)}{how} {folder}"]
     if info["cut"]:
-        lines.append("  too long: " + "; ".join(_count(n, text) for text, n in info["cut"].items()))
-    if skipped.count:
-        lines.append(f"  skipped: {_skipped(info['skipped'])}")
-        lines.append(f"  the first {len(skipped.first)} of {skipped.count:,} (all are in {folder / 'skipped.jsonl'}):")
-        lines += [f"    {bad}" for bad in skipped.first]
+        lines.append(f"  too long: {_numbers(info['cut'])}")
+    if n_skipped:
+        lines.append(f"  skipped: {_numbers(info['skipped'])} (all are in {folder / 'skipped.jsonl'})")
+    if n_skipped and built:
+        lines.append(f"  the first {len(first)} of {n_skipped:,}:")
+        lines += [f"    {bad}" for bad in first]
     return "\n".join(lines)

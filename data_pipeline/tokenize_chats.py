@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from data_pipeline.readers import Block
-from data_pipeline.records import CHAT_COLUMNS, Preference, check_columns, parse_conversation
+from data_pipeline.records import CHAT_COLUMNS, Preference, WrongStage, check_columns, parse_conversation
 from data_pipeline.text_files import BadLine
-from data_pipeline.tokenize import EncodedBlock, TokenizedDataset, cached_dataset
+from data_pipeline.tokenize import MAX_DROPPED, EncodedBlock, TokenizedDataset, cached_dataset
 from model.chat_format import ANSWER_ROLE, Message, PromptTooLong, TruncatedChat, truncate_chat
 from model.tokenizer import EOS_ID, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TURNS_CUT, SYSTEM_CUT = "dialogues lost their oldest turns", "dialogues lost their system message"
-ANSWER_CUT = "answers were cut"
-NOT_A_DIALOGUE = "not a valid dialogue"
+# What was cut, after the number of dialogues.
+TURNS_CUT, SYSTEM_CUT, ANSWER_CUT = "without the oldest turns", "without the system message", "with a cut answer"
+NOT_A_DIALOGUE, WRONG_STAGE = "not a valid dialogue", "not for this stage"
 QUESTION_TOO_LONG = "too long: the last question leaves no room for an answer"
 SAME_AFTER_CUT = "too long: the answers are the same as far as there is room"
 
@@ -36,14 +36,14 @@ def tokenize_chat_data(
     cache_dir: Path,
     *,
     max_tokens: int,
+    max_dropped: float = MAX_DROPPED,
     num_workers: int | None = None,
     log: Callable[[str], object] = print,
 ) -> TokenizedDataset:
     """Return dialogues in any format of data_pipeline/records.py as documents, with a loss mask over the answers.
 
-    max_tokens: a longer dialogue is cut, see `truncate_chat`; what was cut and dropped is counted in `info`.
-    Other arguments as `tokenize_pretrain_data`.
-    Raises UserError as that does, and if more than 1% of the valid dialogues have nothing to train on.
+    max_tokens: a longer dialogue is cut, see `truncate_chat`; what was cut and skipped is counted in `info`.
+    Other arguments and errors as `tokenize_pretrain_data`.
     """
     if max_tokens < 2:
         raise UserError(f"a dialogue of {max_tokens} token(s) has nothing to train on; allow more")
@@ -51,7 +51,7 @@ def tokenize_chat_data(
         check_columns(path, CHAT_COLUMNS)
     encode = functools.partial(_encode_chats, tokenizer=tokenizer, max_tokens=max_tokens)
     settings = {"max_tokens": max_tokens}
-    return cached_dataset("chat", paths, tokenizer, cache_dir, settings, encode, num_workers, log)
+    return cached_dataset("chat", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
 
 
 def encode_preference(
@@ -86,11 +86,12 @@ def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: 
         try:
             messages = parse_conversation(data)
             chat = _truncate(tokenizer, messages, max_tokens)
+        except WrongStage as reason:
+            encoded.skipped.append((WRONG_STAGE, BadLine(line, str(reason))))
         except UserError as reason:
             encoded.skipped.append((NOT_A_DIALOGUE, BadLine(line, str(reason))))
         except NothingToTrainOn as reason:
             encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
-            encoded.dropped[str(reason)] += 1
         else:
             encoded.add(chat.ids, json.dumps(messages).encode(), _answer_bytes(tokenizer, chat))
             encoded.loss_mask.append(bytes(chat.loss_mask))

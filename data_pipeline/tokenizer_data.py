@@ -13,7 +13,7 @@ from typing import Any
 from common.errors import UserError
 from common.progress import Progress
 from data_pipeline.readers import field_names, iter_records
-from data_pipeline.records import Malformed, read_messages
+from data_pipeline.records import CHAT_COLUMNS, Malformed, read_messages
 from data_pipeline.text_files import BadLine, BadLineLog, check_readable, total_bytes
 
 SOURCE_SUFFIXES = {".py", ".md", ".sh"}
@@ -26,7 +26,7 @@ def row_text(data: dict[str, Any], text_field: str = "text") -> str:
         text = data[text_field]
         if not isinstance(text, str):
             raise Malformed(f"{text_field} is not a text but {type(text).__name__}")
-    elif data.keys() & {"messages", "conversations", "q", "a", "output"}:
+    elif any(data.keys() >= set(names) for names in CHAT_COLUMNS):
         text = "\n".join(message["content"] for message in read_messages(data) if message["content"])
     else:
         raise Malformed(f"no field {text_field!r}; the fields are {field_names(data)}: use --text_field")
@@ -134,6 +134,8 @@ def read_data(
                 elif trained:
                     sample.add(text)
                     progress.kept = sample.seen
+            if bad.incomplete:
+                raise UserError(f"{bad.incomplete[0]}. Repair the file or download it again")
             if not n_texts:
                 raise UserError(
                     f"{bad.first[0] if bad.count else f'{path}: no text in it'}; no row of it could be used"

@@ -285,8 +285,7 @@ def _copy_code(folder: Path) -> None:
 
 def export_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the weights by our names in `dtype`, the tied pair once. Raises UserError for what `dtype` cannot hold."""
-    state = state_to_save(model, dtype, "the export")
-    return {name: weight.contiguous() for name, weight in state.items() if name != OUTPUT}
+    return {name: weight.contiguous() for name, weight in state_to_save(model, dtype, "the export").items()}
 
 
 def describe(checkpoint: Checkpoint, dtype: str) -> dict:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, recover_folder
+from common.files import atomic_folder, recover_folder, write_json
 from model.model import Transformer
 from model.weights import Checkpoint, load_checkpoint
 
@@ -65,14 +66,25 @@ def trainable_share(model: PeftModel) -> str:
     return f"{trainable / 1e6:.3f}M of {total / 1e6:.2f}M parameters are trained ({trainable / total:.2%})"
 
 
-def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict[str, Any]) -> None:
-    """Write the adapter folder, completely or not at all. Raises UserError for weights that are not finite."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise UserError(f"{name} is not finite; {folder} is left as it was")
+def save_adapter(
+    folder: Path,
+    model: PeftModel,
+    base: Checkpoint,
+    info: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write the adapter folder, completely or not at all. Raises UserError for weights that are not finite.
+
+    tensors: the adapter's parameters by their names in `model`, where those in it are sharded.
+    """
+    if tensors is None:
+        tensors = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    state = {name: tensor.detach().cpu() for name, tensor in tensors}
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{broken[0]} is not finite; {folder} is left as it was")
     with atomic_folder(folder) as tmp:
         # peft would ask a hub for the base's vocabulary size to see whether embeddings were resized: ours never are.
-        model.save_pretrained(str(tmp), save_embedding_layers=False)
+        model.save_pretrained(str(tmp), state_dict=state, save_embedding_layers=False)
         _set_base_name(tmp / "adapter_config.json", base.path)
         description = {
             "base": base.path.name,
@@ -80,7 +92,7 @@ def save_adapter(folder: Path, model: PeftModel, base: Checkpoint, info: dict[st
             "config": base.config.own_fields(),
             **info,
         }
-        (tmp / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_json(tmp / DESCRIPTION, description)
 
 
 def load_adapter(

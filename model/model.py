@@ -7,7 +7,7 @@ peft, trl and accelerate work on it), and its parameter names are those of the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -353,6 +353,20 @@ def parameter_counts(model: Transformer) -> dict[str, int]:
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts if config.use_moe else 0
     counts["active"] = counts["total"] - round(counts["experts"] * idle)
     return counts
+
+
+@torch.no_grad()
+def initial_weights(config: LMConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the random weights of a new model, one tensor at a time, the same for the same seed."""
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, module in model.named_modules():
+        if module is not model.output and next(module.parameters(recurse=False), None) is not None:
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+            yield from ((f"{name}.{key}", weight.detach()) for key, weight in module.named_parameters(recurse=False))
+            module.to_empty(device="meta", recurse=False)
 
 
 def describe_parameters(model: Transformer) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from common.files import atomic_write, write_json
 from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
 from model.model import Transformer
 from model.tokenizer import tokenizer_hash
-from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors
+from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors, write_tensors
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
 _TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt, but stored in old files
@@ -64,6 +65,7 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float32,
     info: dict[str, Any],
     overwrite: bool = False,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write the weights of `model` and the JSON beside them. Killed at any moment, the old or the new pair remains.
 
@@ -73,6 +75,7 @@ def save_checkpoint(
         dtype: of the file: float32, bfloat16 or float16.
         info: what the JSON records beside the configuration: stage, step, tokens, loss, tokenizer_hash, ...
         overwrite: replace a checkpoint of another architecture.
+        tensors: the (name, tensor) pairs to write, where those in `model` are sharded; they are taken one at a time.
 
     Raises:
         UserError: non-finite weights (by name), weights that are not a MiniMind's, or see `check_can_write`.
@@ -80,16 +83,17 @@ def save_checkpoint(
     """
     path = Path(path)
     config = model.config
-    state = state_to_save(model, dtype, path)
     check_can_write(path, config, overwrite)
     previous = _previous_description(path)
     ours = {"config": config.own_fields(), "dtype": dtype_name(dtype)}
     new = ours | {key: value for key, value in info.items() if key not in ("fingerprint", "previous")} | ours
     json.dumps(new, allow_nan=False)  # fails here, before anything is written, if it cannot be JSON
+    skeleton = {name: torch.empty(shape, dtype=dtype) for name, shape in _expected_shapes(config).items()}
+    skeleton[OUTPUT] = skeleton[EMBEDDING]
+    pairs = _cast(_tensors_of(model, path) if tensors is None else tensors, dtype, path)
     try:
         with atomic_write(path, "w+b", encoding=None) as file:
-            torch.save(state, file)
-            file.flush()
+            write_tensors(file, skeleton, pairs)
             new["fingerprint"] = fingerprint_of(file)
             write_json(path.with_suffix(".json"), new | previous)
         if previous:
@@ -125,28 +129,35 @@ def check_can_write(path: Path | str, config: LMConfig, overwrite: bool = False)
 
 
 def state_to_save(model: Transformer, dtype: torch.dtype, path: Path | str) -> dict[str, Tensor]:
-    """Return the state dict in `dtype` on the CPU, the tied pair sharing its memory.
+    """Return the weights in `dtype` on the CPU, the tied pair once, under the embedding's name.
 
     Raises UserError for weights that could not be read again; `path` is for its message.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {dtype_name(dtype)}")
+    return dict(_cast(_tensors_of(model, path), dtype, path))
+
+
+def _tensors_of(model: Transformer, path: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of `model` by their names, the tied pair once."""
     state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(state, model.config, path)
-    # Non-finite before the cast: the training went wrong. After it: float16 ends at 65,504.
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{path} was not written: these weights are not finite: {list_names(broken)}")
-    state = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"{path} was not written: too large for {dtype_name(dtype)}: {list_names(broken)}; save as float32 or bfloat16"
-        )
-    if not torch.equal(state[EMBEDDING], state[OUTPUT]):
+    if not torch.equal(state[EMBEDDING], state.pop(OUTPUT)):
         raise UserError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
-    state[OUTPUT] = state[EMBEDDING]
-    return state
+    yield from state.items()
+
+
+def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, path: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in `dtype` on the CPU. Raises UserError for one that is not finite, before or after the cast."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"{path}: weights are saved as float32, bfloat16 or float16, not {dtype_name(dtype)}")
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():  # the training went wrong
+            raise UserError(f"{path} was not written: these weights are not finite: {name}")
+        tensor = tensor.to("cpu", dtype)
+        if not tensor.isfinite().all():  # float16 ends at 65,504
+            raise UserError(
+                f"{path} was not written: too large for {dtype_name(dtype)}: {name}; save as float32 or bfloat16"
+            )
+        yield name, tensor
 
 
 def _previous_description(path: Path) -> dict:
@@ -168,6 +179,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     overrides: dict[str, Any] | None = None,
+    mapped: bool = False,
 ) -> Checkpoint:
     """Load published weights or our own, and check everything about them. The model is in evaluation mode.
 
@@ -177,6 +189,7 @@ def load_checkpoint(
         tokenizer: the one the model will be used with; it must be the one the model was trained with.
         overrides: LMConfig fields to replace (dropout, max_seq_len, ...). Fields of the architecture come from the
             file: a different value for one is refused.
+        mapped: leave the weights in the file, on the CPU, in its dtype: only what is used of them takes memory.
 
     Raises UserError for a missing or damaged file, a JSON of other weights, missing, unexpected, misshapen or non-finite
     weights by name, another tokenizer or architecture.
@@ -191,9 +204,9 @@ def load_checkpoint(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config, info, path)
 
-    dtype = dtype or state[EMBEDDING].dtype
-    # A copy, because the tensors are mapped from the file, which another process may delete or overwrite in place.
-    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
+    if not mapped:  # a copy, because another process may delete the file or overwrite it in place
+        dtype = dtype or state[EMBEDDING].dtype
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
     return Checkpoint(build_model(state, config, path), config, info, path, fingerprint_of(path), notes)
 
 
@@ -341,10 +354,14 @@ def _replace_fields(config: LMConfig, overrides: dict[str, Any], path: Path) -> 
 # ---- checks
 
 
+def _expected_shapes(config: LMConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+
+
 def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> None:
     """Raise UserError, naming the weights, unless exactly those of `config` are there in its shapes."""
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    expected = _expected_shapes(config)
     errors = []
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]

@@ -10,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.serialization import skip_data
 
 from common.errors import UserError
 
@@ -48,6 +52,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if others:
         raise UserError(f"{path} is not a plain state dict: not a tensor: {list_names(others)}")
     return state
+
+
+def write_tensors(file: IO[bytes], skeleton: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a state dict that `torch.load` reads, one tensor at a time: they need not be in memory together.
+
+    torch.save writes the file without the tensors' bytes, which stay empty; they are put in their places afterwards,
+    and their checksums into the zip directory.
+
+    Args:
+        file: open for reading and writing.
+        skeleton: tensors of the right shapes and dtypes; their values are not used. Tied ones share their memory.
+        tensors: (name, tensor) pairs on the CPU in any order, each once; one name of those that are tied.
+    """
+    with skip_data():
+        torch.save(skeleton, file)
+    file.flush()
+    storages = list(dict.fromkeys(tensor.untyped_storage().data_ptr() for tensor in skeleton.values()))
+    number = {name: storages.index(tensor.untyped_storage().data_ptr()) for name, tensor in skeleton.items()}
+    with zipfile.ZipFile(file) as archive:
+        entries, directory = archive.infolist(), archive.start_dir
+    by_number = {int(entry.filename.rpartition("/")[2]): entry for entry in entries if "/data/" in entry.filename}
+    checksums: dict[str, int] = {}
+    for name, tensor in tensors:
+        entry = by_number[number[name]]
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = struct.unpack("<2H", file.read(4))
+        file.seek(entry.header_offset + 30 + name_length + extra_length)
+        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        if len(data) != entry.file_size:
+            raise AssertionError(f"{name} has {len(data)} bytes instead of {entry.file_size}")
+        file.write(data)
+        checksums[entry.filename] = zlib.crc32(data)
+    if missing := [name for name, at in number.items() if by_number[at].filename not in checksums]:
+        raise AssertionError(f"not written: {list_names(missing)}")
+    at = directory  # of the entry's record: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, section 4.3
+    for entry in entries:
+        if (checksum := checksums.get(entry.filename)) is not None:
+            for place in (at + 16, entry.header_offset + 14):
+                file.seek(place)
+                file.write(struct.pack("<I", checksum))
+        file.seek(at + 28)
+        at += 46 + sum(struct.unpack("<3H", file.read(6)))
+    file.flush()
 
 
 def read_description(path: Path) -> dict[str, Any]:

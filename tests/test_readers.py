@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_text_and_csv_with_wrong_bytes(tmp_path):
 def test_csv_quote_left_open(tmp_path):
     rows, bad = read(write(tmp_path / "a.csv", 'text\na\n"b\nc\nd\n'))
     assert rows == [(2, {"text": "a"})]
-    assert bad == [BadLine(3, "invalid CSV: a quote is left open; lines 3 to 5 were lost to it")]
+    assert bad == [BadLine(3, "invalid CSV: a quote is left open; lines 3 to 5 were lost to it", rest_lost=True)]
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
@@ -144,7 +145,8 @@ def test_truncated_archive(tmp_path, ending, suffix):
     rows, bad = read(path)
     assert 0 < len(rows) < len(texts)
     assert [data["text"] for _, data in rows] == texts[: len(rows)]
-    assert len(bad) == 1 and bad[0].reason.startswith("truncated archive") and bad[0].line == rows[-1][0] + 1
+    assert len(bad) == 1 and bad[0].rest_lost and bad[0].line == rows[-1][0] + 1
+    assert re.search(r"^truncated archive: .* after 0\.\d MB of text; only what .* the rest is lost$", bad[0].reason)
     with pytest.raises(UserError, match=rf"line {bad[0].line}: truncated archive"):
         list(iter_records(path, None))
     with pytest.raises(UserError, match="not a readable"):
@@ -173,6 +175,7 @@ def test_a_broken_array_is_read_up_to_the_break(tmp_path, content, good, reason)
     assert len(rows) == good and len(bad) == 1
     assert bad[0].line == good + 1 and bad[0].reason.startswith(reason)
     assert bad[0].reason.endswith("; nothing after this row could be read") and "\n" not in bad[0].reason
+    assert bad[0].rest_lost
 
 
 def test_bad_rows_inside_an_array(tmp_path):
@@ -279,8 +282,17 @@ def test_line_blocks_lose_nothing(lines, size):
         ("a.csv", "\n\n", "only blank lines"),
         ("a.csv", "a,a\n1,2\n", "occurs twice"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "the archive is empty"),
-        ("a.txt", "x".encode("utf-16"), "UTF-16"),
+        ("a.txt", "x".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("a.jsonl", '{"text": "春"}'.encode("utf-16-be"), "UTF-16"),
+        ("a.csv", "text\n春".encode("utf-32"), "UTF-32"),
+        ("a.jsonl", '{"text": "春"}'.encode("utf-32-le"), "UTF-32"),
         ("a.doc", "x", "cannot tell its format"),
+        ("a.xlsx", b"PK\x03\x04\x14", "an Excel workbook is not read; save its sheet as CSV"),
+        ("a.csv", b"PK\x03\x04\x14", "an Excel workbook or a ZIP archive; save the sheet as CSV"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1", "an old Excel or Word file"),
+        ("a.jsonl", gzip.compress(b"{}"), "compressed with gzip; rename it to end in .gz"),
+        ("a.jsonl", PACK[".zst"](b"{}"), "compressed with zstd"),
+        ("a.json", b"PAR1\x15", "Parquet; rename it"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, message):
@@ -292,6 +304,9 @@ def test_missing_file_and_folder(tmp_path):
     for call in (read, total_bytes, columns):
         with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
             call(tmp_path / "no.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    with pytest.raises(UserError, match=r"loop\.jsonl: a link to a file that is not there"):
+        read(tmp_path / "loop.jsonl")
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(UserError, match="not a file"):
         read(tmp_path / "d.jsonl")

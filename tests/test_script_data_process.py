@@ -1,8 +1,10 @@
 """data_process.py as users run it."""
 
 import csv
+import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,14 @@ def test_flags_reach_the_filters(raw, tmp_path):
     assert wrong.returncode == 2
     for problem in ("--max_chars -1 must be at least 0", "2.0 must be between 0 and 1", "--input needs one stage"):
         assert problem in wrong.stderr
+    wrong = run(
+        "pretrain", "--input", "x", "--data_dir", raw, "--min_a_chars", 3, "--history", "only", "--min_chars", 3
+    )
+    assert wrong.returncode == 2 and wrong.stderr.splitlines() == [
+        "error: --input names the files itself: leave --data_dir out",
+        "error: --min_a_chars is for the stage sft and does nothing for pretrain: leave it out",
+        "error: --history is for the stage sft and does nothing for pretrain: leave it out",
+    ]
 
 
 def test_wrong_input_is_one_clear_line(tmp_path):
@@ -82,7 +92,12 @@ def test_wrong_input_is_one_clear_line(tmp_path):
     assert "a.jsonl:1: invalid JSON: Unterminated string" in attempt("a.jsonl", b'{"text": "cut')
     assert "a.jsonl:1: invalid UTF-8 at byte 11" in attempt("a.jsonl", b'{"text": "\xff"}\n')
     assert "no such file" in fails("pretrain", "--input", tmp_path / "none.jsonl", "--out_dir", tmp_path)
-    assert "no raw data in" in fails("pretrain", "--data_dir", tmp_path, "--out_dir", tmp_path)
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    link = fails("pretrain", "--input", tmp_path / "loop.jsonl", "--out_dir", tmp_path)
+    assert "loop.jsonl: a link to a file that is not there" in link
+    nothing = fails("all", "--data_dir", tmp_path, "--out_dir", tmp_path)
+    assert f"no raw data in {tmp_path}. Download into it {DUMP} (ModelScope: ddzhu123/seq-monkey), sft_data" in nothing
+    assert str(ROOT / "dataset" / "sample") in nothing
     assert not (tmp_path / "out" / "pretrain_data.csv").exists()
 
 
@@ -96,6 +111,75 @@ def test_out_dir_that_cannot_be_written(raw, tmp_path):
     if not os.access(locked, os.W_OK):  # root may write anywhere
         result = run("all", "--data_dir", raw, "--out_dir", locked)
         assert result.returncode == 2 and "choose another" in result.stderr
+
+
+def test_a_lost_end_is_an_error_that_keeps_what_was_read(raw, tmp_path):
+    """Also of the other stages, which are done."""
+    packed = gzip.compress("".join(f'{{"text": "text {i}"}}\n' for i in range(20_000)).encode())
+    (raw / DUMP).rename(raw / "whole.jsonl")
+    (raw / f"{DUMP}.gz").write_bytes(packed[: len(packed) // 2])
+    (raw / "dpo" / "one.json").write_text(
+        '[{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": ', encoding="utf-8"
+    )
+    message = fails("all", "--data_dir", raw, "--out_dir", tmp_path)
+    with (tmp_path / "pretrain_data.csv").open(encoding="utf-8", newline="") as file:
+        n_rows = sum(1 for _ in csv.DictReader(file))
+    assert 0 < n_rows < 20_000 and f"{DUMP}.gz:{n_rows + 1}: truncated archive: " in message
+    assert "one.json:2: invalid JSON: parse error: premature EOF; nothing after this row could be read. What" in message
+    assert (tmp_path / "sft_data.csv").exists()
+    assert len(json.loads((tmp_path / "dpo" / "train_data.json").read_text(encoding="utf-8"))) == 1
+
+
+# Runs data_process.py, which says so when it has written a row, and waits.
+HANG = """
+import runpy, time
+from data_pipeline import cleaning
+def hang(self, line):
+    print("hanging", flush=True)
+    time.sleep(60)
+cleaning._Output.add = hang
+runpy.run_path("data_process.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped(raw, tmp_path, number):
+    """It says so, keeps the old file, and leaves nothing for ever; another process is not let in meanwhile."""
+    command = ["sft", "--data_dir", str(raw), "--out_dir", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    assert run(*command).returncode == 0
+    before = {path.name: path.read_bytes() for path in out.glob("[!.]*")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", HANG, *command], cwd=ROOT, env=environment, **pipes)
+    try:
+        assert process.stdout.readline() == "hanging\n"
+        assert len(list(out.glob(".*.tmp"))) == 3
+        if number == signal.SIGTERM:
+            assert "another process is writing" in fails(*command)
+    finally:
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        what = "stopped by SIGTERM" if number == signal.SIGTERM else "interrupted"
+        assert err == f"error: {what}: earlier output files are unchanged\n"
+    assert len(list(out.glob(".*.tmp"))) == (3 if number == signal.SIGKILL else 0)
+    assert run(*command).returncode == 0
+    assert not list(out.glob(".*.tmp")) and before == {path.name: path.read_bytes() for path in out.glob("[!.]*")}
+
+
+def test_names_that_are_not_ascii_in_a_locale_that_is(tmp_path):
+    """Python takes them for bytes without a meaning then; they must neither stop a run nor its report."""
+    source = tmp_path / "数据.jsonl"
+    source.write_text('{"text": "春眠不觉晓"}\n{"text": 坏}\n', encoding="utf-8")
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = run("pretrain", "--input", source, "--out_dir", tmp_path / "出", env=plain)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "出" / "pretrain_data.csv").read_text(encoding="utf-8") == 'text\n"春眠不觉晓"\n'
+    rejects = (tmp_path / "出" / "pretrain_data.rejects.jsonl").read_text(encoding="utf-8")
+    assert os.fsencode(json.loads(rejects)["file"]) == os.fsencode(source)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
@@ -112,7 +196,7 @@ def test_full_disk(tmp_path):
     )  # fmt: skip
     assert "no space left in" in message and "unchanged" in message
     assert (tmp_path / "pretrain_data.csv").read_text(encoding="utf-8") == "text\nold\n"
-    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

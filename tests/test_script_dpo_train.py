@@ -158,7 +158,9 @@ def test_unsound_pairs_are_counted_named_and_not_trained_on(run, out, tmp_path):
         },
     }
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*good[:3], *bad.values(), '{"prompt": ', *good[3:]])
-    result = run(*QUICK, "--data_path", mixed, "--out_dir", out)
+    message = run(*QUICK, "--data_path", mixed, "--out_dir", out).error()
+    assert "5 of 13 rows cannot be used, more than --max_dropped 0.1 allows (5 unreadable or not a" in message
+    result = run(*QUICK, "--data_path", mixed, "--out_dir", out, "--max_dropped", 0.4)
     assert result.code == 0, result.err
     assert "8 preference pairs, 5 unusable rows" in result.out
     for line, reason in enumerate(bad, start=4):
@@ -175,9 +177,9 @@ def test_pairs_that_do_not_fit_are_not_dropped_silently(run, out, tmp_path):
     long = [pair(i) | {"prompt": "word " * 200} for i in range(4)]
     data = write_jsonl(tmp_path / "long.jsonl", [*long, *(pair(i) for i in range(12))])
     message = run(*QUICK, "--data_path", data, "--out_dir", out).error()
-    assert "4 of 16 pairs do not fit into --max_seq_len 64" in message
+    assert "4 of 16 rows cannot be used" in message and "allow longer ones with --max_seq_len" in message
     result = run(*QUICK, "--data_path", data, "--out_dir", out, "--max_dropped", 0.5)
-    assert result.code == 0 and "dropped: 4 pairs are too long: " in result.out
+    assert result.code == 0 and "12 preference pairs, 4 unusable rows" in result.out
 
 
 def test_stopped_and_resumed_and_never_onto_another_base(run, out, pairs, tokenizer):

@@ -203,7 +203,7 @@ export_model.run_script(export_model.main)
 """
     command = [sys.executable, "-c", stopped, "--weights", out / "full_sft_64.pth", "--output", tmp_path / "export"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (found.returncode, found.stderr, names(tmp_path)) == (143, "error: interrupted\n", set())
+    assert (found.returncode, found.stderr, names(tmp_path)) == (143, "error: stopped by SIGTERM\n", set())
 
 
 def test_what_a_killed_export_left_goes_and_two_do_not_meet(out, tmp_path, main, monkeypatch):

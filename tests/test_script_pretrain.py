@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,23 @@ def test_a_signal_finishes_the_step_saves_and_says_so(texts, tmp_path, number):
     assert process.returncode == 128 + number
     assert "continue with --resume" in out and "Traceback" not in err
     assert load_checkpoint(tmp_path / "pretrain_32.pth").info["step"] >= 3
+
+
+def test_a_signal_while_tokenizing_is_answered(tmp_path):
+    data = tmp_path / "long.jsonl"
+    data.write_text(
+        (json.dumps({"text": "春眠不觉晓，处处闻啼鸟。" * 8}, ensure_ascii=False) + "\n") * 200_000, encoding="utf-8"
+    )
+    flags = [*QUICK, "--data_path", data, "--out_dir", tmp_path / "out"]
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("cache/.pretrain-*.tmp")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.startswith("error: stopped by SIGTERM: tokenizing was not finished; no other file was changed. The same")
+    assert not list((tmp_path / "out" / "cache").glob(".*.tmp"))
 
 
 def test_two_processes_train_what_one_trains(texts, tmp_path):

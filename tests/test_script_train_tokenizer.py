@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -281,10 +284,57 @@ def test_a_folder_with_other_things_is_not_touched(tmp_path, data, capsys):
 
 
 def test_a_folder_that_another_process_trains_into_is_refused(tmp_path, data):
-    busy = pytest.raises(UserError, match="another process is training a tokenizer into .*out")
-    with exclusive(tmp_path, "out", ""), busy:
-        run(data, tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    with exclusive(tmp_path, "out", ""):
+        for name in ("out", "link"):
+            with pytest.raises(UserError, match=f"another process is training a tokenizer into .*{name}"):
+                run(data, tmp_path / name)
     run(data, tmp_path / "out")
+
+
+def test_a_tokenizer_that_came_while_we_waited_is_not_replaced(tmp_path, data, monkeypatch):
+    """Of two trainings into one folder the second one finds the lock free again, and the folder full."""
+    run(data, tmp_path / "first")
+
+    @contextlib.contextmanager
+    def wait(*_):
+        shutil.copytree(tmp_path / "first", tmp_path / "out")
+        yield True
+
+    monkeypatch.setattr(train_tokenizer, "exclusive", wait)
+    with pytest.raises(UserError, match="out already holds a tokenizer; add --overwrite"):
+        run(data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_at_once_while_it_trains(tmp_path, data, number):
+    """The trainer is stood in for by other code that computes for minutes outside of Python."""
+    script = (
+        "import hashlib, runpy, sys\n"
+        "from data_pipeline import bpe\n"
+        "bpe.train_bpe = lambda *_: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+        "runpy.run_path('train_tokenizer.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", script, "--data_path", str(data), "--out_dir", str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    try:
+        assert process.stdout.readline().startswith("training on")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert err == f"error: {'interrupted' if number == signal.SIGINT else 'stopped by SIGTERM'}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_file_is_not_taken_for_a_whole_one(tmp_path, data):
+    packed = gzip.compress("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20_000)).encode())
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=r"cut.jsonl.gz:\d+: truncated archive.* the rest is lost. Repair the file"):
+        run(path, tmp_path / "out")
 
 
 def test_a_readme_survives_a_new_tokenizer(tmp_path, data):

@@ -90,7 +90,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
     assert process.returncode == -signal.SIGKILL
     monkeypatch.setattr("common.files.WAIT_SECONDS", 10)
     model, _ = train(options(tmp_path))
-    again, _ = train(options(tmp_path))  # and each of ours has let go
+    again, _ = train(options(tmp_path, overwrite=True))  # and each of ours has let go
     assert same(weights(model), weights(again))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from common.errors import UserError
 from common.files import exclusive
 from data_pipeline import text_files
 from data_pipeline import tokenize as module
+from data_pipeline.datasets import PackedRows
 from data_pipeline.records import Preference
 from data_pipeline.text_files import hash_files
 from data_pipeline.tokenize import TokenizedDataset, tokenize_pretrain_data
@@ -126,7 +128,7 @@ def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):
     with path.open("ab") as file:
         file.write(b'{"text": "\xff"}\n')
     said = []
-    dataset = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", log=said.append)
+    dataset = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", max_dropped=1, log=said.append)
     assert len(dataset) == 2
     assert dataset.info["skipped"] == {"unreadable": 2, "without text": 2, "empty": 2}
     with (Path(dataset.info["folder"]) / "skipped.jsonl").open(encoding="utf-8") as file:
@@ -150,9 +152,7 @@ def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
     attempt("a.csv", b"a,b\n1,2\n", r"a\.csv: no column text, this file has a, b")
     attempt("a.jsonl", b"", "the file is empty")
     attempt("a.jsonl", b"\n\n", "no rows in it")
-    attempt(
-        "a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 row is unreadable, 1 row is empty.*a\.jsonl:1"
-    )
+    attempt("a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 unreadable, 1 empty.*a\.jsonl:1")
     attempt("a.xyz", b"x", "cannot tell its format")
     with pytest.raises(UserError, match="no such file"):
         tokenize_pretrain_data([tmp_path / "none.jsonl"], tokenizer, cache, log=quiet)
@@ -227,24 +227,49 @@ def test_files_are_not_read_again_to_be_recognised(tokenizer, tmp_path, monkeypa
     monkeypatch.setattr(text_files.hashlib, "blake2b", None)
     assert len(hash_files([path], tmp_path)) == 1
     monkeypatch.undo()
-    (tmp_path / "hashes.json").write_text("[dam", encoding="utf-8")
-    assert len(hash_files([path, path], tmp_path)) == 2
+    expected = hash_files([path, path], tmp_path / "new")
+    name = json.dumps(str(path))
+    for damaged in ("[dam", "[1]", "3", "{%s: 5}", "{%s: [1]}", "{%s: [[1, 2], null]}", "{%s: {}}", "\xff"):
+        (tmp_path / "hashes.json").write_text(damaged.replace("%s", name), encoding="latin-1")
+        assert hash_files([path, path], tmp_path) == expected
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("damage", ["no info", "short tokens", "bad info"])
-def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage",
+    ["no info", "bad info", "info of another shape", "an older info", "short tokens", "no offsets", "offsets of 0xFF"],
+)
+def test_a_damaged_cache_is_made_again_and_it_is_said(tokenizer, tmp_path, damage):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
     folder = Path(tokenize_pretrain_data([path], tokenizer, cache, log=quiet).info["folder"])
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     if damage == "no info":
         (folder / "info.json").unlink()
-    elif damage == "bad info":
-        (folder / "info.json").write_text("{", encoding="utf-8")
-    else:
+    elif damage == "short tokens":
         (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
-    dataset = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    elif damage == "no offsets":
+        (folder / "offsets.bin").unlink()
+    elif damage == "offsets of 0xFF":
+        (folder / "offsets.bin").write_bytes(b"\xff" * info["files"]["offsets"])
+    else:
+        del info["vocab_size"]
+        content = {"bad info": "{", "info of another shape": "[1]", "an older info": json.dumps(info)}[damage]
+        (folder / "info.json").write_text(content, encoding="utf-8")
+    said = []
+    dataset = tokenize_pretrain_data([path], tokenizer, cache, log=said.append)
+    assert said[0] == f"{folder} is damaged, or of an earlier version: its files are tokenized again" and len(said) == 2
     assert tokenizer.decode(dataset.document(3)[1:-1]) == TEXTS[3]
     assert folders(cache) == [folder.name]
+
+
+def test_damaged_tokens_are_named_before_they_are_trained_on(tokenizer, tmp_path):
+    path = texts_file(tmp_path / "a.jsonl")
+    build = functools.partial(tokenize_pretrain_data, [path], tokenizer, tmp_path / "cache", log=quiet)
+    tokens = Path(build().info["folder"]) / "tokens.bin"
+    tokens.write_bytes(b"\xff" * tokens.stat().st_size)
+    rows = PackedRows(build(), np.arange(len(TEXTS)), 64, seed=0)
+    with pytest.raises(UserError, match=rf"{tokens.parent}: tokens.bin is damaged .token 65535 .* 6,400.; delete this"):
+        rows.batch([0])
 
 
 @pytest.mark.parametrize(
@@ -314,6 +339,14 @@ def start(source: Path, cache: Path, **env) -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, str(source), str(cache)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_names_that_are_not_ascii_in_a_locale_that_is(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "数据.jsonl", [*({"text": text} for text in TEXTS * 30), '{"text": 坏'])
+    process = start(source, tmp_path / "存", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert process.communicate()[0].split()[0] == str(len(TEXTS) * 30) and process.returncode == 0
+    (skipped,) = (tmp_path / "存").glob("*/skipped.jsonl")
+    assert os.fsencode(json.loads(skipped.read_text(encoding="utf-8"))["file"]) == os.fsencode(source)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
@@ -487,15 +520,17 @@ def test_chat_dataset_of_every_format(tokenizer, tmp_path):
 def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
     twice = [chat("secret")[0], chat("secret")[0]]
     rows = [{"q": "q", "a": "a"}, {"messages": twice}, '{"cut', {"q": "q", "a": ""}, {"messages": chat("q", "a", "r")}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0] | {"label": False}])
     said = []
-    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=64, log=said.append)
-    assert len(dataset) == 1 and dataset.info["skipped"] == {"not a valid dialogue": 3, "unreadable": 1}
+    build = functools.partial(tokenize_chat_data, [path], tokenizer, tmp_path / "cache", max_tokens=64)
+    dataset = build(max_dropped=0.84, log=said.append)
+    counts = {"not a valid dialogue": 3, "unreadable": 1, "not for this stage": 1}
+    assert len(dataset) == 1 and dataset.info["skipped"] == counts
     assert "a.jsonl:2: roles out of order: user user" in said[0] and "a.jsonl:3: invalid JSON" in said[0]
     for content, reason in [
         (
             rows[1:],
-            "no usable row: 3 rows are not a valid dialogue, 1 row is unreadable; the first is .*a.jsonl:1: roles out of",
+            "no usable row: 3 not a valid dialogue, 1 unreadable; the first is .*a.jsonl:1: roles out of order",
         ),
         ([{"text": "pretraining data"}], "no question and answer; the fields are text"),
     ]:
@@ -508,17 +543,54 @@ def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
         tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=1, log=quiet)
 
 
-def test_more_than_one_percent_without_a_target_is_an_error(tokenizer, tmp_path):
-    good, long = {"q": "q", "a": "a"}, {"q": "long question " * 20, "a": "a"}
-    for n_long, fails in ((1, False), (2, True)):
-        path = write_jsonl(tmp_path / "a.jsonl", [good] * (100 - n_long) + [long] * n_long)
-        build = lambda: tokenize_chat_data([path], tokenizer, tmp_path / "c", max_tokens=32, log=quiet)  # noqa: B023, E731
-        if fails:
-            with pytest.raises(UserError, match=r"2 of 100 dialogues have nothing to train on, more than 1%.*jsonl:99"):
-                build()
-        else:
-            assert build().info["dropped"] == {QUESTION_TOO_LONG: 1}
-    assert len(folders(tmp_path / "c")) == 1
+LONG = {"q": "long question " * 20, "a": "a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "reason"),
+    [
+        ("pretrain", '{"text": "cut', "2 unreadable"),
+        ("pretrain", {"text": " "}, "2 empty"),
+        ("chat", '{"q": "cut', "2 unreadable"),
+        ("chat", {"q": "q", "a": ""}, "2 not a valid dialogue"),
+        ("chat", {"prompt": "q", "completion": "a", "label": False}, "2 not for this stage"),
+        ("chat", LONG, f"2 {QUESTION_TOO_LONG}"),
+    ],
+)
+def test_one_rule_for_rows_that_cannot_be_used(tokenizer, tmp_path, monkeypatch, kind, bad, reason):
+    """More than 1% of them are an error, whatever is wrong with them, and trying another limit costs nothing."""
+    good = {"q": "q", "a": "a", "text": "t"}
+    tokenize = {
+        "pretrain": tokenize_pretrain_data,
+        "chat": functools.partial(tokenize_chat_data, max_tokens=32),
+    }[kind]
+    path = write_jsonl(tmp_path / "a.jsonl", [good] * 99 + [bad])
+    assert len(tokenize([path], tokenizer, tmp_path / "c", log=quiet)) == 99
+    write_jsonl(path, [good] * 98 + [bad] * 2)
+    for limit in (0.01, 0.019):
+        with pytest.raises(UserError) as error:
+            tokenize([path], tokenizer, tmp_path / "c", max_dropped=limit, log=quiet)
+        monkeypatch.setattr(module, "_build", None)  # whoever tokenizes now fails
+        found = str(error.value)
+        assert f"2 of 100 rows cannot be used, more than max_dropped={limit} allows ({reason}). The first: " in found
+        assert (
+            f"{path}:99: " in found and f"{path}:100: " in found and found.endswith("the others with max_dropped=0.02")
+        )
+        assert ("--max_seq_len" in found) == (bad is LONG)
+    assert len(tokenize([path], tokenizer, tmp_path / "c", max_dropped=0.02, log=quiet)) == 98
+
+
+def test_a_file_whose_end_is_lost_is_an_error(tokenizer, tmp_path):
+    """One bad row of a thousand, and nobody knows how many behind it."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "t"}] * 1000)[:-1] + ', {"text": tru}, {"text": "lost"}]', encoding="utf-8")
+    build = functools.partial(tokenize_pretrain_data, [path], tokenizer, tmp_path / "c", log=quiet)
+    for limit in (0.01, 0.99):
+        with pytest.raises(
+            UserError, match=r"a.json:1001: invalid JSON.* after this row .*; max_dropped=1 trains on what"
+        ):
+            build(max_dropped=limit)
+    assert len(build(max_dropped=1)) == 1000
 
 
 @settings(max_examples=100, deadline=None)

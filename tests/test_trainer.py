@@ -64,8 +64,8 @@ def options(out_dir, **fields) -> TrainOptions:
 
 
 def run_for(model, opts, **identity) -> Run:
-    def save_weights(info):
-        save_checkpoint(opts.out_dir / "tiny.pth", model, dtype=torch.float32, info=info, overwrite=True)
+    def save_weights(info, tensors):
+        save_checkpoint(opts.out_dir / "tiny.pth", model, info=info, overwrite=True, tensors=tensors)
 
     return Run("pretrain", "tiny", model.config, {"tokenizer_hash": "t", **identity}, save_weights)
 
@@ -305,7 +305,32 @@ def test_an_unfinished_run_is_not_lost_by_starting_again(tmp_path):
     with pytest.raises(UserError, match="stopped at step 5: continue it with --resume"):
         train(opts)
     train(dataclasses.replace(opts, overwrite=True))
-    train(opts)  # a finished one may simply be repeated
+
+
+def test_a_finished_run_is_replaced_only_when_asked_and_not_before_something_new_is_saved(tmp_path):
+    opts, folder = options(tmp_path), tmp_path / "tiny.resume"
+    train(opts)
+    before = (tmp_path / "tiny.pth").read_bytes()
+    with pytest.raises(UserError, match="holds a finished run of 12 steps: replace it with --overwrite"):
+        train(dataclasses.replace(opts, max_steps=3))
+    again = dataclasses.replace(opts, max_steps=9, overwrite=True)
+    with pytest.raises(SystemExit):
+        train(again, stop_after=3, loss_fn=killed_before_saving(folder))
+    assert states(folder) == [3] and (tmp_path / "tiny.pth").read_bytes() != before
+
+
+def killed_before_saving(folder):
+    """A loss that looks whether the states of the run before are still there."""
+
+    def loss_fn(model, batch):
+        assert states(folder) == [8, 12] and (folder.parent / "tiny.pth").exists()
+        return next_token_loss(model, batch)
+
+    return loss_fn
+
+
+def states(folder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
 
 
 def test_a_changed_schedule_is_said(tmp_path, capsys):
@@ -441,23 +466,83 @@ def test_a_second_ctrl_c_stops_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_resuming_from_an_older_state_discards_the_later_ones(tmp_path):
-    """Otherwise the later ones would count as the newest, and the new run's states as too old to keep."""
-    opts = options(tmp_path, keep=5)
+def test_resuming_from_an_older_state_keeps_the_later_ones_until_it_has_saved(tmp_path):
+    """Afterwards they would count as the newest, and the new run's states as too old to keep."""
+    opts, folder = options(tmp_path, keep=5), tmp_path / "tiny.resume"
     train(opts)  # 12 steps, states 4, 8 and 12
+    again = dataclasses.replace(opts, resume=str(folder / "step_00000004"), max_steps=7, save_interval=1)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(again, loss_fn=interrupted)
+    assert states(folder) == [4, 8, 12]
+    train(again)
+    assert states(folder) == [4, 5, 6, 7]
+
+
+def interrupted(model, batch):
+    if model.training:
+        raise RuntimeError("killed")
+    return next_token_loss(model, batch)
+
+
+def flip_a_bit(state) -> None:
+    file = max(state.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_in_the_newest_state_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
+    whole, _ = train(options(tmp_path))
     folder = tmp_path / "tiny.resume"
-    train(dataclasses.replace(opts, resume=str(folder / "step_00000004"), max_steps=7, save_interval=1))
-    assert sorted(path.name for path in folder.iterdir()) == [f"step_{n:08d}" for n in (4, 5, 6, 7)]
+    flip_a_bit(folder / "step_00000012")
+    resumed, _ = train(options(tmp_path, resume="newest"))
+    printed = capsys.readouterr().out
+    assert "step_00000012 is damaged (__0_0.distcp has changed" in printed and "resuming after step 8" in printed
+    assert same(weights(resumed), weights(whole)) and states(folder) == [8, 12]
+    flip_a_bit(folder / "step_00000008")
+    with pytest.raises(UserError, match="step_00000008 is damaged .*resume from another state"):
+        train(options(tmp_path, resume=str(folder / "step_00000008")))
 
 
 @pytest.mark.parametrize("content", ["{}", "{broken"])
-def test_a_damaged_description_of_a_run_is_not_a_finished_run(tmp_path, content):
+def test_a_damaged_description_of_a_run_is_not_a_finished_run(tmp_path, content, capsys):
     train(options(tmp_path))
     (tmp_path / "tiny.resume" / "step_00000012" / "run.json").write_text(content)
     with pytest.raises(UserError, match="continue it with --resume"):
         train(options(tmp_path))
-    with pytest.raises(UserError, match="step_00000012 cannot be read"):
-        train(options(tmp_path, resume="newest"))
+    train(options(tmp_path, resume="newest"))
+    assert "step_00000012 is damaged (run.json has changed" in capsys.readouterr().out
+
+
+def test_a_state_whose_loss_is_not_what_it_was_stops_before_it_does_harm(tmp_path):
+    """Weights that were swapped, hashes included: the loss shows it."""
+    with pytest.raises(SystemExit):
+        train(options(tmp_path), stop_after=9)
+    before = (tmp_path / "tiny.pth").read_bytes()
+
+    def far_off(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        return loss, n, extras | {"loss": extras["loss"] + 3.5 * n}
+
+    with pytest.raises(UserError, match="step 10: the loss is .* when the state was saved"):
+        train(options(tmp_path, resume="newest"), loss_fn=far_off)
+    assert (tmp_path / "tiny.pth").read_bytes() == before and states(tmp_path / "tiny.resume") == [8, 9]
+
+
+def test_a_loss_that_explodes_does_not_replace_better_weights(tmp_path, capsys):
+    calls = 0
+
+    def exploding(model, batch):
+        nonlocal calls
+        loss, n, extras = next_token_loss(model, batch)
+        calls += model.training
+        return loss, n, extras | {"loss": extras["loss"] + (10.0 * n if 6 < calls < 13 else 0.0)}
+
+    with pytest.raises(UserError, match="the loss is .* after step 12.*stay those of the last good save"):
+        train(options(tmp_path, log_interval=1), loss_fn=exploding)
+    assert "WARNING: the loss is" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tiny.json").read_text())["step"] == 4
+    assert states(tmp_path / "tiny.resume") == [8, 12]
 
 
 def short_of_memory(limit: int, error=torch.OutOfMemoryError):

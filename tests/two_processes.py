@@ -42,7 +42,7 @@ def poisoned(dist_env: DistEnv):
 
     def loss_fn(model, batch):
         nonlocal steps
-        steps += 1
+        steps += model.training
         loss, n, extras = next_token_loss(model, batch)
         if steps == 6 and dist_env.rank == 1:
             loss = loss * float("nan")

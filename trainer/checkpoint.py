@@ -1,47 +1,51 @@
 """Training state: what a run needs to continue as if it had never stopped, and which state a new run may continue.
 
-    out/pretrain_512.resume/step_00000200/state.pt     weights (float32), optimizer, gradient scaler, counters
-                                         /run.json     what the run was: configuration, data, seed, ...
-                                         /COMPLETE     a folder without it does not exist
+    out/pretrain_512.resume/step_00000200/*.distcp   weights (float32) and optimizer, written by each process
+                                         /.metadata  which part of which tensor is in which file
+                                         /run.json   what the run was: configuration, data, seed, counters, ...
+                                         /COMPLETE   a hash of every file; a folder without it does not exist
 
-A state is written into a temporary folder, flushed to the disk and renamed: whenever the process dies, the states written
-before are still there. (The weights for use, `out/pretrain_512.pth`, are something else: see `model.weights`.)
+(`--deepspeed` writes DeepSpeed's own files instead of the first two.) A state is written into a temporary folder, flushed
+to the disk and renamed: whenever a process dies, the states written before are still there. (The weights for use,
+`out/pretrain_512.pth`, are something else: see `model.weights`.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
-import pickle
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import nn
 
 from common.errors import UserError
 from common.files import atomic_folder, exclusive, recover_folder
-from trainer.distributed import DistEnv
-from trainer.optim import load_parameters
+from trainer.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from trainer.options import TrainOptions
 
 MARKER = "COMPLETE"
-CONTENT = ("model", "optimizer", "scaler", "tokens", "metrics")  # of state.pt
 _STEP = re.compile(r"step_(\d{8,})")
+_START = "start without --resume, or with --resume auto"
 
 
 @dataclass
 class TrainingCheckpoint:
-    """A state read back: `tensors` is what was given to `save_state`, `run` the description beside it."""
+    """A state on the disk.
+
+    Attributes:
+        run: its description, run.json.
+        obsolete: states that the run to be continued from it (or started, if it is None) replaces.
+    """
 
     path: Path
     step: int
-    tensors: dict
     run: dict
+    obsolete: list[Path] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -58,56 +62,79 @@ def hold_run(out_dir: Path, name: str) -> Iterator[None]:
 # ---- states on the disk
 
 
-def save_state(folder: Path, step: int, tensors: dict, run: dict, keep: int) -> Path:
+def save_state(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    run: dict,
+    dist_env: DistEnv,
+    keep: int,
+    obsolete: Sequence[Path] = (),
+) -> Path:
     """Write the state after `step` optimizer steps to `folder`; then delete all but the newest `keep` states.
 
-    A state of the same step is replaced. If writing fails (a full disk), nothing that was there is lost.
+    Every process calls it, and each has to see the same `folder`. A state of the same step is replaced. If writing fails
+    (a full disk), nothing that was there is lost.
+
+    Args:
+        write: writes this process's part into a folder.
+        obsolete: states to delete too, once this one is complete.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _delete_leftovers(folder)
     target = folder / f"step_{step:08d}"
+    if dist_env.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(folder)
     try:
-        with atomic_folder(target) as tmp:
-            torch.save(tensors, tmp / "state.pt")
-            description = json.dumps(run | {"step": step}, indent=2, ensure_ascii=False)
-            (tmp / "run.json").write_text(description, encoding="utf-8", newline="")
-            (tmp / MARKER).touch()
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError of its zip writer
+        with atomic_folder(target) if dist_env.is_main else contextlib.nullcontext(Path()) as mine:
+            tmp = Path(broadcast_object(dist_env, lambda: str(mine)))
+            write(tmp)
+            barrier(dist_env)
+            hashes = _hash_files(tmp, dist_env)
+            if dist_env.is_main:
+                description = json.dumps(run | {"step": step}, indent=2, ensure_ascii=False)
+                (tmp / "run.json").write_text(description, encoding="utf-8", newline="")
+                hashes["run.json"] = _hash(tmp / "run.json")
+                (tmp / MARKER).write_text(json.dumps(hashes, indent=2), encoding="utf-8", newline="")
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
         if not _disk_is_full(folder, error):
             raise
         raise UserError(
             f"no space left on the disk for {target}: free some space and run again"
             f"{' with --resume' if complete_states(folder) else ''}; {_newest_state(folder)}"
         ) from error
-    for old in complete_states(folder)[:-keep]:
-        delete_state(old)
+    if dist_env.is_main:
+        for old in obsolete:
+            if old != target:
+                delete_state(old)
+        for old in complete_states(folder)[:-keep]:
+            delete_state(old)
     return target
 
 
-def load_state(path: Path) -> TrainingCheckpoint:
-    """Read a state: `path` is a step folder, or a .resume folder, whose newest complete state is taken.
+def _hash_files(folder: Path, dist_env: DistEnv) -> dict[str, str]:
+    """Return a hash of every file; each process computes those of its share."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    if any(found != files for found in all_gather_object(dist_env, files)):
+        raise UserError(f"the processes do not see the same files in {folder}: all machines need the same --out_dir")
+    mine = {name: _hash(folder / name) for name in files[dist_env.rank :: dist_env.size]}
+    return {name: value for hashes in all_gather_object(dist_env, mine) for name, value in hashes.items()}
 
-    Raises UserError when there is none, or it cannot be read.
-    """
-    if not path.exists():
-        raise UserError(f"--resume: there is no {path}; start without --resume, or with --resume auto")
-    if not _STEP.fullmatch(path.name):
-        states = complete_states(path)
-        if not states:
-            raise UserError(f"--resume: no complete state in {path}; start without --resume, or with --resume auto")
-        path = states[-1]
-    elif not (path / MARKER).exists():
-        raise UserError(f"--resume: {path} is not complete ({MARKER} is missing); {_newest_state(path.parent)}")
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(state: Path) -> str | None:
+    """Return what is wrong with a state: a file that is missing or has another hash than when it was written."""
     try:
-        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        step = int(run["step"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"--resume: {path} cannot be read ({reason}); delete it to continue from the state before"
-        ) from error
-    return TrainingCheckpoint(path, step, tensors, run)
+        hashes = json.loads((state / MARKER).read_text(encoding="utf-8"))
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+            found = pool.map(lambda name: _hash(state / name), hashes)
+            wrong = [name for name, value in zip(hashes, found, strict=True) if value != hashes[name]]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return str(error) or type(error).__name__
+    return f"{wrong[0]} has changed since it was written" if wrong else None
 
 
 def complete_states(folder: Path) -> list[Path]:
@@ -135,7 +162,7 @@ def _delete_leftovers(folder: Path) -> None:
     complete_states(folder)  # recovers what a killed replacement left under another name
     for path in folder.iterdir():
         incomplete = _STEP.fullmatch(path.name) and not (path / MARKER).exists()
-        if incomplete or path.name.startswith((".step_", ".writing_", ".replaced_")):  # the latter: older versions
+        if incomplete or path.name.startswith((".step_", ".universal_")):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -152,67 +179,109 @@ def _newest_state(folder: Path) -> str:
     return f"the newest complete state is {states[-1]}" if states else "there is no complete state yet"
 
 
-# ---- the state to resume
+# ---- what a run may continue or replace
+
+
+def check_run(output: Path, options: TrainOptions, dist_env: DistEnv) -> None:
+    """Raise UserError if the run that writes `output` cannot start: a cheap check, before data is read.
+
+    Another process is training it, there is nothing to resume, or something would be replaced without --overwrite.
+    """
+
+    def check() -> None:
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+        with hold_run(options.out_dir, output.stem):
+            resumed = _candidates(options.out_dir / f"{output.stem}.resume", options, dist_env)
+            if output.exists() and not (resumed or options.overwrite or dist_env.restart_count):
+                raise UserError(f"{output} exists: replace it with --overwrite, or choose another --out_dir")
+
+    broadcast_object(dist_env, check)
+
+
+def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[Path]:
+    """Return the states from which the run may continue, the best first; [] if it starts from the beginning."""
+    found = complete_states(folder)
+    if ours := _states_of_this_launch(found, dist_env):
+        return ours[::-1]
+    if options.resume is None or (options.resume == "auto" and not found):
+        if found and not options.overwrite:
+            finished = _description(found[-1]).get("finished")
+            raise UserError(
+                f"{folder} holds a finished run of {step_of(found[-1])} steps: replace it with --overwrite, or choose "
+                "another --out_dir"
+                if finished
+                else f"{folder} holds a run that was stopped at step {step_of(found[-1])}: continue it with --resume, "
+                "discard it with --overwrite, or choose another --out_dir"
+            )
+        return []
+    path = folder if options.resume in ("newest", "auto") else Path(options.resume)
+    if not path.exists():
+        raise UserError(f"--resume: there is no {path}; {_START}")
+    if not _STEP.fullmatch(path.name):
+        if not (states := complete_states(path)):
+            raise UserError(f"--resume: no complete state in {path}; {_START}")
+        return states[::-1]
+    if not (path / MARKER).exists():
+        raise UserError(f"--resume: {path} is not complete ({MARKER} is missing); {_newest_state(path.parent)}")
+    return [path]
+
+
+def _states_of_this_launch(found: list[Path], dist_env: DistEnv) -> list[Path]:
+    """Return the states that the processes wrote before the launcher restarted them."""
+    return [path for path in found if dist_env.restart_count and _description(path).get("launch") == dist_env.run_id]
 
 
 def find_state(
-    folder: Path, options: TrainOptions, dist_env: DistEnv, model: nn.Module, identity: dict, settings: dict
-) -> TrainingCheckpoint | None:
-    """Return the state to resume, with its weights loaded into `model`; None at the start of a run.
-
-    States in `folder` that the new run replaces are deleted.
+    folder: Path, options: TrainOptions, dist_env: DistEnv, identity: dict, settings: dict
+) -> TrainingCheckpoint | list[Path]:
+    """Return the state to resume; at the start of a run, the states that it replaces.
 
     Args:
         identity: what has to be the same as in the state.
         settings: what may differ; the differences are printed.
+
+    Raises UserError if there is nothing to resume, it is damaged, or belongs to a different run.
     """
     found = complete_states(folder)
-    ours = [path for path in found if dist_env.restart_count and _description(path).get("launch") == dist_env.run_id]
+    candidates = _candidates(folder, options, dist_env)
     if dist_env.restart_count:
+        ours = _states_of_this_launch(found, dist_env)
         where = f"continuing from {ours[-1].name}" if ours else "nothing was saved yet, starting from the beginning"
         print(f"restarted by the launcher (restart {dist_env.restart_count}): {where}")
-    if not ours and (options.resume is None or (options.resume == "auto" and not found)):
-        # A damaged description does not say that the run is finished: its state is not replaced unless asked.
-        if found and not options.overwrite and not _description(found[-1]).get("finished"):
-            raise UserError(
-                f"{folder} holds a run that was stopped at step {step_of(found[-1])}: continue it with --resume, "
-                "discard it with --overwrite, or choose another --out_dir"
-            )
+    if not candidates:
         if options.resume == "auto":
             print(f"nothing to resume in {folder}: starting from the beginning")
-        for old in found:
-            delete_state(old)
-        return None
-    path = folder if options.resume in (None, "newest", "auto") else Path(options.resume)
-    state = load_state(ours[-1] if ours else path)
-    _check_same_run(state, model, identity, options)
-    load_parameters(model, state.tensors["model"])
-    print(f"resuming after step {state.step} from {state.path}")
-    if state.path.parent.resolve() == folder.resolve():
-        for later in [path for path in found if step_of(path) > state.step]:
-            print(f"discarding {later.name}: this run continues from an earlier step")
-            delete_state(later)
-    if changed := differences(settings, state.run["settings"]):
-        print(f"note: changed since then, so the result will differ from an uninterrupted run: {'; '.join(changed)}")
-    if state.step >= settings["total_steps"]:
-        print(f"the run is finished: {state.step} of {settings['total_steps']} steps are done")
-    return state
-
-
-def _check_same_run(state: TrainingCheckpoint, model: nn.Module, identity: dict, options: TrainOptions) -> None:
+        return found
+    for path in candidates:
+        if (path / "state.pt").exists():
+            raise UserError(
+                f"cannot resume {path}: an older version wrote it; finish the run with that version, or start again with "
+                "--overwrite"
+            )
+        if (reason := damage(path)) is None:
+            break
+        print(f"WARNING: {path} is damaged ({reason}): falling back to the state before it")
+    else:
+        raise UserError(f"--resume: {path} is damaged ({reason}): resume from another state, or {_START}")
+    state = TrainingCheckpoint(path, step_of(path), _description(path))
     changed = differences(identity, state.run["identity"])
     if any(line.startswith(("train_data", "val_data")) for line in changed):
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
     if changed:
-        raise UserError(f"cannot resume {state.path}: this is a different run: {'; '.join(changed)}")
-    if missing := [name for name in CONTENT if name not in state.tensors]:
-        raise UserError(
-            f'cannot resume {state.path}: an older version wrote it, and it lacks "{missing[0]}"; finish the run with '
-            "that version, or start again with --overwrite"
-        )
-    parameters = {name for name, p in model.named_parameters() if p.requires_grad}
-    if unknown := sorted(state.tensors["model"].keys() ^ parameters):
-        raise UserError(f"cannot resume {state.path}: it has different parameters ({', '.join(unknown[:3])} ...)")
+        raise UserError(f"cannot resume {path}: this is a different run: {'; '.join(changed)}")
+    if (state.run["format"] == "deepspeed") != (options.deepspeed is not None):
+        saved = "with" if state.run["format"] == "deepspeed" else "without"
+        raise UserError(f"cannot resume {path}: it was saved {saved} --deepspeed, and can only be continued so")
+    print(f"resuming after step {state.step} from {path}")
+    if path.parent.resolve() == folder.resolve():
+        state.obsolete = [later for later in found if step_of(later) > state.step]
+        for later in state.obsolete:
+            print(f"{later.name} will be deleted at the next save: this run continues from an earlier step")
+    if changed := differences(settings, state.run["settings"]):
+        print(f"note: changed since then, so the result will differ from an uninterrupted run: {'; '.join(changed)}")
+    if state.step >= settings["total_steps"]:
+        print(f"the run is finished: it has done {state.step} steps, and {settings['total_steps']} were asked for")
+    return state
 
 
 def differences(now: dict, then: dict) -> list[str]:

@@ -21,23 +21,23 @@ from model.model import Transformer, describe_parameters
 from model.weights import Checkpoint, load_checkpoint
 from trainer.distributed import DistEnv
 from trainer.options import ChatOptions, TuneOptions
-from trainer.recipe import new_model, open_tokenizer, packed_rows
+from trainer.recipe import mapped_model, new_model, open_tokenizer, packed_rows
 
 
 def starting_model(
-    options: TuneOptions, stages: list[str], tokenizer: PreTrainedTokenizerFast
+    options: TuneOptions, stages: list[str], tokenizer: PreTrainedTokenizerFast, dist_env: DistEnv
 ) -> tuple[Transformer, Checkpoint | None]:
     """Return the model a stage starts from, and the checkpoint it came from (None: random weights).
 
     --init_from, or the newest finished checkpoint of `stages` in --out_dir (of the size of --preset, if that is given).
     Weights are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the
-    file.
+    file. Where training shards them over the processes, they are mapped from a file.
     """
     if options.init_from == "none":
         print("WARNING: starting from random weights: the model has not learned any language")
         config = options.config()
         open_tokenizer(options, config)
-        return new_model(config, options.seed), None
+        return new_model(options, config, dist_env), None
     if options.init_from is not None:
         path: Path | None = Path(options.init_from)
     else:
@@ -49,7 +49,11 @@ def starting_model(
             "weights with --init_from FILE, or start from random ones with --init_from none"
         )
     overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
-    checkpoint = load_checkpoint(path, dtype=torch.float32, tokenizer=tokenizer, overrides=overrides)
+    sharded = options.shards_weights
+    checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=sharded)
+    if sharded and checkpoint.model.dtype != torch.float32:
+        tensors = ((name, tensor.detach()) for name, tensor in checkpoint.model.named_parameters())
+        checkpoint.model = mapped_model(tensors, checkpoint.config, options.out_dir, dist_env)
     stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
     print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
     for note in checkpoint.notes:
@@ -63,7 +67,9 @@ def chat_rows(
     """Return training and validation rows of dialogues, with a mask over everything that the assistant does not say."""
     train, val = packed_rows(
         options, dist_env, seq_len,
-        lambda cache: tokenize_chat_data(options.data_path, tokenizer, cache, max_tokens=seq_len),
+        lambda cache: tokenize_chat_data(
+            options.data_path, tokenizer, cache, max_tokens=seq_len, max_dropped=options.max_dropped
+        ),
     )  # fmt: skip
     if options.show_sample:
         show_sample(train.dataset, tokenizer)

@@ -62,7 +62,7 @@ def compute_ref_logps(
     pairs: a `data_pipeline.preferences.PreferencePairs`.
     """
     was_training = model.training
-    model.to(device).eval()
+    model.eval()
     logps = []
     with Progress("reference model", len(pairs), "pair") as progress:
         for begin in range(0, len(pairs), batch_size):

@@ -55,14 +55,6 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     return groups
 
 
-@torch.no_grad()
-def load_parameters(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of their names. Raises KeyError for a name that `model` does not have."""
-    parameters = dict(model.named_parameters())
-    for name, value in weights.items():
-        parameters[name].copy_(value)
-
-
 def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Return the optimizer(s) that together update every trainable parameter; the loop sets their learning rate.
 

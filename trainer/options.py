@@ -59,6 +59,10 @@ class TrainOptions:
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
     cache_dir: Path | None = flag(None, "folder for tokenised data (default: OUT_DIR/cache)")
+    max_dropped: float = flag(
+        0.01, "largest share of rows that cannot be used (unreadable, not valid, too long, not for this stage); they are "
+        "never trained on, and more of them are an error", min=0, max=1,
+    )  # fmt: skip
     tokenizer: Path = flag(TOKENIZER_DIR, "tokenizer folder (default: the one shipped in model/)")
     preset: str | None = flag(None, "model size (default: minimind-v1-small)", choices=[*PRESETS])
     model: dict = flag_group("model", "fields of the configuration; default: what the preset says", _model_flags)
@@ -109,9 +113,7 @@ class TrainOptions:
         None, "continue a stopped run exactly. Without a value: from the newest state of this model; PATH: from that "
         "state; auto: continue if there is a state, else start", nargs="?", const="newest", metavar="auto|PATH",
     )  # fmt: skip
-    overwrite: bool = flag(
-        False, "replace a checkpoint of another architecture, or the state of a run that was not finished"
-    )
+    overwrite: bool = flag(False, "replace the files of an earlier run; they stay until this one has saved something")
 
     use_wandb: bool = flag(False, "log to Weights & Biases (without an account: offline, into OUT_DIR/wandb)")
     wandb_project: str = flag("MiniMind", "wandb project")
@@ -162,8 +164,6 @@ class TrainOptions:
                 found.append(
                     f"--{name} with --dtype float16 is not supported: use bfloat16 or float32, or leave --{name} out"
                 )
-            if self.optimizer != "adamw":
-                found.append(f"--optimizer {self.optimizer} needs whole matrices and --{name} shards them: use adamw")
             if self.auto_batch:
                 found.append(
                     f"--auto_batch cannot repeat a step that failed with --{name}: leave it out, and use a smaller "
@@ -172,8 +172,17 @@ class TrainOptions:
             if device.type == "mps":
                 found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
         if self.deepspeed is not None:
+            if self.optimizer != "adamw":
+                found.append(f"--optimizer {self.optimizer} with --deepspeed is not supported: use adamw, or --fsdp")
             found += validate_zero_config(self, dtype)
         return found
+
+    @property
+    def shards_weights(self) -> bool:
+        """Return whether every process holds only a part of the weights."""
+        return self.fsdp or (
+            self.deepspeed is not None and read_zero_config(self.deepspeed)["zero_optimization"]["stage"] == 3
+        )
 
     def config(self) -> LMConfig:
         """Return the model that --preset and single fields ask for."""

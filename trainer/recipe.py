@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
@@ -14,11 +16,12 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, parameter_counts
+from model.model import Transformer, initial_weights, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import Checkpoint, check_can_write, save_checkpoint
-from trainer.checkpoint import complete_states
-from trainer.distributed import DistEnv, main_process_first
+from model.weights import Checkpoint, build_model, save_checkpoint
+from model.weights_file import read_tensors
+from trainer.checkpoint import check_run
+from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
 from trainer.options import TrainOptions
 from trainer.trainer import Run
 
@@ -42,33 +45,58 @@ def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> Pre
     return tokenizer
 
 
-def new_model(config: LMConfig, seed: int) -> Transformer:
+def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Transformer:
     """Return a model with random weights, the same for the same seed."""
-    torch.manual_seed(seed)
-    return Transformer(config)
+    tensors = initial_weights(config, options.seed)
+    if options.shards_weights:
+        return mapped_model(tensors, config, options.out_dir, dist_env)
+    return build_model(dict(tensors), config, "the new model").train()
+
+
+def mapped_model(
+    tensors: Iterable[tuple[str, Tensor]], config: LMConfig, folder: Path, dist_env: DistEnv
+) -> Transformer:
+    """Return a model whose weights stay in a temporary file in `folder`, so that no process holds them all.
+
+    Rank 0 writes the file, one tensor at a time; `folder` is shared by all machines.
+    """
+    path = folder / f".weights.{broadcast_object(dist_env, lambda: uuid.uuid4().hex)}.tmp"
+    try:
+        if dist_env.is_main:
+            with torch.device("meta"):
+                empty = Transformer(config)
+            save_checkpoint(path, empty, info={}, tensors=tensors)
+        barrier(dist_env)
+        model = build_model(read_tensors(path), config, path).train()
+        barrier(dist_env)
+    finally:
+        if dist_env.is_main:  # what is mapped from a file outlives its name
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
+    return model
 
 
 def weights_run(
     stage: str,
     options: TrainOptions,
-    model: Transformer,
+    config: LMConfig,
     tokenizer: PreTrainedTokenizerFast,
+    dist_env: DistEnv,
     origin: Checkpoint | None = None,
 ) -> Run:
     """Return a run that writes OUT_DIR/<stage>_<dim>[_moe].pth.
 
-    origin: the checkpoint it started from; None: random weights.
-    Raises UserError if a checkpoint of another architecture is in the way, or the folder cannot be written.
+    origin: the checkpoint it starts from; None: random weights.
+    Raises UserError if it cannot start: see `trainer.checkpoint.check_run`.
     """
-    config: LMConfig = model.config
     path = options.out_dir / checkpoint_name(stage, config)
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    if options.resume is None or not complete_states(options.out_dir / f"{path.stem}.resume"):
-        check_can_write(path, config, options.overwrite)  # a resumed state is compared with more than the shape
+    check_run(path, options, dist_env)
+    with torch.device("meta"):
+        empty = Transformer(config)
 
-    def save_weights(info: dict) -> None:
+    def save_weights(info: dict, tensors: Iterable[tuple[str, Tensor]]) -> None:
         # The check above was made once, at the start: from now on the file belongs to this run.
-        save_checkpoint(path, model, dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
+        save_checkpoint(path, empty, dtype=DTYPES[options.save_dtype], info=info, overwrite=True, tensors=tensors)
 
     return Run(
         stage=stage,
@@ -79,7 +107,7 @@ def weights_run(
             "origin": origin.fingerprint if origin is not None else None,
         },
         save_weights=save_weights,
-        active_parameters=parameter_counts(model)["active"],
+        active_parameters=parameter_counts(empty)["active"],
     )
 
 
@@ -93,7 +121,7 @@ def packed_rows(
 
     tokenize: return the tokens of the data from the cache in a folder, or create them there.
     """
-    with main_process_first(dist_env, "tokens"):
+    with main_process_first(dist_env, "preparing tokens"):
         dataset = tokenize(options.cache_dir or options.out_dir / "cache")
     n_tokens = max(int(dataset.offsets[-1]), 1)
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))

@@ -13,7 +13,8 @@ import math
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,6 @@ from trainer.distributed import (
     assert_same_on_all_ranks,
     barrier,
     broadcast_object,
-    broadcast_parameters,
 )
 from trainer.loggers import RankLog
 from trainer.losses import LossFunction
@@ -47,6 +47,7 @@ from trainer.options import TrainOptions
 from trainer.parallel.ddp import DDPStrategy, ParallelStrategy
 
 COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
+EXPLODED = 3.0  # nats by which no healthy loss rises: e^3, so every target is 20 times less probable than before
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Run:
         name: of its files in --out_dir, such as "pretrain_512".
         config: of the model.
         identity: what has to be the same to resume it, beside data and flags: tokenizer, starting weights.
-        save_weights: write the weights so far for later stages; takes a description of how they were made.
+        save_weights: write the weights so far for later stages; takes a description of how they were made, and the
+            trained tensors with their names, one at a time.
         active_parameters: parameters that a token passes through (for MFU); 0: unknown.
     """
 
@@ -66,7 +68,7 @@ class Run:
     name: str
     config: LMConfig
     identity: dict
-    save_weights: Callable[[dict], None]
+    save_weights: Callable[[dict, Iterable[tuple[str, Tensor]]], None]
     active_parameters: int = 0
 
 
@@ -78,15 +80,18 @@ def fit(
     options: TrainOptions,
     run: Run,
     dist_env: DistEnv,
+    before_training: Callable[[nn.Module], None] | None = None,
 ) -> dict:
-    """Train `model` in place as `options` say; return the last metrics.
+    """Train `model` as `options` say, in place (its parameters may end up sharded); return the last metrics.
+
+    before_training: called on every process with the model that has its starting weights, whole or sharded.
 
     Raises UserError if there is nothing to resume, the state to resume belongs to a different run, the loss becomes
     non-finite, or the disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
     trainer = Trainer(model, loss_fn, train, val, options, run, dist_env)
     with hold_run(options.out_dir, run.name) if dist_env.is_main else contextlib.nullcontext(), trainer.log:
-        trainer.prepare()
+        trainer.prepare(before_training)
         with stop_signals(announce=dist_env.is_main) as stop, trainer.metrics_logger, trainer.profiler:
             return trainer.run_steps(stop)
 
@@ -119,6 +124,9 @@ class Trainer:
         self.folder: Path = options.out_dir / f"{run.name}.resume"
         self.steps_done = self.tokens_done = 0
         self.metrics: dict[str, float] = {}
+        self.best_loss = math.inf  # the lowest that was logged
+        self.resumed_loss: float | None = None  # of the state to resume; None once the first step was compared with it
+        self.obsolete: list[Path] = []  # states of a run that this one replaces, until it has saved something
         self.loader = BatchLoader(
             self.train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
         )
@@ -152,6 +160,7 @@ class Trainer:
         result = dict(zip(sums, summed, strict=True)) | {"lr": lr}
         if not all(math.isfinite(value) for value in summed):
             self._stop_on_non_finite(step, result)
+        self._compare_with_state(step, result["loss"] / n_targets)
         norm = self.strategy.step(self.options.grad_clip or math.inf)  # does nothing if the norm is not finite
         skipped = not math.isfinite(norm)
         if skipped and not self.strategy.may_skip_step():
@@ -167,12 +176,15 @@ class Trainer:
         torch.manual_seed(hash_seed(self.options.seed, step, self.dist_env.rank))  # dropout: no state has to be saved
         sums: dict[str, Tensor] = {}
         out_of_memory = False
+        # A process that ran out of memory cannot take part in the sum of gradients: with --auto_batch it comes later.
+        separate_sum = self.options.auto_batch and self.dist_env.size > 1
         try:
             with self.timer.computing():
                 for i, batch in enumerate(batches):
-                    loss_sum, extras = self._forward(batch)
-                    weight = 0.0 if batch.dummy else 1 / n_targets
-                    self.strategy.backward(loss_sum * weight, last=i + 1 == len(batches))
+                    with self.strategy.accumulate(last=i + 1 == len(batches) and not separate_sum):
+                        loss_sum, extras = self._forward(batch)
+                        weight = 0.0 if batch.dummy else 1 / n_targets
+                        self.strategy.backward(loss_sum * weight)
                     for name, value in extras.items():
                         value = torch.zeros_like(value) if batch.dummy else value
                         sums[name] = sums[name] + value if name in sums else value
@@ -184,13 +196,27 @@ class Trainer:
             out_of_memory = True
             self.log.write(f"step {step + 1}: out of memory with micro-batches of {self.loader.micro_batch}: {error}")
         # After the except block, not in it: there the error still references all that was computed.
-        if not self.options.auto_batch:
-            return sums
-        self.strategy.finish_backward()  # the other processes wait for the sums, also for those of this process
-        if not all_reduce_sum(self.dist_env, [out_of_memory], self.device)[0]:
-            return sums
-        self.strategy.zero_grad()
-        return None
+        if self.options.auto_batch and all_reduce_sum(self.dist_env, [out_of_memory], self.device)[0]:
+            self.strategy.zero_grad()
+            return None
+        if separate_sum:
+            self._sum_gradients()
+        return sums
+
+    def _sum_gradients(self) -> None:
+        """Sum the gradients of all processes in a pass over one row that counts for nothing."""
+        with self.strategy.accumulate(last=True):
+            loss_sum, _ = self._forward(self.train.batch([0]))
+            self.strategy.backward(loss_sum * 0.0)
+
+    def _compare_with_state(self, step: int, loss: float) -> None:
+        """Stop if the first step after resuming shows that the state is not what the run had when it saved it."""
+        before, self.resumed_loss = self.resumed_loss, None
+        if before is not None and loss > before + EXPLODED:
+            raise UserError(
+                f"step {step + 1}: the loss is {loss:.4g}, but it was {before:.4g} when the state was saved: the state or "
+                f"the data is not what it was. Nothing was changed; resume from another state in {self.folder}"
+            )
 
     def _shrink_micro_batch(self, step: int) -> list[Batch]:
         """Halve the micro-batches, for the rest of the run; return the samples of this step in such batches."""
@@ -280,21 +306,21 @@ class Trainer:
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
+    def prepare(self, before_training: Callable[[nn.Module], None] | None = None) -> None:
         """Load the state and set up everything that can fail, before the first step."""
         options = self.options
         options.out_dir.mkdir(parents=True, exist_ok=True)
         assert_same_on_all_ranks(self.dist_env, self.identity() | _shared_flags(options))
-        state = self._resume()
-        broadcast_parameters(self.dist_env, self.model, self.device)
+        state = self._find_state()
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype)
+        self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
+        if before_training is not None:
+            with self.dist_env.watchdog.suspend("preparing") if self.dist_env.watchdog else contextlib.nullcontext():
+                before_training(self.strategy.module)
         if state is not None:
-            self.strategy.load_state_dict(state.tensors["optimizer"], state.tensors["scaler"])
-        if options.compile:
-            self.strategy.module.compile()
+            self._resume(state)
         self.metrics_logger = MetricsLogger(
             options, self.run.name, self.dist_env, self.device,
             total_steps=self.total_steps, steps_done=self.steps_done, config=self.run.config,
@@ -302,14 +328,20 @@ class Trainer:
         )  # fmt: skip
         if self.val is not None and self.steps_done < self.total_steps:
             self._validate(self.val, max_batches=2)  # a broken validation fails now, not after an hour
+        if self.dist_env.size > 1 and isinstance(self.strategy, DDPStrategy):
+            # DDP arranges its buckets in its first backward pass. It should not be one that counts: a restarted run
+            # would add up the gradients of its first step in another order than a run that was not interrupted.
+            self.strategy.train(False)
+            self._sum_gradients()
+            self.strategy.zero_grad()
 
     def run_steps(self, stop: StopRequest) -> dict[str, float]:
         """Do all steps that are left, or until asked to stop."""
         options, logger = self.options, self.metrics_logger
         self.strategy.train(True)
         first = self.steps_done
-        if first == self.total_steps and self.dist_env.is_main:
-            self.run.save_weights(self.info())  # a run that was killed after its last state may lack them
+        if first == self.total_steps:
+            self._save_weights()  # a run that was killed after its last state may lack them
         prefetched = self.loader.prefetch(first)
         for step in range(first, self.total_steps):
             with self.timer.waiting_for_data():
@@ -325,6 +357,7 @@ class Trainer:
                     logger.add_validation(self._validate(self.val))
             if last or done % options.log_interval == 0 or step == first:
                 self.metrics = logger.log(done, self.tokens_done)
+                self.best_loss = min(self.best_loss, self.metrics["loss"])
             asked_to_stop = all_reduce_sum(self.dist_env, [stop.signal], self.device)[0]
             if last or done % options.save_interval == 0 or asked_to_stop:
                 with logger.pause():
@@ -387,23 +420,43 @@ class Trainer:
         """Save the training state, and the weights for later stages. Every process has to call it."""
         if self._saved_step == self.steps_done:
             return
-        state = self.strategy.state_dict()
-        if self.dist_env.is_main:
-            if bad := [name for name, tensor in state.weights.items() if not torch.isfinite(tensor).all()]:
-                raise UserError(
-                    f"step {self.steps_done}: {bad[0]} is not finite ({len(bad)} tensors); nothing was saved"
-                )
-            tensors = {"model": state.weights, "optimizer": state.optimizer, "scaler": state.scaler}
-            tensors |= {"tokens": self.tokens_done, "metrics": self.metrics, "micro_batch": self.loader.micro_batch}
-            finished = self.steps_done == self.total_steps
-            run = {"identity": self.identity(), "settings": self.settings(), "finished": finished}
-            run |= {"options": self.options.describe(), "launch": self.dist_env.run_id}
-            save_state(self.folder, self.steps_done, tensors, run, self.options.keep)
-            if weights:
-                self.run.save_weights(self.info())
-                self.metrics_logger.plot()
+        bad = [name for names in all_gather_object(self.dist_env, self.strategy.non_finite()) for name in names]
+        if bad:
+            raise UserError(f"step {self.steps_done}: {bad[0]} is not finite ({len(bad)} tensors); nothing was saved")
+        run = {
+            "identity": self.identity(), "settings": self.settings(), "options": self.options.describe(),
+            "format": self.strategy.format, "launch": self.dist_env.run_id,
+            "finished": self.steps_done == self.total_steps,
+            "tokens": self.tokens_done, "metrics": self.metrics, "micro_batch": self.loader.micro_batch,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+        }  # fmt: skip
+        save_state(
+            self.folder, self.steps_done, self.strategy.save, run, self.dist_env, self.options.keep, self.obsolete
+        )
+        self.obsolete = []
         self._saved_step = self.steps_done
+        if weights:
+            self._save_weights()
         barrier(self.dist_env)
+
+    def _save_weights(self) -> None:
+        """Write the weights for later stages, unless the loss has exploded since better ones were written."""
+        loss = self.metrics.get("loss", self.best_loss)
+        if loss > self.best_loss + EXPLODED:
+            message = (
+                f"the loss is {loss:.4g} after step {self.steps_done}, and was {self.best_loss:.4g} before: the weights "
+                f"of {self.run.name} for later stages stay those of the last good save"
+            )
+            if self.steps_done == self.total_steps:
+                raise UserError(f"{message}. Try a lower --learning_rate or --grad_clip")
+            if self.dist_env.is_main:
+                print(f"WARNING: {message}")
+            return
+        tensors = self.strategy.full_parameters()
+        if self.dist_env.is_main:
+            self.run.save_weights(self.info(), tensors)
+            self.metrics_logger.plot()
+        deque(tensors, maxlen=0)  # sharded parameters are gathered by all processes together
 
     def info(self) -> dict:
         """Return how the weights were made, for the JSON beside them."""
@@ -419,37 +472,46 @@ class Trainer:
             "options": self.options.describe(),
         }
 
-    def _resume(self) -> TrainingCheckpoint | None:
-        """Return the state to resume, with its weights loaded into the model; None at the start of a run.
-
-        Only rank 0 reads the state and has its tensors: the other machines need not see its files.
-        """
-        state: TrainingCheckpoint | None = None
-
-        def find() -> tuple[int, int, dict, int] | None:
-            nonlocal state
-            state = find_state(self.folder, self.options, self.dist_env, self.model, self.identity(), self.settings())
-            if state is None:
-                return None
-            saved = state.tensors
-            return state.step, saved["tokens"], saved["metrics"], saved.get("micro_batch", self.loader.micro_batch)
-
-        found = broadcast_object(self.dist_env, find)
-        if found is None:
+    def _find_state(self) -> TrainingCheckpoint | None:
+        """Return the state to resume, the same on all processes; None at the start of a run."""
+        identity, settings = self.identity(), self.settings()
+        found = broadcast_object(
+            self.dist_env, lambda: find_state(self.folder, self.options, self.dist_env, identity, settings)
+        )
+        if isinstance(found, list):
+            self.obsolete = found
             return None
-        self.steps_done, self.tokens_done, self.metrics, micro_batch = found
+        self.obsolete = found.obsolete
+        return found
+
+    def _resume(self, state: TrainingCheckpoint) -> None:
+        """Continue from `state`: weights, optimizer, counters."""
+        if not all(all_gather_object(self.dist_env, state.path.is_dir())):
+            raise UserError(
+                f"not every machine sees {state.path}: all of them need the same --out_dir, or a copy of it"
+            )
+        self.strategy.load(state.path)
+        self.steps_done = self._saved_step = state.step
+        self.tokens_done, self.metrics = state.run["tokens"], state.run["metrics"]
+        self.best_loss = state.run["best_loss"] if state.run["best_loss"] is not None else math.inf
+        self.resumed_loss = self.metrics.get("loss")
         if self.options.auto_batch:  # more did not fit into the memory
-            self.loader.micro_batch = min(self.loader.micro_batch, micro_batch)
-        self._saved_step = self.steps_done
-        return state or TrainingCheckpoint(self.folder, self.steps_done, {"optimizer": {}, "scaler": {}}, {})
+            self.loader.micro_batch = min(self.loader.micro_batch, state.run["micro_batch"])
 
 
 def make_strategy(
-    model: nn.Module, options: TrainOptions, dist_env: DistEnv, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    options: TrainOptions,
+    dist_env: DistEnv,
+    device: torch.device,
+    dtype: torch.dtype,
+    state: TrainingCheckpoint | None,
 ) -> ParallelStrategy:
-    """Return the parallel strategy that the flags ask for. `model` has the starting weights, the same in all processes.
+    """Return the parallel strategy that the flags ask for.
 
-    After the strategy's `state_dict()`, `model` has the trained weights on rank 0.
+    Args:
+        model: has the starting weights, the same in all processes.
+        state: what will be loaded into it.
     """
     if not options.fsdp and options.deepspeed is None:
         return DDPStrategy(model, options, dist_env, device, dtype)
@@ -462,7 +524,7 @@ def make_strategy(
         return FSDPStrategy(model, options, dist_env, device)
     from trainer.parallel.zero import DeepSpeedStrategy  # loads deepspeed, which not every system has
 
-    return DeepSpeedStrategy(model, options, dist_env, device, dtype)
+    return DeepSpeedStrategy(model, options, dist_env, device, dtype, state)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -7,43 +7,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from trainer.distributed import DistEnv, broadcast_tensors
-from trainer.optim import (
-    OptimizerState,
-    clip_gradients,
-    gradient_norm,
-    load_optimizer_state,
-    make_optimizers,
-    optimizer_state,
-)
+from common.errors import UserError
+from common.files import write_json
+from trainer.distributed import DistEnv
+from trainer.optim import clip_gradients, gradient_norm, load_optimizer_state, make_optimizers, optimizer_state
 from trainer.options import TrainOptions
-
-BUCKET_BYTES = 32 << 20  # gradients are summed in flat buckets of about this size
-
-
-@dataclass
-class TrainState:
-    """Everything that training changed, in whole tensors by parameter name, whichever strategy trained them.
-
-    So a run can be resumed with another strategy, and with another number of processes.
-
-    Attributes:
-        weights: trainable parameters, float32.
-        optimizer: the optimizer's state of each of them.
-        scaler: state of the gradient scaler (float16).
-    """
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: OptimizerState = field(default_factory=dict)
-    scaler: dict = field(default_factory=dict)
+from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
 
 
 class ParallelStrategy:
@@ -52,11 +33,15 @@ class ParallelStrategy:
     All processes make the same calls: where parameters are sharded, a forward pass needs every process. The losses given
     to `backward` add up, over calls and over processes, to the loss of the step.
 
-    module: what a loss function calls; its parameters may be sharded over the processes.
+    Attributes:
+        module: what a loss function calls; its parameters may be sharded over the processes.
+        trainable_parameters: by name, sharded or not, float32.
     """
 
+    format = "torch"  # of the files of a training state
     module: nn.Module
     optimizers: list[torch.optim.Optimizer]
+    trainable_parameters: dict[str, Any]
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
@@ -66,12 +51,16 @@ class ParallelStrategy:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of one part of the step's loss; `last`: no other part follows."""
-        raise NotImplementedError
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Return the context for forward and backward of one part of the step's loss; `last`: no other part follows.
 
-    def finish_backward(self) -> None:
-        """Wait until all gradients are summed, also after a backward pass that failed."""
+        The gradients of all processes are summed in the last part.
+        """
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one part of the step's loss."""
+        raise NotImplementedError
 
     def zero_grad(self) -> None:
         self.module.zero_grad()
@@ -84,16 +73,44 @@ class ParallelStrategy:
         """Return whether a norm that is not finite is normal (float16, until the scale cannot be lowered further)."""
         return False
 
-    def state_dict(self) -> TrainState:
-        """Return the state on the CPU of rank 0, where the model gets the trained weights too; elsewhere an empty one.
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole tensor) of the trainable parameters, one at a time. Every process has to take them all."""
+        for name, parameter in self.trainable_parameters.items():
+            yield name, parameter.detach()
 
-        Every process has to call it.
-        """
-        raise NotImplementedError
+    def non_finite(self) -> list[str]:
+        """Return the names of the parameters in which this process sees a value that is not finite."""
+        return [name for name, p in self.trainable_parameters.items() if not local(p.detach()).isfinite().all()]
 
-    def load_state_dict(self, optimizer: OptimizerState, scaler: dict) -> None:
-        """Load what `state_dict` returned, except the weights: the model had them when the strategy was created."""
-        raise NotImplementedError
+    def save(self, folder: Path) -> None:
+        """Write this process's part of the training state into `folder`. Every process has to call it."""
+        save_tensors(folder, self._state())
+
+    def load(self, folder: Path) -> None:
+        """Load what `save` wrote, with the same or another number of processes. Every process has to call it."""
+        layout = tensor_layout(folder)
+        saved = {name.removeprefix("model/") for name in layout if name.startswith("model/")}
+        if unknown := sorted(saved ^ self.trainable_parameters.keys()):
+            raise UserError(f"cannot resume {folder}: it has different parameters ({', '.join(unknown[:3])} ...)")
+        states: dict[str, dict[str, Tensor]] = {}
+        for path, (shape, dtype) in layout.items():
+            kind, name, *key = path.split("/")
+            if kind == "optimizer":
+                parameter = self.trainable_parameters[name].detach()
+                states.setdefault(name, {})[key[0]] = (
+                    torch.zeros_like(parameter)
+                    if shape == parameter.shape
+                    else torch.zeros(shape, dtype=dtype, device=parameter.device)
+                )
+        load_optimizer_state(self.trainable_parameters, self.optimizers, states.items())
+        load_tensors(folder, self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the tensors of the training state: model/NAME and optimizer/NAME/exp_avg, ..."""
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trainable_parameters.items()}
+        for name, state in optimizer_state(self.trainable_parameters, self.optimizers).items():
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+        return tensors
 
 
 class DDPStrategy(ParallelStrategy):
@@ -102,29 +119,25 @@ class DDPStrategy(ParallelStrategy):
     def __init__(
         self, model: nn.Module, options: TrainOptions, dist_env: DistEnv, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.module, self.dist_env, self.device = model.to(device), dist_env, device
+        self.module, self.dist_env = model.to(device), dist_env
         self.trainable_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.reducer = GradientReducer([*self.trainable_parameters.values()]) if dist_env.size > 1 else None
+        if options.compile:
+            model.compile()
+        if dist_env.size > 1:
+            self.module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        if last and self.reducer is not None:
-            self.reducer.begin()
-        self.scaler.scale(loss).backward()
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.module.no_sync()
 
-    def finish_backward(self) -> None:
-        if self.reducer is not None:
-            self.reducer.finish()
-
-    def zero_grad(self) -> None:
-        if self.reducer is not None:
-            self.reducer.zero()
-        else:
-            self.module.zero_grad()
+    def backward(self, loss: Tensor) -> None:
+        # DDP takes the mean over processes; ours is a sum.
+        self.scaler.scale(loss * self.dist_env.size).backward()
 
     def step(self, max_norm: float) -> float:
-        self.finish_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.trainable_parameters.values() if p.grad is not None]
@@ -140,80 +153,17 @@ class DDPStrategy(ParallelStrategy):
     def may_skip_step(self) -> bool:
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
-    def state_dict(self) -> TrainState:
-        if not self.dist_env.is_main:
-            return TrainState()
-        weights = {name: p.detach() for name, p in self.trainable_parameters.items()}
-        optimizer = optimizer_state(self.trainable_parameters, self.optimizers)
-        return TrainState(weights, optimizer, self.scaler.state_dict())
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self.dist_env.is_main:
+            write_json(folder / "scaler.json", self.scaler.state_dict())
 
-    def load_state_dict(self, optimizer: OptimizerState, scaler: dict) -> None:
-        states = broadcast_tensors(self.dist_env, optimizer, self.device)
-        load_optimizer_state(self.trainable_parameters, self.optimizers, states)
-        self.scaler.load_state_dict(scaler)
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        if (file := folder / "scaler.json").exists():  # FSDP writes none
+            self.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-class GradientReducer:
-    """Sum gradients over all processes while the last micro-batch of a step is still in its backward pass.
-
-    Gradients are views of flat buckets, so nothing is copied. Buckets hold the parameters from the last to the first,
-    about the order in which a backward pass reaches them, and are summed in that order on every process. Which values
-    are summed together never changes, so that a restarted run gets bit-identical sums.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.buckets: list[Tensor] = []
-        self._bucket_of: dict[nn.Parameter, int] = {}
-        self._sizes: list[int] = []
-        self._missing: list[int] = []  # gradients that each bucket still waits for
-        self._works: list[dist.Work] = []
-        self._active = False
-        for bucket in _split_into_buckets(list(reversed(parameters))):
-            numbers = [parameter.numel() for parameter in bucket]
-            flat = torch.zeros(sum(numbers), dtype=bucket[0].dtype, device=bucket[0].device)
-            for parameter, piece in zip(bucket, flat.split(numbers), strict=True):
-                parameter.grad = piece.view_as(parameter)
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-                self._bucket_of[parameter] = len(self.buckets)
-            self.buckets.append(flat)
-            self._sizes.append(len(bucket))
-
-    def begin(self) -> None:
-        """Sum every bucket as soon as it is complete: the next backward pass is the last of the step."""
-        self._missing, self._active = list(self._sizes), True
-
-    def finish(self) -> None:
-        """Wait for the sums. A bucket in which a parameter got no gradient is summed as it is: with zeros there."""
-        self._active = False
-        while len(self._works) < len(self.buckets):
-            self._reduce_next()
-        for work in self._works:
-            work.wait()
-
-    def zero(self) -> None:
-        self._works = []
-        for flat in self.buckets:
-            flat.zero_()
-
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
-        if not self._active:
-            return
-        self._missing[self._bucket_of[parameter]] -= 1
-        while len(self._works) < len(self.buckets) and not self._missing[len(self._works)]:
-            self._reduce_next()
-
-    def _reduce_next(self) -> None:
-        self._works.append(dist.all_reduce(self.buckets[len(self._works)], async_op=True))
-
-
-def _split_into_buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        size += parameter.numel() * parameter.element_size()
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
+def local(tensor: Any) -> Tensor:
+    """Return this process's shard of a tensor; the tensor itself if it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -5,59 +5,80 @@ The papers: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2101.
 
 from __future__ import annotations
 
-import copy
+import argparse
+import contextlib
 import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import atomic_folder
 from model.moe import MoEFeedForward
-from trainer.distributed import DistEnv, broadcast_tensors
-from trainer.optim import OptimizerState, load_parameters, make_optimizers
+from trainer.checkpoint import TrainingCheckpoint
+from trainer.distributed import DistEnv, barrier, main_process_first
+from trainer.optim import make_optimizers
 from trainer.options import TrainOptions, read_zero_config, zero_values_of_flags
-from trainer.parallel.ddp import ParallelStrategy, TrainState
+from trainer.parallel.ddp import ParallelStrategy
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the number of steps
+TAG = "deepspeed"  # the folder of DeepSpeed's files in a training state
 
 
 class DeepSpeedStrategy(ParallelStrategy):
-    """Let DeepSpeed sum, clip and step; gradients are summed during every backward pass."""
+    """Let DeepSpeed sum, clip and step, save and load; gradients are summed during every backward pass.
+
+    `model` is changed in place: ZeRO-3 takes the parameters out of it. Its weights may be mapped from a file.
+
+    state: what will be loaded; DeepSpeed has to know beforehand whether another number of processes wrote it.
+    """
+
+    format = "deepspeed"
 
     def __init__(
-        self, model: nn.Module, options: TrainOptions, dist_env: DistEnv, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        options: TrainOptions,
+        dist_env: DistEnv,
+        device: torch.device,
+        dtype: torch.dtype,
+        state: TrainingCheckpoint | None,
     ) -> None:
         deepspeed = import_deepspeed(device)
         from deepspeed.utils import set_z3_leaf_modules
 
         config = complete_zero_config(options, dtype)
-        self.cpu_model, self.dist_env, self.device = model, dist_env, device
+        self.dist_env, self.zero = dist_env, deepspeed.zero
         self.stage = config["zero_optimization"]["stage"]
-        # ZeRO-3 takes the parameters out of the model it is given: it gets a copy, and cpu_model stays for saving.
-        module = copy.deepcopy(model) if self.stage == 3 else model
+        self.universal = state is not None and state.run["settings"]["world_size"] != dist_env.size
+        config["checkpoint"] = {"load_universal": self.universal}
         if self.stage < 3:
-            module.to(device)
-        elif any(isinstance(part, MoEFeedForward) for part in module.modules()):
+            model.to(device)
+        elif any(isinstance(part, MoEFeedForward) for part in model.modules()):
             # Processes may run different experts, in different orders. All of a layer's experts are gathered at once, so
             # that every process asks for the same parameters in the same order.
-            set_z3_leaf_modules(module, [MoEFeedForward])
-        (optimizer,) = make_optimizers(module, "adamw", options.weight_decay)
-        self.trainable_parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            set_z3_leaf_modules(model, [MoEFeedForward])
+        (optimizer,) = make_optimizers(model, "adamw", options.weight_decay)
+        self.trainable_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.module: Any
-        self.module, self.zero, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        self.optimizers = [self.zero]
-        self._init_optimizer_state()
+        self.module, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.optimizers = [optimizer]
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
         self.module.training = mode  # DeepSpeed's own wrapper keeps its mode, and loss functions ask the wrapper
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         self.module.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
         # DeepSpeed takes the mean over processes (and would divide by the number of micro-batches); ours is a sum.
         self.module.backward(loss * self.dist_env.size, scale_wrt_gas=False)
 
@@ -65,53 +86,68 @@ class DeepSpeedStrategy(ParallelStrategy):
         self.module.step()  # clips: its configuration has the maximum norm
         return float(self.module.get_global_grad_norm())
 
-    def state_dict(self) -> TrainState:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        weights: dict[str, Tensor] = {}
-        state: OptimizerState = {}
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.trainable_parameters.items():
-            weights[name] = self._keep(safe_get_full_fp32_param(parameter))
-            state[name] = {key: self._keep(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
-            state[name]["step"] = self.zero.optimizer.state[self._flat()[0]]["step"].detach().cpu().clone()
-        if not self.dist_env.is_main:
-            return TrainState()
-        load_parameters(self.cpu_model, weights)
-        return TrainState(weights, state)
+            with self.zero.GatheredParameters(parameter, enabled=self.stage == 3):
+                yield name, parameter.detach().clone()
 
-    def load_state_dict(self, optimizer: OptimizerState, scaler: dict) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        for name, group in broadcast_tensors(self.dist_env, optimizer, self.device):
-            for flat in self._flat():
-                self.zero.optimizer.state[flat]["step"].copy_(group["step"])
-            parameter = self.trainable_parameters[name]
-            for key in MOMENTS:
-                if self.stage < 3:
-                    safe_set_full_optimizer_state(parameter, group[key], key)
-                else:
-                    safe_set_local_optimizer_state(parameter, self._shard(parameter, group[key]), key)
-
-    def _flat(self) -> list[Tensor]:
-        """Return what DeepSpeed's optimizer really updates: this process's shard of the parameters, in flat pieces."""
-        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
-
-    def _init_optimizer_state(self) -> None:
-        """Create the optimizer state of step 0. (DeepSpeed's ZeRO-1 and 2 create it for one parameter group only.)"""
-        for flat in self._flat():
-            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            self.zero.optimizer.state[flat] = moments | {"step": torch.zeros((), device=flat.device)}
+    def non_finite(self) -> list[str]:
         if self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+            return super().non_finite()
+        from deepspeed.utils import safe_get_local_fp32_param
 
-    def _shard(self, parameter: Any, value: Tensor) -> Tensor:
-        """Return this process's part of a tensor: the same number of values everywhere, the last ones padding."""
-        n = parameter.ds_tensor.numel()
-        flat = F.pad(value.flatten(), (0, n * self.dist_env.size - value.numel()))
-        return flat[n * self.dist_env.rank : n * (self.dist_env.rank + 1)]
+        shards = ((name, safe_get_local_fp32_param(p)) for name, p in self.trainable_parameters.items())
+        return [name for name, shard in shards if shard is not None and not shard.isfinite().all()]
 
-    def _keep(self, whole: Tensor) -> Tensor:
-        return whole.detach().cpu() if self.dist_env.is_main else torch.empty(0)
+    def save(self, folder: Path) -> None:
+        self.module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        tag = TAG
+        with only_tensors():
+            if self.universal:
+                tag = f".universal_{folder.name}"
+                with main_process_first(self.dist_env, "converting the state"):
+                    if self.dist_env.is_main:
+                        _convert_to_universal(folder / TAG, folder.parent / tag)
+                folder = folder.parent
+            path, _ = self.module.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        if path is None:
+            raise UserError(f"cannot resume {folder}: DeepSpeed finds no state in it")
+        barrier(self.dist_env)
+        if self.universal and self.dist_env.is_main:
+            shutil.rmtree(folder / tag)
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    """Convert DeepSpeed's files for any number of processes."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    with atomic_folder(target) as tmp, contextlib.redirect_stdout(None):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(source), output_folder=str(tmp), num_extract_workers=1, num_merge_workers=1,
+                keep_temp_folder=False, strict=True, inject_missing_state=True,
+            )
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def only_tensors() -> Iterator[None]:
+    """Let DeepSpeed load files that hold nothing but tensors and its own plain classes: others could run code."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[name]
+        os.environ |= {name: before} if before is not None else {}
 
 
 def complete_zero_config(options: TrainOptions, dtype: torch.dtype) -> dict:
@@ -130,6 +166,7 @@ def complete_zero_config(options: TrainOptions, dtype: torch.dtype) -> dict:
 def import_deepspeed(device: torch.device) -> ModuleType:
     """Import the library for this device, with its log reduced to warnings."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on one, also for a single process without a launcher
     try:
         import deepspeed
     except ImportError as error:

@@ -1,0 +1,91 @@
+"""A thread that notices processes which hang, and names them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from common.errors import fail
+
+
+class Watchdog(threading.Thread):
+    """End this process with the names of the processes that hang.
+
+    Where processes wait for each other, one that does not respond blocks all the others until the process group's own
+    timeout, whose error does not say which one it was. So each counts its heartbeats (all make the same calls) and
+    publishes the count in the launcher's store. A process that had no heartbeat for `timeout` seconds looks there which
+    one is behind.
+
+    attempt: a number that grows when the launcher restarts the processes, because its store lives on.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float, attempt: int) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.doing, self.heartbeats, self.since = "starting", 0, time.monotonic()
+        self._suspended = False
+        self._stopped = threading.Event()
+        store: Any = dist.distributed_c10d._get_default_store()  # PyTorch has no public way to the launcher's store
+        # A connection serves one request at a time: this thread gets its own.
+        self._store = dist.PrefixStore(f"watchdog_{attempt}", store.clone())
+        self._store.set_timeout(timedelta(seconds=max(timeout, 10)))
+
+    def heartbeat(self, doing: str) -> None:
+        self.doing, self.since = doing, time.monotonic()
+        self.heartbeats += 1
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join(timeout=1)
+
+    @contextlib.contextmanager
+    def suspend(self, doing: str) -> Iterator[None]:
+        """Let this process take any time in the block, also to wait for another process."""
+        self.heartbeat(doing)
+        self._suspended = True
+        yield
+        self._suspended = False
+        self.heartbeat(doing)
+
+    def run(self) -> None:
+        while not self._stopped.wait(min(max(self.timeout / 20, 0.1), 2.0)):
+            try:
+                position = [self.heartbeats, self.doing, socket.gethostname(), os.getpid()]
+                self._store.set(str(self.rank), json.dumps(position))
+                if not self._suspended and time.monotonic() - self.since > self.timeout:
+                    fail(self._report())
+            except RuntimeError:  # the store is gone, and with it rank 0, which has printed its own message
+                os._exit(1)
+
+    def _report(self) -> str:
+        time.sleep(0.5)  # a process that arrived at the same moment has published it by then
+        positions: dict[int, list] = {}
+        for rank in range(self.size):
+            known = self._store.check([str(rank)])
+            positions[rank] = json.loads(self._store.get(str(rank))) if known else [0, "starting", "an unknown host", 0]
+        furthest = max(count for count, *_ in positions.values())
+        late = [rank for rank, (count, *_) in positions.items() if count < furthest]
+        names = "; ".join(
+            f"rank {rank} (process {pid} on {host}), last seen at {doing}"
+            for rank, (_, doing, host, pid) in positions.items()
+            if rank in late or not late
+        )
+        if late:
+            waiting = next(doing for count, doing, *_ in positions.values() if count == furthest)
+            return (
+                f"{len(late)} of {self.size} processes did not respond within --timeout {self.timeout:g} seconds, and the "
+                f"others wait for them ({waiting}): {names}. Check what is wrong there, then continue with --resume"
+            )
+        return (
+            f"no process made progress for --timeout {self.timeout:g} seconds, and none is behind the others: {names}. "
+            "If a step takes so long, use a longer --timeout; otherwise continue with --resume"
+        )
