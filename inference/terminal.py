@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import jsonlines
 
-from common.words import counted
-
 if TYPE_CHECKING:  # a client of a server does not need torch
     from inference.generator import TokenOutput
 
@@ -77,7 +75,8 @@ class Chat:
         except OSError as error:
             print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
         else:
-            print(f"appended {counted(len(self.turns) // 2, 'turn')} to {name}")
+            n = len(self.turns) // 2
+            print(f"appended {n} turn{'s' * (n != 1)} to {name}")
 
 
 # ---- printing answers
