@@ -57,12 +57,12 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     from data_pipeline.tokenize import TokenizedDataset
     from model.LMConfig import LMConfig
     from model.model import Transformer, parameter_counts
+    from model.tokenizer import load_tokenizer
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
     from trainer.options import TrainOptions
     from trainer.recipe import new_model, weights_run
     from trainer.trainer import fit
-    from model.tokenizer import load_tokenizer
 
     dist_env = init_distributed("cpu")
     if engine == "zero3":
@@ -101,7 +101,15 @@ def measure(engine: str, n: int) -> list[str]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for phase, steps in (("train, save", 2), ("resume, train, save", 3)):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), __file__]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(n),
+                __file__,
+            ]
             command += ["--worker", folder, "--engines", engine, "--steps", str(steps)]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
             result = subprocess.run(command, env=environment, capture_output=True, text=True)
