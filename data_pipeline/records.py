@@ -146,7 +146,11 @@ def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:
         raise UserError(f"{path}: plain text has no fields, but {sets} is needed; use .jsonl, .csv or .parquet")
     found = columns(path)
     if found is not None and not any(set(names) <= set(found) for names in needed):
-        advice = _IS_PREFERENCE if set(*PREFERENCE_COLUMNS) <= set(found) else "rename them"
+        advice = (
+            _IS_PREFERENCE
+            if set(*PREFERENCE_COLUMNS) <= set(found)
+            else "name a file that has them, or rename its columns"
+        )
         raise UserError(f"{path}: needs the columns {sets}, but this file has {', '.join(found)}; {advice}")
 
 

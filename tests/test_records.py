@@ -198,7 +198,7 @@ def test_unusable_files(tmp_path):
     (tmp_path / "a.txt").write_text("x\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
     for name, reason in [
-        ("a.csv", "needs the columns q,a or .*but this file has topic, remark; rename them"),
+        ("a.csv", "needs the columns q,a or .*but this file has topic, remark; name a file that has them"),
         ("pairs.csv", "needs the columns q,a or .*but this file has prompt, .*; preference pairs .* 5-dpo_train.py"),
         ("a.txt", "plain text has no fields"),
         ("a.jsonl", "the file is empty"),

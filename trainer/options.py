@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import flag, flag_group, validate_folder
 from common.errors import UserError
@@ -56,6 +57,8 @@ def _scaling(text: str) -> dict:
 class TrainOptions:
     """Flags of every training stage."""
 
+    stage: ClassVar[str] = ""  # the names of a run's files start with it; may hold the names of flags in braces
+
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
     cache_dir: Path | None = flag(None, "folder for tokenised data (default: OUT_DIR/cache)")
@@ -79,7 +82,10 @@ class TrainOptions:
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)", min=0)
     weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
-    optimizer: str = flag("adamw", "adamw, or muon for the matrices and AdamW for the rest", choices=OPTIMIZERS)
+    optimizer: str = flag(
+        "adamw", "adamw; or muon for the matrices and AdamW for the rest, best with 4 times the learning rate",
+        choices=OPTIMIZERS,
+    )  # fmt: skip
     seed: int = flag(1337, "seed of initial weights, data order and dropout", min=0, below=2**63)
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -110,8 +116,9 @@ class TrainOptions:
         "float32", "precision of the .pth file (the training state is always float32)", choices=DTYPES
     )
     resume: str | None = flag(
-        None, "continue a stopped run exactly. Without a value: from the newest state of this model; PATH: from that "
-        "state; auto: continue if there is a state, else start", nargs="?", const="newest", metavar="auto|PATH",
+        None, "continue a stopped run exactly, with its own flags where none are given. Without a value: from the newest "
+        "state; PATH: from that state; auto: continue if there is a state, else start", nargs="?", const="newest",
+        metavar="auto|PATH",
     )  # fmt: skip
     overwrite: bool = flag(False, "replace the files of an earlier run; they stay until this one has saved something")
 
@@ -123,6 +130,34 @@ class TrainOptions:
         0, "record this many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
         metavar="N", min=0,
     )  # fmt: skip
+
+    @classmethod
+    def stored_flags(cls, given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+        """Return the flags of the run that --resume continues; {} if there is none."""
+        if given["resume"] is None:
+            return {}
+        if given["resume"] in ("newest", "auto"):
+            shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
+            size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else "*"
+            markers = given["out_dir"].glob(f"{cls.stage.format(**given)}_{size}.resume/step_*/COMPLETE")
+        else:
+            markers = itertools.chain.from_iterable(map(Path(given["resume"]).glob, ("COMPLETE", "step_*/COMPLETE")))
+        newest = max(markers, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            return {}
+        try:
+            stored = json.loads((newest.parent / "run.json").read_text(encoding="utf-8"))["options"]
+            model = stored.pop("model")
+            kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged; it is reported where it is loaded
+            return {}
+        if "epochs" in typed:  # max_steps would count instead
+            kept.pop("max_steps", None)
+        flags = {name: value for name, value in (kept | model).items() if given.get(name, value) != value}
+        shown = [f"--{name} {value}" for name, value in flags.items() if name not in typed]
+        if shown and os.environ.get("RANK", "0") == "0":
+            print(f"--resume: flags of {newest.parent}: {', '.join(shown)}")
+        return kept | model
 
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""
