@@ -29,6 +29,6 @@ def test_a_trace_of_the_steps_asked_for(tmp_path, capsys, n, recorded):
 def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path, capsys):
     train(options(tmp_path, profile=5, max_steps=2))
     assert not list(tmp_path.glob("*.trace.json"))
-    train(options(tmp_path, profile=5, max_steps=3))
+    train(options(tmp_path, profile=5, max_steps=3, overwrite=True))
     assert "no trace" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.trace.json"))
