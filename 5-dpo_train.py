@@ -36,11 +36,7 @@ class DpoOptions(TuneOptions):
         "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",
     )  # fmt: skip
     beta: float = flag(0.1, "strength of the pull towards the reference model", above=0)
-    loss: str = flag(
-        "sigmoid",
-        "sigmoid: DPO, which starts at 0.693; ipo: its squared variant, at 1 / (2 beta)^2",
-        choices=["sigmoid", "ipo"],
-    )
+    loss: str = flag("sigmoid", "sigmoid: DPO; ipo: its squared variant", choices=["sigmoid", "ipo"])
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels (sigmoid only)")
     max_dropped: float = flag(
         0.1, "largest share of rows that cannot be used; more than elsewhere: long questions are common in pairs"

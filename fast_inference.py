@@ -86,7 +86,7 @@ def page() -> None:
             settings = widgets.choose_settings(*start, model, texts)
     # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):
-        if conversation.running is not None and st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
+        if conversation.running and st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
             conversation.stop()
             st.rerun()
     hint = texts("continue" if entry.continues else "ask")
@@ -102,7 +102,7 @@ def page() -> None:
         widgets.show_question(exchange)
         with st.chat_message("assistant", avatar=":material/neurology:"):
             placeholders = widgets.show_answer(exchange, texts)
-            if placeholders is not None and exchange.answer is conversation.running:
+            if placeholders is not None and exchange.running:
                 st.empty()  # where the buttons were: what a run does not replace stays until its end
                 widgets.write(exchange, placeholders, texts)
                 st.rerun()

@@ -21,7 +21,8 @@ from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from common.files import ROOT, atomic_write
 from data_pipeline.preferences import PreferencePairs, read_pairs
-from data_pipeline.records import iter_conversations
+from data_pipeline.readers import iter_records
+from data_pipeline.records import parse_conversation
 from inference.generator import generate_text
 from inference.model_finder import find_model
 from inference.model_loader import open_model
@@ -50,7 +51,7 @@ def ask(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list
 
 
 def dialogues(path: Path) -> list[list[dict]]:
-    return [conversation.messages for conversation in iter_conversations(path, None)]
+    return [parse_conversation(record.data) for record in iter_records(path, None)]
 
 
 def exact_match(model: Transformer, tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> float:

@@ -8,8 +8,6 @@ from typing import Self
 
 from tqdm import tqdm
 
-from common.words import counted
-
 
 class Progress:
     """Show what is done, rate and remaining time: a bar on a terminal, a line every ten seconds in a log.
@@ -39,11 +37,9 @@ class Progress:
             self.last_line = now
             rate = self.done / (now - self.started)
             left = tqdm.format_interval((self.total - self.done) / rate)
+            total, per_second, kept = f"{self.total:,} {self.unit}", f"{rate:,.1f} {self.unit}/s", ""
             if self.unit == "B":
-                total, rate_text = f"{self.total / 1e6:,.0f} MB", f"{rate / 1e6:.1f} MB/s"
-                left += f" left, {counted(self.kept, 'row')} kept"
-            else:
-                total, rate_text = counted(self.total, self.unit), f"{rate:,.1f} {self.unit}s/s"
-                left += " left"
-            line = f"{self.name}: {self.done / self.total:.0%} of {total}, {rate_text}, {left}"
+                total, per_second = f"{self.total / 1e6:,.0f} MB", f"{rate / 1e6:.1f} MB/s"
+                kept = f", rows kept: {self.kept:,}"
+            line = f"{self.name}: {self.done / self.total:.0%} of {total}, {per_second}, {left} left{kept}"
             print(line, file=sys.stderr, flush=True)

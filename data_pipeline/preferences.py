@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, stoppable
 from common.files import atomic_write
 from data_pipeline.datasets import Batch
 from data_pipeline.records import iter_preferences
 from data_pipeline.text_files import BadLine, BadLineLog
-from data_pipeline.tokenize import check_dropped, split_by_hash
+from data_pipeline.tokenize import STOPPED, check_dropped, split_by_hash
 from data_pipeline.tokenize_chats import NothingToTrainOn, encode_preference
 from model.tokenizer import tokenizer_hash
 
@@ -41,6 +41,7 @@ class EncodedPair:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+@stoppable(STOPPED)
 def read_pairs(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, max_tokens: int, max_dropped: float
 ) -> list[EncodedPair]:

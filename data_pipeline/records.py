@@ -1,7 +1,6 @@
 """Read dialogues and preference pairs of every format users have into messages; tokenize_chats.py makes tokens of them.
 
-    for chat in iter_conversations(Path("sft_data.csv"), on_bad=print):
-        chat.line, chat.messages            # [{"role": "user", "content": ...}, {"role": "assistant", ...}]
+    parse_conversation({"q": "hi", "a": "hello"})   # [{"role": "user", "content": "hi"}, {"role": "assistant", ...}]
 
 A chat is a row of `history,q,a` (or another pair of names, see QUESTION_ANSWER), {"messages": [{"role","content"}]},
 {"conversations": [{"from","value"}]} or {"instruction","input","output","history"}; a pair has a prompt, `chosen` and
@@ -43,14 +42,6 @@ class WrongStage(Malformed):
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A valid dialogue: an optional system message, then user and assistant in turn; the last message is an answer."""
-
-    line: int
-    messages: list[Message]
-
-
-@dataclass(frozen=True)
 class Preference:
     """Two different answers to one prompt: an optional system message, then user and assistant in turn, the user last."""
 
@@ -60,22 +51,17 @@ class Preference:
     rejected: str
 
 
-def iter_conversations(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Conversation]:
-    """Yield the dialogues of `path` in constant memory; rows that are not a valid dialogue go to `on_bad`.
+def iter_preferences(path: Path, on_bad: Callable[[BadLine], None]) -> Iterator[Preference]:
+    """Yield the preference pairs of `path` in constant memory; rows that are not a valid pair go to `on_bad`.
 
-    on_bad=None makes the first such row a UserError naming file, line and reason.
-    Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a chat.
+    Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a pair.
     """
-    check_columns(path, CHAT_COLUMNS)
-    for line, messages in _parsed_rows(path, parse_conversation, on_bad):
-        yield Conversation(line, messages)
-
-
-def iter_preferences(path: Path, on_bad: Callable[[BadLine], None] | None) -> Iterator[Preference]:
-    """Yield the preference pairs of `path`. Arguments and errors as `iter_conversations`."""
     check_columns(path, PREFERENCE_COLUMNS)
-    for line, (prompt, chosen, rejected) in _parsed_rows(path, parse_preference, on_bad):
-        yield Preference(line, prompt, chosen, rejected)
+    for record in iter_records(path, on_bad):
+        try:
+            yield Preference(record.line, *parse_preference(record.data))
+        except UserError as reason:
+            on_bad(BadLine(record.line, str(reason)))
 
 
 def parse_conversation(data: dict) -> list[Message]:
@@ -160,20 +146,12 @@ def check_columns(path: Path, needed: tuple[tuple[str, ...], ...]) -> None:
         raise UserError(f"{path}: plain text has no fields, but {sets} is needed; use .jsonl, .csv or .parquet")
     found = columns(path)
     if found is not None and not any(set(names) <= set(found) for names in needed):
-        advice = _IS_PREFERENCE if set(*PREFERENCE_COLUMNS) <= set(found) else "rename them"
+        advice = (
+            _IS_PREFERENCE
+            if set(*PREFERENCE_COLUMNS) <= set(found)
+            else "name a file that has them, or rename its columns"
+        )
         raise UserError(f"{path}: needs the columns {sets}, but this file has {', '.join(found)}; {advice}")
-
-
-def _parsed_rows(path: Path, parse: Callable, on_bad: Callable[[BadLine], None] | None) -> Iterator[tuple]:
-    for record in iter_records(path, on_bad):
-        try:
-            parsed = parse(record.data)
-        except UserError as reason:
-            if on_bad is None:
-                raise UserError(f"{path}, line {record.line}: {reason}") from None
-            on_bad(BadLine(record.line, str(reason)))
-            continue
-        yield record.line, parsed
 
 
 # --- fields ----------------------------------------------------------------------------------------------------------

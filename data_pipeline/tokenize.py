@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1  # of how tokens are made: raising it makes older training states impossible to resume
+STOPPED = "tokenizing was not finished; no other file was changed. The same command starts it again"
 MAX_DROPPED = 0.01  # a larger share of rows that cannot be used is a mistake in data or settings
 
 DTYPES = {
@@ -152,7 +153,7 @@ def tokenize_pretrain_data(
 
 # --- from a block of rows to arrays ----------------------------------------------------------------------------------
 
-# Why a row is skipped, for "3 rows are ...".
+# Why a row is skipped, after the number of such rows.
 UNREADABLE, NO_TEXT, EMPTY = "unreadable", "without text", "empty"
 
 
@@ -233,7 +234,7 @@ def cached_dataset(
         raise UserError("no data files given: name at least one")
     if len(tokenizer) > 1 << 16:
         raise UserError(f"a vocabulary of {len(tokenizer):,} does not fit in 16 bits: at most 65,536 are possible")
-    with explain_write_errors(cache_dir):
+    with explain_write_errors(cache_dir), stoppable(STOPPED):
         cache_dir.mkdir(parents=True, exist_ok=True)
         formats = [(file_format(path), path.suffix.lower()) for path in paths]  # the reader depends on the name
         hashes = hash_files(paths, cache_dir)
@@ -243,7 +244,7 @@ def cached_dataset(
         dataset, built = _open(folder), False
         if dataset is None:
             busy = f"waiting for another process that tokenizes the same data into {folder}"
-            with exclusive(cache_dir, folder.name, busy, wait=-1), stoppable(STOPPED):
+            with exclusive(cache_dir, folder.name, busy, wait=-1):
                 dataset = _open(folder)  # the other process has built it
                 if dataset is None:
                     if folder.exists():
@@ -263,9 +264,6 @@ def cached_dataset(
         rows = sum(source["rows"] for source in info["sources"])
         check_dropped(paths, info["skipped"], rows, info["first_skipped"], info["incomplete"], max_dropped)
         return dataset
-
-
-STOPPED = "tokenizing was not finished; no other file was changed. The same command starts it again"
 
 
 def _build(
@@ -293,7 +291,7 @@ def _build(
     if not writer.documents:
         names, skipped = ", ".join(map(str, paths)), writer.skipped_rows
         first = f"; the first is {skipped.first[0]}" if skipped.count else ""
-        raise UserError(f"{names}: no usable row: {_skipped(writer.skipped)}{first}. Check the format of the data")
+        raise UserError(f"{names}: no usable row: {_numbers(writer.skipped)}{first}. Check the format of the data")
     return {"kind": kind, "sources": sources, **writer.info(), "seconds": seconds}
 
 
@@ -321,7 +319,7 @@ def check_dropped(
         longer = "allow longer ones with --max_seq_len, " if "too long" in " ".join(skipped) else ""
         raise UserError(
             f"{', '.join(map(str, paths))}: {n_skipped:,} of {n_rows:,} rows cannot be used, more than "
-            f"max_dropped={max_dropped:g} allows ({_skipped(skipped)}). The first: {'; '.join(first[:3])}. Correct or "
+            f"max_dropped={max_dropped:g} allows ({_numbers(skipped)}). The first: {'; '.join(first[:3])}. Correct or "
             f"remove such rows, {longer}or train on the others with max_dropped={math.ceil(100 * n_skipped / n_rows) / 100}"
         )
 
@@ -422,16 +420,9 @@ def _encode_in_threads(
 # --- summary ---------------------------------------------------------------------------------------------------------
 
 
-def _count(n: int, text: str) -> str:
-    """Return "3 rows are empty" or "1 row is empty"."""
-    if n == 1:
-        for many, one in (("rows are", "row is"), ("dialogues", "dialogue"), ("answers were", "answer was")):
-            text = text.replace(many, one).replace("their", "its")
-    return f"{n:,} {text}"
-
-
-def _skipped(counts: Mapping[str, int]) -> str:
-    return ", ".join(_count(n, f"rows are {reason}") for reason, n in counts.items()) or "only blank lines"
+def _numbers(counts: Mapping[str, int]) -> str:
+    """Return "3 unreadable, 1 empty"."""
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items()) or "only blank lines"
 
 
 def _counts(info: dict[str, Any]) -> str:
@@ -448,9 +439,9 @@ def _summary(info: dict[str, Any], built: bool) -> str:
     how = f" in {info['seconds']:.1f} s, {rate:.1f} MB/s; kept in" if built else ", ready in"
     lines = [f"tokens: {_counts(info)}{how} {folder}"]
     if info["cut"]:
-        lines.append("  too long: " + "; ".join(_count(n, text) for text, n in info["cut"].items()))
+        lines.append(f"  too long: {_numbers(info['cut'])}")
     if n_skipped:
-        lines.append(f"  skipped: {_skipped(info['skipped'])} (all are in {folder / 'skipped.jsonl'})")
+        lines.append(f"  skipped: {_numbers(info['skipped'])} (all are in {folder / 'skipped.jsonl'})")
     if n_skipped and built:
         lines.append(f"  the first {len(first)} of {n_skipped:,}:")
         lines += [f"    {bad}" for bad in first]

@@ -19,8 +19,8 @@ from model.tokenizer import EOS_ID, encode_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TURNS_CUT, SYSTEM_CUT = "dialogues lost their oldest turns", "dialogues lost their system message"
-ANSWER_CUT = "answers were cut"
+# What was cut, after the number of dialogues.
+TURNS_CUT, SYSTEM_CUT, ANSWER_CUT = "without the oldest turns", "without the system message", "with a cut answer"
 NOT_A_DIALOGUE, WRONG_STAGE = "not a valid dialogue", "not for this stage"
 QUESTION_TOO_LONG = "too long: the last question leaves no room for an answer"
 SAME_AFTER_CUT = "too long: the answers are the same as far as there is room"

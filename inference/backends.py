@@ -15,7 +15,6 @@ from torch import Tensor
 from inference.kernels.decode import KernelUnavailable, NativeModel
 from inference.kernels.decode_weights import DecodeLayer, DecodeWeights
 from inference.options import COMPILE
-from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import apply_rope
 
@@ -35,23 +34,20 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
     """
     if compile not in COMPILE:
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
-    if compile == "off" and quantize == "none":
+    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
+    optional = compile == "auto" and quantize == "none"  # asked for nothing: the model itself will do
+    if (compile == "off" and quantize == "none") or (optional and not (on_cpu and type(model) is Transformer)):
         return None
     if type(model) is not Transformer:
-        if compile == "auto" and quantize == "none":
-            return None
         raise ValueError(
             "fast decoding is for a plain model, and this one has an adapter: merge it into the weights first"
         )
-    on_cpu = model.tok_embeddings.weight.device.type == "cpu"
-    if compile == "auto" and quantize == "none" and not on_cpu:
-        return None
     weights = DecodeWeights(model, quantize)
     if compile != "off" and on_cpu:
         try:
             return NativeModel(weights)
         except KernelUnavailable:
-            if compile == "auto" and quantize == "none":
+            if optional:
                 return None
     return TorchModel(weights, compiled=compile == "on")
 
@@ -132,7 +128,7 @@ def decode_step(
     head = torch.arange(config.n_kv_heads, device=tokens.device)[None]
     x = weights.embedding[tokens]  # (rows, dim)
     for layer, layer_keys, layer_values in zip(weights.layers, keys, values, strict=True):
-        qkv = layer.qkv(rms_norm(x, layer.attention_norm, config)).view(rows, 1, -1, config.head_dim)
+        qkv = layer.qkv(layer.attention_norm(x)).view(rows, 1, -1, config.head_dim)
         q, k, v = qkv.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         layer_keys.index_put_((row, head, positions[:, None]), k[:, 0])
@@ -140,26 +136,17 @@ def decode_step(
         past_k, past_v = layer_keys[:rows, :, : len(slots)], layer_values[:rows, :, : len(slots)]
         out = F.scaled_dot_product_attention(q.transpose(1, 2), past_k, past_v, attn_mask=mask, enable_gqa=True)
         x = x + layer.wo(out.flatten(1))
-        x = x + feed_forward(rms_norm(x, layer.ffn_norm, config), layer, config, weights.renormalise)
-    return weights.output(rms_norm(x, weights.norm, config))
+        x = x + feed_forward(layer.ffn_norm(x), layer)
+    return weights.output(weights.norm(x))
 
 
-def rms_norm(x: Tensor, weight: Tensor, config: LMConfig) -> Tensor:
-    """Compute the same as `model.model.RMSNorm`."""
-    xf = x.float()
-    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + config.norm_eps)).to(x.dtype) * weight
-
-
-def feed_forward(x: Tensor, layer: DecodeLayer, config: LMConfig, renormalise: bool) -> Tensor:
+def feed_forward(x: Tensor, layer: DecodeLayer) -> Tensor:
     """x (rows, dim) -> (rows, dim). All experts compute all rows: the routing is not known when a CUDA graph is recorded."""
     out = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
-    if layer.gate is None:
+    if layer.router is None:
         return out
-    probabilities = F.linear(x.float(), layer.gate).softmax(-1)
-    mixing, chosen = probabilities.topk(config.num_experts_per_tok, dim=-1)
-    if renormalise:
-        mixing = mixing / (mixing.sum(-1, keepdim=True) + 1e-20)
-    mixing = torch.zeros_like(probabilities).scatter(1, chosen, mixing).to(x.dtype)  # (rows, experts)
+    weights, chosen, probabilities = layer.router(x)
+    mixing = torch.zeros_like(probabilities).scatter(1, chosen, weights).to(x.dtype)  # (rows, experts)
     for i, expert in enumerate(layer.routed):
         out = out + expert(x) * mixing[:, i : i + 1]
     return out

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import functools
 from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# Byte-level vocabularies write each byte as one visible character (GPT-2's table).
+_BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class Detokenizer:
@@ -63,20 +66,11 @@ class Detokenizer:
         return text[:clear]
 
 
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """Return character -> byte: byte-level vocabularies write each byte as one visible character (GPT-2's table)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def token_bytes(token: str | None) -> bytes:
     """Return the bytes of a token; none for an id that is not in the vocabulary."""
     if token is None:
         return b""
-    table = _byte_of_character()
     try:
-        return bytes([table[character] for character in token])
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:  # added as text, not spelled in bytes
         return token.encode("utf-8")

@@ -44,20 +44,28 @@ class ChatModel:
     thread: Executor | None = None
 
 
-class Answer:
-    """A text that is being written.
+@dataclass
+class Exchange:
+    """A question and its answer, a text that is being written.
 
-    tokens: how many so far; prompt: what it began with; seconds: computing time so far, reading the prompt included;
-    finish: why it ended (ENDED, LENGTH, CONTEXT or STOPPED); None while it is being written.
+    continues: the answer continues the text of the question; context: that of the model; text, tokens: so far; seconds:
+    computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while
+    it is being written; error: why there is no answer.
     """
 
-    def __init__(self, model: ChatModel, prompt: Prompt, sampling: SamplingParams) -> None:
-        """Prepare an answer; nothing is computed yet. Raises ValueError for a prompt that leaves no room."""
-        self.prompt, self.sampling, self.context = prompt, sampling, model.generator.context
-        self.text, self.tokens, self.seconds = "", 0, 0.0
-        self.finish: str | None = None
-        self._thread = model.thread
-        self._outputs: Iterator[TokenOutput] | None = model.generator.generate(prompt.ids, sampling)
+    question: str
+    model_name: str
+    continues: bool
+    sampling: SamplingParams
+    context: int
+    prompt: Prompt = Prompt([])
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    finish: str | None = None
+    error: str = ""
+    _outputs: Iterator[TokenOutput] | None = None
+    _thread: Executor | None = None
 
     def advance(self) -> bool:
         """Compute one more token. Return False, and do nothing, if the answer has ended."""
@@ -77,9 +85,13 @@ class Answer:
             self._end(LENGTH if self.tokens >= self.sampling.max_new_tokens else CONTEXT)
         return True
 
+    @property
+    def running(self) -> bool:
+        return self._outputs is not None
+
     def stop(self) -> None:
         """Stop computing and keep the text so far. Nothing happens if the answer has ended."""
-        if self.finish is None:
+        if self.running:
             self._end(STOPPED)
 
     def _end(self, finish: str) -> None:
@@ -92,35 +104,23 @@ class Answer:
 
 
 @dataclass
-class Exchange:
-    """A question with its answer, or with the error that prevented one. `continues` is that of the ChatModel."""
-
-    question: str
-    model_name: str
-    continues: bool
-    answer: Answer | None = None
-    error: str = ""
-
-
-@dataclass
 class Conversation:
     """All exchanges of one user."""
 
     exchanges: list[Exchange] = field(default_factory=list)
 
     @property
-    def running(self) -> Answer | None:
-        """Return the answer that is being written."""
-        last = self.exchanges[-1].answer if self.exchanges else None
-        return last if last is not None and last.finish is None else None
+    def running(self) -> bool:
+        """Return whether an answer is being written; only the last one can be."""
+        return bool(self.exchanges) and self.exchanges[-1].running
 
     def turns(self) -> list[dict]:
         """Return the dialogue so far, for the next question: without continued texts and without failed questions."""
         turns = []
         for exchange in self.exchanges:
-            if exchange.answer is not None and not exchange.continues:
+            if not exchange.error and not exchange.continues:
                 turns.append({"role": "user", "content": exchange.question})
-                turns.append({"role": "assistant", "content": exchange.answer.text})
+                turns.append({"role": "assistant", "content": exchange.text})
         return turns
 
     def ask(
@@ -131,33 +131,34 @@ class Conversation:
         *,
         history_turns: int = 0,
         system: str | None = None,
-    ) -> Answer | None:
-        """Begin an answer, and stop the one that is being written. Return None, and keep the error, if it cannot begin."""
+    ) -> Exchange:
+        """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error."""
         self.stop()
-        exchange = Exchange(question, model.name, model.continues)
-        tokenizer = model.generator.tokenizer
-        limits: dict[str, Any] = {"context": model.generator.context, "max_new_tokens": sampling.max_new_tokens}
+        tokenizer, context = model.generator.tokenizer, model.generator.context
+        exchange = Exchange(question, model.name, model.continues, sampling, context, _thread=model.thread)
+        limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
         try:
             if model.continues:
-                prompt = text_prompt(tokenizer, question, **limits)
+                exchange.prompt = text_prompt(tokenizer, question, **limits)
             else:
-                turns = self.turns()
-                prompt = chat_prompt(tokenizer, turns, question, history_turns=history_turns, system=system, **limits)
-            exchange.answer = Answer(model, prompt, sampling)
+                exchange.prompt = chat_prompt(
+                    tokenizer, self.turns(), question, history_turns=history_turns, system=system, **limits
+                )
+            exchange._outputs = model.generator.generate(exchange.prompt.ids, sampling)
         except ValueError as error:
             exchange.error = str(error)
         self.exchanges.append(exchange)
-        return exchange.answer
+        return exchange
 
-    def regenerate(self, *args: Any, **kwargs: Any) -> Answer | None:
+    def regenerate(self, *args: Any, **kwargs: Any) -> Exchange:
         """Ask the last question again and replace its answer. Takes the arguments of `ask` after the question."""
         self.stop()
         return self.ask(self.exchanges.pop().question, *args, **kwargs)
 
     def stop(self) -> None:
         """End the answer that is being written; its text stays part of the conversation."""
-        if self.running is not None:
-            self.running.stop()
+        if self.running:
+            self.exchanges[-1].stop()
 
     def clear(self) -> None:
         """Forget everything."""

@@ -22,9 +22,9 @@ from serving.chat_model import (
     ENDED,
     LENGTH,
     STOPPED,
-    Answer,
     ChatModel,
     Conversation,
+    Exchange,
 )
 
 TOKENIZER = load_tokenizer()
@@ -47,7 +47,7 @@ def model() -> ChatModel:
     return ChatModel(TextGenerator(Checkpoint(model, model.config, {}, Path(), ""), TOKENIZER, 96), "tiny")
 
 
-def finish(answer: Answer) -> str:
+def finish(answer: Exchange) -> str:
     while answer.advance():
         pass
     return answer.text
@@ -107,12 +107,12 @@ def test_why_it_ended(model):
 def test_stop_keeps_what_was_written(model):
     conversation = Conversation()
     answer = conversation.ask("hi", model, SamplingParams(max_new_tokens=50))
-    assert conversation.running is answer and answer.tokens == 0
+    assert conversation.running and answer.running and answer.tokens == 0
     for _ in range(8):
         answer.advance()
     text = answer.text
     conversation.stop()
-    assert answer.finish == STOPPED and conversation.running is None
+    assert answer.finish == STOPPED and not conversation.running
     assert not answer.advance() and (answer.text, answer.tokens) == (text, 8) and text
     assert conversation.turns() == chat("hi", text)
     conversation.stop()
@@ -131,16 +131,15 @@ def test_regenerate_replaces_the_last_answer(model):
     alone = conversation.regenerate(model, GREEDY, history_turns=0)
     assert len(alone.prompt.ids) < len(second.prompt.ids)
     conversation.clear()
-    assert conversation.exchanges == [] and conversation.running is None and alone.finish == STOPPED
+    assert conversation.exchanges == [] and not conversation.running and alone.finish == STOPPED
 
 
 def test_no_answer_is_no_part_of_what_was_said(model):
     conversation = Conversation()
-    assert conversation.ask("word " * 300, model, GREEDY) is None
-    assert "84 is the limit" in conversation.exchanges[0].error
-    assert conversation.turns() == [] and conversation.running is None
-    assert conversation.ask("half \ud800", model, GREEDY) is None
-    assert "not Unicode" in conversation.exchanges[1].error
+    failed = conversation.ask("word " * 300, model, GREEDY)
+    assert "84 is the limit" in failed.error and not failed.advance() and conversation.exchanges == [failed]
+    assert conversation.turns() == [] and not conversation.running
+    assert "not Unicode" in conversation.ask("half \ud800", model, GREEDY).error
     assert finish(conversation.ask("hi", model, GREEDY, history_turns=5))
 
 

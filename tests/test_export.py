@@ -254,7 +254,8 @@ def test_minimind_folder_runs_without_this_repository(tmp_path, tokenizer, rows)
     assert state_equal(read_folder(folder).model, model)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-c", ALONE, str(folder), json.dumps(rows[0][:20])]
+    deprecated = "error:`rope_scaling`:FutureWarning"
+    arguments = [sys.executable, "-W", deprecated, "-c", ALONE, str(folder), json.dumps(rows[0][:20])]
     done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import close_to, shape_of
 
-from inference.detokenizer import Detokenizer, _byte_of_character
+from inference.detokenizer import _BYTE_OF_CHARACTER, Detokenizer
 from inference.generator import BatchGenerator, generate, generate_text
 from inference.kv_cache import KVCache
 from inference.options import SamplingParams
@@ -437,7 +437,7 @@ def test_text_comes_as_soon_as_it_is_complete():
 @given(st.text("ab好", max_size=20), st.lists(st.text("ab好", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_stop_strings_anywhere(text, stops):
     """One byte per token is the worst that can happen at token borders."""
-    one_byte = {byte: TOKENIZER.convert_tokens_to_ids(char) for char, byte in _byte_of_character().items()}
+    one_byte = {byte: TOKENIZER.convert_tokens_to_ids(char) for char, byte in _BYTE_OF_CHARACTER.items()}
     tokens = [one_byte[byte] for byte in text.encode()]
     out = Detokenizer(TOKENIZER, stops)
     pieces = []

@@ -114,6 +114,12 @@ def test_tensorboard_has_the_figures_and_no_step_twice_after_a_resume(tmp_path):
     assert {"lr", "grad_norm", "tokens_per_second"} <= found.keys()
 
 
+@pytest.mark.parametrize("rate", [1e-3, 4e-3])
+def test_muon_with_the_rate_of_adamw_is_noted(tmp_path, capsys, rate):
+    train(options(tmp_path, optimizer="muon", learning_rate=rate, max_steps=1))
+    assert ("try --learning_rate 0.004" in capsys.readouterr().out) == (rate == 1e-3)
+
+
 @pytest.mark.parametrize(("first_seconds", "first_eta"), [(5.0, None), (100.0, 1100.0)])
 def test_the_remaining_time_is_not_that_of_a_slow_first_step(tmp_path, monkeypatch, capsys, first_seconds, first_eta):
     """The first step takes long, the others a second; all that is known before it is printed before it."""
@@ -128,7 +134,7 @@ def test_the_remaining_time_is_not_that_of_a_slow_first_step(tmp_path, monkeypat
 
     monkeypatch.setattr("trainer.metrics.time", SimpleNamespace(perf_counter=lambda: now))
     train(options(tmp_path), loss_fn=slow_loss)
-    assert printed_before == ["12 steps of 4 rows each; the log begins after step 1\n"]
+    assert printed_before == ["steps to do: 12; rows in each: 4; the log begins after step 1\n"]
     lines = [json.loads(line) for line in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()]
     assert [line.get("eta_seconds") for line in lines] == [first_eta, 9.0, 6.0, 3.0, 0.0]
     first, *others = capsys.readouterr().out.splitlines()

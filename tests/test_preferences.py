@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -120,6 +121,13 @@ def test_pairs_that_do_not_fit_are_counted_and_too_many_refused(tokenizer, tmp_p
         UserError, match="no usable preference pair in it .*jsonl:1: too long: the last question leaves"
     ):
         read(tokenizer, write(path, [long]), max_tokens=64)
+
+
+def test_a_signal_while_reading_is_answered(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.preferences.encode_preference", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt) as stop:
+        read(tokenizer, write(tmp_path / "pairs.jsonl", [GOOD]))
+    assert stop.value.args == (signal.SIGTERM,) and stop.value.__notes__[0].startswith("tokenizing was not finished")
 
 
 def test_no_pair_is_longer_than_allowed(tokenizer, tmp_path):

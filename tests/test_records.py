@@ -1,7 +1,5 @@
 """data_pipeline/records.py: every format becomes the same messages, and nothing unsound gets through."""
 
-import csv
-import gzip
 import json
 
 import pytest
@@ -10,8 +8,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data_pipeline.records import (
+    CHAT_COLUMNS,
     WrongStage,
-    iter_conversations,
+    check_columns,
     iter_preferences,
     parse_conversation,
     parse_preference,
@@ -193,51 +192,20 @@ def test_any_row_is_sound_or_malformed(data):
         assert all(m["content"].strip() for m in messages)
 
 
-def test_files_and_line_numbers(tmp_path):
-    jsonl = tmp_path / "a.jsonl.gz"
-    with gzip.open(jsonl, "wt", encoding="utf-8") as file:
-        file.write(json.dumps({"messages": chat("q", "a")}) + "\n\n")
-        file.write(json.dumps({"messages": chat("q", "a", roles=("user", "user"))}) + "\n")
-        file.write('{"messages": [{"ro\n')
-        file.write(json.dumps({"conversations": sharegpt(chat("r", "b"))}) + "\n")
-    bad = []
-    chats = list(iter_conversations(jsonl, bad.append))
-    assert [(c.line, c.messages) for c in chats] == [(1, chat("q", "a")), (5, chat("r", "b"))]
-    assert [b.line for b in bad] == [3, 4]
-    assert "roles out of order: user user" in bad[0].reason and "invalid JSON" in bad[1].reason
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz, line 3: roles out of order"):
-        list(iter_conversations(jsonl, None))
-
-    table = tmp_path / "a.csv"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(
-            [
-                ["history", "q", "a"],
-                ["[['x', 'y']]", "q\nr", "a"],
-                ["", "q", ""],
-                ["[]", "q", "a"],
-            ]
-        )
-    bad.clear()
-    chats = list(iter_conversations(table, bad.append))
-    assert [(c.line, c.messages) for c in chats] == [(2, chat("x", "y", "q\nr", "a")), (5, chat("q", "a"))]
-    assert [(b.line, b.reason) for b in bad] == [(4, "an empty assistant message")]
-
-
 def test_unusable_files(tmp_path):
     (tmp_path / "a.csv").write_text("topic,remark\n1,2\n", encoding="utf-8")
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n1,2,3\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text("x\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
     for name, reason in [
-        ("a.csv", "needs the columns q,a or .*but this file has topic, remark; rename them"),
+        ("a.csv", "needs the columns q,a or .*but this file has topic, remark; name a file that has them"),
         ("pairs.csv", "needs the columns q,a or .*but this file has prompt, .*; preference pairs .* 5-dpo_train.py"),
         ("a.txt", "plain text has no fields"),
         ("a.jsonl", "the file is empty"),
         ("b.jsonl", "no such file"),
     ]:
         with pytest.raises(UserError, match=reason):
-            list(iter_conversations(tmp_path / name, lambda bad: None))
+            check_columns(tmp_path / name, CHAT_COLUMNS)
     with pytest.raises(UserError, match="needs the columns chosen,rejected"):
         list(iter_preferences(tmp_path / "a.csv", lambda bad: None))
 

@@ -159,7 +159,7 @@ def test_unsound_pairs_are_counted_named_and_not_trained_on(run, out, tmp_path):
     }
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*good[:3], *bad.values(), '{"prompt": ', *good[3:]])
     message = run(*QUICK, "--data_path", mixed, "--out_dir", out).error()
-    assert "5 of 13 rows cannot be used, more than --max_dropped 0.1 allows (5 rows are unreadable or not a" in message
+    assert "5 of 13 rows cannot be used, more than --max_dropped 0.1 allows (5 unreadable or not a" in message
     result = run(*QUICK, "--data_path", mixed, "--out_dir", out, "--max_dropped", 0.4)
     assert result.code == 0, result.err
     assert "8 preference pairs, 5 unusable rows" in result.out

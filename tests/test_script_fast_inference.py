@@ -120,13 +120,13 @@ def test_a_conversation(out, open_page):
     first = answer_of(out / "rl_64.pth", "你好")
     ask(page, "<b>why</b>?")
     second = answer_of(out / "rl_64.pth", "你好", first, "<b>why</b>?")
-    assert [exchange.answer.text for exchange in exchanges(page)] == [first, second]
+    assert [exchange.text for exchange in exchanges(page)] == [first, second]
     assert shown(page).count("cut off at the maximum length of 12 tokens · rl_64.pth") == 2
     assert any("&lt;b&gt;why&lt;/b&gt;?" in element.value for element in page.html)
 
     page.slider(key="history_turns").set_value(0)
     page.button(key="regenerate").click().run()
-    assert exchanges(page)[1].answer.text == answer_of(out / "rl_64.pth", "<b>why</b>?") and len(exchanges(page)) == 2
+    assert exchanges(page)[1].text == answer_of(out / "rl_64.pth", "<b>why</b>?") and len(exchanges(page)) == 2
     page.button(key="clear").click().run()
     assert exchanges(page) == [] and EN["hello_chat"] in shown(page)
 
@@ -137,7 +137,7 @@ def test_settings_reach_the_decoder(out, open_page):
     for key, value in dict(temperature=1.25, top_p=0.8, top_k=40, max_new_tokens=6, repetition_penalty=1.3).items():
         page.slider(key=key).set_value(value)
     ask(page, "hi")
-    answer = exchanges(page)[0].answer
+    answer = exchanges(page)[0]
     expected = SamplingParams(6, 1.25, 40, 0.8, 0.02, 1.3, seed=5)
     assert answer.sampling == expected
     messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}]
@@ -146,7 +146,7 @@ def test_settings_reach_the_decoder(out, open_page):
     assert [answer.text] == generate_text(model, TOKENIZER, [ids], expected)
     page.number_input(key="seed").set_value(None)
     page.button(key="regenerate").click().run()
-    assert exchanges(page)[0].answer.sampling.seed is None
+    assert exchanges(page)[0].sampling.seed is None
 
 
 @pytest.mark.parametrize("name", ["full_sft_64.pth", "lora_x_64", "rl_64-minimind"])
@@ -155,7 +155,7 @@ def test_every_kind_of_model_answers(out, open_page, name):
     plain = answer_of(out / "full_sft_64.pth", "hi"), answer_of(out / "rl_64.pth", "hi")
     page.selectbox(key="model").set_value(str(out / name)).run()
     ask(page, "hi")
-    text = exchanges(page)[0].answer.text
+    text = exchanges(page)[0].text
     if name == "lora_x_64":
         assert text not in plain and "on full_sft_64.pth" in shown(page)
     else:
@@ -169,7 +169,7 @@ def test_a_base_model_goes_on_with_a_text(out, open_page):
     assert [slider for slider in page.slider if slider.key == "history_turns"] == []
     page.button(key="example_1").click().run()
     (exchange,) = exchanges(page)
-    assert exchange.continues and f"中国的首都是{exchange.answer.text.split()[0]}" in shown(page)
+    assert exchange.continues and f"中国的首都是{exchange.text.split()[0]}" in shown(page)
 
 
 def test_languages(out, open_page):
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_said(out, open_page):
     ask(page, "word " * 300)
     assert "Not answered: the last question has" in error(page) and "84 is the limit" in error(page)
     ask(page, "hi")
-    assert exchanges(page)[-1].answer.tokens
+    assert exchanges(page)[-1].tokens
 
 
 def test_no_models_yet_and_then_one(tmp_path, open_page):
@@ -223,18 +223,18 @@ def test_damaged_and_foreign_models_are_one_line(out, tmp_path, open_page):
         assert page.chat_input(key="question").disabled
     page.selectbox(key="model").set_value(str(good)).run()
     ask(page, "hi")
-    assert not page.error and exchanges(page)[0].answer.tokens
+    assert not page.error and exchanges(page)[0].tokens
 
 
 def test_a_model_that_was_trained_again_is_read_again(tmp_path, open_page):
     path = save(tmp_path / "full_sft_64.pth", "full_sft", 1)
     page = open_page("--out_dir", tmp_path, *GREEDY)
     ask(page, "hi")
-    before = exchanges(page)[0].answer.text
+    before = exchanges(page)[0].text
     save(path, "full_sft", 2)
     page.run()
     page.button(key="regenerate").click().run()
-    assert exchanges(page)[0].answer.text == answer_of(path, "hi") != before
+    assert exchanges(page)[0].text == answer_of(path, "hi") != before
 
 
 def test_two_sessions_share_a_model_and_nothing_else(out, open_page):
@@ -243,7 +243,7 @@ def test_two_sessions_share_a_model_and_nothing_else(out, open_page):
     ask(pages[1], "two")
     for page, question in zip(pages, ("one", "two"), strict=True):
         (exchange,) = exchanges(page)
-        assert (exchange.question, exchange.answer.text) == (question, answer_of(out / "rl_64.pth", question))
+        assert (exchange.question, exchange.text) == (question, answer_of(out / "rl_64.pth", question))
 
 
 def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
@@ -251,7 +251,7 @@ def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
     save(tmp_path / "full_sft_64.pth", "full_sft", 4, endless=True)
     page = open_page("--out_dir", tmp_path, *CPU, "--temperature", 0, "--max_seq_len", 10**4, "--max_new_tokens", 200)
     ask(page, "hi")
-    whole = exchanges(page)[0].answer
+    whole = exchanges(page)[0]
     assert whole.tokens == 200
     conversation = page.session_state["conversation"]
     settings = dict(sampling=whole.sampling, history_turns=0)

@@ -209,15 +209,13 @@ def test_unsound_chats_are_counted_named_and_not_trained_on(run, out, tmp_path):
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*good[:3], *bad.values(), '{"messages": [', *good[3:]])
     refused = run(*QUICK, "--data_path", mixed, "--out_dir", out)
     message = refused.error()
-    assert (
-        "7 of 13 rows cannot be used, more than --max_dropped 0.01 allows (6 rows are not a valid dialogue, " in message
-    )
+    assert "7 of 13 rows cannot be used, more than --max_dropped 0.01 allows (6 not a valid dialogue, " in message
     assert f"{mixed}:4: unknown role 'robot'" in message and message.endswith(
         "train on the others with --max_dropped 0.54"
     )
     result = run(*QUICK, "--data_path", mixed, "--out_dir", out, "--max_dropped", 0.54)
     assert result.code == 0, result.err
-    assert "6 dialogues" in result.out and "6 rows are not a valid dialogue, 1 row is unreadable" in result.out
+    assert "6 dialogues" in result.out and "6 not a valid dialogue, 1 unreadable (all" in result.out
     for line, reason in enumerate(bad, start=4):
         assert f"mixed.jsonl:{line}: {reason}" in refused.out
     assert "mixed.jsonl:10: " in refused.out
@@ -238,7 +236,7 @@ def test_long_chats_are_cut_and_it_is_said(run, out, tmp_path):
     data = write_jsonl(tmp_path / "long.jsonl", [*long, *endless, {"messages": turns("why? " * 100, "so")}, *good])
     result = run(*QUICK, "--data_path", data, "--out_dir", out, "--max_seq_len", 48)
     assert result.code == 0, result.err
-    assert "too long: 3 dialogues lost their oldest turns; 1 answer was cut" in result.out
+    assert "too long: 3 without the oldest turns, 1 with a cut answer" in result.out
     assert "long.jsonl:5: too long: the last question leaves no room for an answer in 48 tokens" in result.out
 
 

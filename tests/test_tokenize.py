@@ -152,9 +152,7 @@ def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
     attempt("a.csv", b"a,b\n1,2\n", r"a\.csv: no column text, this file has a, b")
     attempt("a.jsonl", b"", "the file is empty")
     attempt("a.jsonl", b"\n\n", "no rows in it")
-    attempt(
-        "a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 row is unreadable, 1 row is empty.*a\.jsonl:1"
-    )
+    attempt("a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 unreadable, 1 empty.*a\.jsonl:1")
     attempt("a.xyz", b"x", "cannot tell its format")
     with pytest.raises(UserError, match="no such file"):
         tokenize_pretrain_data([tmp_path / "none.jsonl"], tokenizer, cache, log=quiet)
@@ -532,7 +530,7 @@ def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
     for content, reason in [
         (
             rows[1:],
-            "no usable row: 3 rows are not a valid dialogue, 1 row is unreadable; the first is .*a.jsonl:1: roles out of",
+            "no usable row: 3 not a valid dialogue, 1 unreadable; the first is .*a.jsonl:1: roles out of order",
         ),
         ([{"text": "pretraining data"}], "no question and answer; the fields are text"),
     ]:
@@ -551,12 +549,12 @@ LONG = {"q": "long question " * 20, "a": "a"}
 @pytest.mark.parametrize(
     ("kind", "bad", "reason"),
     [
-        ("pretrain", '{"text": "cut', "2 rows are unreadable"),
-        ("pretrain", {"text": " "}, "2 rows are empty"),
-        ("chat", '{"q": "cut', "2 rows are unreadable"),
-        ("chat", {"q": "q", "a": ""}, "2 rows are not a valid dialogue"),
-        ("chat", {"prompt": "q", "completion": "a", "label": False}, "2 rows are not for this stage"),
-        ("chat", LONG, f"2 rows are {QUESTION_TOO_LONG}"),
+        ("pretrain", '{"text": "cut', "2 unreadable"),
+        ("pretrain", {"text": " "}, "2 empty"),
+        ("chat", '{"q": "cut', "2 unreadable"),
+        ("chat", {"q": "q", "a": ""}, "2 not a valid dialogue"),
+        ("chat", {"prompt": "q", "completion": "a", "label": False}, "2 not for this stage"),
+        ("chat", LONG, f"2 {QUESTION_TOO_LONG}"),
     ],
 )
 def test_one_rule_for_rows_that_cannot_be_used(tokenizer, tmp_path, monkeypatch, kind, bad, reason):

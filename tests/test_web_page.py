@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inference.options import SamplingParams
 from inference.prompts import Prompt
-from serving.chat_model import LENGTH, STOPPED, Answer
+from serving.chat_model import LENGTH, STOPPED, Exchange
 from serving.web.page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
 from serving.web.texts import LANGUAGES, TEXTS, Texts, language_of
 from serving.web.widgets import STAGES
@@ -85,18 +85,15 @@ def test_sizes():
     assert (size_text(0), size_text(11_421_745), size_text(2_345_000_000)) == ("0.0 MB", "11.4 MB", "2.35 GB")
 
 
-def made(finish: str | None, prompt: Prompt) -> Answer:
-    answer = Answer.__new__(Answer)
-    answer.prompt, answer.sampling, answer.context = prompt, SamplingParams(max_new_tokens=9), 64
-    answer.text, answer.tokens, answer.seconds, answer.finish = "x", 9, 3.0, finish
-    return answer
+def made(finish: str | None, prompt: Prompt, model: str = "tiny.pth") -> Exchange:
+    return Exchange("?", model, False, SamplingParams(max_new_tokens=9), 64, prompt, "x", 9, 3.0, finish)
 
 
 def test_facts_under_an_answer():
-    facts = answer_facts(made(LENGTH, Prompt([1, 2, 3])), "tiny.pth", Texts("en"))
+    facts = answer_facts(made(LENGTH, Prompt([1, 2, 3])), Texts("en"))
     assert facts == "9 tokens, prompt 3 · 3.0 tokens/s · cut off at the maximum length of 9 tokens · tiny.pth"
-    assert "stopped" in answer_facts(made(STOPPED, Prompt([1])), "", Texts("en"))
-    assert "·" in answer_facts(made(None, Prompt([1])), "tiny", Texts("ja"))
+    assert "stopped" in answer_facts(made(STOPPED, Prompt([1]), ""), Texts("en"))
+    assert "·" in answer_facts(made(None, Prompt([1])), Texts("ja"))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -64,7 +64,7 @@ def compute_ref_logps(
     was_training = model.training
     model.eval()
     logps = []
-    with Progress("reference model", len(pairs), "pair") as progress:
+    with Progress("reference model", len(pairs), "pairs") as progress:
         for begin in range(0, len(pairs), batch_size):
             batch = pairs.batch(range(begin, min(begin + batch_size, len(pairs)))).to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

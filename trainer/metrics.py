@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
-from common.words import counted
 from model.LMConfig import LMConfig
 from trainer.distributed import DistEnv, all_reduce_sum
 from trainer.loggers import Loggers, RankLog, open_loggers
@@ -96,12 +95,16 @@ class MetricsLogger:
         """Return what is known before the first step; its duration is not."""
         options, size = self.options, self.dist_env.size
         rows = options.batch_size * options.accumulation_steps * size
-        text = f"{counted(self.total_steps - self.first_step, 'step')} of {counted(rows, 'row')} each"
+        text = f"steps to do: {self.total_steps - self.first_step:,}; rows in each: {rows:,}"
         if rows > options.batch_size:
             text += f", {options.batch_size:,} at once" + (f" in each of {size} processes" if size > 1 else "")
         if options.compile:
             text += "; --compile takes about a minute before the first"
-        return f"{text}; the log begins after step {self.first_step + 1}"
+        text += f"; the log begins after step {self.first_step + 1}"
+        if options.optimizer == "muon" and options.learning_rate == type(options).learning_rate:
+            rate = 4 * options.learning_rate  # the default is AdamW's
+            text += f"\nnote: muon learns faster with a higher rate than AdamW: try --learning_rate {rate:g}"
+        return text
 
     def __enter__(self) -> MetricsLogger:
         if self.dist_env.is_main:

@@ -79,7 +79,10 @@ class TrainOptions:
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)", min=0)
     weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
-    optimizer: str = flag("adamw", "adamw, or muon for the matrices and AdamW for the rest", choices=OPTIMIZERS)
+    optimizer: str = flag(
+        "adamw", "adamw; or muon for the matrices and AdamW for the rest, best with 4 times the learning rate",
+        choices=OPTIMIZERS,
+    )  # fmt: skip
     seed: int = flag(1337, "seed of initial weights, data order and dropout", min=0, below=2**63)
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")

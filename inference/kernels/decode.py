@@ -73,8 +73,8 @@ class NativeModel:
     def __init__(self, weights: DecodeWeights) -> None:
         """Raises KernelUnavailable: no kernel, or none for this model."""
         config = weights.config
-        if weights.norm.device.type != "cpu":
-            raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.norm.device}")
+        if weights.embedding.device.type != "cpu":
+            raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.embedding.device}")
         if weights.dtype not in (torch.float32, torch.bfloat16):
             raise KernelUnavailable(f"the kernel computes float32, bfloat16 and int8, not {weights.dtype}")
         if config.head_dim // LANES not in (1, 2, 3, 4, 6, 8) or config.head_dim % LANES:
@@ -86,12 +86,13 @@ class NativeModel:
         self._arrays: list[ctypes.Array] = []
         self.rope = weights.rope
         self.layers = [self._layer(layer) for layer in weights.layers]
+        routers = [layer.router for layer in weights.layers if layer.router is not None]
         self.struct = _Model(
             embedding=self._memory.keep(weights.embedding), embedding_kind=_KINDS[weights.dtype],
-            cache_kind=_KINDS[weights.dtype], norm=self._floats(weights.norm), output=self._matrix(weights.output),
+            cache_kind=_KINDS[weights.dtype], norm=self._floats(weights.norm.weight), output=self._matrix(weights.output),
             dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
             head_dim=config.head_dim, n_routed=config.n_routed_experts if config.use_moe else 0,
-            top_k=config.num_experts_per_tok, renormalise=weights.renormalise, eps=config.norm_eps,
+            top_k=config.num_experts_per_tok, renormalise=any(router.renormalise for router in routers), eps=config.norm_eps,
         )  # fmt: skip
 
     def with_cache(self, keys: list[Tensor], values: list[Tensor]) -> NativeStep:
@@ -100,13 +101,13 @@ class NativeModel:
 
     def _layer(self, layer: DecodeLayer) -> _Layer:
         struct = _Layer(
-            attention_norm=self._floats(layer.attention_norm), ffn_norm=self._floats(layer.ffn_norm),
+            attention_norm=self._floats(layer.attention_norm.weight), ffn_norm=self._floats(layer.ffn_norm.weight),
             qkv=self._matrix(layer.qkv), wo=self._matrix(layer.wo),
         )  # fmt: skip
         if layer.shared is not None:
             struct.shared = self._experts(layer.shared)
-        if layer.gate is not None:
-            struct.gate = self._floats(layer.gate)
+        if layer.router is not None:
+            struct.gate = self._floats(layer.router.weight)
             routed = (_Experts * len(layer.routed))(*[self._experts(expert) for expert in layer.routed])
             self._arrays.append(routed)
             struct.routed = routed

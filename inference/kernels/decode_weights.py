@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.options import QUANTIZATIONS
-from model.model import Transformer
-from model.moe import MoEFeedForward
+from model.model import RMSNorm, Transformer
+from model.moe import MoEFeedForward, Router
 from model.rope import rope_tables
 
 
@@ -61,19 +61,19 @@ class SwiGLU:
 class DecodeLayer:
     """The weights of a block. A dense one has only `shared`: the feed-forward that every token passes."""
 
-    attention_norm: Tensor
+    attention_norm: RMSNorm
     qkv: Matrix
     wo: Matrix
-    ffn_norm: Tensor
+    ffn_norm: RMSNorm
     shared: SwiGLU | None
-    gate: Tensor | None = None  # (experts, dim) float32
+    router: Router | None = None
     routed: list[SwiGLU] = field(default_factory=list)
 
 
 class DecodeWeights:
     """A model's weights laid out for decoding: a copy, which does not follow later changes of the model.
 
-    int8 is for the matrices; norms, gates and the embedding (of which a step reads one row per sequence) stay.
+    int8 is for the matrices; norms, routers and the embedding (of which a step reads one row per sequence) stay.
     """
 
     def __init__(self, model: Transformer, quantize: str = "none") -> None:
@@ -82,9 +82,8 @@ class DecodeWeights:
         self.config, self.quantize = model.config, quantize
         self.embedding = model.tok_embeddings.weight.detach()
         self.dtype = self.embedding.dtype
-        self.norm = model.norm.weight.detach()
+        self.norm = model.norm
         self.output = self._matrix(model.output.weight)
-        self.renormalise = False
         self.layers = [self._layer(block) for block in model.layers]
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
@@ -100,21 +99,19 @@ class DecodeWeights:
 
     def _layer(self, block: Any) -> DecodeLayer:
         attention, feed_forward = block.attention, block.feed_forward
-        gate: Tensor | None = None
+        router: Router | None = None
         routed: list[SwiGLU] = []
         shared = feed_forward
         if isinstance(feed_forward, MoEFeedForward):
-            shared = feed_forward.shared_experts
-            gate = feed_forward.gate.weight.detach().float()
+            shared, router = feed_forward.shared_experts, feed_forward.gate
             routed = [self._swiglu(expert) for expert in feed_forward.experts]
-            self.renormalise = feed_forward.gate.renormalise
         return DecodeLayer(
-            attention_norm=block.attention_norm.weight.detach(),
+            attention_norm=block.attention_norm,
             qkv=self._matrix(attention.wq.weight, attention.wk.weight, attention.wv.weight),
             wo=self._matrix(attention.wo.weight),
-            ffn_norm=block.ffn_norm.weight.detach(),
+            ffn_norm=block.ffn_norm,
             shared=None if shared is None else self._swiglu(shared),
-            gate=gate,
+            router=router,
             routed=routed,
         )
 
@@ -126,6 +123,10 @@ class DecodeWeights:
         mlps = [mlp for layer in self.layers for mlp in (layer.shared, *layer.routed) if mlp is not None]
         matrices = [self.output, *(m for layer in self.layers for m in (layer.qkv, layer.wo))]
         matrices += [matrix for mlp in mlps for matrix in (mlp.w13, mlp.w2)]
-        found = [self.embedding, self.norm, *(m.weight for m in matrices), *(m.scale for m in matrices)]
-        found += [t for layer in self.layers for t in (layer.attention_norm, layer.ffn_norm, layer.gate)]
+        modules = [
+            self.norm,
+            *(m for layer in self.layers for m in (layer.attention_norm, layer.ffn_norm, layer.router)),
+        ]
+        found = [self.embedding, *(m.weight for m in matrices), *(m.scale for m in matrices)]
+        found += [module.weight for module in modules if module is not None]
         return [tensor for tensor in found if tensor is not None]

@@ -102,16 +102,9 @@ class PrefillWeights:
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
             hidden=_up(config.hidden_dim), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
-        self._tables = self._rope(config.max_seq_len)
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return (positions, head_dim) each, of `length` positions or more: cos twice for each pair, and -sin, sin."""
-        tables = self._tables  # another thread may replace them
-        if length > len(tables[0]):
-            self._tables = tables = self._rope(length)
-        return tables
-
-    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return (length, head_dim) each: cos twice for each pair, and -sin, sin."""
         config = self.config
         cos, sin = rope_tables(torch.arange(length)[None], config.head_dim, config.rope_theta, config.scaling)
         return cos[0, :, 0].repeat_interleave(2, -1), torch.stack([-sin, sin], -1)[0, :, 0].flatten(1)

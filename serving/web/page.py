@@ -10,7 +10,7 @@ import html
 import re
 from pathlib import Path
 
-from serving.chat_model import CONTEXT, ENDED, LENGTH, STOPPED, Answer
+from serving.chat_model import CONTEXT, ENDED, LENGTH, STOPPED, Exchange
 from serving.web.texts import Texts
 
 STYLE = Path(__file__).parent / "page.css"
@@ -69,23 +69,23 @@ def literal(text: str) -> str:
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
-def answer_facts(answer: Answer, model_name: str, texts: Texts) -> str:
+def answer_facts(exchange: Exchange, texts: Texts) -> str:
     """Return the line below an answer: how many tokens, how fast, why it ended, by which model."""
-    facts = [texts("tokens", made=answer.tokens, prompt=len(answer.prompt.ids)), texts("rate", rate=answer.rate)]
-    if answer.finish is not None:
+    facts = [texts("tokens", made=exchange.tokens, prompt=len(exchange.prompt.ids)), texts("rate", rate=exchange.rate)]
+    if exchange.finish is not None:
         names = {ENDED: "ended", LENGTH: "cut_length", CONTEXT: "cut_context", STOPPED: "stopped"}
-        facts.append(texts(names[answer.finish], limit=answer.sampling.max_new_tokens, context=answer.context))
-    return " · ".join([*facts, model_name])
+        facts.append(texts(names[exchange.finish], limit=exchange.sampling.max_new_tokens, context=exchange.context))
+    return " · ".join([*facts, exchange.model_name])
 
 
-def left_out_note(answer: Answer, texts: Texts) -> str:
+def left_out_note(exchange: Exchange, texts: Texts) -> str:
     """Return which part of the conversation the model did not see; "" if it saw everything."""
-    prompt = answer.prompt
+    prompt = exchange.prompt
     if prompt.turns_left_out:
         turns = prompt.turns_left_out + prompt.turns_seen
-        return texts("turns_left_out", left_out=prompt.turns_left_out, turns=turns, context=answer.context)
+        return texts("turns_left_out", left_out=prompt.turns_left_out, turns=turns, context=exchange.context)
     if prompt.tokens_left_out:
-        return texts("text_cut", left_out=prompt.tokens_left_out, context=answer.context)
+        return texts("text_cut", left_out=prompt.tokens_left_out, context=exchange.context)
     return ""
 
 

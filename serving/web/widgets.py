@@ -205,10 +205,10 @@ def show_question(exchange: Exchange) -> None:
 
 def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
     """Show the answer as it is now and return its placeholders; show the error and return None if there is no answer."""
-    if exchange.answer is None:
+    if exchange.error:
         st.error(literal(texts("not_answered", reason=visible(exchange.error))), icon=":material/error:")
         return None
-    note = left_out_note(exchange.answer, texts)
+    note = left_out_note(exchange, texts)
     if note:
         st.html(facts_html(note))
     placeholders = st.empty(), st.empty()
@@ -217,35 +217,32 @@ def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
 
 
 def draw(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
-    (text, facts), answer = placeholders, exchange.answer
-    assert answer is not None
-    running = answer.finish is None
+    text, facts = placeholders
     beginning = visible(exchange.question) if exchange.continues else ""
-    shown = visible(answer.text) or ("" if running or beginning else texts("no_text"))
-    text.html(text_html(shown, beginning=beginning, writing=running))
-    facts.html(facts_html(answer_facts(answer, exchange.model_name, texts) if answer.tokens else texts("reading")))
+    shown = visible(exchange.text) or ("" if exchange.running or beginning else texts("no_text"))
+    text.html(text_html(shown, beginning=beginning, writing=exchange.running))
+    facts.html(facts_html(answer_facts(exchange, texts) if exchange.tokens else texts("reading")))
 
 
 def write(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
     """Continue an answer and draw it as it grows. Streamlit may end this run at each drawing, for example for Stop."""
-    answer, drawn = exchange.answer, time.monotonic()
-    assert answer is not None
-    while answer.advance():
+    drawn = time.monotonic()
+    while exchange.advance():
         # Long texts are drawn less often: each drawing sends all of it.
-        if time.monotonic() - drawn >= DRAW_SECONDS + len(answer.text) / 400_000:
+        if time.monotonic() - drawn >= DRAW_SECONDS + len(exchange.text) / 400_000:
             draw(exchange, placeholders, texts)
             drawn = time.monotonic()
 
 
 def copy_button(exchange: Exchange, key: str, texts: Texts) -> None:
     """Show a button that copies the answer to the clipboard, if there is one."""
-    if exchange.answer is None or not exchange.answer.text:
+    if not exchange.text:
         return
     beginning = exchange.question if exchange.continues else ""
     css, js = ((FOLDER / f"copy_button.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     mount = st.components.v2.component("minimind_copy", html="<button type='button'></button>", css=css, js=js)
     labels = {"label": texts("copy"), "done": texts("copied"), "failed": texts("not_copied")}
-    mount(key=key, data={"text": visible(beginning + exchange.answer.text), **labels}, width="content")
+    mount(key=key, data={"text": visible(beginning + exchange.text), **labels}, width="content")
 
 
 def small_button(placeholder: DeltaGenerator, key: str, icon: str, texts: Texts) -> bool:
