@@ -28,6 +28,8 @@ from trainer.options import TrainOptions
 
 @dataclass
 class PretrainOptions(TrainOptions):
+    stage = "pretrain"
+
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "pretrain_data.csv"],
         "texts: CSV, JSONL, JSON, Parquet or TXT, also .gz and .zst (default: dataset/pretrain_data.csv)", nargs="+",

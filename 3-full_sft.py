@@ -26,6 +26,8 @@ from trainer.options import ChatOptions
 
 @dataclass
 class SftOptions(ChatOptions):
+    stage = "full_sft"
+
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "sft_data_single.csv"],
         "dialogues: CSV (history,q,a) or JSONL (messages or conversations) (default: dataset/sft_data_single.csv)",

@@ -27,6 +27,8 @@ from trainer.options import ChatOptions
 
 @dataclass
 class LoraOptions(ChatOptions):
+    stage = "lora_{lora_name}"
+
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "sample" / "lora_identity.jsonl"],
         "dialogues: CSV or JSONL, as for 3-full_sft.py (default: dataset/sample/lora_identity.jsonl)", nargs="+",

@@ -31,6 +31,8 @@ from trainer.options import TuneOptions
 
 @dataclass
 class DpoOptions(TuneOptions):
+    stage = "rl"
+
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "dpo" / "train_data.json"],
         "preference pairs: JSON or JSONL (default: dataset/dpo/train_data.json)", nargs="+",

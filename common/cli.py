@@ -124,6 +124,9 @@ def parse_options(
 ) -> Options:
     """Read the command line into a dataclass of flags; exit with all that is wrong at once.
 
+    A class with a method `stored_flags(given, typed)` may return values that replace defaults, as JSON has them: those of
+    the run that is continued. `typed`: names of the flags that the user gave.
+
     A class that does not want a flag of its base overrides the field with `dataclasses.field(init=False, default=...)`.
 
     Args:
@@ -137,6 +140,13 @@ def parse_options(
     groups: dict[str, Any] = {"": parser}
     add_flags(parser, groups, options, defaults, members)
     given = vars(parser.parse_args(argv))
+    if hasattr(options, "stored_flags"):
+        untouched = argparse.Namespace(**dict.fromkeys(given, argparse.SUPPRESS))  # a value that no flag has
+        typed = {name for name, value in vars(parser.parse_args(argv, untouched)).items() if value != argparse.SUPPRESS}
+        stored = options.stored_flags(given, typed)
+        hints = typing.get_type_hints(options)
+        for name in stored.keys() & given.keys() - typed:
+            given[name] = _from_json(hints.get(name), stored[name])
     for field_name, names in members.items():
         values = {name: given.pop(name) for name in names}
         given[field_name] = {name: value for name, value in values.items() if value is not None}
@@ -210,6 +220,13 @@ def _inner(kind: Any) -> Any:
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     return typing.get_args(kind)[0] if typing.get_origin(kind) in (list, tuple) else kind
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """Return a value of a flag that was written as JSON, where a path is text."""
+    if _inner(kind) is not Path or value is None:
+        return value
+    return [Path(item) for item in value] if isinstance(value, list) else Path(value)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -107,6 +107,7 @@ class BatchGenerator:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
         self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
+        self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
         # What penalties have to know, for each row: how often its answer has each token, and which its prompt has.
         self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
         self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
@@ -261,9 +262,12 @@ class BatchGenerator:
         for i, row in enumerate(self.rows[first:]):
             kinds.setdefault(row.kind, []).append(i)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
-        for members in kinds.values():
+        for kind, members in kinds.items():
             rows = [self.rows[first + i] for i in members]
-            params = BatchedSamplingParams([row.sampling for row in rows], self.device)
+            key = (kind, first, len(self.rows))
+            if key not in self._params:
+                self._params[key] = BatchedSamplingParams([row.sampling for row in rows], self.device)
+            params = self._params[key]
             index = slice(None) if len(kinds) == 1 else torch.tensor(members, device=self.device)
             uniform = counts = in_prompt = None
             if not params.greedy:
@@ -328,6 +332,7 @@ class BatchGenerator:
                 self._counts[i], self._in_prompt[i] = self._counts[last], self._in_prompt[last]
                 self.rows[i] = self.rows[last]
             self.rows.pop()
+            self._params.clear()
 
 
 def generate(

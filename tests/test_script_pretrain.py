@@ -126,7 +126,7 @@ def test_killed_ten_times_and_resumed_gives_the_same_weights(texts, tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed ten times"
         kills += 1
-    last = run(*flags, "--out_dir", tmp_path / "out", "--resume")
+    last = run("--out_dir", tmp_path / "out", "--resume")  # with the flags that the run has stored
     assert last.returncode == 0, last.stderr
     assert "resuming after step " in last.stdout
     assert same(parameters(tmp_path / "out"), parameters(tmp_path / "whole"))

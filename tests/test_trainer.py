@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_gradients_close, assert_trained_alike, rounding, shape_of
 
+from common.cli import parse_options
 from common.errors import UserError
 from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.tokenize import TokenizedDataset
@@ -482,6 +483,30 @@ def interrupted(model, batch):
     if model.training:
         raise RuntimeError("killed")
     return next_token_loss(model, batch)
+
+
+def test_resume_takes_the_flags_of_the_run_and_given_ones_replace_them(tmp_path, capsys):
+    @dataclasses.dataclass
+    class Options(TrainOptions):
+        stage = "tiny"
+
+    def parse(*flags: str) -> TrainOptions:
+        return parse_options(Options, None, ["--out_dir", str(tmp_path), *flags])
+
+    (tmp_path / "x.csv").touch()
+    opts = options(tmp_path, seed=7, data_path=[tmp_path / "x.csv"], model={"dim": 32, "dropout": 0.1}, epochs=2.0)
+    opts = dataclasses.replace(opts, grad_clip=0.5)
+    model = Transformer(config())
+    run = dataclasses.replace(run_for(model, opts), name="tiny_32")
+    fit(model, next_token_loss, rows(), None, opts, run, DistEnv())
+    found = parse("--resume", "--learning_rate", "0.5", "--dropout", "0.2")
+    assert found.resume == "newest" and "--seed 7" in capsys.readouterr().out
+    same_flags = dataclasses.replace(opts, resume="newest", learning_rate=0.5, model={"dim": 32, "dropout": 0.2})
+    assert found.describe() == same_flags.describe()
+    assert parse("--resume", "--epochs", "1").max_steps is None  # which would count instead of --epochs
+    assert parse("--resume", "--dim", "64").seed == 1337  # another model: not that run
+    assert parse("--resume", str(tmp_path / "tiny_32.resume" / "step_00000012")).grad_clip == 0.5
+    assert parse().seed == 1337
 
 
 def flip_a_bit(state) -> None:

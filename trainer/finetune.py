@@ -48,6 +48,7 @@ def starting_model(
             f"no {' or '.join(stages)} checkpoint{size} in {options.out_dir}: run the stage before this one, name "
             "weights with --init_from FILE, or start from random ones with --init_from none"
         )
+    options.init_from = str(path)  # --resume finds the same one again
     overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
     sharded = options.shards_weights
     checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=sharded)

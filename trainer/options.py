@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import flag, flag_group, validate_folder
 from common.errors import UserError
@@ -55,6 +56,8 @@ def _scaling(text: str) -> dict:
 @dataclass
 class TrainOptions:
     """Flags of every training stage."""
+
+    stage: ClassVar[str] = ""  # the names of a run's files start with it; may hold the names of flags in braces
 
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
@@ -113,8 +116,9 @@ class TrainOptions:
         "float32", "precision of the .pth file (the training state is always float32)", choices=DTYPES
     )
     resume: str | None = flag(
-        None, "continue a stopped run exactly. Without a value: from the newest state of this model; PATH: from that "
-        "state; auto: continue if there is a state, else start", nargs="?", const="newest", metavar="auto|PATH",
+        None, "continue a stopped run exactly, with its own flags where none are given. Without a value: from the newest "
+        "state; PATH: from that state; auto: continue if there is a state, else start", nargs="?", const="newest",
+        metavar="auto|PATH",
     )  # fmt: skip
     overwrite: bool = flag(False, "replace the files of an earlier run; they stay until this one has saved something")
 
@@ -126,6 +130,34 @@ class TrainOptions:
         0, "record this many optimizer steps, after a short warm-up, as a trace for chrome://tracing in OUT_DIR; 0: none",
         metavar="N", min=0,
     )  # fmt: skip
+
+    @classmethod
+    def stored_flags(cls, given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+        """Return the flags of the run that --resume continues; {} if there is none."""
+        if given["resume"] is None:
+            return {}
+        if given["resume"] in ("newest", "auto"):
+            shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
+            size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else "*"
+            markers = given["out_dir"].glob(f"{cls.stage.format(**given)}_{size}.resume/step_*/COMPLETE")
+        else:
+            markers = itertools.chain.from_iterable(map(Path(given["resume"]).glob, ("COMPLETE", "step_*/COMPLETE")))
+        newest = max(markers, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            return {}
+        try:
+            stored = json.loads((newest.parent / "run.json").read_text(encoding="utf-8"))["options"]
+            model = stored.pop("model")
+            kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged; it is reported where it is loaded
+            return {}
+        if "epochs" in typed:  # max_steps would count instead
+            kept.pop("max_steps", None)
+        flags = {name: value for name, value in (kept | model).items() if given.get(name, value) != value}
+        shown = [f"--{name} {value}" for name, value in flags.items() if name not in typed]
+        if shown and os.environ.get("RANK", "0") == "0":
+            print(f"--resume: flags of {newest.parent}: {', '.join(shown)}")
+        return kept | model
 
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""
