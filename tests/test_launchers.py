@@ -210,6 +210,7 @@ def test_deepspeed_in_one_process_needs_no_launcher(data, one, tmp_path):
     state = tmp_path / "pretrain_32.resume" / "step_00000004"
     launch(*deepspeed(2), "1-pretrain.py", *flags, "--batch_size", 2, "--resume", state)
     assert_same_run(tmp_path, one)
+    assert sorted(path.name for path in state.parent.iterdir()) == ["step_00000004", "step_00000008"]
 
 
 def test_deepspeed_without_a_file_is_data_parallel(data, one, tmp_path):

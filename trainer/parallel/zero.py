@@ -58,8 +58,8 @@ class DeepSpeedStrategy(ParallelStrategy):
         self.stage = config["zero_optimization"]["stage"]
         self.universal = state is not None and state.run["settings"]["world_size"] != dist_env.size
         if state is not None and (by_zero3 := _shards_weights(state.path)) != (self.stage == 3):
-            saved, needed = ("3", "with stage 3") if by_zero3 else ("1 or 2", "with one of these")
-            raise UserError(f"cannot resume {state.path}: ZeRO stage {saved} wrote it: use a --deepspeed file {needed}")
+            saved = "with" if by_zero3 else "without"
+            raise UserError(f"cannot resume {state.path}: it was saved {saved} ZeRO-3, and can only be continued so")
         config["checkpoint"] = {"load_universal": self.universal}
         if self.stage < 3:
             model.to(device)
