@@ -35,8 +35,9 @@ WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.jso
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's; ours has none, so we write zeros
 _NOT_COMPARED = {  # what a MiniMind may have otherwise, or `config_from_llama` reads itself
-    "architectures", "intermediate_size", "rope_theta", "rope_parameters", "rope_scaling", "initializer_range", "attention_dropout", "use_cache",
-    "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "transformers_version",
+    "architectures", "intermediate_size", "rope_theta", "rope_parameters", "rope_scaling", "initializer_range",
+    "attention_dropout", "use_cache", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+    "transformers_version",
 }  # fmt: skip
 _PROJECT_IMPORT = re.compile(r"^from (model|common)\.(\w+) import", re.MULTILINE)
 
