@@ -31,7 +31,7 @@ def export_folder(
     source: Checkpoint, tokenizer: PreTrainedTokenizerFast, options: ExportOptions
 ) -> tuple[Path, Agreement]:
     """Export `source` to a folder for other programs. Raises UserError if the export does not compute the same."""
-    texts, ceval = read_texts(options.text), read_summary(options.ceval)
+    texts, ceval = read_texts(options.text), read_ceval(options.ceval)
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = options.output or options.out_dir / f"{name}-{options.format}"
     stored = dtype_name(source.model.tok_embeddings.weight.dtype)
@@ -107,17 +107,21 @@ def read_texts(path: Path | None) -> list[str]:
     return texts[:MAX_TEXTS]
 
 
-def read_summary(path: Path | None) -> dict | None:
-    """Read the results of eval_ceval.py."""
+def read_ceval(path: Path | None) -> dict[str, str]:
+    """Return the accuracies in a summary.json of eval_ceval.py: overall, and of the categories if there are any."""
     if path is None:
-        return None
+        return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        groups = {"overall": summary["overall"], **summary["categories"]}
+        return {
+            name: f"{group['accuracy']:.1%} of {group['questions']} questions (chance: 25%)"
+            for name, group in groups.items()
+        }
     except (OSError, ValueError) as error:
         raise UserError(f"--ceval {path} cannot be read: {error}") from error
-    if not isinstance(summary, dict):
-        raise UserError(f"--ceval {path} is not a summary.json of eval_ceval.py")
-    return summary
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--ceval {path} has no accuracy: name the summary.json that eval_ceval.py writes") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -292,6 +292,8 @@ def test_other_kinds_of_files(tmp_path):
     file = tmp_path / "x.pth"
     file.write_text("not weights at all\n" * 100)
     refuses("not a state dict|damaged", file)
+    file.write_text("hi\n")
+    refuses(r"damaged or cut off \(not written by torch.save\)", file)
     torch.save(Evil(), file)
     refuses("holds objects, which are never loaded", file)
     file.write_bytes(pickle.dumps(Evil()))
