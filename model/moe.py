@@ -125,8 +125,11 @@ class MoEFeedForward(nn.Module):
             return False
         if any(expert.dropout.p for expert in experts):
             return False
+        dtype = _compute_dtype(x)
+        if any(size * dtype.itemsize % 16 for size in experts[0].w1.weight.shape):  # the kernel's alignment of rows
+            return False
         if x.device.type == "cuda":
-            return _compute_dtype(x) is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 8
+            return dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 8
         return x.device.type == "cpu"
 
     def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:

@@ -105,6 +105,19 @@ def test_training_path_equals_evaluation_path():
     torch.testing.assert_close(trained, evaluated, **close_to(evaluated, depth=4, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_dim", [96, 100, 90])
+def test_sizes_that_the_kernel_cannot_take_train(hidden_dim, dtype):
+    """Its rows must be multiples of 16 bytes: 100 numbers of bfloat16 are not."""
+    moe, x = make(hidden_dim=hidden_dim).train(), torch.randn(2, 200, 32)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        assert moe._can_group(x.flatten(0, 1)) == (hidden_dim * dtype.itemsize % 16 == 0)
+        out = moe(x)[0]
+        torch.testing.assert_close(out, moe.eval()(x)[0], **close_to(out, terms=2 * hidden_dim, depth=4, dtype=dtype))
+    out.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
+
+
 def test_the_fast_path_steps_aside_for_changed_experts():
     x = torch.randn(400, 32)
     assert make().train()._can_group(x)
