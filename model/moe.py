@@ -121,7 +121,7 @@ class MoEFeedForward(nn.Module):
             return False
         experts: list[Any] = list(self.experts)
         linears = [linear for expert in experts for linear in (expert.w1, expert.w2, expert.w3)]
-        if any(type(linear) is not nn.Linear or linear._forward_hooks for linear in linears):
+        if not all(_is_plain(linear) for linear in linears):
             return False
         if any(expert.dropout.p for expert in experts):
             return False
@@ -144,6 +144,12 @@ class MoEFeedForward(nn.Module):
         hidden = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)
         y = F.grouped_mm(hidden, w2, offs=ends)
         return torch.where(routed, y, 0)
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Return whether a call computes `F.linear` with its weight: no subclass, no hook, no forward put over it."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and not hooks and "forward" not in vars(linear)  # accelerate's offload sets one
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
