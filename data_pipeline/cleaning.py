@@ -367,7 +367,11 @@ def _clean_blocks(
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
+    # Signals of a terminal or a launcher are for the main process, which then ends its workers. Python waits for ever for
+    # one that was killed while it sent a result.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

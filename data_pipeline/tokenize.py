@@ -25,7 +25,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import time
 from collections import Counter
@@ -311,16 +310,17 @@ def check_dropped(
         incomplete: the same for each file whose end was not read, so that nobody knows how many rows were lost.
     """
     n_skipped = sum(skipped.values())
+    enough = -(-100 * n_skipped // n_rows) / 100
     if incomplete and max_dropped < 1:
         raise UserError(
             f"{'; '.join(incomplete)}. Repair the file or download it again; max_dropped=1 trains on what was read"
         )
-    if n_skipped > max_dropped * n_rows:
+    if n_skipped / n_rows > max_dropped:
         longer = "allow longer ones with --max_seq_len, " if "too long" in " ".join(skipped) else ""
         raise UserError(
             f"{', '.join(map(str, paths))}: {n_skipped:,} of {n_rows:,} rows cannot be used, more than "
             f"max_dropped={max_dropped:g} allows ({_numbers(skipped)}). The first: {'; '.join(first[:3])}. Correct or "
-            f"remove such rows, {longer}or train on the others with max_dropped={math.ceil(100 * n_skipped / n_rows) / 100}"
+            f"remove such rows, {longer}or train on the others with max_dropped={enough}"
         )
 
 

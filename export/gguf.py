@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -23,11 +25,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from export.huggingface import export_state, renormalizes_top_k
+from export.huggingface import export_state, llama_names, renormalizes_top_k
 from export.self_check import MAX_KL, Agreement, measure, model_logits
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights import EMBEDDING, build_model
+from model.weights import build_model
 
 # name: (type of the matrices, type recorded for the whole file)
 TYPES = {
@@ -60,25 +62,16 @@ def gguf_architecture(config: LMConfig) -> str:
 
 def gguf_names(config: LMConfig) -> dict[str, str | list[str]]:
     """Map GGUF's name of every tensor to ours, or to the list of ours that are stacked in it (experts)."""
-    names: dict[str, str | list[str]] = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight"}
-    projections = {"w1": "gate", "w2": "down", "w3": "up"}
-    for i in range(config.n_layers):
-        block, ours = f"blk.{i}.", f"layers.{i}."
-        names[f"{block}attn_norm.weight"] = f"{ours}attention_norm.weight"
-        names[f"{block}ffn_norm.weight"] = f"{ours}ffn_norm.weight"
-        for letter, part in zip("qkvo", ("q", "k", "v", "output"), strict=True):
-            names[f"{block}attn_{part}.weight"] = f"{ours}attention.w{letter}.weight"
-        ours += "feed_forward."
-        for w, part in projections.items():
-            if not config.use_moe:
-                names[f"{block}ffn_{part}.weight"] = f"{ours}{w}.weight"
-                continue
-            experts = [f"{ours}experts.{j}.{w}.weight" for j in range(config.n_routed_experts)]
-            names[f"{block}ffn_{part}_exps.weight"] = experts
-            if config.n_shared_experts:
-                names[f"{block}ffn_{part}_shexp.weight"] = f"{ours}shared_experts.{w}.weight"
-        if config.use_moe:
-            names[f"{block}ffn_gate_inp.weight"] = f"{ours}gate.weight"
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(architectures[gguf_architecture(config)], config.n_layers)
+    names: dict[str, Any] = {}
+    for ours, theirs in llama_names(config).items():
+        name = table.get_name(re.sub(r"experts\.\d+\.", "experts.", theirs), try_suffixes=(".weight",))
+        assert name is not None
+        if "_exps." in name:
+            names.setdefault(name, []).append(ours)
+        else:
+            names[name] = ours
     return names
 
 

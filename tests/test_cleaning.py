@@ -3,8 +3,10 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,14 @@ def test_output_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
     assert [row["text"] for row in read_csv(tmp_path / "3" / "pretrain_data.csv")] == expected
     assert results[0][1] == {"duplicate": 11_000, "cannot be read": 1}
     assert results[0][2] == [f"{inputs[0]}:12001: invalid JSON: Expecting value at character 1"]
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgrp"), reason="needs process groups")
+def test_a_signal_to_the_group_leaves_the_workers_to_the_main_process():
+    """Killed while one sends a result, it would leave Python waiting for the rest for ever."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=cleaning._start_worker) as pool:
+        assert pool.submit(os.getpgrp).result() not in (os.getpgrp(), 0)
 
 
 def test_rejects_list_every_bad_line_and_vanish_with_them(tmp_path):

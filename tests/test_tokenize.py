@@ -580,6 +580,14 @@ def test_one_rule_for_rows_that_cannot_be_used(tokenizer, tmp_path, monkeypatch,
     assert len(tokenize([path], tokenizer, tmp_path / "c", max_dropped=0.02, log=quiet)) == 98
 
 
+@pytest.mark.parametrize(("n_skipped", "n_rows"), [(29, 100), (57, 100), (1, 3), (7, 9), (99_999, 100_000), (5, 5)])
+def test_the_limit_that_is_advised_is_enough(n_skipped, n_rows):
+    check = functools.partial(module.check_dropped, [Path("a")], {"empty": n_skipped}, n_rows, ["a:1: empty"], [])
+    with pytest.raises(UserError) as error:
+        check(0.0)
+    check(float(str(error.value).rpartition("max_dropped=")[2]))
+
+
 def test_a_file_whose_end_is_lost_is_an_error(tokenizer, tmp_path):
     """One bad row of a thousand, and nobody knows how many behind it."""
     path = tmp_path / "a.json"

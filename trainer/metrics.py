@@ -332,7 +332,6 @@ class Profiler:
     def __init__(self, n_steps: int, out_dir: Path, name: str, dist_env: DistEnv, device: torch.device) -> None:
         self.dist_env = dist_env
         self.path = out_dir / f"{name}.rank{dist_env.rank}.trace.json"
-        self.last_step = self.SKIPPED + self.WARM_UP + n_steps
         self._steps = 0
         self._profile: profile | None = None
         if n_steps:
@@ -353,16 +352,12 @@ class Profiler:
         """Write the trace so far, if the run ends before all steps are recorded."""
         if self._profile is not None:
             self._profile.stop()
-        self._profile = None
 
     def step(self) -> None:
         """Count one optimizer step as done."""
-        if self._profile is None:
-            return
-        self._steps += 1
-        self._profile.step()
-        if self._steps == self.last_step:  # written; from now on the run has its normal speed
-            self.__exit__()
+        if self._profile is not None:
+            self._steps += 1
+            self._profile.step()
 
     def _write(self, recorded: profile) -> None:
         warm_up = self.SKIPPED + self.WARM_UP
