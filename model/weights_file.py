@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (*_DAMAGE, OSError) as error:
         # torch explains in a whole paragraph, and recommends a setting that runs code from the file.
         reason = _first_line(error).partition(". ")[0]
-        reason = "not written by torch.save" if "weights_only" in reason else reason
+        reason = "not written by torch.save" if "weights_only" in reason or isinstance(error, KeyError) else reason
         raise UserError(f"{path} is damaged or cut off ({reason}); copy it again or save it again") from error
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")

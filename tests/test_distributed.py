@@ -248,10 +248,18 @@ def test_a_state_of_an_older_version_is_refused_with_what_to_do(tmp_path):
         train({"out_dir": str(tmp_path), "options": ONE | {"resume": "newest"}}, DistEnv())
 
 
-@pytest.mark.parametrize("saved, now", [("fsdp", "zero1"), ("zero2", "plain")])
-def test_a_state_of_deepspeed_is_continued_by_deepspeed_only(trained, tmp_path, saved, now):
+@pytest.mark.parametrize(
+    "saved, now, how",
+    [
+        ("fsdp", "zero1", "without --deepspeed"),
+        ("zero2", "plain", "with --deepspeed"),
+        ("zero2", "zero3_offload", "without ZeRO-3"),
+        ("zero3", "zero1", "with ZeRO-3"),
+    ],
+)
+def test_a_state_of_deepspeed_is_continued_by_deepspeed_only(trained, tmp_path, saved, now, how):
     settings = ONE | ENGINES[now] | {"resume": halfway(trained / f"{saved}_dense")}
-    with pytest.raises(UserError, match="it was saved with(out)? --deepspeed"):
+    with pytest.raises(UserError, match=f"it was saved {how}, and can only be continued so"):
         train({"out_dir": str(tmp_path), "options": settings}, DistEnv())
 
 
