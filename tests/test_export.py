@@ -115,7 +115,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    return sample_rows(tokenizer, list(SAMPLE_TEXTS), LMConfig(**TINY))
+    return sample_rows(tokenizer, None, LMConfig(**TINY))
 
 
 # ---- llama
