@@ -189,8 +189,9 @@ def check_run(output: Path, options: TrainOptions, dist_env: DistEnv) -> None:
     def check() -> None:
         options.out_dir.mkdir(parents=True, exist_ok=True)
         with hold_run(options.out_dir, output.stem):
-            resumed = _candidates(options.out_dir / f"{output.stem}.resume", options, dist_env)
-            if output.exists() and not (resumed or options.overwrite or dist_env.restart_count):
+            folder = options.out_dir / f"{output.stem}.resume"
+            _candidates(folder, options, dist_env)
+            if output.exists() and not (complete_states(folder) or options.overwrite or dist_env.restart_count):
                 raise UserError(f"{output} exists: replace it with --overwrite, or choose another --out_dir")
 
     broadcast_object(dist_env, check)
@@ -215,6 +216,11 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
     path = folder if options.resume in ("newest", "auto") else Path(options.resume)
     if not path.exists():
         raise UserError(f"--resume: there is no {path}; {_START}")
+    if found and folder.resolve() not in (path.resolve(), path.resolve().parent):
+        raise UserError(
+            f"--resume: {folder} holds a run of its own, which {path} does not belong to: continue that one with --resume "
+            "alone, or choose another --out_dir"
+        )
     if not _STEP.fullmatch(path.name):
         if not (states := complete_states(path)):
             raise UserError(f"--resume: no complete state in {path}; {_START}")
