@@ -6,17 +6,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving import protocol
-from serving.endpoint import Choice, Endpoint, ResponseBuilder, unsupported
+from serving.endpoint import Choice, Endpoint, ResponseBuilder
 from serving.engine import Scores
 from serving.http import ApiError, cancel_on_disconnect
 
 
 class CompletionEndpoint(Endpoint):
     async def create(self, body: protocol.CompletionRequest, request: Request) -> Response:
-        self.check(body)
+        self.check(body, request)
         n = body.n or 1
         if body.best_of not in (None, n):
-            raise unsupported("best_of")
+            raise ApiError(400, "best_of must equal n: answers are not ranked", "best_of")
         prompts = await self.encode_prompts(body.prompt, "prompt")
         if len(prompts) * n > protocol.MAX_INPUTS:
             message = f"the request asks for {len(prompts) * n} answers; the limit is {protocol.MAX_INPUTS}"
