@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model.chat_format import Message, render_chat
+from model.chat_format import Message, render_chat, truncate_chat
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
 from serving.http import ApiError
@@ -29,15 +30,21 @@ class ChatEndpoint(Endpoint):
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         messages = arrange([plain_message(message) for message in body.messages])
         size = sum(len(message["content"]) for message in messages)
-        prompt = await tokenize(self.prompt, messages, size, "messages")
-        limit = self.token_limit(len(prompt), limit, param, "messages")
+        encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit))
+        prompt = await tokenize(encode, messages, size, "messages")
+        limit = self.token_limit(len(prompt), limit, "messages", request)
         top = (body.top_logprobs or 0) if body.logprobs else None
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
         builder = ChatBuilder(self.model, [Choice() for _ in samplings], len(prompt), body, top)
         return await self.respond(builder, [prompt] * len(samplings), samplings, body, request)
 
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """Return the token ids that training has seen before an answer, and those of an answer to be continued."""
+    def prompt(self, messages: list[Message], keep: int | None = None) -> list[int]:
+        """Return the token ids that training has seen before an answer, and those of an answer to be continued.
+
+        keep: leave out the oldest turns of a chat that has more tokens; None: none.
+        """
+        if keep is not None:
+            messages = truncate_chat(self.model.tokenizer, messages, keep).messages
         return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
 
 

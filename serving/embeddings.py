@@ -20,7 +20,7 @@ class EmbeddingEndpoint(Endpoint):
         self.check(body, request)
         if body.dimensions not in (None, self.model.dim):
             raise ApiError(400, f"dimensions can only be {self.model.dim}, the width of this model", "dimensions")
-        texts = await self.encode_prompts(body.input, "input")
+        texts = await self.encode_prompts(body.input, "input", self.prompt_limit(body))
         context = self.engine.max_len
         for i, text in enumerate(texts):
             if len(text) > context:

@@ -230,42 +230,57 @@ class Endpoint:
                 self.logged.add(name)
                 log.info("requests have the field %s, which is ignored", name)
 
-    async def encode_prompts(self, prompt: protocol.Prompt, param: str) -> list[list[int]]:
-        """Return the token ids of one or more texts, each beginning with <s> as in training; ids stay as they are."""
+    async def encode_prompts(self, prompt: protocol.Prompt, param: str, keep: int | None) -> list[list[int]]:
+        """Return the token ids of one or more texts, each beginning with <s> as in training; ids stay as they are.
+
+        keep: how many tokens of each, its last ones; None: all.
+        """
         many: Any = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         if len(many) > protocol.MAX_INPUTS:
             message = f"{param} has {len(many)} texts; at most {protocol.MAX_INPUTS} are accepted in one request"
             raise ApiError(400, message, param)
         if isinstance(many[0], str):
             encode = functools.partial(encode_texts, self.model.tokenizer)
-            return [[BOS_ID, *ids] for ids in await tokenize(encode, many, sum(map(len, many)), param)]
+            texts = await tokenize(encode, many, sum(map(len, many)), param)
+            return [[BOS_ID, *(ids if keep is None else ids[max(len(ids) + 1 - keep, 0) :])] for ids in texts]
         for ids in many:
             if max(ids) >= self.model.vocab_size:
                 message = f"token {max(ids)} does not exist; the model has 0 to {self.model.vocab_size - 1}"
                 raise ApiError(400, message, param)
-        return many
+        return many if keep is None else [ids[max(len(ids) - keep, 0) :] for ids in many]
 
-    def token_limit(self, prompt: int, limit: int | None, limit_param: str, prompt_param: str) -> int:
-        """Return how many tokens an answer may have. Raises ApiError if less fits than `limit` asks for.
+    def prompt_limit(self, body: protocol.Request, answer: int | None = None) -> int | None:
+        """Return how many tokens of the prompt a request wants to keep; None: all.
+
+        Args:
+            answer: its limit for the answer, which gets that room, up to half of the context.
+        """
+        if body.truncate_prompt_tokens is None:
+            return None
+        context = self.engine.max_len
+        room = context - min(max(answer or 1, 1), context // 2)
+        return room if body.truncate_prompt_tokens == -1 else min(body.truncate_prompt_tokens, room)
+
+    def token_limit(self, prompt: int, limit: int | None, param: str, request: Request) -> int:
+        """Return how many tokens an answer may have; the response says so if it is less than `limit`.
+
+        Raises ApiError, which names `param`, if the prompt leaves no room.
 
         Args:
             prompt: length of the prompt in tokens.
             limit: that of the request; None: the server's default; -1: as much as fits.
         """
         context = self.engine.max_len
-        fits, what = context - prompt, f"the context is {context} tokens, prompt and answer together"
-        code = "context_length_exceeded"
+        fits = context - prompt
         if fits < (limit != 0):  # with a limit of 0 the prompt may fill the context
-            raise ApiError(400, f"{what}, and the prompt has {prompt}: shorten it", prompt_param, code)
+            message = f"the context is {context} tokens, prompt and answer together, and the prompt has {prompt}: "
+            advice = "shorten it, or send truncate_prompt_tokens: -1"
+            raise ApiError(400, message + advice, param, "context_length_exceeded")
         if limit is None:
             return min(self.defaults.max_new_tokens, fits)
-        if limit == -1:
-            return fits
         if limit > fits:
-            advice = f"ask for at most {fits}, or for -1 (as much as fits)"
-            message = f"{what}; the prompt has {prompt} and the request asks for {limit}: {advice}"
-            raise ApiError(400, message, limit_param, code)
-        return limit
+            add_header(request, "X-Max-Tokens", str(fits))
+        return fits if limit == -1 else min(limit, fits)
 
     def sampling_params(
         self, body: protocol.SamplingRequest, index: int, max_new_tokens: int, top_logprobs: int | None

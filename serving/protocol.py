@@ -79,6 +79,10 @@ class StreamOptions(OpenSchema):
 
 class Request(OpenSchema):
     model: str = Field(description="a name from /v1/models")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="leave out the beginning of a prompt that is longer, of a chat the oldest turns; -1: of "
+        "one that does not fit into the context"
+    )  # fmt: skip
 
 
 def _sampling_fields() -> dict[str, Any]:
@@ -134,7 +138,9 @@ class ChatRequest(SamplingRequest):
     function_call: ToolChoice = Field(None, description="the older name of tool_choice")
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    max_tokens: int | None = Field(None, ge=-1, description="maximum length of the answer; null, -1: as much as fits")
+    max_tokens: int | None = Field(
+        None, ge=-1, description="maximum length of the answer; null, -1: as much as fits, which is never exceeded"
+    )
     max_completion_tokens: int | None = Field(None, ge=-1, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import http.client
 import json
 import logging
@@ -385,17 +386,49 @@ def test_limits(server):
         status, answer = server.chat(long, temperature=0, **limit)
         assert status == 200 and answer["usage"]["total_tokens"] == CONTEXT
         assert answer["choices"][0]["finish_reason"] == "length"
-    status, answer = server.chat(max_tokens=CONTEXT)
-    message = answer["error"]["message"]
-    assert (
-        status == 400
-        and answer["error"]["code"] == "context_length_exceeded"
-        and answer["error"]["param"] == "max_tokens"
-    )
-    assert all(str(number) in message for number in (CONTEXT, used, CONTEXT - used))
+    for limit, header in ((CONTEXT, str(CONTEXT - used)), (10**9, str(CONTEXT - used)), (CONTEXT - used, None)):
+        body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": limit}
+        _, headers, answer = server.call("POST", "/v1/chat/completions", body)
+        answer = json.loads(answer)
+        assert headers["x-max-tokens"] == header
+        assert answer["usage"]["total_tokens"] == CONTEXT and answer["choices"][0]["finish_reason"] == "length"
     status, answer = server.chat("x " * CONTEXT)
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
     assert str(CONTEXT) in answer["error"]["message"] and answer["error"]["param"] == "messages"
+
+
+def test_truncated_prompts(server):
+    """Of a chat whole turns are left out, the oldest first; of a text its first tokens; only if the request asks."""
+    turns = [
+        one
+        for i in range(30)
+        for one in ({"role": "user", "content": f"{i} " * 40}, {"role": "assistant", "content": "y"})
+    ]
+    chat = [{"role": "system", "content": "z"}, *turns, *HELLO]
+    ask = functools.partial(server.post, "/v1/chat/completions", messages=chat, temperature=0)
+    assert ask()[1]["error"]["code"] == "context_length_exceeded"
+    for keep, limit, room in (
+        (-1, 700, CONTEXT - 700),
+        (-1, CONTEXT, CONTEXT // 2),
+        (300, 4, 300),
+        (10**9, 4, CONTEXT - 4),
+    ):
+        answer = ask(truncate_prompt_tokens=keep, max_tokens=limit)[1]
+        used = answer["usage"]["prompt_tokens"]
+        n = next(n for n in range(0, 60, 2) if len(prompt_of([chat[0], *turns[n:], *HELLO])) <= room)
+        assert (
+            used == len(prompt_of([chat[0], *turns[n:], *HELLO])) and answer["choices"][0]["finish_reason"] == "length"
+        )
+    assert ask(truncate_prompt_tokens=3)[0] == 400  # less than the question
+    ids = [5 + i % 90 for i in range(2 * CONTEXT)]
+    text = "0123456789 " * CONTEXT
+    for prompt in (ids, text):
+        for keep, used in ((20, 20), (-1, CONTEXT - 2)):
+            ask = {"truncate_prompt_tokens": keep, "max_tokens": 2, "echo": True, "logprobs": 0}
+            _, answer = server.post("/v1/completions", prompt=prompt, **ask)
+            assert answer["usage"]["prompt_tokens"] == used
+        assert server.post("/v1/embeddings", input=prompt, truncate_prompt_tokens=-1)[0] == 200
+        assert server.post("/v1/embeddings", input=prompt)[0] == 400
 
 
 # ---- what is refused
