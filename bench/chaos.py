@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
+from trainer.state_tensors import load_tensors, tensor_layout  # noqa: E402
 
 NAME = "pretrain_64"
 MODEL = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --dropout 0.1"
@@ -224,10 +225,9 @@ def differences(a: Path, b: Path) -> list[str]:
     """Return the names of all results that are not identical, to the bit, in two runs."""
     found = []
     for one, other in [
-        (torch.load(folder / f"{NAME}.pth", weights_only=True) for folder in (a, b)),
-        (torch.load(max(folder.glob(f"{NAME}.resume/step_*")) / "state.pt", weights_only=True) for folder in (a, b)),
+        [torch.load(folder / f"{NAME}.pth", weights_only=True) for folder in (a, b)],
+        [_state(max(folder.glob(f"{NAME}.resume/step_*"))) for folder in (a, b)],
     ]:
-        one, other = dict(_tensors(one)), dict(_tensors(other))
         found += [name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name))]
     fields = ("step", "loss", "grad_norm", "lr", "tokens")
     lines = [
@@ -237,12 +237,10 @@ def differences(a: Path, b: Path) -> list[str]:
     return found + (["the metrics"] if lines[0] != lines[1] else [])
 
 
-def _tensors(value: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(part, f"{name}.{key}")
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensor_layout(path).items()}
+    load_tensors(path, tensors)
+    return tensors
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -228,7 +228,7 @@ def worker(path: Path, steps: int) -> None:
         save_interval=10**6,
         log_interval=1,
     )
-    run = Run("pretrain", "scaling", config, {}, lambda info: None)
+    run = Run("pretrain", "scaling", config, {}, lambda info, tensors: None)
     fit(model, next_token_loss, PackedRows(dataset, np.arange(n), 512, 0), None, options, run, dist_env)
     log = (out_dir / "logs" / f"scaling.rank{dist_env.rank}.log").read_text()
     times = [*map(float, re.findall(r" step \d+: ([\d.]+) s,", log)[1:])]  # the first one allocates
