@@ -79,7 +79,7 @@ def write_tensors(file: IO[bytes], skeleton: dict[str, Tensor], tensors: Iterabl
         file.seek(entry.header_offset + 26)
         name_length, extra_length = struct.unpack("<2H", file.read(4))
         file.seek(entry.header_offset + 30 + name_length + extra_length)
-        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         if len(data) != entry.file_size:
             raise AssertionError(f"{name} has {len(data)} bytes instead of {entry.file_size}")
         file.write(data)
