@@ -18,7 +18,6 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +64,7 @@ def main() -> None:
 
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
     from model.device import resolve_device, resolve_dtype
-    from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
+    from trainer.distributed import all_gather_object, cleanup_distributed, init_distributed, main_process_first
     from trainer.finetune import starting_model
     from trainer.losses import compute_ref_logps, dpo_loss
     from trainer.recipe import open_tokenizer, require_files, weights_run
@@ -89,11 +88,16 @@ def main() -> None:
     weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
 
     def add_reference(module: nn.Module) -> None:
+        cache, together = options.cache_dir or options.out_dir / "cache", options.shards_weights
         for part in (train, val) if val else (train,):
             compute = partial(compute_ref_logps, module, part, device, dtype, options.batch_size)
-            # A sharded model computes on all processes together; where each has all of it, one computes for all.
-            with nullcontext() if options.shards_weights else main_process_first(dist_env, "computing the reference"):
-                part.add_ref_logps(options.cache_dir or options.out_dir / "cache", [weights, str(dtype)], compute)
+            if together:  # a sharded model computes on all processes at once
+                compute = partial(compute, heartbeat=dist_env.heartbeat)
+                agree = lambda found: all(all_gather_object(dist_env, found))  # noqa: E731
+                part.add_ref_logps(cache, [weights, str(dtype)], compute, agree)
+            else:
+                with main_process_first(dist_env, "computing the reference"):
+                    part.add_ref_logps(cache, [weights, str(dtype)], compute)
 
     # Loss: the better answer should gain probability over the worse one.
     loss = dpo_loss(options.beta, options.label_smoothing, options.loss)

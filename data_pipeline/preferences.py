@@ -129,17 +129,24 @@ class PreferencePairs:
         lengths = np.diff(boundaries)
         return Batch(inputs, len(indices), len(ids), int((lengths**2).sum()))
 
-    def add_ref_logps(self, cache_dir: Path, origin: Sequence[str], compute: Callable[[], np.ndarray]) -> None:
+    def add_ref_logps(
+        self,
+        cache_dir: Path,
+        origin: Sequence[str],
+        compute: Callable[[], np.ndarray],
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         """Set `ref_logps`, the log-probabilities of all answers under the reference model.
 
         Args:
             origin: what they depend on beside the pairs: the fingerprint of the weights, the data type.
             compute: returns them, (pairs, 2) float32; not called if they are in `cache_dir`.
+            agree: returns whether they are there for all processes, where these compute together.
         """
         key = hashlib.sha256(json.dumps([self.fingerprint, *origin]).encode()).hexdigest()[:16]
         path = cache_dir / f"ref_logps-{key}.npy"
         self.ref_logps = _load_ref_logps(path, len(self))
-        if self.ref_logps is None:
+        if not agree(self.ref_logps is not None):
             self.ref_logps = compute()
             if not np.isfinite(self.ref_logps).all():
                 raise UserError(

@@ -255,7 +255,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Save weights, configuration and the code, so that `AutoModelForCausalLM` loads the folder anywhere."""
         if self._auto_class is None:  # else loaded from such a folder: the library copies the code from there
             self.config.auto_map = AUTO_MAP

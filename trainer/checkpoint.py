@@ -94,7 +94,7 @@ def save_state(
                 write_json(tmp / "run.json", run | {"step": step})
                 write_json(tmp / MARKER, hashes | {"run.json": _hash(tmp / "run.json")})
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        if not _disk_is_full(folder, error):
+        if not _disk_is_full(error):
             raise
         raise UserError(
             f"no space left on the disk for {target}: free some space and run again"
@@ -164,12 +164,10 @@ def _delete_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _disk_is_full(folder: Path, error: BaseException) -> bool:
+def _disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(folder).free < 64 << 20 or "enforce fail" in str(error) or "write" in str(error)
-    return False
+    return any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
 
 
 def _newest_state(folder: Path) -> str:
@@ -271,6 +269,8 @@ def find_state(
     changed = differences(identity, state.run["identity"])
     if any(line.startswith(("train_data", "val_data")) for line in changed):
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
+    if any(line.startswith("samples_per_step") for line in changed):
+        changed.append("choose --batch_size and --accumulation_steps so that all processes together have that many rows")
     if changed:
         raise UserError(f"cannot resume {path}: this is a different run: {'; '.join(changed)}")
     if (state.run["format"] == "deepspeed") != (options.deepspeed is not None):

@@ -49,10 +49,10 @@ class DistEnv:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def heartbeat(self, doing: str) -> None:
-        """Report progress to the watchdog. Every process has to make the same calls in the same order."""
+    def heartbeat(self, doing: str, count: bool = True) -> None:
+        """Report progress to the watchdog. Every process has to make the same calls that count, in the same order."""
         if self.watchdog is not None:
-            self.watchdog.heartbeat(doing)
+            self.watchdog.heartbeat(doing, count)
 
 
 def init_distributed(device_type: str, timeout: float = 600.0) -> DistEnv:
@@ -148,16 +148,16 @@ def all_gather_object(dist_env: DistEnv, value: T) -> list[T]:
 
 def broadcast_object(dist_env: DistEnv, function: Callable[[], T]) -> T:
     """Return on every process what `function` returns on rank 0; a UserError there is raised everywhere."""
-    if dist_env.size == 1:
+    if dist_env.watchdog is None:
         return function()
-    dist_env.heartbeat("waiting for rank 0")
     answer: list = [None, None]
-    if dist_env.is_main:
-        try:
-            answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer)
+    with dist_env.watchdog.suspend("waiting for rank 0"):  # it may have much to read
+        if dist_env.is_main:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, group=dist_env.patient_group)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]

@@ -55,17 +55,21 @@ def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor,
 
 @torch.no_grad()
 def compute_ref_logps(
-    model: nn.Module, pairs: Dataset, device: torch.device, dtype: torch.dtype, batch_size: int
-) -> np.ndarray:
+    model: nn.Module, pairs: Dataset, device: torch.device, dtype: torch.dtype, batch_size: int,
+    heartbeat: Callable[[str], None] = lambda doing: None,
+) -> np.ndarray:  # fmt: skip
     """Return the log-probabilities of all answers under the model as it is now, (pairs, 2) float32: chosen, rejected.
 
-    pairs: a `data_pipeline.preferences.PreferencePairs`.
+    Args:
+        pairs: a `data_pipeline.preferences.PreferencePairs`.
+        heartbeat: called for every batch, where all processes compute together.
     """
     was_training = model.training
     model.eval()
     logps = []
     with Progress("reference model", len(pairs), "pairs") as progress:
         for begin in range(0, len(pairs), batch_size):
+            heartbeat("reference model, a batch")
             batch = pairs.batch(range(begin, min(begin + batch_size, len(pairs)))).to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logps.append(sequence_logps(model, batch.inputs)[0].view(-1, 2).cpu().numpy())

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,23 +140,28 @@ class TrainOptions:
             return {}
         if given["resume"] in ("newest", "auto"):
             shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
-            size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else "*"
-            markers = given["out_dir"].glob(f"{cls.stage.format(**given)}_{size}.resume/step_*/COMPLETE")
+            size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else r"\d+(_moe)?"
+            name = re.compile(re.escape(cls.stage.format(**given)) + rf"_{size}\.resume")
+            markers = (x for x in given["out_dir"].glob("*.resume/step_*/COMPLETE") if name.fullmatch(x.parts[-3]))
         else:
             markers = itertools.chain.from_iterable(map(Path(given["resume"]).glob, ("COMPLETE", "step_*/COMPLETE")))
-        newest = max(markers, key=lambda path: path.stat().st_mtime, default=None)
-        if newest is None:
-            return {}
         try:
-            stored = json.loads((newest.parent / "run.json").read_text(encoding="utf-8"))["options"]
+            newest = max(markers, key=lambda path: path.stat().st_mtime)
+            description = (newest.parent / "run.json").read_bytes()
+            if hashlib.sha256(description).hexdigest() != json.loads(newest.read_bytes())["run.json"]:
+                return {}
+            stored = json.loads(description)["options"]
             model = stored.pop("model")
             kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged; it is reported where it is loaded
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: reported when it is loaded
             return {}
         if "epochs" in typed:  # max_steps would count instead
             kept.pop("max_steps", None)
-        flags = {name: value for name, value in (kept | model).items() if given.get(name, value) != value}
-        shown = [f"--{name} {value}" for name, value in flags.items() if name not in typed]
+        shown = [
+            f"--{name} {value}"
+            for name, value in (kept | model).items()
+            if name not in typed and json.dumps(given.get(name), default=str) != json.dumps(value)
+        ]
         if shown and os.environ.get("RANK", "0") == "0":
             print(f"--resume: flags of {newest.parent}: {', '.join(shown)}")
         return kept | model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,9 +71,10 @@ def mapped_model(
         model = build_model(read_tensors(path), config, path).train()
         barrier(dist_env)
     finally:
-        if dist_env.is_main:  # what is mapped from a file outlives its name
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)
+        if dist_env.is_main:  # what is mapped from a file outlives its name (not on Windows)
+            for file in (path, path.with_suffix(".json")):
+                with contextlib.suppress(OSError):
+                    file.unlink()
     return model
 
 

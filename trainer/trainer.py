@@ -47,7 +47,7 @@ from trainer.parallel import make_strategy
 from trainer.parallel.ddp import DDPStrategy, ParallelStrategy
 
 COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
-EXPLODED = 3.0  # nats by which no healthy loss rises: e^3, so every target is 20 times less probable than before
+EXPLODED = 3.0  # nats by which no healthy loss rises: every target would be 20 times less probable than before
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Trainer:
         self.log = RankLog(options.out_dir, run.name, dist_env)
         self.timer = StepTimer(self.device)
         self.profiler = Profiler(options.profile, options.out_dir, run.name, dist_env, self.device)
-        self._saved_step = -1
+        self._saved_step = 0
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Trainer:
     def _compare_with_state(self, step: int, loss: float) -> None:
         """Stop if the first step after resuming shows that the state is not what the run had when it saved it."""
         before, self.resumed_loss = self.resumed_loss, None
-        if before is not None and loss > before + EXPLODED:
+        if before is not None and has_exploded(loss, before):
             raise UserError(
                 f"step {step + 1}: the loss is {loss:.4g}, but it was {before:.4g} when the state was saved: the state or "
                 f"the data is not what it was. Nothing was changed; resume from another state in {self.folder}"
@@ -247,7 +247,8 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         phase = "step" if torch.is_grad_enabled() else "validation after step"
-        self.dist_env.heartbeat(f"{phase} {self.steps_done + 1}, a batch")
+        # With --auto_batch a process may end a step early, when it is out of memory.
+        self.dist_env.heartbeat(f"{phase} {self.steps_done + 1}, a batch", count=not self.options.auto_batch)
         batch = batch.to(self.device)
         if self.options.compile and "cu_seqlens" in batch.inputs:
             # The number of documents differs from batch to batch: one graph for all of them.
@@ -271,8 +272,8 @@ class Trainer:
                 )
         bad = ", ".join(f"{name} is {value}" for name, value in result.items() if not math.isfinite(value))
         raise UserError(
-            f"step {step + 1}: {bad}; stopped before the weights changed. The state is saved in {self.folder}, the "
-            f"numbers of the samples and documents in {report}. Try a lower --learning_rate, more --warmup_iters or "
+            f"step {step + 1}: {bad}; stopped before the weights changed. {self._kept()} The numbers of the samples and "
+            f"documents are in {report}. Try a lower --learning_rate, more --warmup_iters or "
             "--dtype float32, and look at those documents"
         )
 
@@ -289,9 +290,12 @@ class Trainer:
         reasons = "; ".join(text for text in all_gather_object(self.dist_env, text) if text)
         files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
         raise UserError(
-            f"step {step + 1}: the data could not be read: {reasons}. The state is saved in {self.folder}.{files} Fix the "
-            "data, then continue with --resume"
+            f"step {step + 1}: the data could not be read: {reasons}. {self._kept()}{files} Fix the data, then continue "
+            "with --resume auto"
         ) from (failure.error if failure is not None else None)
+
+    def _kept(self) -> str:
+        return f"The state is saved in {self.folder}." if self.steps_done else "Nothing was trained yet."
 
     def _bad_samples(self, step: int) -> str:
         """Describe which sample of this process cannot be read."""
@@ -317,8 +321,7 @@ class Trainer:
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if before_training is not None:
-            with self.dist_env.watchdog.suspend("preparing") if self.dist_env.watchdog else contextlib.nullcontext():
-                before_training(self.strategy.module)
+            before_training(self.strategy.module)
         if state is not None:
             self._resume(state)
         self.metrics_logger = MetricsLogger(
@@ -328,7 +331,7 @@ class Trainer:
         )  # fmt: skip
         if self.val is not None and self.steps_done < self.total_steps:
             self._validate(self.val, max_batches=2)  # a broken validation fails now, not after an hour
-        if self.dist_env.size > 1 and isinstance(self.strategy, DDPStrategy):
+        if self.dist_env.size > 1 and isinstance(self.strategy, DDPStrategy) and not options.compile:
             # DDP arranges its buckets in its first backward pass. It should not be one that counts: a restarted run
             # would add up the gradients of its first step in another order than a run that was not interrupted.
             self.strategy.train(False)
@@ -442,7 +445,7 @@ class Trainer:
     def _save_weights(self) -> None:
         """Write the weights for later stages, unless the loss has exploded since better ones were written."""
         loss = self.metrics.get("loss", self.best_loss)
-        if loss > self.best_loss + EXPLODED:
+        if has_exploded(loss, self.best_loss):
             message = (
                 f"the loss is {loss:.4g} after step {self.steps_done}, and was {self.best_loss:.4g} before: the weights "
                 f"of {self.run.name} for later stages stay those of the last good save"
@@ -497,6 +500,14 @@ class Trainer:
         self.resumed_loss = self.metrics.get("loss")
         if self.options.auto_batch:  # more did not fit into the memory
             self.loader.micro_batch = min(self.loader.micro_batch, state.run["micro_batch"])
+
+
+def has_exploded(loss: float, before: float) -> bool:
+    """Return whether a loss is so much higher than before that something is broken.
+
+    Losses that are no nats per token (IPO starts at 25 or more) may rise by as much as they had.
+    """
+    return loss > before + max(EXPLODED, before)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

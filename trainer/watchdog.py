@@ -39,9 +39,9 @@ class Watchdog(threading.Thread):
         self._store = dist.PrefixStore(f"watchdog_{attempt}", store.clone())
         self._store.set_timeout(timedelta(seconds=max(timeout, 10)))
 
-    def heartbeat(self, doing: str) -> None:
+    def heartbeat(self, doing: str, count: bool = True) -> None:
         self.doing, self.since = doing, time.monotonic()
-        self.heartbeats += 1
+        self.heartbeats += count
 
     def stop(self) -> None:
         self._stopped.set()

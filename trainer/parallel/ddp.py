@@ -54,7 +54,7 @@ class ParallelStrategy:
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Return the context for forward and backward of one part of the step's loss; `last`: no other part follows.
 
-        The gradients of all processes are summed in the last part.
+        The gradients of all processes are summed in the last part, or in every part.
         """
         return contextlib.nullcontext()
 
@@ -157,12 +157,12 @@ class DDPStrategy(ParallelStrategy):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        if self.dist_env.is_main:
+        if self.dist_env.is_main and self.scaler.is_enabled():
             write_json(folder / "scaler.json", self.scaler.state_dict())
 
     def load(self, folder: Path) -> None:
         super().load(folder)
-        if (file := folder / "scaler.json").exists():  # FSDP writes none
+        if self.scaler.is_enabled() and (file := folder / "scaler.json").exists():  # not if it was another precision
             self.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
 

@@ -6,10 +6,8 @@ right after; gradients are summed and sharded in one operation (reduce-scatter).
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,11 +45,8 @@ class FSDPStrategy(ParallelStrategy):
         if options.compile:
             self.module.compile()
 
-    def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        self.module.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
-
     def backward(self, loss: Tensor) -> None:
+        # Every part of the loss is summed over the processes at once: until then each would keep whole gradients.
         loss.backward()
 
     def step(self, max_norm: float) -> float:
