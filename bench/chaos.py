@@ -339,13 +339,13 @@ def chaos(
     steps = (n_faults + 1) * 2 * save_interval  # enough even if every fault costs the maximum
     flags = f"{MODEL} --device cpu --dtype float32 --batch_size 2 --val_fraction 0 --log_interval 1 --max_steps {steps}"
     flags = [
-        *flags.split(), *extra_flags, "--save_interval", str(save_interval), "--timeout", str(NO_RESPONSE),
-        "--data_path", str(data), "--cache_dir", str(folder / "cache"),
+        *flags.split(), *extra_flags, "--timeout", str(NO_RESPONSE), "--data_path", str(data),
+        "--cache_dir", str(folder / "cache"), "--save_interval",
     ]  # fmt: skip
     wrong: list[str] = []
 
     print(f"an undisturbed run of {steps} steps ...", flush=True)
-    with Launch(flags, folder / "whole") as launch:
+    with Launch([*flags, str(steps)], folder / "whole") as launch:
         if launch.wait() != 0:
             raise RuntimeError(launch.text()[-3000:])
 
@@ -361,7 +361,7 @@ def chaos(
         position = 0
         for number, kind in enumerate([*plan, None], start=1):
             started = time.monotonic()
-            with Launch([*flags, "--resume", "auto"], out_dir) as launch:
+            with Launch([*flags, str(save_interval), "--resume", "auto"], out_dir) as launch:
                 if kind is not None:
                     launch.wait_for(position + rng.randint(1, 2 * save_interval))
                     time.sleep(rng.random() * 0.02)
