@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 from common.cli import Parser  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer, parameter_counts  # noqa: E402
+from trainer.distributed import DistEnv, all_gather_object, barrier, cleanup_distributed, init_distributed  # noqa: E402
 from trainer.metrics import PEAK_FLOPS, training_flops  # noqa: E402
 from trainer.parallel.ddp import ParallelStrategy  # noqa: E402
 
@@ -204,17 +205,25 @@ def _run(engine: str, n: int, steps: int) -> dict[str, float]:
 
 
 def worker(folder: Path, engine: str, steps: int) -> None:
-    """Do steps and saves of the training loop, and write what they took."""
+    """Do steps and saves of the training loop, and write what the slowest process took."""
+    dist_env = init_distributed("cpu")
+    everyone = all_gather_object(dist_env, _measure(folder, engine, steps, dist_env))
+    if dist_env.is_main:
+        worst = {name: max(found[name] for found in everyone) for name in everyone[0]}
+        (folder / "measured.json").write_text(json.dumps(worst))
+    cleanup_distributed(dist_env)
+
+
+def _measure(folder: Path, engine: str, steps: int, dist_env: DistEnv) -> dict[str, float]:
+    """Return medians of seconds, bytes sent per step and process, and bytes of this process's part of a state."""
     import numpy as np
 
     from data_pipeline.datasets import PackedRows
     from data_pipeline.tokenize import TokenizedDataset
-    from trainer.distributed import all_gather_object, barrier, cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
     from trainer.options import TrainOptions
     from trainer.trainer import Run, Trainer
 
-    dist_env = init_distributed("cpu")
     config = preset("minimind-v1-small")
     n = (steps + 1) * dist_env.size
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, n * 512).astype(np.uint16)
@@ -249,17 +258,12 @@ def worker(folder: Path, engine: str, steps: int) -> None:
         barrier(dist_env)
         sent = (psutil.net_io_counters().bytes_sent - sent) / steps / dist_env.size
         seconds["save"] = [timed(save) for _ in range(SAVES)]
-        state = max(trainer.folder.glob("step_*"))
-        mine = sum(path.stat().st_size for path in state.glob(f"__{dist_env.rank}_*.distcp"))
+        newest = max(trainer.folder.glob("step_*"))
+        state = sum(path.stat().st_size for path in newest.glob(f"__{dist_env.rank}_*.distcp"))
         if dist_env.size > 1:
             seconds["async"], seconds["async_done"] = _time_async_saves(trainer.strategy, folder, timed)
         trainer.metrics_logger.close()
-    medians = {name: statistics.median(times) for name, times in seconds.items()} | {"sent": sent, "state": mine}
-    everyone = all_gather_object(dist_env, medians)
-    if dist_env.is_main:
-        worst = {name: max(values[name] for values in everyone) for name in medians}
-        (folder / "measured.json").write_text(json.dumps(worst))
-    cleanup_distributed(dist_env)
+    return {name: statistics.median(times) for name, times in seconds.items()} | {"sent": sent, "state": state}
 
 
 def _time_async_saves(
