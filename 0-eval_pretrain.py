@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
+from common.files import read_lines
 from inference.options import ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import print_answer, read_line, use_utf8
 
@@ -61,22 +62,9 @@ def read_prompts(options: Options) -> Iterator[str]:
         while text := read_line("> "):
             yield text
     elif options.prompt_file:
-        yield from read_lines(options.prompt_file)
+        yield from read_lines("--prompt_file", options.prompt_file)
     else:
         yield from options.prompt or PROMPTS
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines that are not blank. Raises UserError if there is none."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--prompt_file {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    if not lines:
-        raise UserError(f"--prompt_file {path} is empty: write one beginning per line")
-    return lines
 
 
 def continue_text(generator: TextGenerator, text: str, sampling: SamplingParams) -> bool:

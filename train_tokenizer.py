@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
@@ -32,8 +29,6 @@ from common.files import ROOT, atomic_folder, exclusive, recover_folder
 SMALLEST_VOCAB = 3 + 256  # the special tokens and the bytes
 FILES = ("tokenizer_config.json", "training.json", "tokenizer.json")
 KEPT_FILES = ("README.md",)  # may stand in a tokenizer folder that is replaced
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -103,23 +98,6 @@ def main(argv: list[str] | None = None) -> None:
         train(options)
 
 
-def in_thread(work: Callable[[], Result]) -> Result:
-    """Return what `work` returns. It runs in a thread, because Python notices no Ctrl-C while code in Rust runs."""
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # on Windows a longer wait would hide Ctrl-C as well
-    return future.result()
-
-
 def train(options: Options) -> None:
     """Train, check and report the tokenizer; `out_dir` changes only when all of it succeeded."""
     # After the command line was read: these load transformers.
@@ -135,7 +113,11 @@ def train(options: Options) -> None:
         f"(of {sample.seen:,} texts, {sample.seen_bytes / 1e6:,.1f} MB), about {sample.n_bytes * 2e-6:.0f} s",
         flush=True,
     )
-    trained = in_thread(lambda: bpe.train_bpe(sample, options.vocab_size, options.min_frequency))
+    # In a thread: Python notices no Ctrl-C while code in Rust runs, and on Windows none in a wait without a limit.
+    future = ThreadPoolExecutor(1).submit(bpe.train_bpe, sample, options.vocab_size, options.min_frequency)
+    while not future.done():
+        wait([future], timeout=0.2)
+    trained = future.result()
     if trained.get_vocab_size() != options.vocab_size:
         raise UserError(
             f"the text has pairs for only {trained.get_vocab_size():,} tokens, not {options.vocab_size:,}: "

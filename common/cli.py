@@ -140,10 +140,10 @@ def parse_options(
     groups: dict[str, Any] = {"": parser}
     add_flags(parser, groups, options, defaults, members)
     given = vars(parser.parse_args(argv))
-    if hasattr(options, "stored_flags"):
+    if (stored_flags := getattr(options, "stored_flags", None)) is not None:
         untouched = argparse.Namespace(**dict.fromkeys(given, argparse.SUPPRESS))  # a value that no flag has
         typed = {name for name, value in vars(parser.parse_args(argv, untouched)).items() if value != argparse.SUPPRESS}
-        stored = options.stored_flags(given, typed)
+        stored = stored_flags(given, typed)
         hints = typing.get_type_hints(options)
         for name in stored.keys() & given.keys() - typed:
             given[name] = _from_json(hints.get(name), stored[name])

@@ -58,6 +58,19 @@ def atomic_write(path: Path | str, mode: str = "w", encoding: str | None = "utf-
     fsync_dir(path.parent)
 
 
+def read_lines(flag: str, path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file that are not blank. Raises UserError, naming the flag, if there are none."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    if not lines:
+        raise UserError(f"{flag} {path} is empty")
+    return lines
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a value as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
     with atomic_write(path) as file:

@@ -68,7 +68,7 @@ def read_pairs(
     print(f"{len(pairs):,} preference pairs, {bad.count:,} unusable rows", *bad.shown(), sep="\n  ")
     skipped = {"unreadable or not a valid pair": bad.count - too_long.total()} | too_long
     skipped = {reason: count for reason, count in skipped.items() if count}
-    check_dropped(paths, skipped, len(pairs) + bad.count, bad.first, bad.incomplete, max_dropped)
+    check_dropped(paths, skipped, len(pairs), bad.first, bad.incomplete, max_dropped)
     return pairs
 
 

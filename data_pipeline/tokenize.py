@@ -247,7 +247,7 @@ def cached_dataset(
                 dataset = _open(folder)  # the other process has built it
                 if dataset is None:
                     if folder.exists():
-                        log(f"{folder} is damaged, or of an earlier version: its files are tokenized again")
+                        log(f"{folder} is damaged, or of an earlier version: the data is tokenized again")
                     _delete_stale_builds(cache_dir)
                     with atomic_folder(folder) as tmp:
                         info = _build(tmp, kind, paths, encode, num_workers or os.cpu_count() or 1)
@@ -260,8 +260,7 @@ def cached_dataset(
                         raise UserError(f"{folder}: another program changed it just after it was written; run again")
         info = dataset.info
         log(_summary(info, built))
-        rows = sum(source["rows"] for source in info["sources"])
-        check_dropped(paths, info["skipped"], rows, info["first_skipped"], info["incomplete"], max_dropped)
+        check_dropped(paths, info["skipped"], info["documents"], info["first_skipped"], info["incomplete"], max_dropped)
         return dataset
 
 
@@ -297,7 +296,7 @@ def _build(
 def check_dropped(
     paths: Sequence[Path],
     skipped: Mapping[str, int],
-    n_rows: int,
+    n_used: int,
     first: Sequence[str],
     incomplete: Sequence[str],
     max_dropped: float,
@@ -305,11 +304,12 @@ def check_dropped(
     """Raise UserError if more than the share `max_dropped` of the rows cannot be used, or the end of a file is lost.
 
     Args:
-        skipped: reason -> how many of the `n_rows` rows cannot be used.
+        skipped: reason -> how many rows cannot be used, beside `n_used` that can.
         first: some of them, "file:line: reason".
         incomplete: the same for each file whose end was not read, so that nobody knows how many rows were lost.
     """
     n_skipped = sum(skipped.values())
+    n_rows = n_used + n_skipped
     enough = -(-100 * n_skipped // n_rows) / 100
     if incomplete and max_dropped < 1:
         raise UserError(

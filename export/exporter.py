@@ -14,8 +14,8 @@ from common.errors import UserError
 from common.files import atomic_folder, exclusive, explain_write_errors, write_json
 from export.huggingface import CONFIG, DESCRIPTION, check_target, describe, read_folder, write_llama, write_minimind
 from export.model_card import model_card
-from export.options import GGUF_TYPES, MAX_TEXTS, ExportOptions
-from export.self_check import SAMPLE_TEXTS, Agreement, compare_folder, sample_rows
+from export.options import GGUF_TYPES, ExportOptions
+from export.self_check import Agreement, compare_folder, sample_rows
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
 from model.weights import Checkpoint, dtype_name, save_checkpoint
 
@@ -31,13 +31,13 @@ def export_folder(
     source: Checkpoint, tokenizer: PreTrainedTokenizerFast, options: ExportOptions
 ) -> tuple[Path, Agreement]:
     """Export `source` to a folder for other programs. Raises UserError if the export does not compute the same."""
-    texts, ceval = read_texts(options.text), read_summary(options.ceval)
+    ceval = read_ceval(options.ceval)
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = options.output or options.out_dir / f"{name}-{options.format}"
     stored = dtype_name(source.model.tok_embeddings.weight.dtype)
     dtype = options.dtype or ("float16" if options.format == "gguf" else stored)
     description = describe(source, dtype)
-    rows = sample_rows(tokenizer, texts, source.config)
+    rows = sample_rows(tokenizer, options.text, source.config)
     tokenizer_dir = options.tokenizer
     if tokenizer_dir == TOKENIZER_DIR and (source.path / CONFIG).is_file():
         tokenizer_dir = source.path  # an export has its own tokenizer
@@ -75,7 +75,7 @@ def import_folder(folder: Path, options: ExportOptions) -> tuple[Path, Agreement
         if target.exists() and not options.overwrite:
             raise UserError(f"{target} exists; replace it with --overwrite, or choose another --output")
         source = read_folder(folder)
-        rows = sample_rows(load_tokenizer(folder), read_texts(options.text), source.config)
+        rows = sample_rows(load_tokenizer(folder), options.text, source.config)
         agreement = compare_folder(folder, source.model, rows, options.tolerance)
         agreement.check()
         dtype = getattr(torch, options.dtype) if options.dtype else source.model.tok_embeddings.weight.dtype
@@ -94,30 +94,21 @@ def lock(target: Path) -> Iterator[None]:
         yield
 
 
-def read_texts(path: Path | None) -> list[str]:
-    """Return the texts of the comparison: the paragraphs of a file, or the built-in ones."""
+def read_ceval(path: Path | None) -> dict[str, str]:
+    """Return the accuracies in a summary.json of eval_ceval.py: overall, and of the categories if there are any."""
     if path is None:
-        return list(SAMPLE_TEXTS)
-    try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} cannot be read: {error}") from error
-    if not texts:
-        raise UserError(f"--text {path} is empty")
-    return texts[:MAX_TEXTS]
-
-
-def read_summary(path: Path | None) -> dict | None:
-    """Read the results of eval_ceval.py."""
-    if path is None:
-        return None
+        return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        groups = {"overall": summary["overall"], **summary["categories"]}
+        return {
+            name: f"{group['accuracy']:.1%} of {group['questions']} questions (chance: 25%)"
+            for name, group in groups.items()
+        }
     except (OSError, ValueError) as error:
         raise UserError(f"--ceval {path} cannot be read: {error}") from error
-    if not isinstance(summary, dict):
-        raise UserError(f"--ceval {path} is not a summary.json of eval_ceval.py")
-    return summary
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--ceval {path} has no accuracy: name the summary.json that eval_ceval.py writes") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,6 +34,11 @@ from model.weights import EMBEDDING, OUTPUT, Checkpoint, build_model, dtype_name
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's; ours has none, so we write zeros
+_NOT_COMPARED = {  # what a MiniMind may have otherwise, or `config_from_llama` reads itself
+    "architectures", "intermediate_size", "rope_theta", "rope_parameters", "rope_scaling", "initializer_range",
+    "attention_dropout", "use_cache", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+    "transformers_version",
+}  # fmt: skip
 _PROJECT_IMPORT = re.compile(r"^from (model|common)\.(\w+) import", re.MULTILINE)
 
 
@@ -198,33 +203,12 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     # Unknown settings (other ones of YaRN) stay in: LMConfig rejects them by name.
     scaling = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
-    n_layers, n_heads = content.get("num_hidden_layers"), content.get("num_attention_heads")
-    fixed = {
-        "hidden_act": ("silu", content.get("hidden_act", "silu")),
-        "tie_word_embeddings": (True, content.get("tie_word_embeddings", moe)),
-        "attention_bias": (False, content.get("attention_bias", False)),
-        "mlp_bias": (False, content.get("mlp_bias", False)),
-    }
-    if isinstance(n_heads, int) and n_heads and isinstance(content.get("hidden_size"), int):
-        head_dim = content["hidden_size"] // n_heads
-        fixed["head_dim"] = (head_dim, content.get("head_dim") or head_dim)
-    if moe:
-        fixed |= {
-            "use_bias": (False, content.get("use_bias", False)),
-            "moe_layer_start_index": (0, content.get("moe_layer_start_index", 1)),
-            "moe_layer_end_index": (n_layers, (content.get("moe_layer_end_index", -1) + 1) or n_layers),
-            "moe_layer_interval": (1, content.get("moe_layer_interval", 1)),
-            "moe_norm_min is 1, or next to 0": (True, content.get("moe_norm_min", 1e-12) in (1e-12, 1.0)),
-        }
-    wrong = [f"{name}: {value}, not {ours}" for name, (ours, value) in fixed.items() if value != ours]
-    if wrong:
-        raise UserError(f"{where} cannot be converted to a MiniMind: {'; '.join(wrong)}")
     try:
         fields = {
             "dim": content["hidden_size"],
-            "n_layers": n_layers,
-            "n_heads": n_heads,
-            "n_kv_heads": content.get("num_key_value_heads") or n_heads,
+            "n_layers": content["num_hidden_layers"],
+            "n_heads": content["num_attention_heads"],
+            "n_kv_heads": content.get("num_key_value_heads") or content["num_attention_heads"],
             "vocab_size": content["vocab_size"],
             "hidden_dim": content["moe_intermediate_size" if moe else "intermediate_size"],
             "norm_eps": content["rms_norm_eps"],
@@ -240,10 +224,19 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
                 "n_shared_experts": content["moe_num_shared_experts"],
                 "norm_topk_prob": content["moe_norm_min"] < 1,
             }
-        return LMConfig(**fields)
+        config = LMConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{error!r:.200}"  # repr: "KeyError('vocab_size')"
         raise UserError(f"{where} cannot be used: {reason}") from error
+    # Everything else must be what this model would be exported with. (-1: the last layer.)
+    given = {"tie_word_embeddings": moe, "moe_layer_start_index": 1, "moe_norm_min": 1e-12} | content
+    if given.get("moe_layer_end_index") == -1:
+        del given["moe_layer_end_index"]
+    expected = {name: value for name, value in llama_config(config, torch.float32).items() if name not in _NOT_COMPARED}
+    wrong = [f"{name}: {given[name]}, not {x}" for name, x in expected.items() if given.get(name, x) not in (x, None)]
+    if wrong:
+        raise UserError(f"{where} cannot be converted to a MiniMind: {'; '.join(wrong)}")
+    return config
 
 
 # ---- writing folders

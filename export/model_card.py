@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from common.errors import UserError
 from export.huggingface import renormalizes_top_k
 from export.self_check import Agreement
 from model.model import Transformer, parameter_counts
@@ -45,7 +44,7 @@ def model_card(
     export_format: str,
     agreement: Agreement,
     file: str = "",
-    ceval: dict | None = None,
+    ceval: dict[str, str] | None = None,
 ) -> str:
     """Return the README.md of an export: Markdown with the header that Hugging Face reads.
 
@@ -54,7 +53,7 @@ def model_card(
         description: what `export.huggingface.describe` returns; the card shows nothing of the training beyond it.
         export_format: llama, minimind or gguf.
         file: name of the GGUF file.
-        ceval: `summary.json` of eval_ceval.py.
+        ceval: the accuracy in C-Eval, of each group of subjects.
     """
     library = "gguf" if export_format == "gguf" else "transformers"
     header = (
@@ -79,8 +78,8 @@ def model_card(
         "## How it was trained",
         _table(_training(description)) or "Nothing is recorded about the training of these weights.",
     ]
-    if ceval is not None:
-        sections += ["## C-Eval", _table(_ceval(ceval))]
+    if ceval:
+        sections += ["## C-Eval", _table(ceval)]
     sections += ["## How close it is to its source", f"Checked when it was exported: {agreement.describe()}."]
     return "\n\n".join(sections) + "\n"
 
@@ -117,20 +116,6 @@ def _training(description: dict) -> dict:
         if (value := options.get(key)) is not None:
             rows[f"--{key}"] = " ".join(map(str, value)) if isinstance(value, list) else value
     return rows
-
-
-def _ceval(summary: dict) -> dict:
-    """Return the accuracies in a summary: overall, and of the categories if there are any."""
-    try:
-        groups = {"overall": summary["overall"], **summary["categories"]}
-        return {
-            name: f"{group['accuracy']:.1%} of {group['questions']} questions (chance: 25%)"
-            for name, group in groups.items()
-        }
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            "no accuracy in the summary of C-Eval: name the summary.json that eval_ceval.py writes"
-        ) from error
 
 
 def _table(rows: dict) -> str:

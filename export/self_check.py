@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import UserError
+from common.files import read_lines
 from export.huggingface import CONFIG, read_json, read_weights
+from export.options import MAX_TEXTS
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_texts
@@ -42,8 +44,9 @@ SAMPLE_TEXTS = (
 )
 
 
-def sample_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: LMConfig) -> list[list[int]]:
-    """Encode each text as `<s>`text`</s>`, cut to the length the model was trained at."""
+def sample_rows(tokenizer: PreTrainedTokenizerFast, path: Path | None, config: LMConfig) -> list[list[int]]:
+    """Encode each line of a file (None: the built-in texts) as `<s>`text`</s>`, cut to the length of the training."""
+    texts = list(SAMPLE_TEXTS) if path is None else read_lines("--text", path)[:MAX_TEXTS]
     return [[BOS_ID, *ids, EOS_ID][: config.max_seq_len] for ids in encode_texts(tokenizer, texts)]
 
 

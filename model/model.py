@@ -289,8 +289,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
         return AttentionMetadata(rope, mask=mask, valid=valid)
 
     def _cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy summed over all targets."""
-        weight = self.output.weight
+        """Return the cross entropy summed over all targets.
+
+        `output` is called as a module: an adapter on it, or weights that are offloaded, take part.
+        """
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
             # In fine-tuning most tokens are not targets: leave out their rows of the largest matrix product. (On a GPU the
@@ -300,12 +302,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             n_kept = min(-(-(len(ignored) - int(ignored.sum())) // 256) * 256, len(ignored))
             first = ignored.to(torch.uint8).argsort(stable=True)[:n_kept]
             hidden, targets = hidden[first], targets[first]
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden, weight).float()
-            return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(self.output(hidden).float(), targets, ignore_index=-100, reduction="sum")
 
     def _balance_loss_sum(self, routings: Sequence, metadata: AttentionMetadata, targets: Tensor) -> Tensor:
         """Return the balance loss of all layers, every document weighted by its number of targets.

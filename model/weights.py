@@ -297,36 +297,46 @@ def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: 
         n_shared = 0 if shared is None else len(shared) // hidden_dim
         fields |= dict(n_routed_experts=n_experts, n_shared_experts=n_shared, num_experts_per_tok=min(2, n_experts))
 
-    n_heads, source = _heads(dim, len(layers), kv_dim, n_experts > 0, pos_cis)
+    n_heads, rope_theta, source = _heads(dim, len(layers), kv_dim, n_experts > 0, pos_cis)
     head_dim = dim // n_heads if n_heads and dim % n_heads == 0 else 0
     if not head_dim or kv_dim % head_dim:
+        complete = json.dumps({"config": {"n_heads": "?", "n_kv_heads": "?", "rope_theta": "?", **fields}})
         raise UserError(
             f"{path}: the number of heads cannot be derived from keys of width {kv_dim} in a model of width {dim}; "
-            f'write it to {path.with_suffix(".json").name}: {{"config": {{"n_heads": ..., ...}}}}'
+            f"write it to {path.with_suffix('.json').name} beside it, numbers for the question marks: {complete}"
         )
     try:
-        config = LMConfig(**fields, n_heads=n_heads, n_kv_heads=kv_dim // head_dim)
+        config = LMConfig(**fields, n_heads=n_heads, n_kv_heads=kv_dim // head_dim, rope_theta=rope_theta)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     found = f"no JSON beside it, read from the shapes: dim {dim}, {len(layers)} layers, {vocab_size} tokens"
     if n_experts:
         found += f", {n_experts} routed experts, {config.n_shared_experts} shared (of width {hidden_dim})"
     notes.append(found)
-    assumed = f"assumed: {n_heads} heads, {config.n_kv_heads} for keys ({source})"
+    assumed = f"assumed: {n_heads} heads, {config.n_kv_heads} for keys, rope_theta {rope_theta:g} ({source})"
     notes.append(assumed + (f", {config.num_experts_per_tok} experts per token" if n_experts else ""))
     return config
 
 
-def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor | None) -> tuple[int, str]:
-    """Return the number of query heads and its source: the matrices do not show it, but an old position table does."""
-    if pos_cis is not None and pos_cis.dim() == 2 and pos_cis.shape[1] > 0:  # (positions, head_dim / 2)
-        return dim // (2 * pos_cis.shape[1]), "from the table pos_cis"
+def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor | None) -> tuple[int, float, str]:
+    """Return the number of query heads (0: unknown), rope_theta, and their source.
+
+    The matrices do not show them, but an old position table does; and the published families differ in the keys' width.
+    """
+    if pos_cis is not None and pos_cis.dim() == 2 and pos_cis.shape[1] > 0:
+        pairs, theta = pos_cis.shape[1], 1e4  # (positions, head_dim / 2)
+        if pos_cis.is_complex() and len(pos_cis) > 1 and pairs > 1:
+            slowest = pos_cis[1, -1].angle().item()  # theta ** -((pairs - 1) / pairs)
+            theta = float(f"{slowest ** (-pairs / (pairs - 1)):.4g}") if slowest > 0 else 0.0
+        return dim // (2 * pairs), theta, "from the table pos_cis"
     for name in PRESETS:
         known = preset(name)
         same = (known.dim, known.n_layers, known.use_moe) == (dim, n_layers, use_moe)
         if same and known.n_kv_heads * known.head_dim == kv_dim:
-            return known.n_heads, f"as in {name}"
-    return 16, "as in the published models"
+            return known.n_heads, known.rope_theta, f"as in {name}"
+    if kv_dim * 4 == dim:
+        return 8, 1e6, "as in MiniMind2 of February 2025"
+    return 16 if kv_dim * 2 == dim else 0, 1e4, "as in MiniMind-v1"
 
 
 def _replace_fields(config: LMConfig, overrides: dict[str, Any], path: Path) -> LMConfig:

@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (*_DAMAGE, OSError) as error:
         # torch explains in a whole paragraph, and recommends a setting that runs code from the file.
         reason = _first_line(error).partition(". ")[0]
-        reason = "not written by torch.save" if "weights_only" in reason else reason
+        reason = "not written by torch.save" if "weights_only" in reason or isinstance(error, KeyError) else reason
         raise UserError(f"{path} is damaged or cut off ({reason}); copy it again or save it again") from error
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__} without named tensors")
@@ -79,7 +79,7 @@ def write_tensors(file: IO[bytes], skeleton: dict[str, Tensor], tensors: Iterabl
         file.seek(entry.header_offset + 26)
         name_length, extra_length = struct.unpack("<2H", file.read(4))
         file.seek(entry.header_offset + 30 + name_length + extra_length)
-        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         if len(data) != entry.file_size:
             raise AssertionError(f"{name} has {len(data)} bytes instead of {entry.file_size}")
         file.write(data)

@@ -92,6 +92,19 @@ def test_weights_without_a_state_are_not_replaced_either(tmp_path):
     check(tmp_path, resume="newest")
 
 
+def test_a_state_from_elsewhere_does_not_replace_the_run_that_is_here(tmp_path):
+    save(tmp_path / "other" / "x.resume", 1)
+    state = str(tmp_path / "other" / "x.resume" / "step_00000001")
+    check(tmp_path, resume=state)
+    (tmp_path / "x.pth").write_bytes(b"weights")
+    with pytest.raises(UserError, match="x.pth exists"):
+        check(tmp_path, resume=state)
+    save(tmp_path / "x.resume", 2)
+    for path in (state, str(tmp_path / "other" / "x.resume")):
+        with pytest.raises(UserError, match="holds a run of its own, which .*other.* does not belong to"):
+            check(tmp_path, resume=path)
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "run.json", "COMPLETE"])
 def test_damage_is_found_in_every_file(tmp_path, name):
     save(tmp_path, 1)

@@ -285,6 +285,22 @@ def test_sft_files(tmp_path):
     assert f"no rows for {tmp_path / 'sft_data.csv'}: left as it was" in summary.written
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_process_left_is_deleted_where_it_is_known_to_be_dead(tmp_path, monkeypatch, locks):
+    def no_locks(*_, **__):
+        raise NotImplementedError("no locks here")
+
+    if not locks:
+        monkeypatch.setattr("common.files.FileLock.acquire", no_locks)
+    names = (".sft_data.csv.12345678.tmp", ".sft_data_single.csv.12345678.tmp", ".sft_data.rejects.jsonl.12345678.tmp")
+    for name in (*names, ".other.csv.12345678.tmp"):
+        (tmp_path / name).write_text("half", encoding="utf-8")
+    path = dump(tmp_path / "a.jsonl", [{"q": "q1 ?", "a": "a1"}])
+    clean(STAGES["sft"], [path], tmp_path, CleaningOptions(), 0)
+    left = {path.name for path in tmp_path.glob(".*.tmp")}
+    assert left == ({".other.csv.12345678.tmp"} if locks else {*names, ".other.csv.12345678.tmp"})
+
+
 def test_dpo_merges_lists(tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(5)]
     (tmp_path / "a.json").write_text(json.dumps(pairs[:3], indent=2), encoding="utf-8")

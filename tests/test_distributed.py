@@ -22,7 +22,6 @@ from tolerances import assert_moments_alike, assert_trained_alike, rounding, sha
 from common.errors import UserError
 from model.model import Transformer
 from trainer.distributed import DistEnv
-from trainer.options import validate_zero_config
 from trainer.parallel.zero import only_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,10 +248,18 @@ def test_a_state_of_an_older_version_is_refused_with_what_to_do(tmp_path):
         train({"out_dir": str(tmp_path), "options": ONE | {"resume": "newest"}}, DistEnv())
 
 
-@pytest.mark.parametrize("saved, now", [("fsdp", "zero1"), ("zero2", "plain")])
-def test_a_state_of_deepspeed_is_continued_by_deepspeed_only(trained, tmp_path, saved, now):
+@pytest.mark.parametrize(
+    "saved, now, how",
+    [
+        ("fsdp", "zero1", "without --deepspeed"),
+        ("zero2", "plain", "with --deepspeed"),
+        ("zero2", "zero3_offload", "without ZeRO-3"),
+        ("zero3", "zero1", "with ZeRO-3"),
+    ],
+)
+def test_a_state_of_deepspeed_is_continued_by_deepspeed_only(trained, tmp_path, saved, now, how):
     settings = ONE | ENGINES[now] | {"resume": halfway(trained / f"{saved}_dense")}
-    with pytest.raises(UserError, match="it was saved with(out)? --deepspeed"):
+    with pytest.raises(UserError, match=f"it was saved {how}, and can only be continued so"):
         train({"out_dir": str(tmp_path), "options": settings}, DistEnv())
 
 
@@ -286,14 +293,16 @@ def test_the_files_that_come_along_fit_any_flags(tmp_path, path):
     assert not options(tmp_path, deepspeed=path, grad_clip=0.3, batch_size=5, dtype="bfloat16").validate()
 
 
-def test_a_deepspeed_file_that_contradicts_the_flags_is_refused_by_name(tmp_path):
+def test_a_deepspeed_file_that_decides_what_a_flag_decides_is_refused_by_name(tmp_path):
     path = tmp_path / "zero.json"
     content = {"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "train_micro_batch_size_per_gpu": "auto"}
-    content |= {"fp16": {"enabled": True}, "scheduler": {}, "optimizer": {"type": "AdamW", "params": {"lr": 3.0}}}
-    path.write_text(json.dumps(content))
-    found = "\n".join(validate_zero_config(options(tmp_path, deepspeed=path), "float32"))
-    for words in ('"gradient_clipping" is 5.0, but --grad_clip', '"fp16" is True, but --dtype', "scheduler", "lr of"):
+    content |= {"fp16": {"enabled": True}, "scheduler": {"type": "X", "params": {"lr": "auto"}}, "amp": {}}
+    path.write_text(json.dumps(content | {"optimizer": {"type": "AdamW", "params": {"lr": 3.0}}}))
+    found = "\n".join(options(tmp_path, deepspeed=path).validate())
+    for words in (
+        '"gradient_clipping" is what --grad_clip', '"fp16" is what --dtype', '"optimizer" is what', "here: amp"
+    ):  # fmt: skip
         assert words in found
-    assert "train_micro_batch" not in found
+    assert "train_micro_batch" not in found and "scheduler" not in found
     path.write_text('{"zero_optimization": {"stage": 0}}')
-    assert "stage" in validate_zero_config(options(tmp_path, deepspeed=path), "float32")[0]
+    assert "stage" in options(tmp_path, deepspeed=path).validate()[0]

@@ -16,6 +16,7 @@ from tolerances import rounding
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from common.files import atomic_folder
+from export.exporter import read_ceval
 from export.gguf import (
     check_splitting,
     compare_gguf,
@@ -114,7 +115,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    return sample_rows(tokenizer, list(SAMPLE_TEXTS), LMConfig(**TINY))
+    return sample_rows(tokenizer, None, LMConfig(**TINY))
 
 
 # ---- llama
@@ -490,7 +491,7 @@ def test_agreement_refuses():
     )
 
 
-def test_card_and_description_tell_no_paths():
+def test_card_and_description_tell_no_paths(tmp_path):
     model = make(use_moe=True)
     info = {
         "stage": "full_sft",
@@ -505,10 +506,10 @@ def test_card_and_description_tell_no_paths():
     }
     description = describe(checkpoint(model, **info, fingerprint="f"), "float32")
     assert "/home" not in json.dumps(description) and "fingerprint" not in description
-    quiz = {
-        "overall": {"accuracy": 0.253, "questions": 1346},
-        "categories": {"STEM": {"accuracy": 0.3, "questions": 100}},
-    }
+    summary = tmp_path / "summary.json"
+    groups = {"accuracy": 0.253, "questions": 1346}, {"STEM": {"accuracy": 0.3, "questions": 100}}
+    summary.write_text(json.dumps(dict(zip(("overall", "categories"), groups, strict=True))))
+    quiz = read_ceval(summary)
     agreement = Agreement(100, 1e-6, 1e-4)
     card = model_card("me/x", checkpoint(model, **info), description, "llama", agreement, ceval=quiz)
     assert card.startswith("---\nlanguage:\n- zh\n- en\nlibrary_name: transformers\n")
@@ -526,5 +527,7 @@ def test_card_and_description_tell_no_paths():
     assert "secret" not in card and "trust_remote_code" not in card
     assert "trust_remote_code=True" in model_card("x", checkpoint(model), {}, "minimind", agreement)
     assert "ollama create x" in model_card("me/x", checkpoint(model), {}, "gguf", agreement, "x.gguf")
-    with pytest.raises(ValueError, match="no accuracy"):
-        model_card("x", checkpoint(model), {}, "llama", agreement, ceval={"a": 1})
+    for content in ("{}", "[]", '{"overall": 1, "categories": {}}'):
+        summary.write_text(content)
+        with pytest.raises(ValueError, match="has no accuracy"):
+            read_ceval(summary)

@@ -10,9 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need a hub
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tolerances import log_probability_rounding
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -140,3 +140,25 @@ def test_accelerate(tokenizer, moe):
         losses.append(loss.item())
     assert steps == 2 and losses[-1] < losses[0] - 0.1
     assert accelerator.unwrap_model(model).state_dict().keys() == make(moe).state_dict().keys()
+
+
+@kinds
+def test_the_loss_of_offloaded_weights(moe):
+    """The weights lie on the device meta, and come to the CPU only while their module is called."""
+    ids = torch.randint(0, 6400, (8, 40))
+    expected = make(moe).train()(ids, labels=ids).loss
+    offloaded = cpu_offload(make(moe).train(), execution_device=torch.device("cpu"))
+    for loss_only in (False, True):
+        torch.testing.assert_close(offloaded(ids, labels=ids, loss_only=loss_only).loss, expected)
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_lora_on_the_output_is_trained_by_the_loss(loss_only):
+    model = get_peft_model(make(False), LoraConfig(r=4, target_modules=["output"], init_lora_weights=False)).train()
+    ids = torch.randint(0, 6400, (2, 20))
+    out = model(input_ids=ids, labels=ids, loss_only=loss_only)
+    out.loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    if not loss_only:
+        logits = out.logits[:, :-1].flatten(0, 1)
+        torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))

@@ -202,6 +202,17 @@ def test_deepspeed_as_the_readme_writes_it(data, one, tmp_path):
     assert_same_run(tmp_path, one)
 
 
+def test_deepspeed_in_one_process_needs_no_launcher(data, one, tmp_path):
+    """And its state is continued by two, which the launcher starts."""
+    flags = pretrain_flags(data, tmp_path, "--deepspeed", ROOT / "configs" / "zero1.json")
+    launch(sys.executable, "1-pretrain.py", *flags, "--batch_size", 4, "--save_interval", 4)
+    assert_same_run(tmp_path, one)
+    state = tmp_path / "pretrain_32.resume" / "step_00000004"
+    launch(*deepspeed(2), "1-pretrain.py", *flags, "--batch_size", 2, "--resume", state)
+    assert_same_run(tmp_path, one)
+    assert sorted(path.name for path in state.parent.iterdir()) == ["step_00000004", "step_00000008"]
+
+
 def test_deepspeed_without_a_file_is_data_parallel(data, one, tmp_path):
     launch(*deepspeed(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2))
     assert_same_run(tmp_path, one)

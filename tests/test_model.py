@@ -57,11 +57,11 @@ def reference_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x / torch.sqrt((x * x).mean() + 1e-5) * weight
 
 
-def reference_rope(x: torch.Tensor, position: int) -> torch.Tensor:
+def reference_rope(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     """Rotate the pairs (x0, x1), (x2, x3), ... of one head."""
     out = x.clone()
     for i in range(0, len(x), 2):
-        angle = position / 10000.0 ** (i / len(x))
+        angle = position / theta ** (i / len(x))
         out[i] = x[i] * math.cos(angle) - x[i + 1] * math.sin(angle)
         out[i + 1] = x[i] * math.sin(angle) + x[i + 1] * math.cos(angle)
     return out
@@ -86,7 +86,9 @@ def reference_feed_forward(x: torch.Tensor, state: dict, prefix: str, top_k: int
     return out
 
 
-def reference_logits(state: dict, ids: list[int], n_heads: int, n_kv_heads: int, top_k: int = 2) -> torch.Tensor:
+def reference_logits(
+    state: dict, ids: list[int], n_heads: int, n_kv_heads: int, top_k: int = 2, theta: float = 10000.0
+) -> torch.Tensor:
     """Logits (time, vocabulary) of one sequence, in float64."""
     state = {name: tensor.double() for name, tensor in state.items()}
     n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
@@ -99,8 +101,8 @@ def reference_logits(state: dict, ids: list[int], n_heads: int, n_kv_heads: int,
             [(state[f"{name}.attention.{w}.weight"] @ x).view(-1, head_dim) for x in normed] for w in ("wq", "wk", "wv")
         )
         for t in range(len(ids)):
-            q[t] = torch.stack([reference_rope(head, t) for head in q[t]])
-            k[t] = torch.stack([reference_rope(head, t) for head in k[t]])
+            q[t] = torch.stack([reference_rope(head, t, theta) for head in q[t]])
+            k[t] = torch.stack([reference_rope(head, t, theta) for head in k[t]])
         for t in range(len(ids)):
             heads = []
             for h in range(n_heads):
@@ -145,7 +147,7 @@ def published_shapes(
     return shapes
 
 
-def published_state(old: bool = False, **sizes) -> dict[str, torch.Tensor]:
+def published_state(old: bool = False, n_heads: int = 16, theta: float = 1e4, **sizes) -> dict[str, torch.Tensor]:
     """Random weights as in a published file; `old` adds what training scripts of the time left in it."""
     generator = torch.Generator().manual_seed(3)
     state = {}
@@ -154,8 +156,9 @@ def published_state(old: bool = False, **sizes) -> dict[str, torch.Tensor]:
         state[name] = torch.randn(shape, generator=generator) * scale + centre
     state["tok_embeddings.weight"] = state["output.weight"]
     if old:
-        head_dim = sizes["dim"] // 16
-        state["pos_cis"] = torch.polar(torch.ones(32, head_dim // 2), torch.rand(32, head_dim // 2))
+        head_dim = sizes["dim"] // n_heads
+        angles = torch.outer(torch.arange(32.0), theta ** -(torch.arange(0, head_dim, 2) / head_dim))
+        state["pos_cis"] = torch.polar(torch.ones_like(angles), angles)
         for i in range(sizes["n_layers"]):
             state[f"layers.{i}.attention.mask"] = torch.full((1, 1, 32, 32), -torch.inf).triu(1)
         state = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
@@ -163,15 +166,19 @@ def published_state(old: bool = False, **sizes) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["plain", "old"])
+@pytest.mark.parametrize("family", [(16, 8, 1e4), (8, 2, 1e6)], ids=["v1", "minimind2"])
 @pytest.mark.parametrize("kind", ["dense", "moe", "moe_one_shared", "moe_no_shared"])
-def test_published_file_gives_the_published_logits(tmp_path, kind, old):
-    sizes = dict(dim=96, n_layers=3, kv_dim=48, hidden=256, vocab=61)
+def test_published_file_gives_the_published_logits(tmp_path, kind, family, old):
+    """MiniMind-v1, and MiniMind2 of February 2025: the same names, told apart by the width of the keys."""
+    n_heads, n_kv_heads, theta = family
+    sizes = dict(dim=96, n_layers=3, kv_dim=96 * n_kv_heads // n_heads, hidden=256, vocab=61)
     if kind != "dense":
         sizes |= dict(experts=4, shared={"moe": 512, "moe_one_shared": 256, "moe_no_shared": 0}[kind])
-    state = published_state(old, **sizes)
+    state = published_state(old, n_heads, theta, **sizes)
     torch.save(state, tmp_path / "some_name.pth")
     checkpoint = load_checkpoint(tmp_path / "some_name.pth")
-    assert (checkpoint.config.n_heads, checkpoint.config.n_kv_heads) == (16, 8)
+    found = checkpoint.config
+    assert (found.n_heads, found.n_kv_heads, found.rope_theta) == (n_heads, n_kv_heads, theta)
     assert any("_orig_mod." in note for note in checkpoint.notes) == old
     assert any("pos_cis" in note and "4 tables" in note for note in checkpoint.notes) == old
     if "shared" in kind:
@@ -181,7 +188,7 @@ def test_published_file_gives_the_published_logits(tmp_path, kind, old):
     ids = torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(5))
     plain = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
     plain = {name: tensor for name, tensor in plain.items() if "mask" not in name and name != "pos_cis"}
-    expected = torch.stack([reference_logits(plain, row, n_heads=16, n_kv_heads=8) for row in ids.tolist()])
+    expected = torch.stack([reference_logits(plain, row, n_heads, n_kv_heads, theta=theta) for row in ids.tolist()])
     logits = checkpoint.model(ids).logits
     assert expected.std() > 0.5  # the comparison is about something
     assert_logits_close(logits, expected, checkpoint.config)

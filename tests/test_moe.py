@@ -105,6 +105,19 @@ def test_training_path_equals_evaluation_path():
     torch.testing.assert_close(trained, evaluated, **close_to(evaluated, depth=4, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_dim", [96, 100, 90])
+def test_sizes_that_the_kernel_cannot_take_train(hidden_dim, dtype):
+    """Its rows must be multiples of 16 bytes: 100 numbers of bfloat16 are not."""
+    moe, x = make(hidden_dim=hidden_dim).train(), torch.randn(2, 200, 32)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        assert moe._can_group(x.flatten(0, 1)) == (hidden_dim * dtype.itemsize % 16 == 0)
+        out = moe(x)[0]
+        torch.testing.assert_close(out, moe.eval()(x)[0], **close_to(out, terms=2 * hidden_dim, depth=4, dtype=dtype))
+    out.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
+
+
 def test_the_fast_path_steps_aside_for_changed_experts():
     x = torch.randn(400, 32)
     assert make().train()._can_group(x)
@@ -116,9 +129,14 @@ def test_the_fast_path_steps_aside_for_changed_experts():
     moe = make().train()
     moe.experts[3].w2 = Wrapped(moe.experts[3].w2.in_features, 32, bias=False)
     assert not moe._can_group(x)
-    moe = make().train()
-    moe.experts[0].w1.register_forward_hook(lambda *_: None)
-    assert not moe._can_group(x)
+    for change in (
+        lambda linear: linear.register_forward_hook(lambda *_: None),
+        lambda linear: linear.register_forward_pre_hook(lambda *_: None),
+        lambda linear: setattr(linear, "forward", linear.forward),  # as accelerate's offload does
+    ):
+        moe = make().train()
+        change(moe.experts[0].w1)
+        assert not moe._can_group(x)
 
 
 def test_top1_gate_learns_from_the_output_alone():

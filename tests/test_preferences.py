@@ -123,6 +123,16 @@ def test_pairs_that_do_not_fit_are_counted_and_too_many_refused(tokenizer, tmp_p
         read(tokenizer, write(path, [long]), max_tokens=64)
 
 
+def test_half_a_file_is_not_taken_for_a_whole_one(tokenizer, tmp_path):
+    path = write(tmp_path / "pairs.json", [GOOD] * 100)
+    path.write_text(path.read_text(encoding="utf-8")[:-30], encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"pairs.json:100: invalid JSON.* could be read. Repair the file .*max_dropped=1"
+    ):
+        read(tokenizer, path)
+    assert len(read(tokenizer, path, max_dropped=1)) == 99
+
+
 def test_a_signal_while_reading_is_answered(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipeline.preferences.encode_preference", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt) as stop:

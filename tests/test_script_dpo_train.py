@@ -169,8 +169,11 @@ def test_unsound_pairs_are_counted_named_and_not_trained_on(run, out, tmp_path):
     clean = write_jsonl(tmp_path / "clean.jsonl", good)
     result = run(*QUICK, "--data_path", clean, "--out_dir", tmp_path / "other", "--init_from", out / "full_sft_32.pth")
     assert result.code == 0 and same(weights(out), weights(tmp_path / "other"))
-    message = run(*QUICK, "--data_path", write_jsonl(mixed, list(bad.values())), "--out_dir", out).error()
+    # With nothing sound in it there is nothing to train, and the earlier run stays.
+    flags = [*QUICK, "--data_path", write_jsonl(mixed, list(bad.values())), "--out_dir", out]
+    message = run(*flags, "--overwrite").error()
     assert "mixed.jsonl: no usable preference pair" in message and ":1: " in message
+    assert same(weights(out), weights(tmp_path / "other"))
 
 
 def test_pairs_that_do_not_fit_are_not_dropped_silently(run, out, tmp_path):

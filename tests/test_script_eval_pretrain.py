@@ -170,7 +170,7 @@ def test_wrong_input_is_one_clear_line(out, tmp_path, call):
     assert "--max_seq_len 1 must be at least 2" in wrong
     assert "cannot be used together" in message(call("--prompt", "a", "--interactive"), code=2)
     assert "--stop must not be empty" in message(call("--stop", ""), code=2)
-    assert "no such file" in fails("--out_dir", out, "--prompt_file", tmp_path / "none.txt")
+    assert "cannot be read (No such file" in fails("--out_dir", out, "--prompt_file", tmp_path / "none.txt")
     (tmp_path / "blank.txt").write_text("\n \n")
     assert "is empty" in fails("--out_dir", out, "--prompt_file", tmp_path / "blank.txt")
     assert "is not a device" in fails("--out_dir", out, "--device", "abacus")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -117,12 +118,11 @@ def test_a_longer_context(run, out, chats, tmp_path):
     assert config.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert config.max_seq_len == 256
     scaled = weights(out / "full_sft_32.pth")
-    # Nothing else changed: without the flag these are other weights, and they do not replace those unasked.
-    assert "rope_scaling" in run(*flags, "--max_seq_len", 256).error()
-    assert run(*flags, "--max_seq_len", 256, "--overwrite").code == 0
+    # Nothing else changed: without the flag these are other weights.
+    flags += ["--overwrite"]
+    assert run(*flags, "--max_seq_len", 256).code == 0
     assert not same(scaled, weights(out / "full_sft_32.pth"))
 
-    flags += ["--overwrite"]
     assert (
         "trained at 64 tokens; --rope_scaling yarn:4 makes that 256, not --max_seq_len 64"
         in run(*flags, "--rope_scaling", "yarn:4").error()
@@ -224,7 +224,8 @@ def test_unsound_chats_are_counted_named_and_not_trained_on(run, out, tmp_path):
     assert result.code == 0, result.err
     assert same(weights(out / "full_sft_32.pth"), weights(tmp_path / "other" / "full_sft_32.pth"))
     # With nothing sound in it there is nothing to train.
-    message = run(*QUICK, "--data_path", write_jsonl(mixed, list(bad.values())), "--out_dir", out).error()
+    flags = [*QUICK, "--data_path", write_jsonl(mixed, list(bad.values())), "--out_dir", out]
+    message = run(*flags, "--overwrite").error()
     assert "mixed.jsonl" in message and "no usable row" in message and "mixed.jsonl:1: unknown role" in message
 
 
@@ -301,14 +302,19 @@ def test_a_mixture_of_experts(run, tmp_path, chats, tokenizer):
     assert {value.dtype for value in weights(tmp_path / "full_sft_32_moe.pth").values()} == {torch.bfloat16}
 
 
-def test_another_model_is_not_overwritten(run, out, chats, tokenizer):
+def test_a_model_is_replaced_only_when_asked(run, out, tmp_path, chats, tokenizer):
     flags = [*QUICK, "--data_path", chats, "--out_dir", out]
     assert run(*flags).code == 0
     before = weights(out / "full_sft_32.pth")
-    write_base(out / "pretrain_32.pth", tokenizer, n_layers=3)
-    message = run(*flags).error()
-    assert "full_sft_32.pth holds a model of another architecture" in message and "--overwrite" in message
+    # Found before data is read.
+    message = run(*QUICK, "--data_path", write_jsonl(tmp_path / "bad.jsonl", ["{"]), "--out_dir", out).error()
+    assert "full_sft_32.resume holds a finished run of 3 steps: replace it with --overwrite" in message
+    shutil.rmtree(out / "full_sft_32.resume")
+    assert "full_sft_32.pth exists: replace it with --overwrite" in run(*flags).error()
     assert same(weights(out / "full_sft_32.pth"), before)
+    write_base(out / "pretrain_32.pth", tokenizer, n_layers=3)
+    assert run(*flags, "--overwrite").code == 0
+    assert load_checkpoint(out / "full_sft_32.pth").config.n_layers == 3
 
 
 def test_wrong_flags_are_named_all_at_once(run, out):

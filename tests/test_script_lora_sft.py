@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -164,25 +165,29 @@ def test_stopped_and_resumed_and_never_onto_another_base(run, out, chats, tokeni
     assert adapter_bytes(out / "lora_me_32") == whole
 
 
-def test_an_adapter_of_another_model_is_not_overwritten(run, out, chats, tokenizer):
+def test_an_adapter_is_replaced_only_when_asked(run, out, chats, tokenizer):
     flags = [*QUICK, "--data_path", chats, "--out_dir", out]
     assert run(*flags).code == 0
     before = adapter_bytes(out / "lora_me_32")
-    write_base(out / "full_sft_32.pth", tokenizer, n_layers=3)
     message = run(*flags).error()
-    assert "lora_me_32 is an adapter of another model (n_layers: 2 != 3)" in message and "--overwrite" in message
+    assert "lora_me_32.resume holds a finished run of 4 steps: replace it with --overwrite" in message
+    shutil.rmtree(out / "lora_me_32.resume")  # the adapter alone is reason enough
+    assert f"{out / 'lora_me_32'} exists: replace it with --overwrite" in run(*flags).error()
     assert adapter_bytes(out / "lora_me_32") == before
-    (out / "lora_me_32" / "minimind.json").write_text("[]")
-    message = run(*flags).error()
-    assert "minimind.json" in message and "remove the folder or choose another --lora_name" in message
+    write_base(out / "full_sft_32.pth", tokenizer, n_layers=3)
+    result = run(*flags, "--overwrite")
+    assert result.code == 0, result.err
+    assert load_adapter(out / "lora_me_32", tokenizer=tokenizer).model.config.n_layers == 3
 
 
-def test_a_merged_file_of_another_model_is_refused_before_training(run, out, chats, tokenizer):
-    write_base(out / "lora_me_32.pth", tokenizer, n_layers=3)
+def test_a_merged_file_is_not_replaced_unasked(run, out, chats, tokenizer):
+    write_base(out / "lora_me_32.pth", tokenizer)
     before = (out / "lora_me_32.pth").read_bytes()
-    message = run(*QUICK, "--data_path", chats, "--out_dir", out, "--merge").error()
-    assert "lora_me_32.pth holds a model of another architecture" in message and "--overwrite" in message
-    assert (out / "lora_me_32.pth").read_bytes() == before and not (out / "lora_me_32").exists()
+    flags = [*QUICK, "--data_path", chats, "--out_dir", out]
+    assert "lora_me_32.pth exists: replace it with --overwrite" in run(*flags, "--merge").error()
+    assert not (out / "lora_me_32").exists()  # refused before training
+    assert run(*flags).code == 0  # which without --merge does not touch the file
+    assert (out / "lora_me_32.pth").read_bytes() == before
 
 
 def test_wrong_flags_are_named_all_at_once(run, out, chats):

@@ -72,11 +72,12 @@ def test_from_text_to_weights(texts, tmp_path):
     checkpoint = load_checkpoint(out / "pretrain_32.pth")
     assert checkpoint.config.dim == 32 and checkpoint.info["step"] == 8
     assert checkpoint.info["tokenizer_hash"] and checkpoint.info["train_data"]
-    # The tokens are made once: the second run reads them.
-    again = run(*QUICK, "--data_path", texts, "--out_dir", out, cwd=tmp_path)
+    # The tokens are made once: the second run, which replaces the first, reads them.
+    first = parameters(out)
+    again = run(*QUICK, "--data_path", texts, "--out_dir", out, "--overwrite", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "kept in" not in again.stdout
-    assert same(parameters(out), torch.load(out / "pretrain_32.pth", weights_only=True))
+    assert "kept in" in result.stdout and "kept in" not in again.stdout
+    assert same(parameters(out), first)
 
 
 def test_mixture_of_experts_compiled_bf16_muon(texts, tmp_path):
@@ -200,10 +201,11 @@ def test_other_data_or_another_model_is_not_resumed(texts, tmp_path):
     other.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(100)), encoding="utf-8")
     assert "train_data" in failed(run(*flags, "--data_path", other, "--resume"))
     assert "config.rope_theta" in failed(run(*flags, "--rope_theta", 5000, "--resume"))
-    # Another depth has the same name: it is not overwritten unasked.
+    # A finished run is not replaced unasked, whether by the same model or by one of another depth, with the same name.
     before = (tmp_path / "pretrain_32.pth").read_bytes()
-    message = failed(run(*flags, "--n_layers", 3))
-    assert "n_layers" in message and "--overwrite" in message
+    for more in ([], ["--n_layers", 3]):
+        message = failed(run(*flags, *more, "--max_steps", 2))
+        assert "pretrain_32.resume holds a finished run of 8 steps: replace it with --overwrite" in message
     assert (tmp_path / "pretrain_32.pth").read_bytes() == before
 
 

@@ -257,7 +257,7 @@ def test_a_damaged_cache_is_made_again_and_it_is_said(tokenizer, tmp_path, damag
         (folder / "info.json").write_text(content, encoding="utf-8")
     said = []
     dataset = tokenize_pretrain_data([path], tokenizer, cache, log=said.append)
-    assert said[0] == f"{folder} is damaged, or of an earlier version: its files are tokenized again" and len(said) == 2
+    assert said[0] == f"{folder} is damaged, or of an earlier version: the data is tokenized again" and len(said) == 2
     assert tokenizer.decode(dataset.document(3)[1:-1]) == TEXTS[3]
     assert folders(cache) == [folder.name]
 
@@ -582,7 +582,9 @@ def test_one_rule_for_rows_that_cannot_be_used(tokenizer, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(("n_skipped", "n_rows"), [(29, 100), (57, 100), (1, 3), (7, 9), (99_999, 100_000), (5, 5)])
 def test_the_limit_that_is_advised_is_enough(n_skipped, n_rows):
-    check = functools.partial(module.check_dropped, [Path("a")], {"empty": n_skipped}, n_rows, ["a:1: empty"], [])
+    check = functools.partial(
+        module.check_dropped, [Path("a")], {"empty": n_skipped}, n_rows - n_skipped, ["a:1: empty"], []
+    )
     with pytest.raises(UserError) as error:
         check(0.0)
     check(float(str(error.value).rpartition("max_dropped=")[2]))

@@ -163,23 +163,38 @@ def test_shared_experts_are_told_by_their_width(path, shared, note):
     assert same_weights(checkpoint.model, model)
     assert checkpoint.config.n_shared_experts == shared and checkpoint.info == {}
     assert any(note in text for text in checkpoint.notes)
-    assert any("assumed: 16 heads, 8 for keys" in text and "2 experts per token" in text for text in checkpoint.notes)
+    assert any(
+        "assumed: 16 heads, 8 for keys, rope_theta 10000 (as in MiniMind-v1)" in text and "2 experts per token" in text
+        for text in checkpoint.notes
+    )
 
 
 def test_position_table_of_an_old_file_tells_the_heads(path):
     model = make(n_heads=4, n_kv_heads=2)
-    as_published(path, model, pos_cis=torch.polar(torch.ones(512, 8), torch.zeros(512, 8)))
+    angles = torch.outer(torch.arange(512.0), 5e4 ** -(torch.arange(8) / 8))
+    as_published(path, model, pos_cis=torch.polar(torch.ones(512, 8), angles))
     checkpoint = load_checkpoint(path)
-    assert (checkpoint.config.n_heads, checkpoint.config.n_kv_heads) == (4, 2)
+    assert (checkpoint.config.n_heads, checkpoint.config.n_kv_heads, checkpoint.config.rope_theta) == (4, 2, 5e4)
     assert "pos_cis" in " ".join(checkpoint.notes)
+    as_published(path, model, pos_cis=torch.polar(torch.ones(512, 8), torch.zeros(512, 8)))
+    refuses("rope_theta=0.0 must be more than 0", path)
+    as_published(path, model, pos_cis=torch.ones(512, 8))  # converted to a real dtype: only its width is left
+    assert load_checkpoint(path).config.rope_theta == 1e4
 
 
-def test_heads_that_cannot_be_told_are_asked_for(path):
-    model = make(dim=60, n_heads=10, n_kv_heads=5)
+@pytest.mark.parametrize(
+    "fields", [dict(dim=60, n_heads=10, n_kv_heads=5), dict(n_kv_heads=16), dict(n_kv_heads=2, **MOE)]
+)
+def test_heads_that_cannot_be_told_are_asked_for(path, fields):
+    """Neither the width of MiniMind-v1's keys nor of MiniMind2's; the JSON in the message is complete."""
+    model = make(**fields)
     as_published(path, model)
-    refuses(r'number of heads cannot be derived .* \{"config": \{"n_heads"', path)
-    path.with_suffix(".json").write_text(json.dumps({"config": model.config.own_fields()}))
-    assert same_weights(load_checkpoint(path).model, model)
+    message = refuses(r'number of heads cannot be derived .* \{"config": \{"n_heads"', path)
+    asked = json.loads(message[message.index("{") :])
+    given = {name: getattr(model.config, name) if value == "?" else value for name, value in asked["config"].items()}
+    path.with_suffix(".json").write_text(json.dumps({"config": given}))
+    checkpoint = load_checkpoint(path)
+    assert same_weights(checkpoint.model, model) and checkpoint.config.architecture() == model.config.architecture()
 
 
 def test_output_may_be_absent_but_not_different(path):
@@ -292,6 +307,8 @@ def test_other_kinds_of_files(tmp_path):
     file = tmp_path / "x.pth"
     file.write_text("not weights at all\n" * 100)
     refuses("not a state dict|damaged", file)
+    file.write_text("hi\n")
+    refuses(r"damaged or cut off \(not written by torch.save\)", file)
     torch.save(Evil(), file)
     refuses("holds objects, which are never loaded", file)
     file.write_bytes(pickle.dumps(Evil()))

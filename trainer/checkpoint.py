@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic_folder, exclusive, recover_folder
+from common.files import atomic_folder, exclusive, recover_folder, write_json
 from trainer.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from trainer.options import TrainOptions
 
@@ -91,10 +91,8 @@ def save_state(
             barrier(dist_env)
             hashes = _hash_files(tmp, dist_env)
             if dist_env.is_main:
-                description = json.dumps(run | {"step": step}, indent=2, ensure_ascii=False)
-                (tmp / "run.json").write_text(description, encoding="utf-8", newline="")
-                hashes["run.json"] = _hash(tmp / "run.json")
-                (tmp / MARKER).write_text(json.dumps(hashes, indent=2), encoding="utf-8", newline="")
+                write_json(tmp / "run.json", run | {"step": step})
+                write_json(tmp / MARKER, hashes | {"run.json": _hash(tmp / "run.json")})
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
         if not _disk_is_full(folder, error):
             raise
@@ -191,8 +189,9 @@ def check_run(output: Path, options: TrainOptions, dist_env: DistEnv) -> None:
     def check() -> None:
         options.out_dir.mkdir(parents=True, exist_ok=True)
         with hold_run(options.out_dir, output.stem):
-            resumed = _candidates(options.out_dir / f"{output.stem}.resume", options, dist_env)
-            if output.exists() and not (resumed or options.overwrite or dist_env.restart_count):
+            folder = options.out_dir / f"{output.stem}.resume"
+            _candidates(folder, options, dist_env)
+            if output.exists() and not (complete_states(folder) or options.overwrite or dist_env.restart_count):
                 raise UserError(f"{output} exists: replace it with --overwrite, or choose another --out_dir")
 
     broadcast_object(dist_env, check)
@@ -217,6 +216,11 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
     path = folder if options.resume in ("newest", "auto") else Path(options.resume)
     if not path.exists():
         raise UserError(f"--resume: there is no {path}; {_START}")
+    if found and folder.resolve() not in (path.resolve(), path.resolve().parent):
+        raise UserError(
+            f"--resume: {folder} holds a run of its own, which {path} does not belong to: continue that one with --resume "
+            "alone, or choose another --out_dir"
+        )
     if not _STEP.fullmatch(path.name):
         if not (states := complete_states(path)):
             raise UserError(f"--resume: no complete state in {path}; {_START}")
@@ -297,7 +301,7 @@ def differences(now: dict, then: dict) -> list[str]:
 
 
 def _why_data_differs(now: dict, then: dict) -> str:
-    names = ("data_path", "val_fraction", "val_tokens", "tokenizer", "text_field", "max_dropped", "seed", "model")
+    names = ("data_path", "val_fraction", "val_tokens", "tokenizer", "text_field", "seed", "model")
     flags = [f"--{name} {then[name]} -> {now[name]}" for name in names if name in then and then[name] != now.get(name)]
     if flags:
         return f"the data differs because of {', '.join(flags)}"

@@ -85,7 +85,8 @@ def init_distributed(device_type: str, timeout: float = 600.0) -> DistEnv:
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=later)
     if rank != 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 prints for all; errors of every process are shown
+        # Rank 0 prints for all; errors of every process are shown.
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
     # After a restart the launchers of several machines count differently: a restart on one is a restart of all.
     found = [(0, "")] * size
     dist.all_gather_object(found, (restart_count, _run_id()))

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 
@@ -26,18 +26,10 @@ from trainer.options import TrainOptions
 FINISH_SECONDS = 60  # the end of a run waits for an upload at most this long
 
 
-class Logger(Protocol):
-    name: str
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Loggers:
     """The loggers of a run. One that fails is dropped with a warning, and the run continues."""
 
-    def __init__(self, active: list[Logger]) -> None:
+    def __init__(self, active: list[WandbLogger | TensorBoardLogger]) -> None:
         self.active = active
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -47,7 +39,7 @@ class Loggers:
         self._call_each(lambda logger: logger.close())
         self.active = []
 
-    def _call_each(self, action: Callable[[Logger], None]) -> None:
+    def _call_each(self, action: Callable[[Any], None]) -> None:
         for logger in list(self.active):
             try:
                 action(logger)
@@ -63,7 +55,7 @@ class Loggers:
 
 def open_loggers(options: TrainOptions, run_name: str, steps_done: int) -> Loggers:
     """Open what --use_wandb and --use_tensorboard ask for."""
-    loggers: list[Logger] = []
+    loggers: list[WandbLogger | TensorBoardLogger] = []
     if options.use_wandb and (wandb_logger := _open_wandb(options, run_name)) is not None:
         loggers.append(wandb_logger)
     if options.use_tensorboard:

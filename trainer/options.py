@@ -209,7 +209,9 @@ class TrainOptions:
         if self.deepspeed is not None:
             if self.optimizer != "adamw":
                 found.append(f"--optimizer {self.optimizer} with --deepspeed is not supported: use adamw, or --fsdp")
-            found += validate_zero_config(self, dtype)
+            if self.compile:
+                found.append("--compile and --deepspeed do not work together: leave one of them out")
+            found += validate_zero_config(self.deepspeed)
         return found
 
     @property
@@ -255,14 +257,17 @@ class ChatOptions(TuneOptions):
 
 # ---- the JSON file of --deepspeed
 #
-# A value that a flag decides belongs on the command line only. In the file it may be missing, "auto", or the same;
-# another value is an error, because one of the two would be ignored silently.
+# What a flag decides belongs on the command line only: in the file it may be missing or "auto", because of two values one
+# would be ignored silently.
 
-_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+_DECIDED_BY = {
+    "train_micro_batch_size_per_gpu": "--batch_size", "gradient_accumulation_steps": "--accumulation_steps",
+    "train_batch_size": "--batch_size", "gradient_clipping": "--grad_clip", "bf16": "--dtype", "fp16": "--dtype",
+    "optimizer": "--optimizer", "scheduler": "--warmup_iters",
+}  # fmt: skip
 _ALLOWED = {
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
-    "optimizer", *_PRECISIONS,
 }  # fmt: skip
 
 
@@ -285,55 +290,27 @@ def read_zero_config(path: Path) -> dict:
     return config
 
 
-def zero_values_of_flags(options: TrainOptions) -> dict[str, tuple[float, str]]:
-    """Return what the flags decide: DeepSpeed's name -> (value, the flags)."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = options.batch_size * options.accumulation_steps * size
-    return {
-        "train_micro_batch_size_per_gpu": (options.batch_size, "--batch_size"),
-        "gradient_accumulation_steps": (options.accumulation_steps, "--accumulation_steps"),
-        "train_batch_size": (rows, "--batch_size * --accumulation_steps * processes"),
-        "gradient_clipping": (options.grad_clip, "--grad_clip"),
-    }
-
-
-def validate_zero_config(options: TrainOptions, dtype: str) -> list[str]:
-    """Return everything in the file of --deepspeed that contradicts the flags or is not supported.
-
-    dtype: of the computation, such as "bfloat16".
-    """
-    from trainer.optim import BETAS  # loads torch
-
-    path = options.deepspeed
-    assert path is not None
+def validate_zero_config(path: Path) -> list[str]:
+    """Return everything in a DeepSpeed file that a flag decides or that is not supported."""
     try:
         config = read_zero_config(path)
     except UserError as error:
         return [str(error)]
-    found = []
-    decided = zero_values_of_flags(options)
-    for name, (value, flags) in decided.items():
-        if config.get(name, "auto") not in ("auto", value):
-            found.append(f'"{name}" is {config[name]}, but {flags} says {value}: remove it there')
-    for name, precision in _PRECISIONS.items():
-        enabled = config.get(name, {}).get("enabled", "auto")
-        if enabled not in ("auto", dtype == precision):
-            found.append(f'"{name}" is {enabled}, but --dtype says {dtype}: remove it there')
-    optimizer = config.get("optimizer", {})
-    known = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "betas": list(BETAS), "eps": 1e-8}
-    wrong = [k for k, v in optimizer.get("params", {}).items() if v not in ("auto", known.get(k))]
-    if optimizer.get("type", "AdamW") not in ("Adam", "AdamW") or wrong:
-        what = f"{wrong[0]} of " if wrong else ""
-        found.append(
-            f'{what}"optimizer" is not what --optimizer, --learning_rate and --weight_decay say: remove it there'
-        )
-    if unknown := sorted(config.keys() - _ALLOWED - decided.keys()):
+    found = [
+        f'"{name}" is what {flag} says: remove it there, or write "auto"'
+        for name, flag in _DECIDED_BY.items()
+        if any(value != "auto" for value in _leaves(config.get(name, "auto")))
+    ]
+    if unknown := sorted(config.keys() - _ALLOWED - _DECIDED_BY.keys()):
         found.append(f"not supported here: {', '.join(unknown)}: remove it there")
-    section = config["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
-        if (section.get(name) or {}).get("device") == "nvme":
+        if (config["zero_optimization"].get(name) or {}).get("device") == "nvme":
             found.append(f'"{name}" to nvme is not supported; "cpu" is')
-    found = [f"--deepspeed {path}: {error}" for error in found]
-    if options.compile:
-        found.append("--compile and --deepspeed do not work together: leave one of them out")
-    return found
+    return [f"--deepspeed {path}: {error}" for error in found]
+
+
+def _leaves(value: Any) -> list:
+    """Return the values inside nested objects, except names of classes, such as an optimizer's "type"."""
+    if not isinstance(value, dict):
+        return [value]
+    return [leaf for name, inner in value.items() if name != "type" for leaf in _leaves(inner)]

@@ -124,6 +124,8 @@ class DDPStrategy(ParallelStrategy):
         self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if options.compile:
+            # Its cutting of graphs at DDP's buckets fails for ours, in which the number of documents is dynamic.
+            torch._dynamo.config.optimize_ddp = False
             model.compile()
         if dist_env.size > 1:
             self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -25,7 +25,7 @@ from model.moe import MoEFeedForward
 from trainer.checkpoint import TrainingCheckpoint
 from trainer.distributed import DistEnv, barrier, main_process_first
 from trainer.optim import make_optimizers
-from trainer.options import TrainOptions, read_zero_config, zero_values_of_flags
+from trainer.options import TrainOptions, read_zero_config
 from trainer.parallel.ddp import ParallelStrategy
 
 TAG = "deepspeed"  # the folder of DeepSpeed's files in a training state
@@ -53,10 +53,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         deepspeed = import_deepspeed(device)
         from deepspeed.utils import set_z3_leaf_modules
 
-        config = complete_zero_config(options, dtype)
+        config = complete_zero_config(options, dtype, dist_env.size)
         self.dist_env, self.zero = dist_env, deepspeed.zero
         self.stage = config["zero_optimization"]["stage"]
         self.universal = state is not None and state.run["settings"]["world_size"] != dist_env.size
+        if state is not None and (by_zero3 := _shards_weights(state.path)) != (self.stage == 3):
+            saved = "with" if by_zero3 else "without"
+            raise UserError(f"cannot resume {state.path}: it was saved {saved} ZeRO-3, and can only be continued so")
         config["checkpoint"] = {"load_universal": self.universal}
         if self.stage < 3:
             model.to(device)
@@ -117,6 +120,12 @@ class DeepSpeedStrategy(ParallelStrategy):
         barrier(self.dist_env)
         if self.universal and self.dist_env.is_main:
             shutil.rmtree(folder / tag)
+            (folder / "latest_universal").unlink(missing_ok=True)
+
+
+def _shards_weights(state: Path) -> bool:
+    """Return whether ZeRO-3 wrote the state, with the weights of each process in a file of their own."""
+    return any((state / TAG).glob("zero_*model_states.pt"))
 
 
 def _convert_to_universal(source: Path, target: Path) -> None:
@@ -150,14 +159,19 @@ def only_tensors() -> Iterator[None]:
         os.environ |= {name: before} if before is not None else {}
 
 
-def complete_zero_config(options: TrainOptions, dtype: torch.dtype) -> dict:
+def complete_zero_config(options: TrainOptions, dtype: torch.dtype, world_size: int) -> dict:
     """Return the file of --deepspeed with the values of the flags filled in, as `deepspeed.initialize` takes it."""
     assert options.deepspeed is not None
     config: dict[str, Any] = {"steps_per_print": 1_000_000_000, "zero_allow_untested_optimizer": True}
     config |= read_zero_config(options.deepspeed)
-    for name in ("bf16", "fp16", "optimizer"):
+    for name in ("bf16", "fp16", "optimizer", "scheduler"):
         config.pop(name, None)
-    config |= {name: value for name, (value, _) in zero_values_of_flags(options).items()}
+    config |= {
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation_steps,
+        "train_batch_size": options.batch_size * options.accumulation_steps * world_size,
+        "gradient_clipping": options.grad_clip,
+    }
     # Weights stay float32 and products are computed in --dtype, as without DeepSpeed: the same run.
     config["torch_autocast"] = {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")}
     return config | {"zero_force_ds_cpu_optimizer": False}
