@@ -274,7 +274,7 @@ def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
         launch.wait_for_states(states, 1)
         launch.kill_all()
         newest = complete_states(states)[-1]
-        shutil.copytree(newest, states / f".{newest.name}.12345678.tmp")
+        shutil.copytree(newest, states / f".{newest.name}.12345678.tmp", dirs_exist_ok=True)
         newest.rename(states / f".{newest.name}.old")
         return newest.name
     filler = fill(out_dir)
