@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Options:
         [], "sites whose pages may call from a browser, like http://localhost:3000; *: all (default: none)", nargs="+",
         metavar="ORIGIN",
     )  # fmt: skip
+    strict: bool = flag(False, "reject requests with fields that would be ignored, like tools")
     served_model_name: str | None = flag(None, "the model's name in requests (default: the file's)", metavar="NAME")
     max_rows: int = flag(32, "answers that are decoded at the same time", min=1, metavar="N")
     max_queue: int = flag(256, "answers that may wait; more are rejected", min=1, metavar="N")
@@ -83,6 +85,8 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     sock = bind(options.host, options.port)
 
+    logging.basicConfig(format="%(levelname)s:     %(message)s")  # as uvicorn's lines
+    logging.getLogger("minimind").setLevel(options.log_level.upper())
     import uvicorn  # torch and the server's libraries take seconds to load: --help and wrong flags do not wait for them
 
     from inference.generator import BatchGenerator
@@ -112,7 +116,10 @@ def main() -> None:
     served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint)
     limit = options.sampling.max_new_tokens
     defaults = dataclasses.replace(options.sampling, max_new_tokens=context if limit is None else limit)
-    app = create_app(engine, served, defaults, api_key=options.api_key, cors_origins=options.cors_origins)
+    app = create_app(
+        engine, served, defaults,
+        api_key=options.api_key, cors_origins=options.cors_origins, strict=options.strict,
+    )  # fmt: skip
 
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -41,8 +41,8 @@ class RemoteChat(Chat):
         if self.model not in models:
             raise UserError(f"--model {self.model}: {self.base_url} has {', '.join(models)}")
         self.context = getattr(models[self.model], "max_model_len", None)  # only this server and a few others send it
-        # Where the server says how much it holds, half is kept for the answer; it refuses what does not fit then, and
-        # `reply` leaves turns out.
+        # Where the server says how much it holds, half is kept for the answer; if that does not fit beside the question and
+        # its history, `reply` leaves turns out.
         limit = sampling.get("max_new_tokens") or (self.context and self.context // 2)
         own = ("max_new_tokens", *EXTENSIONS)
         self.settings = {name: value for name, value in sampling.items() if name not in own}
@@ -52,16 +52,20 @@ class RemoteChat(Chat):
 
     def reply(self, question: str) -> str:
         history = split_turns(self.turns)[1][-self.history_turns :] if self.history_turns else []
-        create: Any = self.client.chat.completions.create  # its overloads know no dict of settings
+        create: Any = self.client.chat.completions.with_raw_response.create  # its overloads know no dict of settings
         left_out = 0
         while True:
             messages = [*self.system, *itertools.chain(*history[left_out:]), {"role": "user", "content": question}]
             try:
-                chunks = create(
+                response = create(
                     model=self.model, messages=messages, stream=True, stream_options={"include_usage": True},
                     **self.settings,
                 )  # fmt: skip
-                break
+                chunks = response.parse()
+                if "x-max-tokens" not in response.headers or left_out == len(history):  # there is room for the answer
+                    break
+                chunks.close()
+                left_out += 1
             except openai.BadRequestError as error:
                 if error.code != "context_length_exceeded" or left_out == len(history):
                     raise ValueError(self.explain(error)) from error

@@ -39,6 +39,7 @@ def create_app(
     *,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    strict: bool = False,
 ) -> FastAPI:
     """Return the server as an ASGI application; it starts the engine and closes it.
 
@@ -46,11 +47,12 @@ def create_app(
         defaults: for what a request does not set. Its max_new_tokens limits answers of requests that set no limit.
         api_key: required from clients; None: no key.
         cors_origins: sites whose pages may call this server from a browser; "*": all.
+        strict: refuse fields that would be ignored.
     """
     metrics = Metrics(engine)
-    chat = ChatEndpoint(engine, model, defaults)
-    completion = CompletionEndpoint(engine, model, defaults)
-    embedding = EmbeddingEndpoint(engine, model, defaults)
+    chat = ChatEndpoint(engine, model, defaults, strict)
+    completion = CompletionEndpoint(engine, model, defaults, strict)
+    embedding = EmbeddingEndpoint(engine, model, defaults, strict)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,13 +67,13 @@ def create_app(
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-Id"],
+            expose_headers=["Retry-After", "X-Request-Id", "X-Ignored-Fields", "X-Max-Tokens"],
         )
         middleware.insert(0, cors)
     app = FastAPI(
         title="MiniMind",
         version="1",
-        description="OpenAI's API for a MiniMind model. The README lists the fields that are honoured and rejected.",
+        description="OpenAI's API for a MiniMind model. The README lists the fields that have an effect.",
         lifespan=lifespan,
         middleware=middleware,
         exception_handlers={
@@ -166,7 +168,14 @@ EXPECTED = {
     "prompt": _TEXTS_OR_IDS,
     "input": _TEXTS_OR_IDS,
     "stop": f"a text of at most 1024 characters, or a list of at most {protocol.MAX_STOPS} such texts",
-    "content": 'a text, or a list of parts like {"type": "text", "text": "..."}',
+    "content": 'a text, or a list of parts like {"type": "text", "text": "..."}: this model reads nothing else',
+    "role": "system, developer, user or assistant: this model calls no tools, so they have no messages",
+    "tool_calls": "empty: this model calls no tools",
+    "tool_choice": '"auto" or "none": this model calls no tools, and answers in text',
+    "function_call": '"auto" or "none": this model calls no functions, and answers in text',
+    "response_format": '{"type": "text"}: this model cannot be held to JSON',
+    "modalities": '["text"]: this model writes nothing else',
+    "suffix": "empty: this model only continues texts",
 }
 
 

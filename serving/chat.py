@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model.chat_format import render_chat
+from model.chat_format import Message, render_chat, truncate_chat
 from serving import protocol
-from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize, unsupported
+from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
 from serving.http import ApiError
+
+BETWEEN = "\n\n\n"  # messages of one role that become one
 
 
 class ChatEndpoint(Endpoint):
     async def create(self, body: protocol.ChatRequest, request: Request) -> Response:
-        self.check(body)
+        self.check(body, request)
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             message = "max_tokens and max_completion_tokens mean the same: set only one of them"
             raise ApiError(400, message, "max_tokens")
@@ -23,42 +28,47 @@ class ChatEndpoint(Endpoint):
             raise ApiError(400, f"{param} must be at least 1, or -1 for as much as fits", param)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        messages = [plain_message(i, message) for i, message in enumerate(body.messages)]
+        messages = arrange([plain_message(message) for message in body.messages])
         size = sum(len(message["content"]) for message in messages)
-        prompt = await tokenize(self.prompt, messages, size, "messages")
-        limit = self.token_limit(len(prompt), limit, param, "messages")
+        encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit))
+        prompt = await tokenize(encode, messages, size, "messages")
+        limit = self.token_limit(len(prompt), limit, "messages", request)
         top = (body.top_logprobs or 0) if body.logprobs else None
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
         builder = ChatBuilder(self.model, [Choice() for _ in samplings], len(prompt), body, top)
         return await self.respond(builder, [prompt] * len(samplings), samplings, body, request)
 
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """Return the token ids that training has seen before an answer, and those of an answer to be continued."""
+    def prompt(self, messages: list[Message], keep: int | None = None) -> list[int]:
+        """Return the token ids that training has seen before an answer, and those of an answer to be continued.
+
+        keep: leave out the oldest turns of a chat that has more tokens; None: none.
+        """
+        if keep is not None:
+            messages = truncate_chat(self.model.tokenizer, messages, keep).messages
         return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
 
 
-def plain_message(index: int, message: protocol.Message) -> dict[str, str]:
-    """Return a message as `render_chat` takes it. Raises ApiError for what is not text."""
-    where = f"messages[{index}]"
-    if message.role in ("tool", "function"):
-        text = f"{where}: this model has no tools, so {message.role} messages are not accepted"
-        raise ApiError(400, text, f"{where}.role")
-    for name, value in (message.model_extra or {}).items():
-        if value not in (None, [], {}, ""):
-            raise unsupported(f"{where}.{name}")
+def plain_message(message: protocol.Message) -> Message:
     content = message.content
-    if content is None:
-        raise ApiError(400, f"{where}.content is missing: it must be a text", f"{where}.content")
-    if not isinstance(content, str):
-        texts = []
-        for i, part in enumerate(content):
-            if part.type != "text" or part.text is None:
-                param = f"{where}.content[{i}]"
-                text = f"{param} is of type {part.type!r}: this model reads only parts of type text"
-                raise ApiError(400, text, param)
-            texts.append(part.text)
-        content = "".join(texts)
-    return {"role": "system" if message.role == "developer" else message.role, "content": content}
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    return {"role": "system" if message.role == "developer" else message.role, "content": text}
+
+
+def arrange(messages: list[Message]) -> list[Message]:
+    """Return a chat in the order that the model knows: one system message, then user and assistant in turn.
+
+    System messages move to the front, consecutive messages of one role become one, with two blank lines between them, and
+    where a question is missing (a chat begins with an answer, or is only a system message) an empty one takes its place.
+    """
+    system = [message for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]
+    no_question: Message = {"role": "user", "content": ""}
+    if not turns or turns[0]["role"] == "assistant":
+        turns.insert(0, no_question)
+    if messages[-1]["role"] == "system" and turns[-1]["role"] == "assistant":
+        turns.append(no_question)  # the system asks for another answer, not for more of the last one
+    groups = itertools.groupby(system + turns, key=lambda message: message["role"])
+    return [{"role": role, "content": BETWEEN.join(one["content"] for one in group)} for role, group in groups]
 
 
 class ChatBuilder(ResponseBuilder):

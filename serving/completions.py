@@ -6,22 +6,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving import protocol
-from serving.endpoint import Choice, Endpoint, ResponseBuilder, unsupported
+from serving.endpoint import Choice, Endpoint, ResponseBuilder
 from serving.engine import Scores
 from serving.http import ApiError, cancel_on_disconnect
 
 
 class CompletionEndpoint(Endpoint):
     async def create(self, body: protocol.CompletionRequest, request: Request) -> Response:
-        self.check(body)
+        self.check(body, request)
         n = body.n or 1
         if body.best_of not in (None, n):
-            raise unsupported("best_of")
-        prompts = await self.encode_prompts(body.prompt, "prompt")
+            raise ApiError(400, "best_of must equal n: answers are not ranked", "best_of")
+        prompts = await self.encode_prompts(body.prompt, "prompt", self.prompt_limit(body, body.max_tokens))
         if len(prompts) * n > protocol.MAX_INPUTS:
             message = f"the request asks for {len(prompts) * n} answers; the limit is {protocol.MAX_INPUTS}"
             raise ApiError(400, message, "prompt")
-        limits = [self.token_limit(len(prompt), body.max_tokens, "max_tokens", "prompt") for prompt in prompts]
+        limits = [self.token_limit(len(prompt), body.max_tokens, "prompt", request) for prompt in prompts]
         scores: list[Scores] | list[None] = [None] * len(prompts)
         if body.echo and body.logprobs is not None:
             scores = await cancel_on_disconnect(request.receive, self.engine.score(prompts, body.logprobs))

@@ -17,10 +17,10 @@ from serving.http import ApiError, cancel_on_disconnect, json_response
 
 class EmbeddingEndpoint(Endpoint):
     async def create(self, body: protocol.EmbeddingRequest, request: Request) -> Response:
-        self.check(body)
+        self.check(body, request)
         if body.dimensions not in (None, self.model.dim):
             raise ApiError(400, f"dimensions can only be {self.model.dim}, the width of this model", "dimensions")
-        texts = await self.encode_prompts(body.input, "input")
+        texts = await self.encode_prompts(body.input, "input", self.prompt_limit(body))
         context = self.engine.max_len
         for i, text in enumerate(texts):
             if len(text) > context:

@@ -11,6 +11,7 @@ import codecs
 import dataclasses
 import functools
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,10 +28,12 @@ from inference.options import SamplingParams
 from model.tokenizer import BOS_ID, encode_texts
 from serving import protocol
 from serving.engine import Engine, EngineError, Scores, Stream
-from serving.http import ApiError, SSEResponse, cancel_on_disconnect, json_response, to_json
+from serving.http import ApiError, SSEResponse, add_header, cancel_on_disconnect, json_response, log, to_json
 
 DONE = b"data: [DONE]\n\n"
 LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that the event loop can serve other clients
+
+MAX_NAMES = 100  # ignored fields that are named in a response, and in the log
 
 _json_text = json.JSONEncoder(ensure_ascii=False).encode
 Item = TypeVar("Item")
@@ -128,6 +131,7 @@ class ResponseBuilder:
         self.model, self.choices, self.top_logprobs = model, choices, top_logprobs
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.continuous_usage = bool(body.stream_options and body.stream_options.continuous_usage_stats)
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "object": self.object_name,
@@ -159,10 +163,11 @@ class ResponseBuilder:
         """Yield server-sent events; the last is [DONE], after an error if there was one."""
         # The part that all chunks share is encoded once: there is a chunk for every token of every stream.
         head = f"data: {_json_text(self.head | {'object': self.chunk_name})[:-1]}, "
-        tail = ', "usage": null}\n\n' if self.include_usage else "}\n\n"
 
         def encode(indices: Sequence[int], first: bool = False) -> bytes:
             chunks = []
+            usage = _json_text(self.usage()) if self.continuous_usage else "null"
+            tail = f', "usage": {usage}}}\n\n' if self.include_usage else "}\n\n"
             for i in indices:
                 entries = self.chunk_choices(i, self.choices[i], first)
                 chunks += [f'{head}"choices": [{_json_text(entry)}]{tail}' for entry in entries]
@@ -202,58 +207,80 @@ class Endpoint:
     engine: Engine
     model: ServedModel
     defaults: SamplingParams
+    strict: bool = False  # refuse fields that would be ignored
+    logged: set[str] = field(default_factory=set)  # ignored fields that the log has
 
     def check_model(self, name: str) -> None:
         if name != self.model.name:
             message = f"there is no model {name!r} on this server, only {self.model.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def check(self, body: protocol.Request) -> None:
-        """Raise ApiError for another model, and for a field that would have to be ignored."""
+    def check(self, body: protocol.Request, request: Request) -> None:
+        """Raise ApiError for another model. Name the fields that are ignored in the response and, once each, in the log."""
         self.check_model(body.model)
-        for name, value in (body.model_extra or {}).items():
-            if value is None or name in protocol.HARMLESS or value in protocol.UNSUPPORTED.get(name, ()):
-                continue
-            if name in protocol.UNSUPPORTED:
-                raise unsupported(name)
-            raise ApiError(400, f"there is no field {name!r} in this request", name, "unknown_parameter")
+        ignored = [_printable(name) for name in dict.fromkeys(body.ignored_fields())]
+        if not ignored:
+            return
+        if self.strict:
+            message = f"this server does not know the field {ignored[0]!r}, and --strict refuses what it would ignore"
+            raise ApiError(400, message, ignored[0], "unknown_parameter")
+        add_header(request, "X-Ignored-Fields", ", ".join(ignored[:MAX_NAMES]))
+        for name in ignored:
+            if name not in self.logged and len(self.logged) < MAX_NAMES:
+                self.logged.add(name)
+                log.info("requests have the field %s, which is ignored", name)
 
-    async def encode_prompts(self, prompt: protocol.Prompt, param: str) -> list[list[int]]:
-        """Return the token ids of one or more texts, each beginning with <s> as in training; ids stay as they are."""
+    async def encode_prompts(self, prompt: protocol.Prompt, param: str, keep: int | None) -> list[list[int]]:
+        """Return the token ids of one or more texts, each beginning with <s> as in training; ids stay as they are.
+
+        keep: how many tokens of each, its last ones; None: all.
+        """
         many: Any = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         if len(many) > protocol.MAX_INPUTS:
             message = f"{param} has {len(many)} texts; at most {protocol.MAX_INPUTS} are accepted in one request"
             raise ApiError(400, message, param)
         if isinstance(many[0], str):
             encode = functools.partial(encode_texts, self.model.tokenizer)
-            return [[BOS_ID, *ids] for ids in await tokenize(encode, many, sum(map(len, many)), param)]
+            texts = await tokenize(encode, many, sum(map(len, many)), param)
+            return [[BOS_ID, *(ids if keep is None else ids[max(len(ids) + 1 - keep, 0) :])] for ids in texts]
         for ids in many:
             if max(ids) >= self.model.vocab_size:
                 message = f"token {max(ids)} does not exist; the model has 0 to {self.model.vocab_size - 1}"
                 raise ApiError(400, message, param)
-        return many
+        return many if keep is None else [ids[max(len(ids) - keep, 0) :] for ids in many]
 
-    def token_limit(self, prompt: int, limit: int | None, limit_param: str, prompt_param: str) -> int:
-        """Return how many tokens an answer may have. Raises ApiError if less fits than `limit` asks for.
+    def prompt_limit(self, body: protocol.Request, answer: int | None = None) -> int | None:
+        """Return how many tokens of the prompt a request wants to keep; None: all.
+
+        Args:
+            answer: its limit for the answer, which gets that room, up to half of the context.
+        """
+        if body.truncate_prompt_tokens is None:
+            return None
+        context = self.engine.max_len
+        room = context - min(max(answer or 1, 1), context // 2)
+        return room if body.truncate_prompt_tokens == -1 else min(body.truncate_prompt_tokens, room)
+
+    def token_limit(self, prompt: int, limit: int | None, param: str, request: Request) -> int:
+        """Return how many tokens an answer may have; the response says so if it is less than `limit`.
+
+        Raises ApiError, which names `param`, if the prompt leaves no room.
 
         Args:
             prompt: length of the prompt in tokens.
             limit: that of the request; None: the server's default; -1: as much as fits.
         """
         context = self.engine.max_len
-        fits, what = context - prompt, f"the context is {context} tokens, prompt and answer together"
-        code = "context_length_exceeded"
+        fits = context - prompt
         if fits < (limit != 0):  # with a limit of 0 the prompt may fill the context
-            raise ApiError(400, f"{what}, and the prompt has {prompt}: shorten it", prompt_param, code)
+            message = f"the context is {context} tokens, prompt and answer together, and the prompt has {prompt}: "
+            advice = "shorten it, or send truncate_prompt_tokens: -1"
+            raise ApiError(400, message + advice, param, "context_length_exceeded")
         if limit is None:
             return min(self.defaults.max_new_tokens, fits)
-        if limit == -1:
-            return fits
         if limit > fits:
-            advice = f"ask for at most {fits}, or for -1 (as much as fits)"
-            message = f"{what}; the prompt has {prompt} and the request asks for {limit}: {advice}"
-            raise ApiError(400, message, limit_param, code)
-        return limit
+            add_header(request, "X-Max-Tokens", str(fits))
+        return fits if limit == -1 else min(limit, fits)
 
     def sampling_params(
         self, body: protocol.SamplingRequest, index: int, max_new_tokens: int, top_logprobs: int | None
@@ -263,6 +290,8 @@ class Endpoint:
         given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
         if "top_p" in given:
             given["top_p"] = max(given["top_p"], 1e-9)  # OpenAI allows 0: only the most probable token
+        if "top_k" in given:
+            given["top_k"] = max(given["top_k"], 0)
         if "stop" in given:
             stops = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
             given["stop"] = tuple(text for text in stops if text)  # some clients send "" for none
@@ -294,8 +323,9 @@ class Endpoint:
         return json_response(await cancel_on_disconnect(request.receive, builder.collect(stream)))
 
 
-def unsupported(param: str) -> ApiError:
-    return ApiError(400, f"{param} is not supported by this server: leave it out", param, "unsupported_parameter")
+def _printable(name: str) -> str:
+    """Return the name of a field as a header and a log may have it."""
+    return re.sub(r"[^\w.-]", "?", name[:64], flags=re.ASCII) or "?"
 
 
 async def tokenize(encode: Callable[[Item], Encoded], item: Item, size: int, param: str) -> Encoded:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -73,6 +74,11 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(to_json(content), status, headers, media_type="application/json")
 
 
+def add_header(request: Request, name: str, value: str) -> None:
+    """Add a header to the response of a request, whichever it will be."""
+    request.scope["response_headers"].append((name.lower().encode(), value.encode()))
+
+
 # ---- before a request is handled
 
 
@@ -92,12 +98,12 @@ class Auth:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex.encode()
+        added = scope["response_headers"] = [(b"x-request-id", uuid.uuid4().hex.encode())]
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         headers = dict(scope["headers"])

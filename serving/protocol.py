@@ -1,52 +1,42 @@
 """Schemas of requests and answers: the part of OpenAI's API that this server implements.
 
-Types are strict: "5" is not a number and 1 not a boolean. A field that this server cannot honour is rejected unless it
-has no effect anyway (null, an empty list, the neutral value); fields that only label a request (`HARMLESS`) are accepted
-and have no effect; every other field is unknown and rejected by its name.
+Types are strict: "5" is not a number and 1 not a boolean. A declared field that asks for what the model cannot do (a tool
+that must be called, JSON mode) is an error. A field that is not declared is ignored, and the response says so, unless it has
+no effect anyway: it only labels a request (`HARMLESS`), or its value is one of `NEUTRAL`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_type_hints
 
 from openai import types
 from openai.types import completion_choice
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model
 
 from inference.options import SamplingParams
 
 HARMLESS = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+    + ("parallel_tool_calls", "include_obfuscation")
 )
-# OpenAI's fields that this server rejects, and the values of each that have no effect.
-UNSUPPORTED: dict[str, tuple] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "suffix": ("",),
-}
+NEUTRAL = (None, False, "", "none", [], {})  # and 0, which equals False
 # Fields of SamplingParams that a request has under the same name, with OpenAI's limits; {}: the limits of SamplingParams.
-# top_k, min_p and repetition_penalty are extensions of OpenAI's API.
-SAMPLING_FIELDS: dict[str, dict[str, float]] = {
+# top_k (-1: no limit, as for vLLM), min_p and repetition_penalty (llama.cpp: repeat_penalty) are extensions of OpenAI's API.
+SAMPLING_FIELDS: dict[str, dict[str, Any]] = {
     "temperature": {"ge": 0, "le": 2},
     "top_p": {"ge": 0, "le": 1},
     "presence_penalty": {"ge": -2, "le": 2},
     "frequency_penalty": {"ge": -2, "le": 2},
     "seed": {"ge": -(2**63), "le": 2**63 - 1},
-    "top_k": {},
+    "top_k": {"ge": -1},
     "min_p": {},
-    "repetition_penalty": {"gt": 0, "le": 10},
+    "repetition_penalty": {
+        "gt": 0,
+        "le": 10,
+        "validation_alias": AliasChoices("repetition_penalty", "repeat_penalty"),
+    },
 }
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -64,19 +54,35 @@ class Schema(BaseModel):
 # ---- requests
 
 
-class StreamOptions(Schema):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    include_usage: bool | None = Field(None, description="end with a chunk that has the usage of the whole request")
-    include_obfuscation: Literal[False] | None = Field(None, description="not supported: false or null")
-
-
-class Request(Schema):
-    """A request with all the fields it may have. Unknown ones are kept, so that they can be rejected by name."""
+class OpenSchema(Schema):
+    """A part of a request. Fields that it does not declare are kept, so that they can be named."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
+    def ignored_fields(self, prefix: str = "") -> Iterator[str]:
+        """Yield the names of the fields that have no effect here, although they would have one elsewhere."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in HARMLESS and value not in NEUTRAL:
+                yield prefix + name
+        for name, value in self:
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, OpenSchema):
+                    yield from part.ignored_fields(f"{prefix}{name}.")
+
+
+class StreamOptions(OpenSchema):
+    include_usage: bool | None = Field(None, description="end with a chunk that has the usage of the whole request")
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: every chunk has the usage so far"
+    )
+
+
+class Request(OpenSchema):
     model: str = Field(description="a name from /v1/models")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="leave out the beginning of a prompt that is longer, of a chat the oldest turns; -1: of "
+        "one that does not fit into the context"
+    )  # fmt: skip
 
 
 def _sampling_fields() -> dict[str, Any]:
@@ -103,28 +109,38 @@ class SamplingRequest(create_model("SamplingFields", __base__=Request, **_sampli
     )
 
 
-class ContentPart(Schema):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    type: str = Field(description='"text"; others are rejected')
-    text: str | None = None
+class ContentPart(OpenSchema):
+    type: Literal["text"]
+    text: str
 
 
-class Message(Schema):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: str = Field(description="system or developer (first message only), user, assistant")
-    content: str | list[ContentPart] | None = Field(None, description="a text, or parts of type text, which are joined")
+class Message(OpenSchema):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart] = Field(description="a text, or parts of type text, which are joined")
     name: str | None = Field(None, description="accepted; the model does not see it")
+    tool_calls: Annotated[list, Field(max_length=0)] | None = None
+
+
+class ResponseFormat(OpenSchema):
+    type: Literal["text"]
+
+
+ToolChoice = Literal["none", "auto"] | None
 
 
 class ChatRequest(SamplingRequest):
     messages: list[Message] = Field(
         min_length=1,
-        description="an optional system message, then user and assistant in turn; if the last message is the "
-        "assistant's, the answer continues it",
+        description="consecutive messages of one role are joined, and system messages moved to the front; if the last "
+        "message is the assistant's, the answer continues it",
     )
-    max_tokens: int | None = Field(None, ge=-1, description="maximum length of the answer; null, -1: as much as fits")
+    tool_choice: ToolChoice = Field(None, description="the model calls no tools, so none can be required")
+    function_call: ToolChoice = Field(None, description="the older name of tool_choice")
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    max_tokens: int | None = Field(
+        None, ge=-1, description="maximum length of the answer; null, -1: as much as fits, which is never exceeded"
+    )
     max_completion_tokens: int | None = Field(None, ge=-1, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
@@ -140,6 +156,7 @@ class CompletionRequest(SamplingRequest):
         None, ge=0, le=5, description="return the log-probabilities of this many tokens at each position; with echo "
         "also in the prompt"
     )  # fmt: skip
+    suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="must equal n: answers are not ranked")
 
 

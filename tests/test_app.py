@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import http.client
 import json
+import logging
 import math
 import socket
 import struct
@@ -338,6 +340,40 @@ def test_roles_and_parts(server):
     assert prompts[0] == prompts[1] != plain["choices"]
 
 
+ORDERS = {  # what clients send -> what the model reads
+    "two questions": ("user: a, user: b", "user: a\n\n\nb"),
+    "after a failed answer": ("user: a, assistant: b, user: c, user: d", "user: a, assistant: b, user: c\n\n\nd"),
+    "a late system message": ("user: a, system: b", "system: b, user: a"),
+    "two system messages": ("system: a, user: b, developer: c", "system: a\n\n\nc, user: b"),
+    "the system asks": ("user: a, assistant: b, system: c", "system: c, user: a, assistant: b, user: "),
+    "an assistant first": ("assistant: a, user: b", "user: , assistant: a, user: b"),
+    "only an assistant": ("assistant: a", "user: , assistant: a"),
+    "only a system message": ("system: a", "system: a, user: "),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_messages_in_any_order(client, server, name):
+    sent, read = (
+        [dict(zip(("role", "content"), one.split(": "), strict=True)) for one in text.split(", ")]
+        for text in ORDERS[name]
+    )
+    answer = client.chat.completions.create(model=NAME, messages=sent, **GREEDY)
+    prompt = render_chat(TOKENIZER, read, add_generation_prompt=True, continue_final_message=True)[0]
+    expected = generate_text(server.model, TOKENIZER, [prompt], SamplingParams(max_new_tokens=12))[0]
+    assert answer.choices[0].message.content == expected and answer.usage.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": None}])
+def test_tools_are_answered_in_text(client, server, choice):
+    answer = client.chat.completions.with_raw_response.create(
+        model=NAME, messages=HELLO, tools=TOOLS, parallel_tool_calls=True, **GREEDY, **choice
+    )
+    assert answer.headers["x-ignored-fields"] == "tools"
+    (found,) = answer.parse().choices
+    assert found.message.content == alone(server, HELLO) and not found.message.tool_calls
+
+
 # ---- limits
 
 
@@ -350,17 +386,49 @@ def test_limits(server):
         status, answer = server.chat(long, temperature=0, **limit)
         assert status == 200 and answer["usage"]["total_tokens"] == CONTEXT
         assert answer["choices"][0]["finish_reason"] == "length"
-    status, answer = server.chat(max_tokens=CONTEXT)
-    message = answer["error"]["message"]
-    assert (
-        status == 400
-        and answer["error"]["code"] == "context_length_exceeded"
-        and answer["error"]["param"] == "max_tokens"
-    )
-    assert all(str(number) in message for number in (CONTEXT, used, CONTEXT - used))
+    for limit, header in ((CONTEXT, str(CONTEXT - used)), (10**9, str(CONTEXT - used)), (CONTEXT - used, None)):
+        body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": limit}
+        _, headers, answer = server.call("POST", "/v1/chat/completions", body)
+        answer = json.loads(answer)
+        assert headers["x-max-tokens"] == header
+        assert answer["usage"]["total_tokens"] == CONTEXT and answer["choices"][0]["finish_reason"] == "length"
     status, answer = server.chat("x " * CONTEXT)
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
     assert str(CONTEXT) in answer["error"]["message"] and answer["error"]["param"] == "messages"
+
+
+def test_truncated_prompts(server):
+    """Of a chat whole turns are left out, the oldest first; of a text its first tokens; only if the request asks."""
+    turns = [
+        one
+        for i in range(30)
+        for one in ({"role": "user", "content": f"{i} " * 40}, {"role": "assistant", "content": "y"})
+    ]
+    chat = [{"role": "system", "content": "z"}, *turns, *HELLO]
+    ask = functools.partial(server.post, "/v1/chat/completions", messages=chat, temperature=0)
+    assert ask()[1]["error"]["code"] == "context_length_exceeded"
+    for keep, limit, room in (
+        (-1, 700, CONTEXT - 700),
+        (-1, CONTEXT, CONTEXT // 2),
+        (300, 4, 300),
+        (10**9, 4, CONTEXT - 4),
+    ):
+        answer = ask(truncate_prompt_tokens=keep, max_tokens=limit)[1]
+        used = answer["usage"]["prompt_tokens"]
+        n = next(n for n in range(0, 60, 2) if len(prompt_of([chat[0], *turns[n:], *HELLO])) <= room)
+        assert (
+            used == len(prompt_of([chat[0], *turns[n:], *HELLO])) and answer["choices"][0]["finish_reason"] == "length"
+        )
+    assert ask(truncate_prompt_tokens=3)[0] == 400  # less than the question
+    ids = [5 + i % 90 for i in range(2 * CONTEXT)]
+    text = "0123456789 " * CONTEXT
+    for prompt in (ids, text):
+        for keep, used in ((20, 20), (-1, CONTEXT - 2)):
+            ask = {"truncate_prompt_tokens": keep, "max_tokens": 2, "echo": True, "logprobs": 0}
+            _, answer = server.post("/v1/completions", prompt=prompt, **ask)
+            assert answer["usage"]["prompt_tokens"] == used
+        assert server.post("/v1/embeddings", input=prompt, truncate_prompt_tokens=-1)[0] == 200
+        assert server.post("/v1/embeddings", input=prompt)[0] == 400
 
 
 # ---- what is refused
@@ -374,6 +442,7 @@ def message(**fields) -> dict:
     return chat_body(messages=[{"role": "user", "content": "x", **fields}])
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 REFUSED = {
     "malformed JSON": (b'{"model": ', 400, None),
     "no JSON at all": (b"hello", 400, None),
@@ -397,16 +466,12 @@ REFUSED = {
     "messages that are a text": (chat_body(messages="hi"), 400, "messages"),
     "messages of texts": (chat_body(messages=["hi"]), 400, "messages[0]"),
     "no role": (chat_body(messages=[{"content": "x"}]), 400, "messages[0].role"),
-    "an unknown role": (message(role="wizard"), 400, "messages"),
+    "an unknown role": (message(role="wizard"), 400, "messages[0].role"),
     "a tool's message": (message(role="tool"), 400, "messages[0].role"),
-    "only a system message": (message(role="system"), 400, "messages"),
-    "an assistant first": (message(role="assistant"), 400, "messages"),
-    "two questions": (chat_body(messages=HELLO * 2), 400, "messages"),
-    "a late system message": (chat_body(messages=[*HELLO, {"role": "system", "content": "x"}]), 400, "messages"),
     "no content": (message(content=None), 400, "messages[0].content"),
     "content that is a number": (message(content=3), 400, "messages[0].content"),
-    "an image": (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages[0].content[0]"),
-    "a part without text": (message(content=[{"type": "text"}]), 400, "messages[0].content[0]"),
+    "an image": (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages[0].content"),
+    "a part without text": (message(content=[{"type": "text"}]), 400, "messages[0].content"),
     "half a surrogate pair": (message(content="a\ud800b"), 400, "messages"),
     "half a surrogate pair in a part": (
         message(content=[{"type": "text", "text": "\udfff"}]),
@@ -429,22 +494,22 @@ REFUSED = {
     "five stops": (chat_body(stop=list("abcde")), 400, "stop"),
     "a stop that is a number": (chat_body(stop=5), 400, "stop"),
     "a very long stop": (chat_body(stop="x" * 2000), 400, "stop"),
-    "a negative top_k": (chat_body(top_k=-1), 400, "top_k"),
+    "a negative top_k": (chat_body(top_k=-2), 400, "top_k"),
     "a repetition penalty of 0": (chat_body(repetition_penalty=0), 400, "repetition_penalty"),
     "a stream that is a text": (chat_body(stream="yes"), 400, "stream"),
     "stream_options without stream": (chat_body(stream_options={"include_usage": True}), 400, "stream_options"),
-    "unknown stream_options": (chat_body(stream=True, stream_options={"x": 1}), 400, "stream_options.x"),
     "top_logprobs without logprobs": (chat_body(top_logprobs=2), 400, "top_logprobs"),
     "too many top_logprobs": (chat_body(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
-    "logit_bias": (chat_body(logit_bias={"5": 10}), 400, "logit_bias"),
-    "tools": (chat_body(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
-    "a tool that must be used": (chat_body(tool_choice="required"), 400, "tool_choice"),
-    "functions": (chat_body(functions=[{"name": "f"}]), 400, "functions"),
+    "a tool that must be used": (chat_body(tools=TOOLS, tool_choice="required"), 400, "tool_choice"),
+    "a named tool": (
+        chat_body(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "f"}}),
+        400,
+        "tool_choice",
+    ),
+    "a named function": (chat_body(function_call={"name": "f"}), 400, "function_call"),
     "JSON mode": (chat_body(response_format={"type": "json_object"}), 400, "response_format"),
     "audio": (chat_body(modalities=["text", "audio"]), 400, "modalities"),
-    "reasoning": (chat_body(reasoning_effort="high"), 400, "reasoning_effort"),
-    "an unknown field": (chat_body(do_sample=True), 400, "do_sample"),
-    "an unknown field that is no Unicode": (chat_body(**{"\ud800": 1}), 400, None),
+    "a field that is no Unicode": (chat_body(**{"\ud800": 1}), 400, None),
     "1 MB": (message(content="好" * 350_000), 413, None),
     "20 MB": (b"x" * 20_000_000, 413, None),
 }
@@ -484,7 +549,6 @@ def test_bad_requests(server, name):
         ("embeddings", {"input": []}, "input"),
         ("embeddings", {"input": [True]}, "input"),
         ("embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format"),
-        ("embeddings", {"input": "x", "temperature": 1}, "temperature"),
     ],
 )
 def test_bad_completions_and_embeddings(server, path, fields, param):
@@ -493,13 +557,73 @@ def test_bad_completions_and_embeddings(server, path, fields, param):
     assert server.chat(max_tokens=1)[0] == 200
 
 
+# What clients send besides OpenAI's fields -> what the server says it ignored.
+IGNORED = {
+    "a vLLM client": ({"top_k": -1, "ignore_eos": True, "min_tokens": 3, "chat_template_kwargs": {"a": 1}},
+                      "ignore_eos, min_tokens, chat_template_kwargs"),
+    "a llama.cpp client": ({"repeat_penalty": 1.0, "cache_prompt": False, "typical_p": 1.0}, "typical_p"),
+    "thinking": ({"reasoning_effort": "high", "verbosity": "low"}, "reasoning_effort, verbosity"),
+    "logit_bias": ({"logit_bias": {"5": 10}}, "logit_bias"),
+    "messages": (
+        {"messages": [*HELLO, {"role": "assistant", "content": "y", "reasoning_content": "z", "id": "1"},
+                      {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "y"}}]}]},
+        "messages.reasoning_content, messages.id, messages.content.cache_control",
+    ),
+    "no name": ({"é\r\nSet-Cookie: x": 1}, "???Set-Cookie??x"),
+    "functions": ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions"),
+    "a long list": ({f"f{i}": 1 for i in range(200)}, ", ".join(f"f{i}" for i in range(100))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_ignored_fields_are_named(server, name):
+    fields, ignored = IGNORED[name]
+    status, headers, answer = server.call("POST", "/v1/chat/completions", chat_body(**fields))
+    assert status == 200 and headers["x-ignored-fields"] == ignored, answer
+
+
+def test_ignored_fields_are_logged_once(server, caplog):
+    caplog.set_level(logging.INFO, "minimind")
+    for _ in range(2):
+        assert server.post("/v1/embeddings", input="x", do_sample=True)[0] == 200
+    assert caplog.text.count("field do_sample") == 1
+
+
+def test_strict_rejects_what_it_would_ignore():
+    with serving(strict=True) as strict:
+        for name in set(IGNORED) - {"no name"}:
+            fields, ignored = IGNORED[name]
+            status, answer = strict.post("/v1/chat/completions", **chat_body(**fields))
+            error = answer["error"]
+            assert status == 400 and error["code"] == "unknown_parameter", answer
+            assert error["param"] == ignored.split(", ")[0] and error["param"] in error["message"]
+        assert strict.chat(max_tokens=1, tools=[], user="u", top_k=-1, logit_bias=None)[0] == 200
+
+
+def test_usage_of_every_chunk(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.chat.completions.create(model=NAME, messages=HELLO, stream=True, stream_options=options, **GREEDY)
+    )
+    used = [chunk.usage.completion_tokens for chunk in chunks]
+    assert used == sorted(used) and used[0] == 0 and used[-1] == 12
+
+
+def test_repeat_penalty_is_repetition_penalty(server):
+    answers = [
+        server.chat(temperature=0, max_tokens=12, **{n: 1.5})[1] for n in ("repeat_penalty", "repetition_penalty")
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"] != server.chat(temperature=0, max_tokens=12)[1]["choices"]
+
+
 def test_what_asks_for_nothing_is_accepted(server):
     neutral = {
         "tools": [], "tool_choice": "auto", "functions": None, "response_format": {"type": "text"}, "logit_bias": {},
         "modalities": ["text"], "audio": None, "parallel_tool_calls": True, "reasoning_effort": None, "stop": [],
     }  # fmt: skip
     harmless = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "stream_options": None}
-    assert server.chat(max_tokens=1, **neutral, **harmless)[0] == 200
+    _, headers, answer = server.call("POST", "/v1/chat/completions", chat_body(**neutral, **harmless))
+    assert json.loads(answer)["choices"] and "x-ignored-fields" not in headers
     assert server.post("/v1/completions", prompt="x", suffix="", best_of=1, max_tokens=1)[0] == 200
     history = {"role": "assistant", "content": "y", "refusal": None, "tool_calls": [], "audio": None, "annotations": []}
     status, _ = server.post("/v1/chat/completions", messages=[*HELLO, history, *HELLO], max_tokens=1)
