@@ -228,15 +228,14 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def fill(folder: Path) -> Path:
-    """Write a file that leaves no byte free."""
+def fill(folder: Path) -> None:
+    """Write a file that leaves no byte free, or more into it."""
     path = folder / "filler"
-    with path.open("wb", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         for size in (1 << 20, 1 << 12):
             with contextlib.suppress(OSError):
                 while True:
                     file.write(b"\0" * size)
-    return path
 
 
 def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
@@ -277,13 +276,16 @@ def strike(launch: Launch, kind: str, out_dir: Path, rng: random.Random) -> str:
         shutil.copytree(newest, states / f".{newest.name}.12345678.tmp", dirs_exist_ok=True)
         newest.rename(states / f".{newest.name}.old")
         return newest.name
-    filler = fill(out_dir)
     try:
+        deadline = time.monotonic() + TIMEOUT
+        while launch.process.poll() is None and time.monotonic() < deadline:
+            fill(out_dir)  # again and again: a save deletes what an earlier fault left, and then has space
+            time.sleep(0.005)
         code, text = launch.wait(), launch.text()
         if code == 0 or "no space left on the disk" not in text:
             raise RuntimeError(f"a full disk was not reported:\n{text[-3000:]}")
     finally:
-        filler.unlink()
+        (out_dir / "filler").unlink()
     return "while saving" if "no space left on the disk for" in text else "between saves"
 
 
