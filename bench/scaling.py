@@ -186,7 +186,7 @@ def measured(steps: int) -> str:
     for engine, ways in (("DDP", 2), ("FSDP", 3)):  # FSDP: weights twice, gradients once
         for n in (1, 2, 4):
             found = _run(engine, n, steps)
-            formula = ways * (n - 1) / n * 4 * parameters / 1e6
+            formula = ways * (n - 1) / n * 4 * parameters
             stalls = [f"{found[name]:.2f}" if name in found else "–" for name in ("save", "async", "async_done")]
             step = f"{found['step']:.2f}"
             sizes = [f"{size / 1e6:.0f}" for size in (found["sent"], formula, found["state"])]
