@@ -12,7 +12,7 @@ SUBJECT_result.csv with every answer, and ceval.png. Guessing gets 25%: a small 
 from there, so compare a difference with the standard error before you trust it.
 
 --score letter  the question and the lettered options are shown; the answer is whichever of A, B, C, D is the most
-                probable next token.
+                probable continuation.
 --score text    the question alone is shown; the answer is the option with the highest log-probability per byte (of its
                 UTF-8: the same measure for every tokenizer). For models that do not know what the letters are for.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from evaluation.ceval import Question, answer_texts, chat_prompt, plain_prompt
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
 from model.chat_format import CHAT_TEMPLATE, render_chat
 from model.device import resolve_dtype
-from model.tokenizer import BOS_ID, encode_text
+from model.tokenizer import BOS_ID, encode_text, encode_texts
 from model.weights import dtype_name
 
 
@@ -35,27 +36,32 @@ class EvaluatedModel:
     context: int
     is_minimind: bool = True
 
-    def encode_prompt(self, prompt: str | list[dict]) -> tuple[list[int], int]:
-        """Return the token ids of a prompt, and how many at its start are kept when it is cut from the left."""
-        if self.is_minimind and isinstance(prompt, str):
-            return [BOS_ID, *encode_text(self.tokenizer, prompt)], 1
-        if self.is_minimind:
-            ids, _ = render_chat(self.tokenizer, prompt, add_generation_prompt=True)
-            return ids, 1 + len(encode_text(self.tokenizer, "user\n"))
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt).input_ids, 0
-        chat = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        return chat["input_ids"], 0
+    def encode(self, prompt: str | list[dict], answers: list[str]) -> tuple[MultipleChoice, int]:
+        """Return prompt and answers as they are tokenized together, and how many tokens a cut from the left keeps.
 
-    def encode_answer(self, prompt: str | list[dict], text: str) -> list[int]:
-        """Return the token ids of `text` as a continuation of `prompt`."""
+        One token may hold the end of the prompt and the start of an answer ("：A" does): it is compared as a whole, with
+        all answers. In MiniMind's chat format an answer is encoded alone, in training as here.
+        """
+        lengths = [float(len(answer.encode())) for answer in answers]
+        if self.is_minimind and not isinstance(prompt, str):
+            ids, _ = render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+            n_header = 1 + len(encode_text(self.tokenizer, "user\n"))
+            return MultipleChoice(ids, encode_texts(self.tokenizer, answers), lengths), n_header
+        is_chat = not isinstance(prompt, str)
+        if is_chat:
+            prompt = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        texts = [prompt, *(prompt + answer for answer in answers)]
         if self.is_minimind:
-            return encode_text(self.tokenizer, text)
-        if isinstance(prompt, str):  # some tokenizers put a space before a text that stands alone
-            before, both = self.tokenizer(prompt).input_ids, self.tokenizer(prompt + text).input_ids
-            if both[: len(before)] == before and len(both) > len(before):
-                return both[len(before) :]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+            encoded = [[BOS_ID, *ids] for ids in encode_texts(self.tokenizer, texts)]
+        else:
+            encoded = self.tokenizer(texts, add_special_tokens=not is_chat).input_ids
+        alone, *together = encoded
+        shared = min(len(os.path.commonprefix(encoded)), min(map(len, together)) - 1)
+        n_moved = len(self.tokenizer.decode(alone[shared:]).encode())  # bytes of the prompt that are scored, too
+        item = MultipleChoice(
+            alone[:shared], [ids[shared:] for ids in together], [n_moved + length for length in lengths]
+        )
+        return item, int(self.is_minimind)
 
     def to_multiple_choice(
         self, question: Question, examples: Sequence[Question], style: str, plain: bool
@@ -64,21 +70,17 @@ class EvaluatedModel:
 
         Returns also how many examples were left out for that, and whether the question itself was cut from the left.
         """
-        texts = answer_texts(question, style)
         write = plain_prompt if plain else chat_prompt
         for dropped in range(len(examples) + 1):
-            prompt = write(question, examples[dropped:], style)
-            answers = [self.encode_answer(prompt, text) for text in texts]
-            ids, n_kept = self.encode_prompt(prompt)
-            room = max(1, self.context - max(map(len, answers)) + 1)
+            item, n_kept = self.encode(write(question, examples[dropped:], style), answer_texts(question, style))
+            ids, room = item.prompt, max(1, self.context - max(map(len, item.options)) + 1)
             if len(ids) <= room:
                 break
         too_long = len(ids) > room
         if too_long:
             n_kept = min(n_kept, room - 1)
             ids = ids[:n_kept] + ids[len(ids) - (room - n_kept) :]
-        lengths = [float(len(text.encode())) for text in texts] if style == "text" else None
-        return MultipleChoice(ids, answers, lengths), dropped, too_long
+        return MultipleChoice(ids, item.options, item.lengths if style == "text" else None), dropped, too_long
 
     def score(self, items: list[MultipleChoice], dtype: str, batch_tokens: int | None) -> tuple[list[Tensor], dict]:
         """Score every item; return also, for the summary, the precision of the computation.

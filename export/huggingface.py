@@ -14,7 +14,6 @@ mixture of experts  Ernie4_5_MoeForCausalLM: interleaved pairs like ours, softma
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import ROOT, recover_folder, write_json
+from common.files import recover_folder, write_json
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
+from model.remote_code import AUTO_MAP, copy_code
 from model.weights import EMBEDDING, OUTPUT, Checkpoint, build_model, dtype_name, list_names, state_to_save
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
@@ -39,7 +39,6 @@ _NOT_COMPARED = {  # what a MiniMind may have otherwise, or `config_from_llama` 
     "attention_dropout", "use_cache", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "transformers_version",
 }  # fmt: skip
-_PROJECT_IMPORT = re.compile(r"^from (model|common)\.(\w+) import", re.MULTILINE)
 
 
 def check_target(target: Path | str, overwrite: bool = False) -> None:
@@ -255,25 +254,13 @@ def write_minimind(
     content = {
         "architectures": ["Transformer"],
         "model_type": LMConfig.model_type,
-        "auto_map": {"AutoConfig": "LMConfig.LMConfig", "AutoModelForCausalLM": "model.Transformer"},
+        "auto_map": AUTO_MAP,
         **model.config.own_fields(),
         "dtype": dtype_name(dtype),
         "transformers_version": transformers.__version__,
     }
-    _copy_code(folder)
+    copy_code(folder)
     _write_folder(folder, content, model.config, export_state(model, dtype), tokenizer_dir, description)
-
-
-def _copy_code(folder: Path) -> None:
-    """Copy model/model.py and every module it needs into one flat package: `from model.moe` becomes `from .moe`."""
-    pending, copied = [("model", "model")], set()
-    while pending:
-        package, module = pending.pop()
-        source = (ROOT / package / f"{module}.py").read_text(encoding="utf-8")
-        code = _PROJECT_IMPORT.sub(r"from .\2 import", source)
-        (folder / f"{module}.py").write_text(code, encoding="utf-8", newline="\n")
-        copied.add((package, module))
-        pending += set(_PROJECT_IMPORT.findall(source)) - copied
 
 
 def export_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from model.attention import attention, cu_seqlens_from_positions, document_ids, varlen_attention
 from model.LMConfig import LMConfig
 from model.moe import FeedForward, MoEFeedForward, Router, balance_loss, residual_projection
+from model.remote_code import AUTO_MAP, copy_code
 from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
 
 
@@ -176,10 +178,11 @@ class Transformer(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         rope_scaling: RopeScaling | None = None,
         **kwargs: Any,
-    ) -> TransformerOutput:
+    ) -> TransformerOutput | tuple:
         """Return next-token logits, and the loss if `labels` are given.
 
         Args:
@@ -198,7 +201,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divide the summed loss by this many targets instead of those in `labels`
                 (gradient accumulation over batches of different sizes).
             loss_only: return the loss without materialised logits.
-            output_hidden_states: also return the (batch, time, dim) input of every layer and the final normed output.
+            output_hidden_states: also return the (batch, time, dim) input of every layer and the final normed output;
+                by default as the configuration says.
+            return_dict: False: return a tuple of what there is; by default as the configuration says.
             rope_scaling: of the positions, for texts longer than the model was trained at; what is in the cache must have
                 been computed with the same. None: as trained.
 
@@ -236,7 +241,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
             if self.config.use_moe and self.config.aux_loss_alpha:
                 aux_loss = self._balance_loss_sum(routings, metadata, targets) / n_targets
                 loss = loss + aux_loss if self.training else loss
-        return TransformerOutput(
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = TransformerOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -245,6 +252,16 @@ class Transformer(PreTrainedModel, GenerationMixin):
             # For libraries with losses of their own (trl's), which give no labels.
             last_hidden_state=x if labels is None else None,
         )
+        as_output = self.config.return_dict if return_dict is None else return_dict
+        return output if as_output else output.to_tuple()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save weights, configuration and the code, so that `AutoModelForCausalLM` loads the folder anywhere."""
+        if self._auto_class is None:  # else loaded from such a folder: the library copies the code from there
+            self.config.auto_map = AUTO_MAP
+        super().save_pretrained(save_directory, **kwargs)
+        if self._auto_class is None:
+            copy_code(Path(save_directory))
 
     def _attention_metadata(
         self,
@@ -324,6 +341,11 @@ class Transformer(PreTrainedModel, GenerationMixin):
         losses = (balance_loss(probabilities, chosen, document, n_documents) for probabilities, chosen in routings)
         per_document = sum(losses, torch.zeros_like(weight))
         return self.config.aux_loss_alpha * (per_document * weight).sum()
+
+
+if __package__ == "model":  # not in a copy beside exported weights, which would take the place of this module
+    AutoConfig.register(LMConfig.model_type, LMConfig)
+    AutoModelForCausalLM.register(LMConfig, Transformer)
 
 
 def parameter_counts(model: Transformer) -> dict[str, int]:

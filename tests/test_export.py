@@ -249,9 +249,15 @@ print(json.dumps({"ids": out[0].tolist(), "chat": ids, "type": type(model).__nam
 """
 
 
-def test_minimind_folder_runs_without_this_repository(tmp_path, tokenizer, rows):
+@pytest.mark.parametrize("how", ["export", "save_pretrained"])
+def test_minimind_folder_runs_without_this_repository(tmp_path, tokenizer, rows, how):
     model = make()
-    folder = exported(tmp_path / "x-minimind", model, write_minimind)
+    if how == "export":
+        folder = exported(tmp_path / "x-minimind", model, write_minimind)
+    else:
+        folder = tmp_path / "saved"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     assert state_equal(read_folder(folder).model, model)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

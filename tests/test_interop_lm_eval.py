@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ import torch
 from tolerances import log_probability_rounding
 
 from common.files import atomic_folder
+from evaluation.ceval import LETTERS, chat_prompt, plain_prompt, read_examples, read_questions
+from evaluation.evaluated_model import EvaluatedModel
 from evaluation.scoring import MultipleChoice, score
 from export.huggingface import describe, write_llama
 from model.LMConfig import LMConfig
@@ -90,13 +93,15 @@ def our_scores(model: Transformer, start: list[int], docs: list[dict] = DOCS) ->
     return score(model, items)
 
 
-def check(scores: dict, samples: list[dict], ours: list[torch.Tensor], model: Transformer) -> None:
+def check(
+    scores: dict, samples: list[dict], ours: list[torch.Tensor], model: Transformer, docs: list[dict] = DOCS
+) -> None:
     """The harness has our log-probabilities, and counts right answers as we would."""
-    assert len(samples) == len(DOCS)
+    assert len(samples) == len(docs)
     for sample, mine in zip(samples, ours, strict=True):
         theirs = torch.tensor([float(value) for value, _ in sample["filtered_resps"]])
         torch.testing.assert_close(theirs, mine, atol=log_probability_rounding(model.config, 16), rtol=0)
-    right = [int(mine.argmax()) == doc["answer"] for mine, doc in zip(ours, DOCS, strict=True)]
+    right = [int(mine.argmax()) == doc["answer"] for mine, doc in zip(ours, docs, strict=True)]
     assert scores["acc,none"] == pytest.approx(sum(right) / len(right))
 
 
@@ -119,6 +124,32 @@ def test_exported_folder(moe, tmp_path):
     arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=True"
     found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "4")
     check(*found, our_scores(model, [BOS_ID]), model)
+
+
+def test_ceval(tmp_path):
+    """Our C-Eval gives the harness' numbers for the same texts, chat and plain, without a description or a delimiter.
+
+    The harness moves blanks from the end of a question to the choices, and cuts between tokens, where "：A" is one.
+    """
+    model, folder = make(), ROOT / "dataset" / "sample" / "ceval"
+    questions = read_questions(folder, "val", answers=True)[::20]
+    examples = read_examples(folder, [question.subject for question in questions], 1)
+    evaluated, docs, items = EvaluatedModel(model, load_tokenizer(), "", 256), [], []
+    for question, plain in itertools.product(questions, [False, True]):
+        shots = examples[question.subject]
+        item, *_ = evaluated.to_multiple_choice(question, shots, "letter", plain)
+        if plain:
+            text, end = "<s>" + plain_prompt(question, shots, "letter"), "："
+        else:
+            chat = chat_prompt(question, shots, "letter")
+            text, end = evaluated.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), "\n"
+            item = MultipleChoice(item.prompt[:-1], [[item.prompt[-1], *option] for option in item.options])
+        items.append(item)
+        choices, answer = [end + letter for letter in LETTERS], LETTERS.index(question.answer)
+        docs.append({"question": text.removesuffix(end), "choices": choices, "answer": answer})
+    arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=False"
+    found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", docs=docs)
+    check(*found, score(model, items), model, docs)
 
 
 @pytest.fixture

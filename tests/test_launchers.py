@@ -218,6 +218,14 @@ def test_deepspeed_without_a_file_is_data_parallel(data, one, tmp_path):
     assert_same_run(tmp_path, one)
 
 
+def test_compiled_in_two_processes(data, one, tmp_path):
+    """The number of documents in a batch is dynamic, which PyTorch's cutting of graphs at DDP's buckets cannot take."""
+    launch(*torchrun(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2, "--compile"))
+    for compiled, eager in zip(metrics(tmp_path), metrics(one), strict=True):
+        later = compiled["step"] > 1  # follows the weights, see tolerances.assert_trained_alike
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=math.sqrt(ROUNDING) if later else ROUNDING)
+
+
 def test_fsdp_ends_by_itself(data, one, tmp_path):
     with Launch([*torchrun(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2, "--fsdp")]) as run:
         run.wait_until(run.workers)

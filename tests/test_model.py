@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_logits_close, gradient_rounding, rounding, shape_of
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from model.LMConfig import LMConfig, architecture_differences, preset
 from model.model import Transformer, describe_parameters, parameter_counts
@@ -580,6 +580,20 @@ def test_save_and_load_the_hugging_face_way(kind, tmp_path):
     assert again.config.own_fields() == model.config.own_fields()
     ids = make_ids(2, 9)
     assert torch.equal(model(ids).logits, again(ids).logits)
+    automatic = AutoModelForCausalLM.from_pretrained(tmp_path)  # the class of this project, not the copy in the folder
+    assert type(automatic) is Transformer and type(AutoConfig.from_pretrained(tmp_path)) is LMConfig
+    assert torch.equal(model(ids).logits, automatic(ids).logits)
+
+
+def test_what_is_returned_follows_the_configuration():
+    model, ids = make(), make_ids(2, 9)
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert model(ids).hidden_states is None and len(states) == 3
+    logits, *_ = model(ids, return_dict=False, use_cache=False)
+    model.config.output_hidden_states, model.config.return_dict = True, False
+    first, hidden, _ = model(ids, use_cache=False)
+    assert torch.equal(first, logits) and torch.equal(hidden[-1], states[-1])
+    assert model(ids, output_hidden_states=False, return_dict=True).hidden_states is None
 
 
 @kinds

@@ -13,8 +13,10 @@ import torch
 from tolerances import rounding
 
 from common.errors import UserError
-from evaluation.ceval import Question, chat_prompt, plain_prompt, read_questions
+from evaluation.ceval import Question, answer_texts, chat_prompt, plain_prompt, question_text, read_questions
 from evaluation.ceval_results import CHINESE_FONTS, accuracy, draw, official_subjects, results_table, summarize
+from evaluation.evaluated_model import EvaluatedModel
+from evaluation.scoring import MultipleChoice, score
 from model.chat_format import render_chat
 from model.LMConfig import preset
 from model.model import Transformer
@@ -132,6 +134,68 @@ def test_format_of_the_sample_quiz():
     question, *options, end = asked.split("\n")
     made = Question("x", "0", question, tuple(option[3:] for option in options), "A")
     assert end == "答案：" and chat_prompt(made, [], "letter")[0]["content"] == asked
+
+
+# ---- tokens
+
+
+def tokenizations(text: bytes, tokens: dict[bytes, int]) -> list[list[int]]:
+    """Every sequence of tokens that spells `text`."""
+    if not text:
+        return [[]]
+    starts = [n for n in range(1, len(text) + 1) if text[:n] in tokens]
+    return [[tokens[text[:n]], *rest] for n in starts for rest in tokenizations(text[n:], tokens)]
+
+
+@pytest.mark.parametrize("style", ["letter", "text"])
+def test_plain_answers_have_their_probability_over_all_tokenizations(style):
+    """A model that learned the quiz by heart: no other tokenization of an answer adds anything to what is scored."""
+    tokenizer = load_tokenizer()
+    questions = read_questions(ROOT / "dataset" / "sample" / "ceval", "val", answers=True, subjects=["sample_science"])[
+        :6
+    ]
+    torch.manual_seed(0)
+    model = Transformer(preset("toy", dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=256))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    end = "" if style == "letter" else "\n答案："
+    texts = [f"{question_text(q, style)}{end}{answer_texts(q, style)['ABCD'.index(q.answer)]}\n\n" for q in questions]
+    rows = [[1, *encode_text(tokenizer, text)] for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    for _ in range(80):
+        model(ids, labels=ids.masked_fill(ids == 0, -100), loss_only=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+    tokens = {tokenizer.decode([i]).encode(): i for i in range(len(tokenizer))}
+    tokens = {text: i for text, i in tokens.items() if "\ufffd" not in text.decode()}  # whole characters
+    evaluated, n_ways = EvaluatedModel(model, tokenizer, "toy", 256), []
+    for question in questions:
+        item, *_ = evaluated.to_multiple_choice(question, [], style, plain=True)
+        texts = [plain_prompt(question, [], style) + answer for answer in answer_texts(question, style)]
+        assert [item.prompt + option for option in item.options] == [[1, *encode_text(tokenizer, t)] for t in texts]
+        start = item.prompt[: len(item.prompt) - 1]
+        before = tokenizer.decode(start[1:])
+        found = score(model, [MultipleChoice(start, [[item.prompt[-1], *option] for option in item.options])])[0].exp()
+        for text, one in zip(texts, found, strict=True):
+            assert text.startswith(before)
+            ways = tokenizations(text.removeprefix(before).encode(), tokens)
+            total = score(model, [MultipleChoice(start, ways)])[0].exp().sum()
+            assert total < 1e-3 or one > 0.99 * total
+            n_ways.append(len(ways))
+        assert found.sum() > 0.5  # the model knows that one of the four comes
+        assert "ABCD"[int(found.argmax())] == question.answer
+    assert max(n_ways) >= 4
+
+
+def test_bytes_of_the_prompt_that_are_scored_are_counted():
+    model = EvaluatedModel(None, load_tokenizer(), "", 96)
+    latin = Question("law", "0", "天为何色？", ("A", "红色", "B", "蓝"), "A")  # "：A" is one token
+    item, *_ = model.to_multiple_choice(latin, [], "text", plain=True)
+    assert model.tokenizer.decode(item.prompt).endswith("\n答案")
+    assert [model.tokenizer.decode(option) for option in item.options] == ["：A", "：红色", "：B", "：蓝"]
+    assert item.lengths == [4, 9, 4, 6]
 
 
 # ---- reading

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import another_process_holds
 from tolerances import assert_trained_alike, rounding, shape_of
 
 from model.weights import load_checkpoint
@@ -78,6 +79,16 @@ def test_from_text_to_weights(texts, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "kept in" in result.stdout and "kept in" not in again.stdout
     assert same(parameters(out), first)
+
+
+def test_what_cannot_start_is_said_before_the_data_is_tokenized(texts, tmp_path):
+    flags = [*QUICK, "--data_path", texts, "--out_dir", tmp_path]
+    assert "--resume auto" in failed(run(*flags, "--resume"))
+    with another_process_holds(tmp_path, "pretrain_32"):
+        assert "another run is training pretrain_32" in failed(run(*flags))
+    (tmp_path / "pretrain_32.pth").touch()
+    assert "pretrain_32.pth exists: replace it with --overwrite" in failed(run(*flags))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_mixture_of_experts_compiled_bf16_muon(texts, tmp_path):

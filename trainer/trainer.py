@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -44,6 +43,7 @@ from trainer.losses import LossFunction
 from trainer.metrics import MetricsLogger, Profiler, StepTimer
 from trainer.optim import get_lr
 from trainer.options import TrainOptions
+from trainer.parallel import make_strategy
 from trainer.parallel.ddp import DDPStrategy, ParallelStrategy
 
 COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
@@ -497,34 +497,6 @@ class Trainer:
         self.resumed_loss = self.metrics.get("loss")
         if self.options.auto_batch:  # more did not fit into the memory
             self.loader.micro_batch = min(self.loader.micro_batch, state.run["micro_batch"])
-
-
-def make_strategy(
-    model: nn.Module,
-    options: TrainOptions,
-    dist_env: DistEnv,
-    device: torch.device,
-    dtype: torch.dtype,
-    state: TrainingCheckpoint | None,
-) -> ParallelStrategy:
-    """Return the parallel strategy that the flags ask for.
-
-    Args:
-        model: has the starting weights, the same in all processes.
-        state: what will be loaded into it.
-    """
-    if not options.fsdp and options.deepspeed is None:
-        return DDPStrategy(model, options, dist_env, device, dtype)
-    if not dist.is_initialized():  # both need a process group, also for a single process
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if options.fsdp:
-        from trainer.parallel.fsdp import FSDPStrategy
-
-        return FSDPStrategy(model, options, dist_env, device)
-    from trainer.parallel.zero import DeepSpeedStrategy  # loads deepspeed, which not every system has
-
-    return DeepSpeedStrategy(model, options, dist_env, device, dtype, state)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
