@@ -5,7 +5,7 @@
     python my_openai_api.py --host 0.0.0.0 --api_key "$KEY"     # for other machines
 
 In:  a checkpoint, an adapter folder, or an exported folder (--weights)
-Out: http://127.0.0.1:8000/v1: models, chat/completions, completions, embeddings; and /health, /metrics, /docs
+Out: http://127.0.0.1:8000/v1 (models, chat/completions, responses, completions, embeddings), /health, /metrics, /docs
 
 Requests are decoded together: each step computes one token for every running answer, and requests join and leave between
 steps. SIGTERM or Ctrl-C lets running answers finish, for at most --drain_seconds.
@@ -40,6 +40,10 @@ class Options:
     cors_origins: list[str] = flag(
         [], "sites whose pages may call from a browser, like http://localhost:3000; *: all (default: none)", nargs="+",
         metavar="ORIGIN",
+    )  # fmt: skip
+    allowed_hosts: list[str] = flag(
+        [], "names by which clients reach the server; *: any (default: localhost and --host; addresses always work)",
+        nargs="+", metavar="NAME",
     )  # fmt: skip
     strict: bool = flag(False, "reject requests with fields that would be ignored, like tools")
     served_model_name: str | None = flag(None, "the model's name in requests (default: the file's)", metavar="NAME")
@@ -118,7 +122,8 @@ def main() -> None:
     defaults = dataclasses.replace(options.sampling, max_new_tokens=context if limit is None else limit)
     app = create_app(
         engine, served, defaults,
-        api_key=options.api_key, cors_origins=options.cors_origins, strict=options.strict,
+        api_key=options.api_key, cors_origins=options.cors_origins,
+        allowed_hosts=options.allowed_hosts or ["localhost", options.host], strict=options.strict,
     )  # fmt: skip
 
     host, port = sock.getsockname()[:2]

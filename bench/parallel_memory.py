@@ -5,8 +5,9 @@
 
 Real steps of the training loop on this machine's CPU, with a state saved and the weights written; then the run is resumed
 in new processes. The table has the peak of the process that needs most, and the limit: with N processes 1/N of weights,
-gradients and optimizer state (16 bytes per parameter), two whole layers with their gradients, and what a process needs
-before it has a model. Memory of files that are mapped (the starting weights) belongs to the system's cache; it is in the
+gradients and optimizer state (16 bytes per parameter; 20 with ZeRO-3, which keeps a second copy of the weights for the
+optimizer, also where they are float32 already), two whole layers with their gradients, and what a process needs before it
+has a model. Memory of files that are mapped (the starting weights) belongs to the system's cache; it is in the
 column "with files". MALLOC_MMAP_THRESHOLD_=65536 is set, because the C library would keep freed tensors for reuse, and
 they would count as used.
 """
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from common.cli import Parser  # noqa: E402
 
 SHAPE = {"dim": 1280, "n_layers": 24, "max_seq_len": 64}
+BYTES_PER_PARAMETER = {"fsdp": 16, "zero3": 20}
 ENGINES = {"fsdp": {"fsdp": True}, "zero3": {"deepspeed": ROOT / "configs" / "zero3.json"}}
 
 
@@ -117,7 +119,9 @@ def measure(engine: str, n: int) -> list[str]:
                 raise SystemExit(result.stdout[-2000:] + result.stderr[-4000:])
             facts = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("memory.*.json"))]
             worst = max(facts, key=lambda x: x["peak"]["own"])
-            limit = worst["base"]["own"] + 16 * worst["parameters"] / n + 2 * 8 * worst["layer"]
+            limit = (
+                worst["base"]["own"] + BYTES_PER_PARAMETER[engine] * worst["parameters"] / n + 2 * 8 * worst["layer"]
+            )
             mb = [worst["base"]["own"], worst["peak"]["own"], limit, max(x["peak"]["with_files"] for x in facts)]
             kept = "yes" if worst["peak"]["own"] <= limit else "NO"
             cells = [engine, str(n), phase, *(f"{value / 1e6:,.0f}" for value in mb), kept]

@@ -1,13 +1,16 @@
 """Compute how the communication cost grows with the number of GPUs: the tables of docs/scaling.md.
 
     python bench/scaling.py                     # the simulated table
-    python bench/scaling.py --measure           # also a check of the formula on this machine's CPU, two processes
+    python bench/scaling.py --measure           # also steps and saves of 1, 2 and 4 processes on this machine's CPU
     python bench/scaling.py --write docs/scaling.md
 
 Simulated, not measured: the time for computing follows from the FLOPs of a step and an assumed share of a published peak
 (--gpu, --mfu), the time for communication from the bytes of the real parameters and the published rates of the links
 (--nvlink, --network, of which the share --efficiency is reached). The formula is in docs/scaling.md and in
 `communication_time` below. --write replaces the tables between the markers of that page.
+
+--measure runs steps and saves of the training loop. It reads the bytes sent from the counters of the network interfaces, so
+nothing else should use them at that time.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import argparse
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,11 +39,14 @@ sys.path.insert(0, str(ROOT))
 from common.cli import Parser  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer, parameter_counts  # noqa: E402
+from trainer.distributed import DistEnv, all_gather_object, barrier, cleanup_distributed, init_distributed  # noqa: E402
 from trainer.metrics import PEAK_FLOPS, training_flops  # noqa: E402
+from trainer.parallel.ddp import ParallelStrategy  # noqa: E402
 
 PRESETS = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
 WORLDS = (8, 64, 512)
 ROWS, ROW_LENGTH = 32, 512  # of one micro-batch on one GPU: the defaults of 1-pretrain.py
+SAVES = 3  # number of saves to measure
 
 
 @dataclass(frozen=True)
@@ -161,89 +169,121 @@ def simulated(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-# ---- a check of the formula, measured on this machine
+# ---- measured on this machine
 
 
 def measured(steps: int) -> str:
-    """Measure one and two CPU processes with minimind-v1-small: the time of a step and of the sum of its gradients."""
-    one, work_one, _ = _timed_run(1, steps)
-    two, work_two, sums = _timed_run(2, steps)
+    """Measure steps and saves of minimind-v1-small on the CPU, by engine and number of processes."""
+    lines = [
+        f"Measured on a CPU with {os.cpu_count()} cores: `minimind-v1-small`, one row of 512 tokens per process, gloo on "
+        f"the loopback. Medians of {steps} steps and {SAVES} saves, of the slowest process.",
+        "",
+        "| engine | processes | a step, s | sent per step and process, MB | by the formula, MB | state per process, MB | "
+        "saving blocks training, s | `async_save` would block, s | and be done after, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     parameters = work("minimind-v1-small").parameters
-    expected = work_two + (one - work_one) + sums
-    return "\n".join(
-        [
-            "Measured on a CPU: `minimind-v1-small`, one row of 512 tokens and one core per process, gloo on the loopback.",
-            "",
-            "| | seconds |\n|---|---|",
-            f"| a step of one process | {one:.2f} |",
-            f"| of this, forward and backward | {work_one:.2f} |",
-            f"| forward and backward while two processes run | {work_two:.2f} |",
-            f"| only the sum of {4 * parameters / 1e6:.0f} MB of gradients over two processes | {sums:.2f} |",
-            f"| a step of two processes, expected: forward and backward while two run, optimizer, sum | {expected:.2f} |",
-            f"| a step of two processes, measured | {two:.2f} |",
-        ]
-    )
+    for engine, ways in (("DDP", 2), ("FSDP", 3)):  # FSDP: weights twice, gradients once
+        for n in (1, 2, 4):
+            found = _run(engine, n, steps)
+            formula = ways * (n - 1) / n * 4 * parameters
+            stalls = [f"{found[name]:.2f}" if name in found else "–" for name in ("save", "async", "async_done")]
+            step = f"{found['step']:.2f}"
+            sizes = [f"{size / 1e6:.0f}" for size in (found["sent"], formula, found["state"])]
+            lines.append(f"| {' | '.join([engine, str(n), step, *sizes, *stalls])} |")
+    return "\n".join(lines)
 
 
-def _timed_run(n: int, steps: int) -> tuple[float, float, float]:
-    """Return the median seconds of a step with n processes, of its computation, and of summing gradients.
-
-    The worker processes run this script too.
-    """
+def _run(engine: str, n: int, steps: int) -> dict[str, float]:
+    """Return what `worker` measures with n processes."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "seconds.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), __file__]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, "--worker", str(result), "--steps", str(steps)], check=True, env=environment)
-        return tuple(json.loads(result.read_text()))
+        flags = ["--worker", folder, "--engine", engine, "--steps", str(steps)]
+        subprocess.run([*command, *flags], check=True, env=environment)
+        return json.loads((Path(folder) / "measured.json").read_text())
 
 
-def worker(path: Path, steps: int) -> None:
-    """Run real steps of the training loop and read the times from its log."""
+def worker(folder: Path, engine: str, steps: int) -> None:
+    """Do steps and saves of the training loop, and write what the slowest process took."""
+    dist_env = init_distributed("cpu")
+    everyone = all_gather_object(dist_env, _measure(folder, engine, steps, dist_env))
+    if dist_env.is_main:
+        worst = {name: max(found[name] for found in everyone) for name in everyone[0]}
+        (folder / "measured.json").write_text(json.dumps(worst))
+    cleanup_distributed(dist_env)
+
+
+def _measure(folder: Path, engine: str, steps: int, dist_env: DistEnv) -> dict[str, float]:
+    """Return medians of seconds, bytes sent per step and process, and bytes of this process's part of a state."""
     import numpy as np
 
     from data_pipeline.datasets import PackedRows
     from data_pipeline.tokenize import TokenizedDataset
-    from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
     from trainer.options import TrainOptions
-    from trainer.trainer import Run, fit
+    from trainer.trainer import Run, Trainer
 
-    dist_env = init_distributed("cpu")
     config = preset("minimind-v1-small")
-    tokens = np.random.default_rng(0).integers(3, config.vocab_size, 512 * 2 * (steps + 1)).astype(np.uint16)
-    n = len(tokens) // 512
-    dataset = TokenizedDataset(
-        tokens, None, np.arange(n + 1) * 512, np.full(n, 512), np.arange(n).astype(np.uint64), "random", {}
-    )
+    n = (steps + 1) * dist_env.size
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, n * 512).astype(np.uint16)
+    documents = np.arange(n + 1) * 512, np.full(n, 512), np.arange(n).astype(np.uint64)
+    rows = PackedRows(TokenizedDataset(tokens, None, *documents, "random", {}), np.arange(n), 512, 0)
     torch.manual_seed(0)
-    model = Transformer(config)
-    out_dir = path.parent / "out"
     options = TrainOptions(
-        out_dir=out_dir,
-        batch_size=1,
-        max_steps=steps,
-        device="cpu",
-        dtype="float32",
-        save_interval=10**6,
-        log_interval=1,
+        out_dir=folder, batch_size=1, max_steps=steps + 1, device="cpu", dtype="float32", fsdp=engine == "FSDP"
     )
     run = Run("pretrain", "scaling", config, {}, lambda info, tensors: None)
-    fit(model, next_token_loss, PackedRows(dataset, np.arange(n), 512, 0), None, options, run, dist_env)
-    log = (out_dir / "logs" / f"scaling.rank{dist_env.rank}.log").read_text()
-    times = [*map(float, re.findall(r" step \d+: ([\d.]+) s,", log)[1:])]  # the first one allocates
-    works = [*map(float, re.findall(r" steps: ([\d.]+) s of work", log)[1:])]
-    sums = []
-    if dist_env.size > 1:
-        flat = torch.zeros(parameter_counts(model)["total"])
-        for _ in range(5):
-            dist.barrier()
+    trainer = Trainer(Transformer(config), next_token_loss, rows, None, options, run, dist_env)
+
+    def timed(action: Callable[[], object]) -> float:
+        barrier(dist_env)
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    def save() -> None:
+        trainer.steps_done += 1
+        trainer.save(weights=False)
+
+    seconds: dict[str, list[float]] = {}
+    with trainer.log:
+        trainer.prepare()
+        trainer.strategy.train(True)
+        batches = trainer.loader.prefetch(0)
+        trainer.step(0, next(batches))  # the first one allocates
+        barrier(dist_env)
+        sent = psutil.net_io_counters().bytes_sent
+        seconds["step"] = [timed(lambda i=i: trainer.step(i, next(batches))) for i in range(1, steps + 1)]
+        barrier(dist_env)
+        sent = (psutil.net_io_counters().bytes_sent - sent) / steps / dist_env.size
+        seconds["save"] = [timed(save) for _ in range(SAVES)]
+        newest = max(trainer.folder.glob("step_*"))
+        state = sum(path.stat().st_size for path in newest.glob(f"__{dist_env.rank}_*.distcp"))
+        if dist_env.size > 1:
+            seconds["async"], seconds["async_done"] = _time_async_saves(trainer.strategy, folder, timed)
+        trainer.metrics_logger.close()
+    return {name: statistics.median(times) for name, times in seconds.items()} | {"sent": sent, "state": state}
+
+
+def _time_async_saves(
+    strategy: ParallelStrategy, folder: Path, timed: Callable[[Callable[[], object]], float]
+) -> tuple[list[float], list[float]]:
+    """Save the same tensors in the background; return how long that blocks, and after how long it is done."""
+    blocked, done, futures = [], [], []
+
+    def save_async(target: Path, tensors: dict) -> None:
+        futures.append(dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(target)))
+
+    with mock.patch("trainer.parallel.ddp.save_tensors", save_async):
+        for i in range(SAVES):
+            target = folder / f"async_{i}"
+            target.mkdir(exist_ok=True)
+            blocked.append(timed(lambda target=target: strategy.save(target)))
             start = time.perf_counter()
-            dist.all_reduce(flat)
-            sums.append(time.perf_counter() - start)
-    if dist_env.is_main:
-        path.write_text(json.dumps([statistics.median(x) if x else 0.0 for x in (times, works, sums)]))
-    cleanup_distributed(dist_env)
+            futures[-1].result()
+            done.append(blocked[-1] + time.perf_counter() - start)
+    return blocked, done
 
 
 def put(page: Path, name: str, text: str) -> None:
@@ -267,20 +307,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--efficiency", type=float, default=0.8, help="share of both that is reached")
     parser.add_argument("--nvlink_latency", type=float, default=3, help="microseconds for one hop inside a machine")
     parser.add_argument("--network_latency", type=float, default=10, help="microseconds for one hop between machines")
-    parser.add_argument("--bucket_mb", type=float, default=32, help="gradients are sent in pieces of this many MiB")
-    parser.add_argument(
-        "--measure", action="store_true", help="also measure one and two processes here (a minute or two)"
-    )
+    parser.add_argument("--bucket_mb", type=float, default=25, help="gradients are sent in pieces of this many MiB")
+    parser.add_argument("--measure", action="store_true", help="also measure 1, 2 and 4 processes here (some minutes)")
     parser.add_argument("--steps", type=int, default=8, help="number of steps to measure")
     parser.add_argument("--write", type=Path, help="write the tables into this page")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     if args.worker:
-        worker(args.worker, args.steps)
+        worker(args.worker, args.engine, args.steps)
         return
     tables = {"simulated": simulated(args)} | ({"measured": measured(args.steps)} if args.measure else {})
     for name, text in tables.items():

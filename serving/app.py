@@ -9,7 +9,7 @@ prompts for the engine; a `ResponseBuilder` turns the engine's tokens into chunk
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,6 +30,8 @@ from serving.endpoint import ServedModel
 from serving.engine import Engine, EngineError
 from serving.http import ApiError, Auth, ClientDisconnected, json_response
 from serving.metrics import Metrics
+from serving.pages import docs_page, index_page
+from serving.responses import ResponsesEndpoint
 
 
 def create_app(
@@ -39,6 +41,7 @@ def create_app(
     *,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = ("localhost",),
     strict: bool = False,
 ) -> FastAPI:
     """Return the server as an ASGI application; it starts the engine and closes it.
@@ -47,10 +50,12 @@ def create_app(
         defaults: for what a request does not set. Its max_new_tokens limits answers of requests that set no limit.
         api_key: required from clients; None: no key.
         cors_origins: sites whose pages may call this server from a browser; "*": all.
+        allowed_hosts: names by which clients may address this server, besides addresses; "*": all.
         strict: refuse fields that would be ignored.
     """
     metrics = Metrics(engine)
     chat = ChatEndpoint(engine, model, defaults, strict)
+    responses = ResponsesEndpoint(engine, model, defaults, strict)
     completion = CompletionEndpoint(engine, model, defaults, strict)
     embedding = EmbeddingEndpoint(engine, model, defaults, strict)
 
@@ -60,7 +65,7 @@ def create_app(
         yield
         await engine.close()
 
-    middleware = [Middleware(Auth, api_key=api_key, count=metrics.count)]
+    middleware = [Middleware(Auth, api_key=api_key, count=metrics.count, allowed_hosts=allowed_hosts)]
     if cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -83,6 +88,7 @@ def create_app(
             ClientDisconnected: _on_disconnect,
             Exception: _on_bug,
         },
+        docs_url=None,
         redoc_url=None,
     )
     # "4XX" also keeps FastAPI from adding its own 422: here an invalid body is a 400.
@@ -110,6 +116,10 @@ def create_app(
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         return await chat.create(body, request)
 
+    @app.post("/v1/responses", responses=or_stream)
+    async def create_response(body: protocol.ResponsesRequest, request: Request) -> Response:
+        return await responses.create(body, request)
+
     @app.post("/v1/completions", response_model=protocol.Completion, responses=or_stream)
     async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
         return await completion.create(body, request)
@@ -127,14 +137,22 @@ def create_app(
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return index_page(app.openapi(), model.name, engine.max_len)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return docs_page(app.openapi())
+
     return app
 
 
 # ---- errors
 
 
-async def _on_invalid_body(_: Request, error: RequestValidationError) -> Response:
-    message, param = explain(error.errors())
+async def _on_invalid_body(request: Request, error: RequestValidationError) -> Response:
+    message, param = explain(error.errors(), RESPONSES_EXPECTED if "/responses" in request.url.path else EXPECTED)
     return ApiError(400, message, param).response()
 
 
@@ -179,8 +197,20 @@ EXPECTED = {
 }
 
 
-def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
-    """Return the first of pydantic's errors as (message, param)."""
+RESPONSES_EXPECTED = EXPECTED | {
+    "input": 'a text, or a list of messages like {"role": "user", "content": "..."}: this model reads nothing else',
+    "text": EXPECTED["response_format"].replace("{", '{"format": {', 1).replace("}", "}}", 1),
+    "previous_response_id": "null: this server keeps nothing between requests, so send the whole chat as input",
+    "conversation": "null: this server keeps nothing between requests, so send the whole chat as input",
+    "prompt": "null: this server has no stored prompts",
+}
+
+
+def explain(errors: Sequence[dict], expected: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return the first of pydantic's errors as (message, param).
+
+    expected: what the value of a field must be, in words.
+    """
     error = errors[0]
     path = [part for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid":
@@ -188,9 +218,9 @@ def explain(errors: Sequence[dict]) -> tuple[str, str | None]:
     if not path:
         return "the body must be a JSON object", None
     for depth, part in enumerate(path):
-        if part in EXPECTED and error["type"] != "missing":
+        if part in expected and error["type"] != "missing":
             name = _dotted(path[: depth + 1])
-            return f"{name} must be {EXPECTED[part]}", name
+            return f"{name} must be {expected[part]}", name
     name = _dotted(path)
     if error["type"] == "too_short":
         return f"{name} is empty", name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,20 +24,26 @@ class ChatEndpoint(Endpoint):
             message = "max_tokens and max_completion_tokens mean the same: set only one of them"
             raise ApiError(400, message, "max_tokens")
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        limit = getattr(body, param)
-        if limit == 0:
+        if getattr(body, param) == 0:
             raise ApiError(400, f"{param} must be at least 1, or -1 for as much as fits", param)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        return await self.answer(body, request, ChatBuilder, "messages")
+
+    async def answer(
+        self, body: protocol.ChatRequest, request: Request, builder: Callable[..., ResponseBuilder], param: str
+    ) -> Response:
+        """Answer a chat in the form that `builder` knows; `param`: what a prompt that is too long is called in an error."""
+        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         messages = arrange([plain_message(message) for message in body.messages])
         size = sum(len(message["content"]) for message in messages)
         encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit))
-        prompt = await tokenize(encode, messages, size, "messages")
-        limit = self.token_limit(len(prompt), limit, "messages", request)
+        prompt = await tokenize(encode, messages, size, param)
+        limit = self.token_limit(len(prompt), limit, param, request)
         top = (body.top_logprobs or 0) if body.logprobs else None
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
-        builder = ChatBuilder(self.model, [Choice() for _ in samplings], len(prompt), body, top)
-        return await self.respond(builder, [prompt] * len(samplings), samplings, body, request)
+        built = builder(self.model, [Choice() for _ in samplings], len(prompt), body, top)
+        return await self.respond(built, [prompt] * len(samplings), samplings, body, request)
 
     def prompt(self, messages: list[Message], keep: int | None = None) -> list[int]:
         """Return the token ids that training has seen before an answer, and those of an answer to be continued.

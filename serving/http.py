@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import os
 import signal
+import urllib.parse
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import uvicorn
@@ -23,6 +25,7 @@ from serving.engine import Engine, EngineError, QueueFull, ShuttingDown
 
 MAX_BODY = 1_000_000  # bytes of a request; a text of the longest context is far smaller
 MAX_DISCARDED = 64_000_000  # bytes of a larger body that are read and dropped, so that the client can read the error
+MAX_LOGGED = 500  # bytes of an error in the log
 STALL_SECONDS = 60.0  # a client that reads nothing for this long is disconnected
 
 log = logging.getLogger("minimind")
@@ -83,27 +86,37 @@ def add_header(request: Request, name: str, value: str) -> None:
 
 
 class Auth:
-    """ASGI middleware: let requests in that have the key and a JSON body of an acceptable size; count all of them."""
+    """ASGI middleware: let requests in that have the key, a known Host and a JSON body of an acceptable size; count all."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, count: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, count: Callable[[str, int], None], allowed_hosts: Sequence[str]
+    ) -> None:
         """
         Args:
             api_key: bearer token required for /v1; None: no key.
             count: called with the path and the status of every response.
+            allowed_hosts: names by which clients may address this server; "*": all. Addresses always may.
         """
         self.app, self.count = app, count
-        self.key = None if api_key is None else f"Bearer {api_key}".encode()
+        self.key = None if api_key is None else api_key.encode()
+        self.hosts = {host.lower() for host in allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        added = scope["response_headers"] = [(b"x-request-id", uuid.uuid4().hex.encode())]
+        request_id, status = uuid.uuid4().hex, 0
+        added = scope["response_headers"] = [(b"x-request-id", request_id.encode())]
 
         async def send_counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *added]
+            elif 400 <= status < 499:  # the body is an ApiError: its message and field as JSON, in one line
+                body = message.get("body", b"")[:MAX_LOGGED].decode(errors="replace")
+                log.info("%s %.100r: %d %s (request %s)", scope["method"], scope["path"], status, body, request_id)
             await send(message)
 
         headers = dict(scope["headers"])
@@ -129,9 +142,13 @@ class Auth:
         await self.app(scope, receive_limited, send_counted)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        if not self._knows(headers.get(b"host", b"").decode("latin-1")):
+            message = "the server is not known by the name in the Host header: start it with --allowed_hosts NAME"
+            return ApiError(403, message, code="unknown_host")
         if not scope["path"].startswith("/v1"):
             return None
-        if self.key is not None and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if self.key is not None and not (scheme.lower() == b"bearer" and hmac.compare_digest(key, self.key)):
             problem = "the API key is wrong" if b"authorization" in headers else "an API key is required"
             message = f"{problem}: send it as `Authorization: Bearer KEY`"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -140,6 +157,19 @@ class Auth:
             if kind != b"application/json":  # a web page can send other types to any server without CORS permission
                 return ApiError(415, "the body must be JSON, with the header `Content-Type: application/json`")
         return None
+
+    def _knows(self, host: str) -> bool:
+        """Return whether this is a name of the server: a site that only resolves to it (DNS rebinding) has another."""
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if not host or name in self.hosts or "*" in self.hosts:
+            return True
+        try:
+            return bool(ipaddress.ip_address(name))  # no site has an address as its name
+        except ValueError:
+            return False
 
 
 async def _discard(receive: Receive, headers: dict[bytes, bytes]) -> None:

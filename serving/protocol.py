@@ -19,7 +19,7 @@ from inference.options import SamplingParams
 
 HARMLESS = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-    + ("parallel_tool_calls", "include_obfuscation")
+    + ("parallel_tool_calls", "include_obfuscation", "id", "status")
 )
 NEUTRAL = (None, False, "", "none", [], {})  # and 0, which equals False
 # Fields of SamplingParams that a request has under the same name, with OpenAI's limits; {}: the limits of SamplingParams.
@@ -110,7 +110,7 @@ class SamplingRequest(create_model("SamplingFields", __base__=Request, **_sampli
 
 
 class ContentPart(OpenSchema):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]  # the other two: in /v1/responses
     text: str
 
 
@@ -144,6 +144,32 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: int | None = Field(None, ge=-1, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
+
+
+class InputItem(Message):
+    type: Literal["message"] | None = None
+
+
+class TextOptions(OpenSchema):
+    format: ResponseFormat | None = None
+
+
+class ResponsesRequest(SamplingRequest):
+    input: str | Annotated[list[InputItem], Field(min_length=1)] = Field(description="a question, or a whole chat")
+    instructions: str | None = Field(None, description="a system message, which stands first")
+    max_output_tokens: int | None = Field(None, ge=1, description="maximum length of the answer")
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    include: list[str] | None = Field(None, description='"message.output_text.logprobs"; others have no effect')
+    text: TextOptions | None = None
+    tool_choice: ToolChoice = Field(None, description="the model calls no tools, so none can be required")
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="auto: leave out the oldest turns of a chat that does not fit into the context"
+    )
+    n: Literal[1] | None = None
+    previous_response_id: None = Field(None, description="nothing is kept between requests: send the whole chat")
+    conversation: None = None
+    prompt: None = None
+    background: Literal[False] | None = None
 
 
 class CompletionRequest(SamplingRequest):

@@ -74,9 +74,8 @@ class Running:
     def open(self, path: str, buffer: int | None = None, **fields) -> socket.socket:
         """A socket (with a receive buffer of so many bytes) on which a request has been sent, and nothing was read."""
         body = json.dumps({"model": NAME, **fields}).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         sock = socket.socket()
         sock.settimeout(60)
         if buffer is not None:

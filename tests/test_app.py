@@ -37,6 +37,7 @@ from serving import protocol
 from serving.http import MAX_BODY
 
 HELLO = [{"role": "user", "content": "你好, hello 🙂"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
 
 
@@ -167,6 +168,76 @@ def test_the_end_token_ends_and_counts(server, client, monkeypatch):
     answer = client.chat.completions.create(model=NAME, messages=HELLO, **GREEDY, logprobs=True)
     assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == count
     assert len(answer.choices[0].logprobs.content) == count
+
+
+# ---- responses
+
+
+def test_responses(server, client):
+    ask = functools.partial(client.responses.create, model=NAME, temperature=0, max_output_tokens=12)
+    answer = ask(input=HELLO[0]["content"], metadata={"a": "b"})
+    assert answer.output_text == alone(server, HELLO) and answer.metadata == {"a": "b"}
+    assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage.input_tokens == len(prompt_of(HELLO)) and answer.usage.output_tokens == 12
+    asked = [{"role": "user", "content": [{"type": "input_text", "text": "and?"}]}]
+    chat = [*HELLO, {"role": "assistant", "content": answer.output_text}, {"role": "user", "content": "and?"}]
+    system = {"role": "system", "content": "z"}
+    answer = ask(input=[*HELLO, *(item.to_dict() for item in answer.output), *asked], instructions="z", tools=TOOLS)
+    assert answer.output_text == alone(server, [system, *chat])
+    text = alone(server, HELLO)
+    stopped = client.with_options().responses.create(
+        model=NAME, temperature=0, input=HELLO, extra_body={"stop": text[5:8]}, include=["message.output_text.logprobs"]
+    )
+    assert stopped.status == "completed" and stopped.output_text == text[: text.index(text[5:8])]
+    assert len(stopped.output[0].content[0].logprobs) == stopped.usage.output_tokens
+    long = [*HELLO, {"role": "assistant", "content": "x " * CONTEXT}, *HELLO]
+    assert ask(input=long, truncation="auto").usage.input_tokens == len(prompt_of(HELLO))
+
+
+def test_responses_streaming(server, client):
+    events = list(client.responses.create(model=NAME, input=HELLO, temperature=0, max_output_tokens=12, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[4:-4] == ["output_text.delta"] * len(deltas)
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    whole = events[-1].response
+    assert "".join(deltas) == events[-4].text == whole.output_text == alone(server, HELLO)
+    assert whole.usage.output_tokens == 12 and {event.item_id for event in events[3:-2]} == {whole.output[0].id}
+    asked = {"input": HELLO, "extra_body": {"stop": whole.output_text[5:8], "temperature": 0}}
+    with client.responses.stream(model=NAME, **asked) as stream:  # collects the events itself
+        assert [event.type for event in stream][-1] == "response.completed"
+        assert stream.get_final_response().output_text == whole.output_text[:5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input"),
+        ({"input": "x " * CONTEXT}, "input"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"n": 2}, "n"),
+    ],
+)
+def test_bad_responses(server, fields, param):
+    status, answer = server.post("/v1/responses", **{"input": "hi", **fields})
+    assert status == 400 and answer["error"]["param"] == param, answer
+
+
+def test_pages_need_nothing_from_elsewhere(server):
+    for path, words in (
+        ("/", [NAME, str(CONTEXT), "/v1/responses"]),
+        ("/docs", ["max_output_tokens", "as much as fits"]),
+    ):
+        status, headers, body = server.call("GET", path)
+        assert status == 200 and headers["content-type"].startswith("text/html")
+        assert all(word in body.decode() for word in words) and b"src=" not in body and b"//" not in body
 
 
 # ---- log-probabilities
@@ -442,7 +513,6 @@ def message(**fields) -> dict:
     return chat_body(messages=[{"role": "user", "content": "x", **fields}])
 
 
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 REFUSED = {
     "malformed JSON": (b'{"model": ', 400, None),
     "no JSON at all": (b"hello", 400, None),
@@ -567,7 +637,7 @@ IGNORED = {
     "messages": (
         {"messages": [*HELLO, {"role": "assistant", "content": "y", "reasoning_content": "z", "id": "1"},
                       {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "y"}}]}]},
-        "messages.reasoning_content, messages.id, messages.content.cache_control",
+        "messages.reasoning_content, messages.content.cache_control",
     ),
     "no name": ({"é\r\nSet-Cookie: x": 1}, "???Set-Cookie??x"),
     "functions": ({"functions": [{"name": "f"}], "function_call": "auto"}, "functions"),
@@ -653,7 +723,6 @@ def test_other_paths_methods_and_types(server):
         ("POST", "/v1/audio/speech", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "/", 404),
     ):
         found, headers, body = server.call(method, path, b"{}" if method == "POST" else None)
         assert found == status and json.loads(body)["error"]["message"]
@@ -863,7 +932,8 @@ def test_the_document_is_true(server):
     assert schema.config is not None
     document = json.loads(server.call("GET", "/openapi.json")[2])
     assert set(document["paths"]) == {
-        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health", "/metrics"
+        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health",
+        "/v1/responses", "/metrics",
     }  # fmt: skip
     assert "422" not in json.dumps(document)
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -884,8 +954,9 @@ def test_the_document_is_true(server):
             calls += 1
             if isinstance(case.body, dict) and calls % 2:
                 case.body["model"] = NAME  # or it is a 404 before anything is looked at
-                if case.path.endswith("completions"):
-                    case.body["max_tokens"] = 2
+                for end, limit in (("completions", "max_tokens"), ("responses", "max_output_tokens")):
+                    if case.path.endswith(end):
+                        case.body[limit] = 2
             case.call_and_validate(checks=checks)
 
         call()
@@ -903,13 +974,53 @@ def test_api_key():
                 status, answered, body = closed.call(method, path, b"{}" if method == "POST" else None, **headers)
                 assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
                 assert answered["www-authenticate"] == "Bearer"
-        key = "Bearer sésame".encode().decode("latin-1")
+        key = "bEARER sésame".encode().decode("latin-1")
         assert closed.call("GET", "/v1/models", Authorization=key)[0] == 200
         assert closed.call("GET", "/health")[0] == closed.call("GET", "/metrics")[0] == 200
     with serving(api_key="secret") as closed, openai.OpenAI(base_url=closed.url, api_key="secret") as client:
         assert client.models.list().data[0].id == NAME
         with pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
             client.with_options(api_key="guess").models.list()
+
+
+def test_only_known_hosts(server):
+    """A site whose name resolves to this machine (DNS rebinding) sends its own name."""
+    known = ["localhost", "LOCALHOST:8000", f"127.0.0.1:{server.port}", "[::1]:8000", "192.168.1.5"]
+    unknown = [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "[::1",
+        "1@evil.example",
+    ]
+    for host, expected in [*((name, 200) for name in known), *((name, 403) for name in unknown)]:
+        for path in ("/v1/models", "/"):
+            assert server.call("GET", path, Host=host)[0] == expected, host
+    with serving(allowed_hosts=["box.lan"]) as named:
+        assert [named.call("GET", "/health", Host=name)[0] for name in ("Box.lan:80", "x.lan", "[::1]")] == [
+            200,
+            403,
+            200,
+        ]
+
+
+def test_rejected_requests_are_logged(server, caplog):
+    caplog.set_level(logging.INFO, "minimind")
+    for body, path, field, reason in (
+        (chat_body(top_p=7), "chat/completions", "top_p", "less than or equal to 1"),
+        (chat_body(model="gpt\n4"), "chat/completions", "model", "gpt"),
+        (
+            {"model": NAME, "input": "x", "previous_response_id": "y"},
+            "responses",
+            "previous_response_id",
+            "keeps nothing",
+        ),
+    ):
+        caplog.clear()
+        _, headers, _ = server.call("POST", f"/v1/{path}", body)
+        (line,) = caplog.messages
+        assert all(part in line for part in (headers["x-request-id"], field, reason, path)) and "\n" not in line
 
 
 def test_cors(server):

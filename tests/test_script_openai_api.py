@@ -79,7 +79,7 @@ def stream_from(port: int, **fields):
     body = json.dumps(
         {"model": "full_sft_32", "messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
     ).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     for _ in range(600):
         try:

@@ -57,7 +57,9 @@ class Watchdog(threading.Thread):
         self.heartbeat(doing)
 
     def run(self) -> None:
-        while not self._stopped.wait(min(max(self.timeout / 20, 0.1), 2.0)):
+        wait = 0.0  # the others have to know this process from the start
+        while not self._stopped.wait(wait):
+            wait = min(max(self.timeout / 20, 0.1), 2.0)
             try:
                 position = [self.heartbeats, self.doing, socket.gethostname(), os.getpid()]
                 self._store.set(str(self.rank), json.dumps(position))

@@ -128,7 +128,7 @@ class DDPStrategy(ParallelStrategy):
             torch._dynamo.config.optimize_ddp = False
             model.compile()
         if dist_env.size > 1:
-            self.module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.module, DistributedDataParallel):
