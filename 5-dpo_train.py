@@ -87,14 +87,16 @@ def main() -> None:
     dtype = resolve_dtype(options.dtype, device)
     weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
 
+    def on_all_processes(found: bool) -> bool:
+        return all(all_gather_object(dist_env, found))
+
     def add_reference(module: nn.Module) -> None:
         cache, together = options.cache_dir or options.out_dir / "cache", options.shards_weights
         for part in (train, val) if val else (train,):
             compute = partial(compute_ref_logps, module, part, device, dtype, options.batch_size)
             if together:  # a sharded model computes on all processes at once
                 compute = partial(compute, heartbeat=dist_env.heartbeat)
-                agree = lambda found: all(all_gather_object(dist_env, found))  # noqa: E731
-                part.add_ref_logps(cache, [weights, str(dtype)], compute, agree)
+                part.add_ref_logps(cache, [weights, str(dtype)], compute, on_all_processes)
             else:
                 with main_process_first(dist_env, "computing the reference"):
                     part.add_ref_logps(cache, [weights, str(dtype)], compute)

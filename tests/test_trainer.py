@@ -554,7 +554,9 @@ def test_a_state_whose_loss_is_not_what_it_was_stops_before_it_does_harm(tmp_pat
     assert (tmp_path / "tiny.pth").read_bytes() == before and states(tmp_path / "tiny.resume") == [8, 9]
 
 
-@pytest.mark.parametrize("loss, before, exploded", [(8.7, 2.0, True), (4.9, 2.0, False), (40.0, 25.0, False), (3e35, 2500.0, True)])
+@pytest.mark.parametrize(
+    "loss, before, exploded", [(8.7, 2.0, True), (4.9, 2.0, False), (40.0, 25.0, False), (3e35, 2500.0, True)]
+)
 def test_a_loss_explodes_by_its_own_measure(loss, before, exploded):
     """IPO starts at 25 with the default beta, at 2500 with 0.01."""
     assert trainer_module.has_exploded(loss, before) == exploded
@@ -568,9 +570,11 @@ def test_a_state_of_another_precision_is_continued(tmp_path):
 
 def test_a_first_step_that_fails_deletes_nothing_of_the_run_before(tmp_path):
     train(options(tmp_path))
-    nan = lambda model, batch: (lambda r: (r[0] * math.nan, r[1], {"loss": r[0].detach() * math.nan}))(  # noqa: E731
-        next_token_loss(model, batch)
-    )
+
+    def nan(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        return loss * math.nan, n, {"loss": extras["loss"] * math.nan}
+
     with pytest.raises(UserError, match="step 1: .*Nothing was trained yet"):
         train(options(tmp_path, overwrite=True), loss_fn=nan)
     assert states(tmp_path / "tiny.resume") == [8, 12]

@@ -270,7 +270,9 @@ def find_state(
     if any(line.startswith(("train_data", "val_data")) for line in changed):
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
     if any(line.startswith("samples_per_step") for line in changed):
-        changed.append("choose --batch_size and --accumulation_steps so that all processes together have that many rows")
+        changed.append(
+            "choose --batch_size and --accumulation_steps so that all processes together have that many rows"
+        )
     if changed:
         raise UserError(f"cannot resume {path}: this is a different run: {'; '.join(changed)}")
     if (state.run["format"] == "deepspeed") != (options.deepspeed is not None):

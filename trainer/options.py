@@ -20,6 +20,7 @@ import math
 import os
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -138,6 +139,7 @@ class TrainOptions:
         """Return the flags of the run that --resume continues; {} if there is none."""
         if given["resume"] is None:
             return {}
+        markers: Iterable[Path]
         if given["resume"] in ("newest", "auto"):
             shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
             size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else r"\d+(_moe)?"
@@ -153,7 +155,13 @@ class TrainOptions:
             stored = json.loads(description)["options"]
             model = stored.pop("model")
             kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: reported when it is loaded
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # none, or damaged: reported when it is loaded
             return {}
         if "epochs" in typed:  # max_steps would count instead
             kept.pop("max_steps", None)
