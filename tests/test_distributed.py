@@ -23,6 +23,7 @@ from common.errors import UserError
 from model.model import Transformer
 from trainer.distributed import DistEnv
 from trainer.parallel.zero import only_tensors
+from trainer.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -306,3 +307,13 @@ def test_a_deepspeed_file_that_decides_what_a_flag_decides_is_refused_by_name(tm
     assert "train_micro_batch" not in found and "scheduler" not in found
     path.write_text('{"zero_optimization": {"stage": 0}}')
     assert "stage" in options(tmp_path, deepspeed=path).validate()[0]
+
+
+def test_a_stopped_process_is_named_where_none_is_behind(monkeypatch):
+    """All wait for the same thing and have made the same calls, but one of them shows no life any more."""
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
+    watchdog = Watchdog(0, 2, timeout=2.0, attempt=0)
+    watchdog.heartbeat("waiting for rank 0")
+    watchdog._store.set("1", json.dumps([1, "waiting for rank 0", "elsewhere", 7, 5]))
+    assert "1 of 2 processes did not respond" in watchdog._report()
+    assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in watchdog._report()

@@ -23,7 +23,7 @@ class Watchdog(threading.Thread):
     Where processes wait for each other, one that does not respond blocks all the others until the process group's own
     timeout, whose error does not say which one it was. So each counts its heartbeats (all make the same calls) and
     publishes the count in the launcher's store. A process that had no heartbeat for `timeout` seconds looks there which
-    one is behind.
+    one is behind, or publishes nothing any more: it was stopped.
 
     attempt: a number that grows when the launcher restarts the processes, because its store lives on.
     """
@@ -33,6 +33,7 @@ class Watchdog(threading.Thread):
         self.rank, self.size, self.timeout = rank, size, timeout
         self.doing, self.heartbeats, self.since = "starting", 0, time.monotonic()
         self._suspended = False
+        self._interval, self._published = min(max(timeout / 20, 0.1), 2.0), 0
         self._stopped = threading.Event()
         store: Any = dist.distributed_c10d._get_default_store()  # PyTorch has no public way to the launcher's store
         # A connection serves one request at a time: this thread gets its own.
@@ -59,30 +60,39 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         wait = 0.0  # the others have to know this process from the start
         while not self._stopped.wait(wait):
-            wait = min(max(self.timeout / 20, 0.1), 2.0)
+            wait = self._interval
             try:
-                position = [self.heartbeats, self.doing, socket.gethostname(), os.getpid()]
-                self._store.set(str(self.rank), json.dumps(position))
+                self._publish()
                 if not self._suspended and time.monotonic() - self.since > self.timeout:
                     fail(self._report())
             except RuntimeError:  # the store is gone, and with it rank 0, which has printed its own message
                 os._exit(1)
 
+    def _publish(self) -> None:
+        self._published += 1
+        position = [self.heartbeats, self.doing, socket.gethostname(), os.getpid(), self._published]
+        self._store.set(str(self.rank), json.dumps(position))
+
+    def _positions(self) -> list[list]:
+        keys = [str(rank) for rank in range(self.size)]
+        unknown = [0, "starting", "an unknown host", 0, 0]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else unknown for key in keys]
+
     def _report(self) -> str:
-        time.sleep(0.5)  # a process that arrived at the same moment has published it by then
-        positions: dict[int, list] = {}
-        for rank in range(self.size):
-            known = self._store.check([str(rank)])
-            positions[rank] = json.loads(self._store.get(str(rank))) if known else [0, "starting", "an unknown host", 0]
-        furthest = max(count for count, *_ in positions.values())
-        late = [rank for rank, (count, *_) in positions.items() if count < furthest]
+        before = self._positions()
+        for _ in range(4):  # a process that arrived at the same moment has published it by then
+            time.sleep(self._interval / 2)
+            self._publish()
+        positions = self._positions()
+        furthest = max(count for count, *_ in positions)
+        late = [rank for rank, now in enumerate(positions) if now[0] < furthest or now == before[rank]]
         names = "; ".join(
             f"rank {rank} (process {pid} on {host}), last seen at {doing}"
-            for rank, (_, doing, host, pid) in positions.items()
+            for rank, (_, doing, host, pid, _) in enumerate(positions)
             if rank in late or not late
         )
         if late:
-            waiting = next(doing for count, doing, *_ in positions.values() if count == furthest)
+            waiting = max(positions)[1]  # what the furthest is doing
             return (
                 f"{len(late)} of {self.size} processes did not respond within --timeout {self.timeout:g} seconds, and the "
                 f"others wait for them ({waiting}): {names}. Check what is wrong there, then continue with --resume"
