@@ -50,11 +50,11 @@ def main() -> None:
     from trainer.trainer import fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
-    require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
 
     config = options.config()
     tokenizer = open_tokenizer(options, config)
     run = weights_run("pretrain", options, config, tokenizer, dist_env)
+    require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
 
     # Data: texts, tokenized once and kept on the disk.
     train, val = packed_rows(

@@ -49,12 +49,12 @@ def main() -> None:
     from trainer.trainer import fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
-    require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
 
     # Model: one that was pretrained.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["pretrain"], tokenizer, dist_env)
     run = weights_run("full_sft", options, model.config, tokenizer, dist_env, origin)
+    require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
 
     # Data: dialogues, with a mask over everything that the assistant does not say.
     train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)

@@ -78,7 +78,6 @@ def main() -> None:
     from trainer.trainer import Run, fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
-    require_files(options.data_path, "name a file of dialogues with --data_path")
 
     # Model: an adapter on frozen weights.
     tokenizer = open_tokenizer(options)
@@ -88,6 +87,7 @@ def main() -> None:
     folder = file.with_suffix("")
     for output in (folder, file) if options.merge else (folder,):
         check_run(output, options, dist_env)
+    require_files(options.data_path, "name a file of dialogues with --data_path")
 
     settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.lora_dropout}
     identity = {"adapter": settings | {"target_modules": sorted(set(options.target_modules))}}

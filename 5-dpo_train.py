@@ -72,7 +72,6 @@ def main() -> None:
 
     device = resolve_device(options.device)
     dist_env = init_distributed(device.type, options.timeout)
-    require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
 
     # Model: one that answers.
     tokenizer = open_tokenizer(options)
@@ -80,6 +79,7 @@ def main() -> None:
     run = weights_run("rl", options, model.config, tokenizer, dist_env, origin)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
     run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
+    require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
 
     # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)

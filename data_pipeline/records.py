@@ -124,7 +124,7 @@ def check_stage(data: dict) -> None:
     """Raise WrongStage if the answers of a row are not what a model should learn to say."""
     if data.get("chosen") and data.get("rejected"):
         raise WrongStage(_IS_PREFERENCE)
-    if name := next((name for name in ("label", "kto_tag") if str(data.get(name)).lower() == "false"), None):
+    if name := next((name for name in ("label", "kto_tag") if str(data.get(name)).lower() in ("false", "0")), None):
         raise WrongStage(f"{name} is false: an example of what not to answer (KTO)")
     _check_text_only(data)
 

@@ -204,8 +204,8 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
         if found and not options.overwrite:
             finished = _description(found[-1]).get("finished")
             raise UserError(
-                f"{folder} holds a finished run of {step_of(found[-1])} steps: replace it with --overwrite, or choose "
-                "another --out_dir"
+                f"{folder} holds a finished run of {step_of(found[-1])} steps: replace it with --overwrite, continue it "
+                "with --resume and more --max_steps or --epochs, or choose another --out_dir"
                 if finished
                 else f"{folder} holds a run that was stopped at step {step_of(found[-1])}: continue it with --resume, "
                 "discard it with --overwrite, or choose another --out_dir"
@@ -216,8 +216,8 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
         raise UserError(f"--resume: there is no {path}; {_START}")
     if found and folder.resolve() not in (path.resolve(), path.resolve().parent):
         raise UserError(
-            f"--resume: {folder} holds a run of its own, which {path} does not belong to: continue that one with --resume "
-            "alone, or choose another --out_dir"
+            f"--resume: {folder} holds a run of its own, which {path} does not belong to: give the --out_dir that it is "
+            "in, or another one"
         )
     if not _STEP.fullmatch(path.name):
         if not (states := complete_states(path)):
@@ -262,9 +262,13 @@ def find_state(
             )
         if (reason := damage(path)) is None:
             break
-        print(f"WARNING: {path} is damaged ({reason}): falling back to the state before it")
+        if path != candidates[-1]:
+            print(f"WARNING: {path} is damaged ({reason}): falling back to the state before it")
     else:
-        raise UserError(f"--resume: {path} is damaged ({reason}): resume from another state, or {_START}")
+        raise UserError(
+            f"--resume: {path} is damaged ({reason}): resume from another state with --resume PATH, or start again with "
+            "--overwrite"
+        )
     state = TrainingCheckpoint(path, step_of(path), _description(path))
     changed = differences(identity, state.run["identity"])
     if any(line.startswith(("train_data", "val_data")) for line in changed):

@@ -143,10 +143,13 @@ class TrainOptions:
         if given["resume"] in ("newest", "auto"):
             shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
             size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else r"\d+(_moe)?"
-            name = re.compile(re.escape(cls.stage.format(**given)) + rf"_{size}\.resume")
-            markers = (x for x in given["out_dir"].glob("*.resume/step_*/COMPLETE") if name.fullmatch(x.parts[-3]))
+            markers = given["out_dir"].glob("*.resume/step_*/COMPLETE")
         else:
-            markers = itertools.chain.from_iterable(map(Path(given["resume"]).glob, ("COMPLETE", "step_*/COMPLETE")))
+            size = r"\d+(_moe)?"
+            folder = Path(given["resume"])
+            markers = itertools.chain(folder.glob("COMPLETE"), folder.glob("step_*/COMPLETE"))
+        name = re.compile(re.escape(cls.stage.format(**given)) + rf"_{size}\.resume")
+        markers = (path for path in markers if name.fullmatch(path.absolute().parts[-3]))  # of this stage
         try:
             newest = max(markers, key=lambda path: path.stat().st_mtime)
             description = (newest.parent / "run.json").read_bytes()
@@ -155,14 +158,8 @@ class TrainOptions:
             stored = json.loads(description)["options"]
             model = stored.pop("model")
             kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ):  # none, or damaged: reported when it is loaded
-            return {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {}  # there is none, or it is damaged: that is reported when it is loaded
         if "epochs" in typed:  # max_steps would count instead
             kept.pop("max_steps", None)
         shown = [
