@@ -53,7 +53,7 @@ def main() -> None:
 
     config = options.config()
     tokenizer = open_tokenizer(options, config)
-    run = weights_run("pretrain", options, config, tokenizer, dist_env)
+    run = weights_run(options, config, tokenizer, dist_env)
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
 
     # Data: texts, tokenized once and kept on the disk.

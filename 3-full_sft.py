@@ -53,7 +53,7 @@ def main() -> None:
     # Model: one that was pretrained.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["pretrain"], tokenizer, dist_env)
-    run = weights_run("full_sft", options, model.config, tokenizer, dist_env, origin)
+    run = weights_run(options, model.config, tokenizer, dist_env, origin)
     require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
 
     # Data: dialogues, with a mask over everything that the assistant does not say.

@@ -60,23 +60,20 @@ def main() -> None:
     options = parse_options(DpoOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
-    from torch import nn
-
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
-    from model.device import resolve_device, resolve_dtype
-    from trainer.distributed import all_gather_object, cleanup_distributed, init_distributed, main_process_first
-    from trainer.finetune import starting_model
-    from trainer.losses import compute_ref_logps, dpo_loss
+    from model.device import resolve_device
+    from trainer.distributed import cleanup_distributed, init_distributed
+    from trainer.finetune import add_ref_logps, starting_model
+    from trainer.losses import dpo_loss
     from trainer.recipe import open_tokenizer, require_files, weights_run
     from trainer.trainer import fit
 
-    device = resolve_device(options.device)
-    dist_env = init_distributed(device.type, options.timeout)
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
     # Model: one that answers.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
-    run = weights_run("rl", options, model.config, tokenizer, dist_env, origin)
+    run = weights_run(options, model.config, tokenizer, dist_env, origin)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
     run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
     require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
@@ -84,22 +81,8 @@ def main() -> None:
     # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
-    dtype = resolve_dtype(options.dtype, device)
     weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
-
-    def on_all_processes(found: bool) -> bool:
-        return all(all_gather_object(dist_env, found))
-
-    def add_reference(module: nn.Module) -> None:
-        cache, together = options.cache_dir or options.out_dir / "cache", options.shards_weights
-        for part in (train, val) if val else (train,):
-            compute = partial(compute_ref_logps, module, part, device, dtype, options.batch_size)
-            if together:  # a sharded model computes on all processes at once
-                compute = partial(compute, heartbeat=dist_env.heartbeat)
-                part.add_ref_logps(cache, [weights, str(dtype)], compute, on_all_processes)
-            else:
-                with main_process_first(dist_env, "computing the reference"):
-                    part.add_ref_logps(cache, [weights, str(dtype)], compute)
+    add_reference = partial(add_ref_logps, [part for part in (train, val) if part], weights, options, dist_env)
 
     # Loss: the better answer should gain probability over the worse one.
     loss = dpo_loss(options.beta, options.label_smoothing, options.loss)

@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
-from trainer.checkpoint import complete_states, damage  # noqa: E402
+from trainer.checkpoint import complete_states, find_damage  # noqa: E402
 from trainer.state_tensors import load_tensors, tensor_layout  # noqa: E402
 
 NAME = "pretrain_64"
@@ -302,7 +302,7 @@ def newest_intact(states: Path) -> int:
     """Return the step of the newest state that is complete and not damaged; 0: there is none."""
     # Not complete_states(): it would recover what the next launch has to recover.
     found = [path.parent for path in states.glob("*step_*/COMPLETE") if not path.parent.name.endswith(".tmp")]
-    return max((int(re.sub(r"\D", "", path.name)) for path in found if damage(path) is None), default=0)
+    return max((int(re.sub(r"\D", "", path.name)) for path in found if find_damage(path) is None), default=0)
 
 
 def differences(a: Path, b: Path) -> list[str]:

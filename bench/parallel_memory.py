@@ -66,6 +66,9 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     from trainer.recipe import new_model, weights_run
     from trainer.trainer import fit
 
+    class Options(TrainOptions):
+        stage = "pretrain"
+
     dist_env = init_distributed("cpu")
     if engine == "zero3":
         from trainer.parallel.zero import import_deepspeed
@@ -76,7 +79,7 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     with torch.device("meta"):
         empty = Transformer(config)
     layer = sum(p.numel() for p in empty.layers[0].parameters())
-    options = TrainOptions(
+    options = Options(
         out_dir=folder, batch_size=1, max_steps=steps, device="cpu", dtype="float32", save_interval=1000, log_interval=1,
         resume="auto", **ENGINES[engine],
     )  # fmt: skip
@@ -90,7 +93,7 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     watch.start()
     time.sleep(0.1)
     base = dict(watch.peak)
-    run = weights_run("pretrain", options, config, tokenizer, dist_env)
+    run = weights_run(options, config, tokenizer, dist_env)
     model = new_model(options, config, dist_env)
     fit(model, next_token_loss, PackedRows(dataset, np.arange(n), size, 0), None, options, run, dist_env)
     facts = {"base": base, "peak": dict(watch.peak), "parameters": parameter_counts(empty)["total"], "layer": layer}

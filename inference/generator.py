@@ -108,7 +108,7 @@ class BatchGenerator:
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
         self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
         self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
-        # What penalties have to know, for each row: how often its answer has each token, and which its prompt has.
+        # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
         self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
         self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
 

@@ -14,7 +14,7 @@ import torch
 from states import read_state
 
 from common.errors import UserError
-from trainer.checkpoint import check_run, complete_states, damage, differences, save_state
+from trainer.checkpoint import check_run, complete_states, differences, find_damage, save_state
 from trainer.distributed import DistEnv
 from trainer.options import TrainOptions
 from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
@@ -109,14 +109,14 @@ def test_a_state_from_elsewhere_does_not_replace_the_run_that_is_here(tmp_path):
 def test_damage_is_found_in_every_file(tmp_path, name):
     save(tmp_path, 1)
     state = tmp_path / "step_00000001"
-    assert damage(state) is None
+    assert find_damage(state) is None
     file = state / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    assert damage(state)
+    assert find_damage(state)
     file.unlink()
-    assert damage(state)
+    assert find_damage(state)
 
 
 def test_a_state_cannot_run_code(tmp_path):
@@ -181,7 +181,7 @@ while True:
         rest = process.communicate()[0].split()
         done = int(rest[-1]) if rest else done
         found = steps(tmp_path)[-1]
-        assert found in (done, done + 1) and damage(complete_states(tmp_path)[-1]) is None
+        assert found in (done, done + 1) and find_damage(complete_states(tmp_path)[-1]) is None
         assert torch.equal(read_state(complete_states(tmp_path)[-1])[0]["w"], torch.full((200_000,), float(found)))
         done = found
 

@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
@@ -35,17 +35,11 @@ _START = "start without --resume, or with --resume auto"
 
 @dataclass
 class TrainingCheckpoint:
-    """A state on the disk.
-
-    Attributes:
-        run: its description, run.json.
-        obsolete: states that the run to be continued from it (or started, if it is None) replaces.
-    """
+    """A state on the disk; `run` is its description, run.json."""
 
     path: Path
     step: int
     run: dict
-    obsolete: list[Path] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -123,7 +117,7 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(state: Path) -> str | None:
+def find_damage(state: Path) -> str | None:
     """Return what is wrong with a state: a file that is missing or has another hash than when it was written."""
     try:
         hashes = json.loads((state / MARKER).read_text(encoding="utf-8"))
@@ -235,8 +229,8 @@ def _states_of_this_launch(found: list[Path], dist_env: DistEnv) -> list[Path]:
 
 def find_state(
     folder: Path, options: TrainOptions, dist_env: DistEnv, identity: dict, settings: dict
-) -> TrainingCheckpoint | list[Path]:
-    """Return the state to resume; at the start of a run, the states that it replaces.
+) -> tuple[TrainingCheckpoint | None, list[Path]]:
+    """Return the state to resume (None: start), and the states to delete once the run has saved one of its own.
 
     Args:
         identity: what has to be the same as in the state.
@@ -253,14 +247,14 @@ def find_state(
     if not candidates:
         if options.resume == "auto":
             print(f"nothing to resume in {folder}: starting from the beginning")
-        return found
+        return None, found
     for path in candidates:
         if (path / "state.pt").exists():
             raise UserError(
                 f"cannot resume {path}: an older version wrote it; finish the run with that version, or start again with "
                 "--overwrite"
             )
-        if (reason := damage(path)) is None:
+        if (reason := find_damage(path)) is None:
             break
         if path != candidates[-1]:
             print(f"WARNING: {path} is damaged ({reason}): falling back to the state before it")
@@ -283,15 +277,16 @@ def find_state(
         saved = "with" if state.run["format"] == "deepspeed" else "without"
         raise UserError(f"cannot resume {path}: it was saved {saved} --deepspeed, and can only be continued so")
     print(f"resuming after step {state.step} from {path}")
+    obsolete = []
     if path.parent.resolve() == folder.resolve():
-        state.obsolete = [later for later in found if step_of(later) > state.step]
-        for later in state.obsolete:
+        obsolete = [later for later in found if step_of(later) > state.step]
+        for later in obsolete:
             print(f"{later.name} will be deleted at the next save: this run continues from an earlier step")
     if changed := differences(settings, state.run["settings"]):
         print(f"note: changed since then, so the result will differ from an uninterrupted run: {'; '.join(changed)}")
     if state.step >= settings["total_steps"]:
         print(f"the run is finished: it has done {state.step} steps, and {settings['total_steps']} were asked for")
-    return state
+    return state, obsolete
 
 
 def differences(now: dict, then: dict) -> list[str]:

@@ -34,7 +34,7 @@ class DistEnv:
         restart_count: how often the launcher has restarted the processes after one of them died.
         run_id: the launcher's name for this run, the same after a restart; "" without a launcher.
         watchdog: notices processes that hang; None with a single process.
-        patient_group: a process group whose collectives never time out; None with a single process.
+        untimed_group: a process group whose collectives never time out; None with a single process.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class DistEnv:
     restart_count: int = 0
     run_id: str = ""
     watchdog: Watchdog | None = None
-    patient_group: dist.ProcessGroup | None = None
+    untimed_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -94,8 +94,8 @@ def init_distributed(device_type: str, timeout: float = 600.0) -> DistEnv:
     errors.failure_key = f"failed/{attempt}"
     watchdog = Watchdog(rank, size, timeout, attempt)
     watchdog.start()
-    patient_group = dist.new_group(backend="gloo", timeout=FOREVER)
-    return DistEnv(rank, size, local_rank, max(count for count, _ in found), found[0][1], watchdog, patient_group)
+    untimed_group = dist.new_group(backend="gloo", timeout=FOREVER)
+    return DistEnv(rank, size, local_rank, max(count for count, _ in found), found[0][1], watchdog, untimed_group)
 
 
 def cleanup_distributed(dist_env: DistEnv) -> None:
@@ -157,7 +157,7 @@ def broadcast_object(dist_env: DistEnv, function: Callable[[], T]) -> T:
                 answer[0] = function()
             except UserError as error:
                 answer[1] = str(error)
-        dist.broadcast_object_list(answer, group=dist_env.patient_group)
+        dist.broadcast_object_list(answer, group=dist_env.untimed_group)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
@@ -190,7 +190,7 @@ def main_process_first(dist_env: DistEnv, doing: str) -> Iterator[None]:
     turn = 0 if dist_env.is_main else 1 if dist_env.local_rank == 0 else 2
     with dist_env.watchdog.suspend(doing):
         for _ in range(turn):
-            dist.barrier(dist_env.patient_group)
+            dist.barrier(dist_env.untimed_group)
         yield
         for _ in range(2 - turn):
-            dist.barrier(dist_env.patient_group)
+            dist.barrier(dist_env.untimed_group)

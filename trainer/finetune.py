@@ -5,22 +5,27 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data_pipeline.datasets import PackedRows
+from data_pipeline.preferences import PreferencePairs
 from data_pipeline.tokenize import TokenizedDataset
 from data_pipeline.tokenize_chats import tokenize_chat_data
 from inference.model_finder import find_model
+from model.device import resolve_device, resolve_dtype
 from model.LMConfig import PRESETS
 from model.model import Transformer, describe_parameters
 from model.weights import Checkpoint, load_checkpoint
-from trainer.distributed import DistEnv
-from trainer.options import ChatOptions, TuneOptions
+from trainer.distributed import DistEnv, all_gather_object, main_process_first
+from trainer.losses import compute_ref_logps
+from trainer.options import ChatOptions, TrainOptions, TuneOptions
 from trainer.recipe import mapped_model, new_model, open_tokenizer, packed_rows
 
 
@@ -75,6 +80,31 @@ def chat_rows(
     if options.show_sample:
         show_sample(train.dataset, tokenizer)
     return train, val
+
+
+def add_ref_logps(
+    parts: list[PreferencePairs], weights: str, options: TrainOptions, dist_env: DistEnv, model: nn.Module
+) -> None:
+    """Give pairs of answers the log-probabilities that `model` assigns them before training; kept in the cache.
+
+    weights: what identifies the weights of `model`. A sharded model computes on all processes together; where each process
+    has all of it, one computes for all.
+    """
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    cache = options.cache_dir or options.out_dir / "cache"
+
+    def on_all_processes(found: bool) -> bool:
+        return all(all_gather_object(dist_env, found))
+
+    for part in parts:
+        compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
+        if options.shards_weights:
+            compute = partial(compute, heartbeat=dist_env.heartbeat)
+            part.add_ref_logps(cache, [weights, str(dtype)], compute, on_all_processes)
+        else:
+            with main_process_first(dist_env, "computing the reference"):
+                part.add_ref_logps(cache, [weights, str(dtype)], compute)
 
 
 def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:

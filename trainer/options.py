@@ -60,7 +60,7 @@ def _scaling(text: str) -> dict:
 class TrainOptions:
     """Flags of every training stage."""
 
-    stage: ClassVar[str] = ""  # the names of a run's files start with it; may hold the names of flags in braces
+    stage: ClassVar[str]  # the names of a run's files start with it; it may hold names of flags in braces
 
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")

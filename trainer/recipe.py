@@ -79,19 +79,18 @@ def mapped_model(
 
 
 def weights_run(
-    stage: str,
     options: TrainOptions,
     config: LMConfig,
     tokenizer: PreTrainedTokenizerFast,
     dist_env: DistEnv,
     origin: Checkpoint | None = None,
 ) -> Run:
-    """Return a run that writes OUT_DIR/<stage>_<dim>[_moe].pth.
+    """Return a run that writes OUT_DIR/<stage>_<dim>[_moe].pth; the stage is that of the class of `options`.
 
     origin: the checkpoint it starts from; None: random weights.
     Raises UserError if it cannot start: see `trainer.checkpoint.check_run`.
     """
-    path = options.out_dir / checkpoint_name(stage, config)
+    path = options.out_dir / checkpoint_name(options.stage, config)
     check_run(path, options, dist_env)
     with torch.device("meta"):
         empty = Transformer(config)
@@ -101,7 +100,7 @@ def weights_run(
         save_checkpoint(path, empty, dtype=DTYPES[options.save_dtype], info=info, overwrite=True, tensors=tensors)
 
     return Run(
-        stage=stage,
+        stage=options.stage,
         name=path.stem,
         config=config,
         identity={

@@ -34,7 +34,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises the error of the process that failed, for example OSError, on every process.
     """
-    with _one_process_is_fine():
+    with _without_single_process_warning():
         try:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
         except CheckpointException as error:
@@ -43,7 +43,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Read from `folder` into `tensors`, in place. Every process has to call it, for the same names."""
-    with _one_process_is_fine():
+    with _without_single_process_warning():
         try:
             dcp.load(tensors, storage_reader=_Reader(folder))
         except CheckpointException as error:
@@ -74,12 +74,9 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-def _one_process_is_fine() -> warnings.catch_warnings:
+def _without_single_process_warning() -> warnings.catch_warnings:
     """Return a context without DCP's warning that there is only one process."""
-    context = warnings.catch_warnings()
-    if not dist.is_initialized():
-        context = warnings.catch_warnings(action="ignore", category=UserWarning)
-    return context
+    return warnings.catch_warnings(action=None if dist.is_initialized() else "ignore", category=UserWarning)
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

@@ -314,8 +314,11 @@ class Trainer:
         """Load the state and set up everything that can fail, before the first step."""
         options = self.options
         options.out_dir.mkdir(parents=True, exist_ok=True)
-        assert_same_on_all_ranks(self.dist_env, self.identity() | _shared_flags(options))
-        state = self._find_state()
+        identity, settings = self.identity(), self.settings()
+        assert_same_on_all_ranks(self.dist_env, identity | _shared_flags(options))
+        state, self.obsolete = broadcast_object(
+            self.dist_env, lambda: find_state(self.folder, options, self.dist_env, identity, settings)
+        )
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -475,18 +478,6 @@ class Trainer:
             "options": self.options.describe(),
         }
 
-    def _find_state(self) -> TrainingCheckpoint | None:
-        """Return the state to resume, the same on all processes; None at the start of a run."""
-        identity, settings = self.identity(), self.settings()
-        found = broadcast_object(
-            self.dist_env, lambda: find_state(self.folder, self.options, self.dist_env, identity, settings)
-        )
-        if isinstance(found, list):
-            self.obsolete = found
-            return None
-        self.obsolete = found.obsolete
-        return found
-
     def _resume(self, state: TrainingCheckpoint) -> None:
         """Continue from `state`: weights, optimizer, counters."""
         if not all(all_gather_object(self.dist_env, state.path.is_dir())):
@@ -505,7 +496,7 @@ class Trainer:
 def has_exploded(loss: float, before: float) -> bool:
     """Return whether a loss is so much higher than before that something is broken.
 
-    Losses that are no nats per token (IPO starts at 25 or more) may rise by as much as they had.
+    Losses that are not nats per token (IPO starts at 25 or more) may double.
     """
     return loss > before + max(EXPLODED, before)
 

@@ -46,7 +46,8 @@ class FSDPStrategy(ParallelStrategy):
             self.module.compile()
 
     def backward(self, loss: Tensor) -> None:
-        # Every part of the loss is summed over the processes at once: until then each would keep whole gradients.
+        # Gradients are summed and sharded in every backward pass: if only in the last one, each process would keep whole
+        # gradients until then.
         loss.backward()
 
     def step(self, max_norm: float) -> float:
