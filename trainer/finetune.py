@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -90,13 +91,11 @@ def add_ref_logps(
     cache = options.cache_dir or options.out_dir / "cache"
 
     def on_all_processes(found: bool) -> bool:
-        return all(all_gather_object(dist_env, found))
+        return all(all_gather_object(dist_env, found)) if options.shards_weights else found
 
+    heartbeat = partial(dist_env.heartbeat, count=options.shards_weights)
     for part in parts:
-        compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
-        if options.shards_weights:
-            compute = partial(compute, heartbeat=dist_env.heartbeat)
+        compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size, heartbeat)
+        one_by_one = main_process_first(dist_env, "computing the reference")
+        with contextlib.nullcontext() if options.shards_weights else one_by_one:
             part.add_ref_logps(cache, [weights, str(dtype)], compute, on_all_processes)
-        else:
-            with main_process_first(dist_env, "computing the reference"):
-                part.add_ref_logps(cache, [weights, str(dtype)], compute)

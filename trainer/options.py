@@ -233,13 +233,7 @@ class TrainOptions:
 
     def describe(self) -> dict:
         """Return the flags as JSON-friendly values."""
-        plain = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                value = [str(item) for item in value]
-            plain[field.name] = str(value) if isinstance(value, Path) else value
-        return plain
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @dataclass
@@ -279,12 +273,8 @@ def read_zero_config(path: Path) -> dict:
     """Return the content of a DeepSpeed file. Raise UserError if it is not an object with a ZeRO stage."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--deepspeed {path} cannot be read ({error.strerror}); configs/ has some to choose from"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed {path} is not JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path} cannot be read ({error}); configs/ has some to choose from") from None
     section = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(section, dict) or section.get("stage") not in (1, 2, 3):
         raise UserError(
