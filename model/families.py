@@ -164,7 +164,7 @@ def config_from_llama_shapes(state: dict[str, Tensor], path: Path, notes: list[s
         source, decisive = "MiniMind2 of April 2025", ["n_heads", "n_kv_heads", "rope_theta"]
         assumed: dict[str, Any] = dict(n_heads=8, n_kv_heads=2, rope_theta=1e6)
         fits = (q_dim, 4 * kv_dim, dim % 16) == (dim, dim, 0) and is_list == (n_shared > 0)
-        fits = fits and hidden_dim == preset("minimind-v1-small", dim=dim).hidden_dim
+        fits = fits and hidden_dim == preset("minimind-v1-small", dim=dim, n_heads=8).hidden_dim
     else:
         source, decisive = "MiniMind-3", ["rope_theta", "norm_eps"]
         assumed = dict(rope_theta=1e6, norm_eps=1e-6)
