@@ -53,7 +53,7 @@ class Options:
     )
     read_tokens: int | None = flag(
         None, "tokens of prompts and texts that are read between two steps of running answers (default: "
-        "16 on a CPU, otherwise 256)", min=1, metavar="TOKENS",
+        "8 on a CPU, otherwise 256)", min=1, metavar="TOKENS",
     )  # fmt: skip
     prefix_cache_mb: int = flag(256, "memory for beginnings that prompts share; 0: none", min=0, metavar="MB")
     timeout_keep_alive: int = flag(

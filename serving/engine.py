@@ -44,8 +44,9 @@ from inference.reader import Reader
 from serving.stream import EngineError, EngineFailed, EngineStopped, QueueFull, ShuttingDown, Stream
 from serving.texts import Scores, TextReading, TextRequest
 
-READ_TOKENS = {"cpu": 16, "gpu": 256}  # defaults: reading takes about as long as a step
+READ_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as a step
 IDLE_TOKENS = 512  # tokens that are read at a time while no answer is running; a new request waits that long
+ATTENTION = 512  # a token behind this many others counts twice, behind twice as many three times: it attends to them
 MAX_TOGETHER = 64  # texts that are read in one pass
 ERRORS = (RuntimeError, MemoryError)  # from PyTorch: out of memory, a broken device
 
@@ -321,7 +322,10 @@ class Engine:
         answering = len(generator.rows)
         budget = max(self.read_tokens, answering) if answering else IDLE_TOKENS
         while budget > 0:
-            joining, reading = self._next_prompt(generator), self._next_text()
+            joining = self._next_prompt(generator)
+            reading = (
+                len(generator.rows) == answering and self._next_text()
+            )  # not before the next token of a new answer
             if joining:
                 budget -= self._read_prompt(generator, max(budget // 2, 1) if reading else budget)
             if reading and budget > 0:
@@ -358,20 +362,20 @@ class Engine:
         return self._joining is not None
 
     def _read_prompt(self, generator: BatchGenerator, limit: int) -> int:
-        """Read at most `limit` tokens of the prompt; let its sequence join after the last. Return how many were read."""
+        """Read at most `limit` tokens of the prompt; let its sequence join after the last. Return what they cost."""
         item, reader = self._joining, self._prompt_reader
         assert item is not None
-        n = min(limit, reader.left)
+        n, cost = _portion(reader, limit)
         last = n == reader.left
         try:
             _, logits = reader.read(n, logits_to_keep=int(last))
         except ERRORS:
             self._reading_failed(item.owner)
-            return n
+            return cost
         if last:
             self._joining = None
             self._publish_tokens(generator.join(item.prompt, item.sampling, item.key, reader.cache, logits))
-        return n
+        return cost
 
     def _next_text(self) -> bool:
         """Return whether there is a text to read; begin the next one if none is being read."""
@@ -387,28 +391,28 @@ class Engine:
         return True
 
     def _read_texts_once(self, limit: int) -> int:
-        """Read at most `limit` tokens of the text, or the next whole texts in one pass. Return how many tokens were read."""
+        """Read at most `limit` tokens of the text, or the next whole texts in one pass. Return what they cost."""
         text, reader = self._text, self._text_reader
         assert text is not None
         together = self._texts_together(text, limit) if reader.pads else [text]
-        n = min(limit, reader.left)
+        n, cost = _portion(reader, limit)
         try:
             if len(together) > 1:
                 found = reader.read_together([one.tokens for one in together], logits=text.top is not None)
-                n = sum(len(one.tokens) for one in together)
+                n = cost = sum(len(one.tokens) for one in together)
             else:
                 found = [reader.read(n, logits_to_keep=0 if text.top is None else n)]
             for one, (hidden, logits) in zip(together, found, strict=True):
                 one.add(hidden, logits)
         except ERRORS:
             self._reading_failed(text.owner)
-            return n
+            return cost
         self.statistics.prompt_tokens += n
         done = [one for one in together if one.position == len(one.tokens)]
         if done:
             self._text = None
             self._publish(_by_owner((one, one.result) for one in done))
-        return n
+        return cost
 
     def _texts_together(self, first: TextReading, limit: int) -> list[TextReading]:
         """Return `first` and the next texts of its request that fit with it into `limit`, padding included."""
@@ -480,6 +484,13 @@ def _by_owner(results: Iterable[tuple[_Sequence | TextReading, Any]]) -> dict[St
     for item, result in results:
         news.setdefault(item.owner, []).append((item.index, result))
     return news
+
+
+def _portion(reader: Reader, limit: int) -> tuple[int, int]:
+    """Return how many of the next tokens a budget allows, at least one, and how much of it they use."""
+    weight = 1 + reader.position / ATTENTION
+    n = min(max(int(limit / weight), 1), reader.left)
+    return n, math.ceil(n * weight)
 
 
 def _deliver(news: dict[Stream, Any]) -> None:
