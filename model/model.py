@@ -70,11 +70,13 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.dropout, self.flash = config.dropout, config.flash_attn
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = residual_projection(config.dim, config.dim)
+        self.wo = residual_projection(q_dim, config.dim)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, cache: Any = None) -> Tensor:
@@ -82,6 +84,8 @@ class Attention(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, heads, head_dim)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, time, kv_heads, head_dim)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # with autocast they come in float32
         q, k = apply_rope(q, *metadata.rope), apply_rope(k, *metadata.rope)
         dropout = self.dropout if self.training else 0.0
         if metadata.cu_seqlens is not None:
@@ -381,7 +385,8 @@ def initial_weights(config: LMConfig, seed: int) -> Iterator[tuple[str, Tensor]]
     with torch.device("meta"):
         model = Transformer(config)
     for name, module in model.named_modules():
-        if module is not model.output and next(module.parameters(recurse=False), None) is not None:
+        tied = module is model.output and config.tie_word_embeddings
+        if not tied and next(module.parameters(recurse=False), None) is not None:
             module.to_empty(device="cpu", recurse=False)
             model._init_weights(module)
             yield from ((f"{name}.{key}", weight.detach()) for key, weight in module.named_parameters(recurse=False))

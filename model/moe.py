@@ -41,9 +41,9 @@ class Router(nn.Module):
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        # With top-1 a renormalised weight would be the constant 1, and the router would get no gradient from the
-        # language-model loss: keep the raw probability there.
-        self.renormalise = config.norm_topk_prob and self.top_k > 1
+        # With top-1 a renormalised weight is the constant 1, and the router gets no gradient from the language-model loss:
+        # by default the raw probability is kept there.
+        self.renormalise = config.renormalizes_top_k
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

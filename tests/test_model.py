@@ -235,6 +235,8 @@ def test_configuration_refuses_what_cannot_be_built():
         preset("toy", n_kv_heads=4, dropout=1.5)
     with pytest.raises(ValueError, match="head dimension 7"):
         LMConfig(dim=28, n_heads=4, n_kv_heads=2)
+    with pytest.raises(ValueError, match="head_dim=9 must be even"):
+        LMConfig(head_dim=9)
     with pytest.raises(ValueError, match="num_experts_per_tok=5"):
         LMConfig(use_moe=True, num_experts_per_tok=5)
     with pytest.raises(ValueError, match="known: minimind-v1-small"):

@@ -33,7 +33,8 @@ class _Experts(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        ("attention_norm", ctypes.c_void_p), ("ffn_norm", ctypes.c_void_p), ("qkv", _Matrix), ("wo", _Matrix),
+        *[(name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")],
+        ("qkv", _Matrix), ("wo", _Matrix),
         ("gate", ctypes.c_void_p), ("routed", ctypes.POINTER(_Experts)), ("shared", _Experts),
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
     ]  # fmt: skip
@@ -77,7 +78,7 @@ class NativeModel:
             raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.embedding.device}")
         if weights.dtype not in (torch.float32, torch.bfloat16):
             raise KernelUnavailable(f"the kernel computes float32, bfloat16 and int8, not {weights.dtype}")
-        if config.head_dim // LANES not in (1, 2, 3, 4, 6, 8) or config.head_dim % LANES:
+        if config.head_dim // LANES not in (1, 2, 3, 4, 5, 6, 8) or config.head_dim % LANES:
             raise KernelUnavailable(f"the kernel has no attention for a head dimension of {config.head_dim}")
         if config.n_layers > MAX_LAYERS:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
@@ -104,6 +105,8 @@ class NativeModel:
             attention_norm=self._floats(layer.attention_norm.weight), ffn_norm=self._floats(layer.ffn_norm.weight),
             qkv=self._matrix(layer.qkv), wo=self._matrix(layer.wo),
         )  # fmt: skip
+        if layer.q_norm is not None and layer.k_norm is not None:
+            struct.q_norm, struct.k_norm = self._floats(layer.q_norm.weight), self._floats(layer.k_norm.weight)
         if layer.shared is not None:
             struct.shared = self._experts(layer.shared)
         if layer.router is not None:
