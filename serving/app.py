@@ -111,7 +111,7 @@ def create_app(
         chat.check_model(name)
         return json_response(card)
 
-    or_stream = errors | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    or_stream = errors | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=or_stream)
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
