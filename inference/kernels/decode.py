@@ -85,7 +85,7 @@ class NativeModel:
         self.kernel, self.config, self.dtype = load_kernel(), config, weights.dtype
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
-        self.rope = weights.rope
+        self.rope, self.norm = weights.rope, weights.norm.weight.detach().float()
         self.layers = [self._layer(layer) for layer in weights.layers]
         routers = [layer.router for layer in weights.layers if layer.router is not None]
         self.struct = _Model(
@@ -147,10 +147,11 @@ class NativeStep:
         model.cos, model.sin, model.max_len, model.layers = cos.data_ptr(), sin.data_ptr(), max_len, layers
         scratch = torch.empty(native.kernel.scratch_floats(ctypes.byref(model), MAX_ROWS, self.threads))
         model.scratch = scratch.data_ptr()
-        self._model, self._run = ctypes.pointer(model), native.kernel.decode_step
+        self._model, self._run, self._scratch = ctypes.pointer(model), native.kernel.decode_step, scratch
         self._width, self._vocab_size = model.output.blocks * LANES, native.config.vocab_size
         self._all = torch.arange(max(slots, max_len))
-        self._alive = (native, keys, values, layers, model, cos, sin, scratch)  # what the struct points to
+        self._native = native
+        self._alive = (keys, values, layers, model, cos, sin)  # what the struct points to, besides `native`
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Return float32 logits (rows, vocab) after the newest tokens (rows,) of slots 0, 1, ... at their positions."""
@@ -173,6 +174,25 @@ class NativeStep:
             here = here[(here >= 0) & (here < MAX_ROWS)]
             parts.append(self._rows(tokens[part], positions[part], slots[part], here))
         return torch.cat(parts)
+
+    def read(self, tokens: Sequence[int], start: int, logits_to_keep: int) -> tuple[Tensor, Tensor]:
+        """Read the tokens of one text from position `start` on, after those that slot 0 of the cache has.
+
+        Returns float32 (tokens, dim), their final hidden states, and (logits_to_keep, vocab), the logits of the token after
+        each of the last ones.
+        """
+        ids, silent = torch.tensor(tokens), len(tokens) - logits_to_keep
+        config, norm = self._native.config, self._native.norm
+        slots = torch.zeros(MAX_ROWS, dtype=torch.int64)
+        logits, hidden = [], []
+        for i in range(0, len(ids), MAX_ROWS):
+            part = ids[i : i + MAX_ROWS]
+            positions = self._all[start + i : start + i + len(part)]
+            logits.append(self._rows(part, positions, slots, self._all[max(silent - i, 0) : len(part)]))
+            # The kernel's memory begins with the residual stream, whose rows are padded to a multiple of LANES.
+            residual = self._scratch[: len(part) * (-(-config.dim // LANES) * LANES)].view(len(part), -1)
+            hidden.append(F.rms_norm(residual[:, : config.dim], norm.shape, norm, config.norm_eps))
+        return torch.cat(hidden), torch.cat(logits)
 
     def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
         logits = torch.empty(len(ends), self._width)
