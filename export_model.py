@@ -7,7 +7,7 @@
 
 format    what loads it                                                       written
 llama     transformers, vLLM, ... without code of ours: dense as Llama,       a folder: safetensors, configuration,
-          mixture of experts as Ernie 4.5 MoE                                 tokenizer with chat template
+          mixture of experts as Ernie 4.5 MoE; with qk_norm as Qwen3 (MoE)    tokenizer with chat template
 minimind  transformers with trust_remote_code=True: our names, our code       the same, and model.py with what it imports
 gguf      llama.cpp, Ollama                                                   a folder: one .gguf, a Modelfile
 pth       this toolkit                                                        the .pth and its .json

@@ -48,7 +48,17 @@ class Options:
     strict: bool = flag(False, "reject requests with fields that would be ignored, like tools")
     served_model_name: str | None = flag(None, "the model's name in requests (default: the file's)", metavar="NAME")
     max_rows: int = flag(32, "answers that are decoded at the same time", min=1, metavar="N")
-    max_queue: int = flag(256, "answers that may wait; more are rejected", min=1, metavar="N")
+    max_queue: int = flag(
+        256, "answers, and requests for embeddings or scores, that may wait; more are rejected", min=1, metavar="N"
+    )
+    read_tokens: int | None = flag(
+        None, "tokens of prompts and texts that are read between two steps of running answers (default: "
+        "8 on a CPU, otherwise 256)", min=1, metavar="TOKENS",
+    )  # fmt: skip
+    prefix_cache_mb: int = flag(256, "memory for beginnings that prompts share; 0: none", min=0, metavar="MB")
+    timeout_keep_alive: int = flag(
+        15, "time in which a connection must send the head of a request", min=1, metavar="SECONDS"
+    )
     drain_seconds: float = flag(30, "time for running answers to finish at the end", min=0, max=1e6, metavar="SECONDS")
     log_level: str = flag("info", "how much the server logs", choices=["error", "warning", "info", "debug"])
     model: ModelOptions = model_options()
@@ -91,14 +101,13 @@ def main() -> None:
 
     logging.basicConfig(format="%(levelname)s:     %(message)s")  # as uvicorn's lines
     logging.getLogger("minimind").setLevel(options.log_level.upper())
-    import uvicorn  # torch and the server's libraries take seconds to load: --help and wrong flags do not wait for them
-
+    # torch and the server's libraries take seconds to load: --help and wrong flags do not wait for them
     from inference.generator import BatchGenerator
     from inference.model_loader import load_text_generator
     from serving.app import create_app
     from serving.endpoint import ServedModel
     from serving.engine import Engine
-    from serving.http import STALL_SECONDS, Server
+    from serving.server import Server
 
     path = options.model.weights or require_model(options.model.out_dir, CHAT_STAGES, "3-full_sft.py")
     generator = load_text_generator(path, options.model)
@@ -108,7 +117,12 @@ def main() -> None:
         BatchGenerator, checkpoint.model, rows, context, tokenizer=tokenizer, backend=generator.backend
     )
     try:
-        engine = Engine(make_generator, options.max_queue)
+        engine = Engine(
+            make_generator,
+            options.max_queue,
+            read_tokens=options.read_tokens,
+            prefix_bytes=options.prefix_cache_mb * 10**6,
+        )
     except (OSError, RuntimeError) as error:  # from the system or PyTorch, if the memory is not enough
         size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * checkpoint.model.dtype.itemsize
         raise UserError(
@@ -131,13 +145,15 @@ def main() -> None:
     print(f"serving {name} at http://{address}/v1 ({rows} answers at a time, {options.max_queue} may wait)", flush=True)
     if options.api_key is None and not (host == "::1" or host.startswith("127.")):
         print("note: other machines can reach this server, and it has no --api_key: anyone may use it", flush=True)
-    # Answers end when the engine does; this timeout is for clients that do not even read that.
-    grace = int(options.drain_seconds + STALL_SECONDS) + 5
-    settings = uvicorn.Config(app, log_level=options.log_level, timeout_graceful_shutdown=grace)
+    server = Server(
+        app, engine, options.drain_seconds, timeout_keep_alive=options.timeout_keep_alive, log_level=options.log_level
+    )
     try:
-        Server(settings, engine, options.drain_seconds).run(sockets=[sock])
+        server.run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
         print("ended")
+    if engine.failed:
+        raise UserError("the engine failed, and the server has ended: the reason is above")
 
 
 if __name__ == "__main__":

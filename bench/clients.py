@@ -8,7 +8,7 @@ A client that cannot be installed is skipped, and the table says so. The server 
 
 yes       it works; what is streamed is also compared with the whole answer
 refused   the client gets an error that says what the model cannot do
-–         the client, or its script, does not have this
+–         the client does not have this, or its script does not try it
 FAILED    anything else; the exit code is 1 then
 """
 

@@ -7,9 +7,9 @@ Real steps of the training loop on this machine's CPU, with a state saved and th
 in new processes. The table has the peak of the process that needs most, and the limit: with N processes 1/N of weights,
 gradients and optimizer state (16 bytes per parameter; 20 with ZeRO-3, which keeps a second copy of the weights for the
 optimizer, also where they are float32 already), two whole layers with their gradients, and what a process needs before it
-has a model. Memory of files that are mapped (the starting weights) belongs to the system's cache; it is in the
-column "with files". MALLOC_MMAP_THRESHOLD_=65536 is set, because the C library would keep freed tensors for reuse, and
-they would count as used.
+has a model. Activations are not in it: rows are short, and --gradient_checkpointing keeps few. Memory of files that are
+mapped (the starting weights) belongs to the system's cache; it is in the column "with files". MALLOC_MMAP_THRESHOLD_=65536
+is set, because the C library would keep freed tensors for reuse, and they would count as used.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     layer = sum(p.numel() for p in empty.layers[0].parameters())
     options = Options(
         out_dir=folder, batch_size=1, max_steps=steps, device="cpu", dtype="float32", save_interval=1000, log_interval=1,
-        resume="auto", **ENGINES[engine],
+        resume="auto", gradient_checkpointing=True, **ENGINES[engine],
     )  # fmt: skip
     n = 64
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, n * config.max_seq_len).astype(np.uint16)

@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
+from model.device import PEAK_FLOPS, training_flops  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer, parameter_counts  # noqa: E402
 from trainer.distributed import DistEnv, all_gather_object, barrier, cleanup_distributed, init_distributed  # noqa: E402
-from trainer.metrics import PEAK_FLOPS, training_flops  # noqa: E402
 from trainer.parallel.ddp import ParallelStrategy  # noqa: E402
 
 PRESETS = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")

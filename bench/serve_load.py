@@ -7,6 +7,9 @@ all clients   --clients of them at the same time, for --seconds; every answer is
               model gives alone, without a server
 killed        the same clients close their connections at random moments; measures how soon all rows are free afterwards
 
+Then, on another server with a longer context: a chat alone, beside a client that has texts embedded, and beside one that has
+them scored; and the time to the first text behind a system message that is new, or that the prefix cache has.
+
 The server is a process of its own, in float32, and so are the clients, which share the machine with it. Without --weights,
 minimind-v1-small has random weights.
 """
@@ -14,6 +17,7 @@ minimind-v1-small has random weights.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import urlopen
@@ -64,6 +69,7 @@ class Result:
     errors: list[str] = field(default_factory=list)
     wrong: int = 0  # answers that differ from the one computed alone
     first: list[float] = field(default_factory=list)  # seconds to the first text
+    gaps: list[float] = field(default_factory=list)  # seconds between two pieces of text
 
 
 class Reference:
@@ -93,22 +99,14 @@ class Load:
     def __init__(self, port: int, model: str, reference: Reference, length: int) -> None:
         self.port, self.model, self.reference, self.length = port, model, reference, length
 
-    async def ask(self, rng: random.Random, result: Result, kill: bool = False) -> None:
-        """Send one request and compare its answer, or, with `kill`, disconnect somewhere in the middle."""
-        question, limit = rng.randrange(len(QUESTIONS)), rng.randint(self.length // 2, self.length)
-        body = json.dumps(
-            {
-                "model": self.model,
-                "messages": [{"role": "user", "content": QUESTIONS[question]}],
-                "max_tokens": limit,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n\r\n"
-        started, leave = time.perf_counter(), rng.randint(1, limit - 1) if kill else None
+    async def post(self, path: str, fields: dict, abort: bool = False) -> AsyncIterator[bytes]:
+        """Send a request; yield its answer as it comes. `abort`: close the connection so if the caller stops early.
+
+        Raises OSError for another status than 200.
+        """
+        body = json.dumps({"model": self.model, **fields}).encode()
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(head.encode() + body)
@@ -116,44 +114,61 @@ class Load:
             while await reader.readline() != b"\r\n":
                 pass
             if b" 200 " not in status:
-                result.errors.append(status.decode().strip())
-                return
-            text, finish, usage, pieces, done = "", None, None, 0, False
-            buffer = b""
-            while size := int(await reader.readline(), 16):
-                buffer += (await reader.readexactly(size + 2))[:-2]
-                *events, buffer = buffer.split(b"\n\n")
-                for event in events:
-                    if event == b"data: [DONE]":
-                        done = True
-                        continue
-                    data = json.loads(event[6:])
-                    if "error" in data:
-                        result.errors.append(data["error"]["message"])
+                raise OSError(status.decode().strip())
+            while part := await reader.read(2**16):
+                yield part
+        finally:
+            if abort:
+                writer.transport.abort()
+            writer.close()
+
+    async def chat(self, messages: list[dict], limit: int, abort: bool = False) -> AsyncIterator[dict]:
+        """Yield the chunks of a greedy answer; ValueError if it does not end as it should."""
+        fields = {"messages": messages, "max_tokens": limit, "temperature": 0, "stream": True}
+        fields["stream_options"] = {"include_usage": True}
+        received = b""
+        async with contextlib.aclosing(self.post("chat/completions", fields, abort)) as parts:
+            async for part in parts:
+                *lines, received = (received + part).split(b"\n")
+                for line in lines:  # those between are the sizes of HTTP's chunks
+                    if line == b"data: [DONE]":
                         return
-                    usage = data["usage"] or usage
-                    for choice in data["choices"]:
-                        new = choice["delta"].get("content", "")
-                        if new and not text:
-                            result.first.append(time.perf_counter() - started)
+                    if line.startswith(b"data: "):
+                        yield json.loads(line[6:])
+        raise ValueError("the stream ended early")
+
+    async def ask(self, rng: random.Random, result: Result, kill: bool = False) -> None:
+        """Send one request and compare its answer, or, with `kill`, disconnect somewhere in the middle."""
+        question, limit = rng.randrange(len(QUESTIONS)), rng.randint(self.length // 2, self.length)
+        leave = rng.randint(1, limit - 1) if kill else None
+        text, finish, usage, pieces = "", None, {}, 0
+        latest = started = time.perf_counter()
+        messages = [{"role": "user", "content": QUESTIONS[question]}]
+        try:
+            async with contextlib.aclosing(self.chat(messages, limit, abort=kill)) as chunks:
+                async for chunk in chunks:
+                    if "error" in chunk:
+                        raise ValueError(chunk["error"]["message"])
+                    usage = chunk["usage"] or usage
+                    for choice in chunk["choices"]:
+                        new, now = choice["delta"].get("content", ""), time.perf_counter()
+                        if new:
+                            (result.gaps if text else result.first).append(now - (latest if text else started))
+                            latest = now
                         text += new
                         pieces += 1
                         finish = choice["finish_reason"] or finish
-                if leave is not None and pieces > leave:
-                    return
-            await reader.readline()
-            expected = self.reference.text(question, limit)
-            if not done or (text, usage["completion_tokens"], finish) != expected:
-                result.wrong += 1
-                print(f"differs: {(text, usage, finish)} instead of {expected}", file=sys.stderr)
-            result.tokens += usage["completion_tokens"]
-            result.answers += 1
-        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+                    if leave is not None and pieces > leave:
+                        return
+        except (OSError, ValueError) as error:
             result.errors.append(repr(error))
-        finally:
-            if kill:
-                writer.transport.abort()
-            writer.close()
+            return
+        expected = self.reference.text(question, limit)
+        if (text, usage["completion_tokens"], finish) != expected:
+            result.wrong += 1
+            print(f"differs: {(text, usage, finish)} instead of {expected}", file=sys.stderr)
+        result.tokens += usage["completion_tokens"]
+        result.answers += 1
 
     async def run(self, clients: int, seconds: float, kill: bool = False) -> Result:
         """Ask one question after the other until the time is over, then wait for the last answers."""
@@ -185,10 +200,16 @@ async def watch_memory(process: psutil.Process, every: float = 1.0) -> list[floa
         return samples
 
 
+def quantiles(seconds: list[float]) -> tuple[float, float]:
+    """Return the median and the 95% quantile."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.95)]
+
+
 def line(name: str, result: Result, single: float | None) -> str:
-    rate, first = result.tokens / result.seconds, sorted(result.first)
+    rate = result.tokens / result.seconds
     ratio = f"{rate / single:.2f}" if single else "1"
-    typical, late = first[len(first) // 2], first[int(len(first) * 0.95)]
+    typical, late = quantiles(result.first)
     return (
         f"| {name} | {result.answers} | {result.tokens} | {rate:.0f} | {ratio} | {typical:.2f} s | {late:.2f} s | "
         f"{len(result.errors)} | {result.wrong} |"
@@ -224,6 +245,80 @@ async def measure(port: int, model: str, reference: Reference, server: psutil.Pr
         print(f"error: {problem}", file=sys.stderr)
 
 
+TEXTS = {  # of requests that are sent one after the other beside a chat
+    "embeds 200 texts of 500 tokens": ("embeddings", {"input": [[5 + i % 90] * 500 for i in range(200)]}),
+    "scores 4 texts of 4,000 tokens": (
+        "completions",
+        {"prompt": [[5 + i] * 4000 for i in range(4)], "echo": True, "logprobs": 1, "max_tokens": 0},
+    ),
+}
+
+
+async def measure_readings(port: int, model: str, reference: Reference, args) -> None:
+    """One chat, alone and while another client has texts read; then system messages that are new and that are known."""
+    load = Load(port, model, reference, args.length)
+
+    async def read_texts(path: str, fields: dict) -> None:
+        while True:
+            async for _ in load.post(path, fields):
+                pass
+
+    print("\n| a chat | answers | between two texts, median | 95% | ratios | first text, median | tokens read/s |")
+    print("|---|---|---|---|---|---|---|")
+    alone = None
+    for name, request in {"alone": None, **TEXTS}.items():
+        work = None if request is None else asyncio.ensure_future(read_texts(*request))
+        await asyncio.sleep(0 if work is None else 1)
+        read = metric(port, "minimind_prompt_tokens_total")
+        result = await load.run(1, args.seconds / 4)
+        read = metric(port, "minimind_prompt_tokens_total") - read
+        if work is not None:
+            work.cancel()
+            await asyncio.wait([work])
+        gaps, (first, _) = quantiles(result.gaps), quantiles(result.first)
+        alone = alone or gaps
+        cells = [
+            f"while another {name}" if work else name,
+            str(result.answers),
+            *(f"{1000 * gap:.1f} ms" for gap in gaps),
+        ]
+        cells += [" · ".join(f"{gap / one:.2f}" for gap, one in zip(gaps, alone, strict=True)), f"{first:.3f} s"]
+        print("| " + " | ".join([*cells, f"{read / result.seconds:,.0f}"]) + " |", flush=True)
+        for problem in result.errors[:5]:
+            print(f"error: {problem}", file=sys.stderr)
+
+    print("\n| system message of about 300 tokens | first text, median |\n|---|---|")
+    for name in ("new", "as before"):
+        times = []
+        for i in range(30):
+            system = {"role": "system", "content": f"{i if name == 'new' else 'the same'}: " + "你是一个助手。" * 50}
+            started = time.perf_counter()
+            async with contextlib.aclosing(load.chat([system, {"role": "user", "content": f"{i}?"}], 2)) as chunks:
+                async for chunk in chunks:
+                    if any(choice["delta"].get("content") for choice in chunk["choices"]):
+                        times.append(time.perf_counter() - started)
+                        break
+        print(f"| {name} | {quantiles(times)[0]:.3f} s |", flush=True)
+
+
+@contextlib.contextmanager
+def serving(weights: Path, *flags: str) -> Iterator[tuple[int, str, subprocess.Popen]]:
+    """Run a server; (port, name of its model, process)."""
+    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--weights", str(weights), "--port", "0"]
+    command += ["--dtype", "float32", "--log_level", "warning", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        try:
+            for text in process.stdout:
+                if found := re.match(r"serving (\S+) at http://127.0.0.1:(\d+)/", text):
+                    break
+            else:
+                raise UserError("the server did not start: its messages are above")
+            wait_until_healthy(int(found[2]))
+            yield int(found[2]), found[1], process
+        finally:
+            process.terminate()
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -246,27 +341,11 @@ def main() -> None:
             save_checkpoint(args.weights, Transformer(preset("minimind-v1-small")), info={})
         tokenizer = load_tokenizer()
         reference = Reference(load_checkpoint(args.weights, dtype=torch.float32).model, tokenizer, args.length)
-        command = [sys.executable, str(ROOT / "my_openai_api.py"), "--weights", str(args.weights), "--port", "0"]
-        command += [
-            "--dtype",
-            "float32",
-            "--max_rows",
-            str(args.clients),
-            "--log_level",
-            "warning",
-            *args.server_flags.split(),
-        ]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
-            try:
-                for text in process.stdout:
-                    if found := re.match(r"serving (\S+) at http://127.0.0.1:(\d+)/", text):
-                        break
-                else:
-                    raise UserError("the server did not start: its messages are above")
-                wait_until_healthy(int(found[2]))
-                asyncio.run(measure(int(found[2]), found[1], reference, psutil.Process(process.pid), args))
-            finally:
-                process.terminate()
+        flags = args.server_flags.split()
+        with serving(args.weights, "--max_rows", str(args.clients), *flags) as (port, name, process):
+            asyncio.run(measure(port, name, reference, psutil.Process(process.pid), args))
+        with serving(args.weights, "--max_rows", "4", "--max_seq_len", "4100", *flags) as (port, name, _):
+            asyncio.run(measure_readings(port, name, reference, args))
 
 
 def wait_until_healthy(port: int) -> None:

@@ -19,11 +19,10 @@ from common.files import ROOT
 from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.packing import sample_order
 from data_pipeline.tokenize import TokenizedDataset
-from model.device import resolve_device
+from model.device import peak_flops, resolve_device, training_flops
 from model.LMConfig import PRESETS
 from model.model import Transformer, parameter_counts
 from trainer.losses import next_token_loss
-from trainer.metrics import peak_flops, training_flops
 from trainer.optim import make_optimizers
 
 

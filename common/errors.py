@@ -155,3 +155,23 @@ def stoppable(note: str) -> Iterator[None]:
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def stop_signals(announce: bool = True) -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C, so that a run can stop after its current step; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def collect(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        if announce:  # os.write: print may be in the middle of a line
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
+
+    previous = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

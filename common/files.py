@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +70,15 @@ def read_lines(flag: str, path: Path) -> list[str]:
     if not lines:
         raise UserError(f"{flag} {path} is empty")
     return lines
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -138,12 +148,14 @@ def explain_write_errors(folder: Path, choose: str = "another folder", note: str
     """
     try:
         yield
-    except OSError as error:
-        # numpy's tofile raises an error without a number: "819200 requested and 14936 written".
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error):
+    except (OSError, RuntimeError) as error:
+        # Errors without a number: numpy's tofile ("819200 requested and 14936 written"), torch's writer of zip files.
+        number = getattr(error, "errno", None)
+        unnumbered = any(words in str(error) for words in ("requested and", "inline_container", "PytorchStreamWriter"))
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (number is None and unnumbered):
             raise UserError(f"no space left in {folder}: free some space or choose {choose}{note}") from None
         no_access = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
-        if error.errno in no_access:
+        if isinstance(error, OSError) and error.errno in no_access:
             place = error.filename or folder
             raise UserError(f"cannot write to {place} ({error.strerror}): choose {choose}") from None
         raise

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from common.errors import UserError
 from data_pipeline.readers import Block
@@ -105,3 +110,17 @@ def _answer_bytes(tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat) -> in
     if chat.answer_cut:  # then it is the only one; in a byte-level vocabulary every character of a token is one byte
         return sum(map(len, tokenizer.convert_ids_to_tokens(chat.ids[chat.answer_start :])))
     return sum(len(message["content"].encode("utf-8")) for message in chat.messages if message["role"] == ANSWER_ROLE)
+
+
+def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Print one document with its target tokens in green (in a log without colours: between » and «)."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
+    tokens = dataset.document(0)
+    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
+    print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
+    pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
+    for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        print(f"{on}{text}{off}" if learned else text, end="")
+    print("\n---")

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from export.huggingface import export_state, llama_names, renormalizes_top_k
+from export.huggingface import export_state
 from export.self_check import MAX_KL, Agreement, measure, model_logits
+from model.families import llama_names
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.weights import build_model
@@ -47,9 +48,13 @@ QWEN2_SPLIT = (
 
 def gguf_architecture(config: LMConfig) -> str:
     """Return the llama.cpp architecture that computes what this model does. Raises UserError if there is none."""
+    if config.qk_norm:
+        raise UserError(
+            "a model with qk_norm is not exported to GGUF; use --format llama (it writes a Qwen3) or minimind"
+        )
     if not config.use_moe:
         return "llama"
-    if renormalizes_top_k(config):
+    if config.renormalizes_top_k:
         return "ernie4_5-moe"
     if config.n_shared_experts:
         return "deepseek"
@@ -134,6 +139,9 @@ def _add_settings(writer: GGUFWriter, config: LMConfig, architecture: str, kind:
     writer.add_head_count_kv(config.n_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
+    if config.head_dim * config.n_heads != config.dim:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     if not config.use_moe:
         return

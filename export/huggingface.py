@@ -2,11 +2,13 @@
 
 `llama` folders hold an architecture that transformers itself knows, so no code travels with them:
 
-dense               LlamaForCausalLM. It rotates feature i together with i + head_dim / 2 where we rotate pairs, so the
-                    rows of wq and wk are reordered: the scores, sums over a head's features, stay the same.
+dense               LlamaForCausalLM; with `qk_norm` Qwen3ForCausalLM. They rotate feature i together with i + head_dim / 2
+                    where we rotate pairs, so the rows of wq and wk are reordered: the scores, sums over a head's
+                    features, stay the same.
 mixture of experts  Ernie4_5_MoeForCausalLM: interleaved pairs like ours, softmax before the top-k, renormalised weights,
                     and shared experts that are simply added. Qwen2-MoE multiplies those by a sigmoid, which never
-                    reaches 1; DeepSeek's routers do not renormalise (V2) or have no softmax (V3).
+                    reaches 1; DeepSeek's routers do not renormalise (V2) or have no softmax (V3). With `qk_norm`
+                    Qwen3MoeForCausalLM, which has no shared experts.
 
 `minimind` folders hold the weights under our names and the few files of code that compute with them.
 """
@@ -26,14 +28,31 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import recover_folder, write_json
+from model.families import (
+    LLAMA_EMBEDDING,
+    OUTPUT,
+    from_llama_state,
+    llama_names,
+    rows_to_reorder,
+    to_halves,
+)
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
 from model.remote_code import AUTO_MAP, copy_code
-from model.weights import EMBEDDING, OUTPUT, Checkpoint, build_model, dtype_name, list_names, state_to_save
+from model.rope import BETA_FAST, BETA_SLOW, yarn_ramp
+from model.weights import Checkpoint, build_model, dtype_name, state_to_save
+from model.weights_file import read_tensors
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's; ours has none, so we write zeros
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_YARN_DEFAULTS = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW}
 _NOT_COMPARED = {  # what a MiniMind may have otherwise, or `config_from_llama` reads itself
     "architectures", "intermediate_size", "rope_theta", "rope_parameters", "rope_scaling", "initializer_range",
     "attention_dropout", "use_cache", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
@@ -56,100 +75,51 @@ def check_target(target: Path | str, overwrite: bool = False) -> None:
 # ---- llama: names, rows, configuration
 
 
-def to_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorder rows (heads * head_dim, in): in every head x0 x1 x2 x3 ... become x0 x2 ... x1 x3 ..."""
-    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_pairs(weight: Tensor, n_heads: int) -> Tensor:
-    """Undo `to_halves`."""
-    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def llama_names(config: LMConfig) -> dict[str, str]:
-    """Map our name of every weight to its name in Llama's or Ernie's files; the tied output is left out."""
-    names = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    projections = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-    if config.use_moe:
-        parts = [f"experts.{j}." for j in range(config.n_routed_experts)]
-        parts += ["shared_experts."] if config.n_shared_experts else []
-    else:
-        parts = [""]
-    for i in range(config.n_layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        for projection in "qkvo":
-            names[f"{ours}attention.w{projection}.weight"] = f"{theirs}self_attn.{projection}_proj.weight"
-        names[f"{ours}attention_norm.weight"] = f"{theirs}input_layernorm.weight"
-        names[f"{ours}ffn_norm.weight"] = f"{theirs}post_attention_layernorm.weight"
-        if config.use_moe:
-            names[f"{ours}feed_forward.gate.weight"] = f"{theirs}mlp.gate.weight"
-        for part in parts:
-            for w, projection in projections.items():
-                names[f"{ours}feed_forward.{part}{w}.weight"] = f"{theirs}mlp.{part}{projection}.weight"
-    return names
-
-
-def rows_to_reorder(config: LMConfig) -> dict[str, int]:
-    """Map our names of the weights whose rows Llama has in another order to their number of heads."""
-    if config.use_moe:  # Ernie rotates pairs like us
-        return {}
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
-    return {f"layers.{i}.attention.{w}.weight": n for i in range(config.n_layers) for w, n in heads.items()}
+def stock_architecture(config: LMConfig) -> str:
+    """Return the model type of transformers that computes what this model does. Raises UserError if there is none."""
+    if not config.use_moe:
+        return "qwen3" if config.qk_norm else "llama"
+    if not config.qk_norm:
+        return "ernie4_5_moe"
+    if config.n_shared_experts:
+        shared = f"n_shared_experts={config.n_shared_experts}"
+        raise UserError(
+            f"transformers has no architecture with qk_norm and shared experts ({shared}); use --format minimind"
+        )
+    return "qwen3_moe"
 
 
 def to_llama_state(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """Convert our state dict to the names and row order of Llama (dense) or Ernie 4.5 (mixture of experts)."""
-    heads = rows_to_reorder(config)
-    names = llama_names(config)
+    """Convert our state dict to the names and row order of the architecture of transformers."""
+    kind, names = stock_architecture(config), llama_names(config)
+    heads = {} if kind == "ernie4_5_moe" else rows_to_reorder(config)  # Ernie rotates pairs like us
     new = {
         theirs: to_halves(state[ours], heads[ours]) if ours in heads else state[ours] for ours, theirs in names.items()
     }
-    if config.use_moe:
+    if kind == "ernie4_5_moe":
         bias = torch.zeros(1, config.n_routed_experts)
         new |= {ROUTER_BIAS.format(i): bias.clone() for i in range(config.n_layers)}
     return new
 
 
-def from_llama_state(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> dict[str, Tensor]:
+def from_stock_state(state: dict[str, Tensor], config: LMConfig, where: Path | str) -> dict[str, Tensor]:
     """Undo `to_llama_state`. Raises UserError for weights that a MiniMind does not have."""
-    heads, names = rows_to_reorder(config), llama_names(config)
+    if stock_architecture(config) != "ernie4_5_moe":
+        return from_llama_state(state, config, where)
     state = dict(state)
-    missing = [theirs for theirs in names.values() if theirs not in state]
-    if missing:
-        raise UserError(f"{where}: weights are missing: {list_names(missing)}")
-    ours = {}
-    for name, theirs in names.items():
-        weight = state.pop(theirs)
-        if name in heads:
-            if weight.dim() != 2 or len(weight) % (2 * heads[name]):
-                raise UserError(f"{where}: {theirs} {tuple(weight.shape)} does not divide into {heads[name]} heads")
-            weight = to_pairs(weight, heads[name])
-        ours[name] = weight
-    head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, ours[EMBEDDING]):
-        raise UserError(f"{where}: lm_head.weight differs from the embedding; in a MiniMind they are one tensor")
-    if config.use_moe:
-        biases = [state.pop(ROUTER_BIAS.format(i), None) for i in range(config.n_layers)]
-        if any(bias is not None and bias.any() for bias in biases):
-            raise UserError(
-                f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind does not have"
-            )
-    if state:
-        raise UserError(f"{where}: weights that a MiniMind does not have: {list_names(list(state))}")
-    return ours
-
-
-def renormalizes_top_k(config: LMConfig) -> bool:
-    """Return whether the router's weights are scaled to sum 1 (see `model.moe`)."""
-    return config.norm_topk_prob and config.num_experts_per_tok > 1
+    biases = [state.pop(ROUTER_BIAS.format(i), None) for i in range(config.n_layers)]
+    if any(bias is not None and bias.any() for bias in biases):
+        raise UserError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind does not have")
+    return from_llama_state(state, config, where, halves=False)
 
 
 def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
     """Return the `config.json` of the stock architecture that computes the same."""
     rope = {"rope_type": "default", "rope_theta": float(config.rope_theta), **(config.rope_scaling or {})}
+    kind = stock_architecture(config)
     content = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -166,7 +136,7 @@ def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": True,
         **_token_ids(config),
         "dtype": dtype_name(dtype),
@@ -174,12 +144,24 @@ def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
     }
     if config.rope_scaling:
         content["rope_scaling"] = config.rope_scaling  # the older name, like rope_theta
-    if config.use_moe:
-        for name in ("attention_bias", "mlp_bias", "attention_dropout"):
+    if kind != "llama":
+        del content["mlp_bias"]
+    if kind in ("qwen3", "qwen3_moe"):
+        content["use_sliding_window"] = False
+    if kind == "qwen3_moe":
+        content |= {
+            "moe_intermediate_size": config.hidden_dim,
+            "num_experts": config.n_routed_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "norm_topk_prob": config.renormalizes_top_k,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": config.aux_loss_alpha,
+        }
+    if kind == "ernie4_5_moe":
+        for name in ("attention_bias", "attention_dropout"):
             del content[name]
         content |= {
-            "architectures": ["Ernie4_5_MoeForCausalLM"],
-            "model_type": "ernie4_5_moe",
             "use_bias": False,
             "moe_intermediate_size": config.hidden_dim,
             "moe_num_experts": config.n_routed_experts,
@@ -189,25 +171,30 @@ def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
             "moe_layer_end_index": config.n_layers - 1,
             "moe_layer_interval": 1,
             # The weights are divided by max(their sum, this). Probabilities sum to 1 at most: with 1 nothing changes.
-            "moe_norm_min": 1e-12 if renormalizes_top_k(config) else 1.0,
+            "moe_norm_min": 1e-12 if config.renormalizes_top_k else 1.0,
             "router_aux_loss_coef": config.aux_loss_alpha,
         }
     return content
 
 
 def config_from_llama(content: dict, where: Path | str) -> LMConfig:
-    """Convert a Llama's or Ernie's `config.json` to an LMConfig. Raises UserError naming what a MiniMind cannot be."""
-    moe = content.get("model_type") == "ernie4_5_moe"
+    """Convert the `config.json` of one of `CLASSES` to an LMConfig. Raises UserError naming what a MiniMind cannot be."""
+    kind = content.get("model_type", "llama")
+    moe, ernie = kind.endswith("_moe"), kind == "ernie4_5_moe"
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     # Unknown settings (other ones of YaRN) stay in: LMConfig rejects them by name.
     scaling = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
+    scaling = {name: value for name, value in scaling.items() if _YARN_DEFAULTS.get(name) != value}
     try:
         fields = {
             "dim": content["hidden_size"],
             "n_layers": content["num_hidden_layers"],
             "n_heads": content["num_attention_heads"],
             "n_kv_heads": content.get("num_key_value_heads") or content["num_attention_heads"],
+            "head_dim": content.get("head_dim"),
+            "qk_norm": kind.startswith("qwen3"),
+            "tie_word_embeddings": content.get("tie_word_embeddings", ernie),
             "vocab_size": content["vocab_size"],
             "hidden_dim": content["moe_intermediate_size" if moe else "intermediate_size"],
             "norm_eps": content["rms_norm_eps"],
@@ -216,25 +203,56 @@ def config_from_llama(content: dict, where: Path | str) -> LMConfig:
             "rope_scaling": None if rope_type == "default" else {"rope_type": rope_type} | scaling,
             "use_moe": moe,
         }
-        if moe:
+        if ernie:
             fields |= {
                 "num_experts_per_tok": content["moe_k"],
                 "n_routed_experts": content["moe_num_experts"],
                 "n_shared_experts": content["moe_num_shared_experts"],
                 "norm_topk_prob": content["moe_norm_min"] < 1,
             }
+        elif moe:
+            fields |= {
+                "num_experts_per_tok": content["num_experts_per_tok"],
+                "n_routed_experts": content.get("num_experts") or content["num_local_experts"],
+                "n_shared_experts": 0,
+                "norm_topk_prob": content.get("norm_topk_prob", False),
+            }
+        if moe:  # they make no exception for top-1
+            fields["norm_top1_prob"] = fields["norm_topk_prob"] and fields["num_experts_per_tok"] == 1
         config = LMConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{error!r:.200}"  # repr: "KeyError('vocab_size')"
         raise UserError(f"{where} cannot be used: {reason}") from error
     # Everything else must be what this model would be exported with. (-1: the last layer.)
-    given = {"tie_word_embeddings": moe, "moe_layer_start_index": 1, "moe_norm_min": 1e-12} | content
+    given = {"moe_layer_start_index": 1, "moe_norm_min": 1e-12} | content
     if given.get("moe_layer_end_index") == -1:
         del given["moe_layer_end_index"]
     expected = {name: value for name, value in llama_config(config, torch.float32).items() if name not in _NOT_COMPARED}
     wrong = [f"{name}: {given[name]}, not {x}" for name, x in expected.items() if given.get(name, x) not in (x, None)]
     if wrong:
         raise UserError(f"{where} cannot be converted to a MiniMind: {'; '.join(wrong)}")
+    return config
+
+
+def config_from_minimind(content: dict, qk_norm: bool, where: Path | str) -> LMConfig:
+    """Convert the `config.json` of a MiniMind2 of April 2025 or a MiniMind-3, with the code of its authors, to an LMConfig.
+
+    qk_norm: whether its weights have norms of queries and keys: only those of MiniMind-3.
+    """
+    moe = bool(content.get("use_moe"))
+    kind = ("qwen3_moe" if moe else "qwen3") if qk_norm else "llama"
+    config = config_from_llama({"tie_word_embeddings": True} | content | {"model_type": kind}, where)
+    if moe and not qk_norm:
+        names = ("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob")
+        fields = {name: content[name] for name in names if name in content}
+        config = _own_config(config.own_fields() | {"use_moe": True, "n_shared_experts": 1} | fields, Path(where))
+    scaling = config.scaling
+    # Their ramp of YaRN ends at the last pair at the latest, ours at twice that.
+    if scaling and yarn_ramp(config.head_dim, config.rope_theta, scaling.original)[-1] != 1:
+        raise UserError(
+            f"{where} cannot be converted: with rope_theta={config.rope_theta:g} and {scaling.original} tokens its YaRN "
+            "scales the last pairs otherwise than ours"
+        )
     return config
 
 
@@ -281,8 +299,9 @@ def _write_folder(
     version = {"transformers_version": transformers.__version__}
     write_json(folder / "generation_config.json", _token_ids(config) | version)
     write_json(folder / DESCRIPTION, description)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(tokenizer_dir / name, folder / name)
+    for name in (*TOKENIZER_FILES, "chat_template.jinja"):
+        if name in TOKENIZER_FILES or (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, folder / name)
     # Bytes first, written here: the library's own writer turns a full disk into an error without its number.
     (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
 
@@ -304,7 +323,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def read_folder(folder: Path | str) -> Checkpoint:
-    """Read the model of an exported folder (`llama` or `minimind`) in its stored precision.
+    """Read the model of an exported folder in its stored precision: `llama`, `minimind`, or of a later MiniMind.
 
     transformers may have saved the folder again after more training. Raises UserError for anything that is missing,
     damaged, unexpected, or not part of a MiniMind.
@@ -315,25 +334,30 @@ def read_folder(folder: Path | str) -> Checkpoint:
     content = read_json(folder / CONFIG)
     kind = content.get("model_type")
     description = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else {}
-    if kind == LMConfig.model_type:
-        config = _own_config({name: content[name] for name in FIELD_TYPES if name in content}, folder / CONFIG)
-    elif kind in ("llama", "ernie4_5_moe"):
+    if kind != LMConfig.model_type and kind not in CLASSES:
+        raise UserError(f"{folder / CONFIG}: a {kind} is not an export of a MiniMind (minimind, {', '.join(CLASSES)})")
+    state = read_weights(folder / WEIGHTS)
+    if kind in CLASSES:
         config = config_from_llama(content, folder / CONFIG)
+    elif LLAMA_EMBEDDING in state:
+        qk_norm = "model.layers.0.self_attn.q_norm.weight" in state
+        config = config_from_minimind(content, qk_norm, folder / CONFIG)
     else:
-        raise UserError(f"{folder / CONFIG}: a {kind} is not an export of a MiniMind (minimind, llama or ernie4_5_moe)")
+        config = _own_config({name: content[name] for name in FIELD_TYPES if name in content}, folder / CONFIG)
     if "config" in description:  # also has what is not the architecture: dropout, initialisation, ...
         described = _own_config(description["config"], folder / DESCRIPTION)
-        # Where it makes no difference (top-1 is never renormalised) a stock configuration does not have the field.
-        if config.use_moe and renormalizes_top_k(config) == renormalizes_top_k(described):
-            config.norm_topk_prob = described.norm_topk_prob
+        # Where it makes no difference (top-1 is rarely renormalised) a stock configuration does not have the fields.
+        if config.use_moe and config.renormalizes_top_k == described.renormalizes_top_k:
+            config.norm_topk_prob, config.norm_top1_prob = described.norm_topk_prob, described.norm_top1_prob
         if differences := architecture_differences(config, described):
             raise UserError(f"{folder}: {CONFIG} and {DESCRIPTION} differ: {', '.join(differences)}")
         config = described
 
-    state = read_weights(folder / WEIGHTS)
-    if kind != LMConfig.model_type:
+    if kind in CLASSES:
+        state = from_stock_state(state, config, folder / WEIGHTS)
+    elif LLAMA_EMBEDDING in state:
         state = from_llama_state(state, config, folder / WEIGHTS)
-    else:
+    elif config.tie_word_embeddings:
         state.pop(OUTPUT, None)
     if len({weight.dtype for weight in state.values()}) > 1:
         raise UserError(f"{folder / WEIGHTS}: weights of several precisions; save them in one")
@@ -350,7 +374,9 @@ def _own_config(fields: dict, where: Path) -> LMConfig:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises UserError if it is missing or damaged."""
+    """Read a safetensors file, or the pytorch_model.bin in its place. Raises UserError if it is missing or damaged."""
+    if not path.exists() and (old := path.with_name("pytorch_model.bin")).is_file():
+        return read_tensors(old)
     _check_exists(path)
     try:
         with safe_open(path, "pt") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from export.huggingface import renormalizes_top_k
+from export.huggingface import stock_architecture
 from export.self_check import Agreement
 from model.model import Transformer, parameter_counts
 from model.weights import Checkpoint
@@ -23,6 +23,7 @@ llama-cli -m {file} --jinja -cnv          # llama.cpp
 ollama create {name} -f Modelfile && ollama run {name}
 ```""",
 }
+_STOCK = {"llama": "Llama", "qwen3": "Qwen3", "ernie4_5_moe": "Ernie 4.5 MoE", "qwen3_moe": "Qwen3 MoE"}
 _INFO_ROWS = {
     "stage": "stage",
     "step": "optimizer steps",
@@ -87,7 +88,7 @@ def model_card(
 def _architecture(model: Transformer, export_format: str) -> dict:
     config = model.config
     rows = {
-        "architecture": {"llama": "Ernie 4.5 MoE" if config.use_moe else "Llama"}.get(export_format, "MiniMind"),
+        "architecture": _STOCK[stock_architecture(config)] if export_format == "llama" else "MiniMind",
         "layers": config.n_layers,
         "width": config.dim,
         "query heads / key-value heads": f"{config.n_heads} / {config.n_kv_heads}",
@@ -95,10 +96,12 @@ def _architecture(model: Transformer, export_format: str) -> dict:
         "vocabulary": config.vocab_size,
         "context": config.max_seq_len,
         "rotary base": config.rope_theta,
-        "embeddings": "input and output tied",
+        "embeddings": "input and output tied" if config.tie_word_embeddings else "input and output separate",
     }
+    if config.qk_norm:
+        rows["queries and keys"] = "normalised in every head"
     if config.use_moe:
-        weights = "renormalised" if renormalizes_top_k(config) else "not renormalised"
+        weights = "renormalised" if config.renormalizes_top_k else "not renormalised"
         rows["experts"] = (
             f"{config.num_experts_per_tok} of {config.n_routed_experts} per token ({weights}), and shared ones of "
             f"{config.n_shared_experts} times the width"

@@ -6,6 +6,7 @@ the function below through torch.compile (on a GPU with CUDA graphs). Pass it to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +47,8 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
     if compile != "off" and on_cpu:
         try:
             return NativeModel(weights)
-        except KernelUnavailable:
+        except KernelUnavailable as error:
+            logging.getLogger("minimind").warning("decoding is slower than it could be: %s", error)
             if optional:
                 return None
     return TorchModel(weights, compiled=compile == "on")
@@ -130,6 +132,8 @@ def decode_step(
     for layer, layer_keys, layer_values in zip(weights.layers, keys, values, strict=True):
         qkv = layer.qkv(layer.attention_norm(x)).view(rows, 1, -1, config.head_dim)
         q, k, v = qkv.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         layer_keys.index_put_((row, head, positions[:, None]), k[:, 0])
         layer_values.index_put_((row, head, positions[:, None]), v[:, 0])

@@ -106,6 +106,7 @@ class BatchGenerator:
         if backend is not None and backend.config is not model.config:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
+        self.backend = backend
         self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
         self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
         # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
@@ -148,22 +149,39 @@ class BatchGenerator:
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.check(prompt, sampling)
         first = len(self.rows)
-        factors = [self._factor(len(prompt)) for prompt in prompts]
-        scaling = self._scaling(factors)
+        scaling = self.scaling_for([len(prompt) for prompt in prompts])
         if self._backend is not None and self._backend.supports_prefill and scaling is None:
             logits = self._backend.prefill(prompts, first)
         else:
             logits = self._prefill(prompts, first, scaling)
-
-        for prompt, sampling, key, factor in zip(prompts, samplings, keys, factors, strict=True):
-            detokenizer = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
-            if sampling.has_penalties:
-                row = len(self.rows)
-                self._counts[row] = 0
-                self._in_prompt[row] = False
-                self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-            self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, factor))
+        for prompt, sampling, key in zip(prompts, samplings, keys, strict=True):
+            self._append(prompt, sampling, key)
         return self._sample(logits, first)
+
+    @torch.inference_mode()
+    def join(
+        self, prompt: Sequence[int], sampling: SamplingParams, key: int, cache: KVCache, logits: Tensor
+    ) -> list[TokenOutput]:
+        """Let a sequence join whose prompt a `Reader` has read; return its first token.
+
+        Args:
+            cache: its row 0 holds the prompt.
+            logits: (1, vocab), of the token after the prompt.
+        """
+        first = len(self.rows)
+        self._cache.copy(first, cache, 0, len(prompt))
+        self._append(prompt, sampling, key)
+        return self._sample(logits, first)
+
+    def _append(self, prompt: Sequence[int], sampling: SamplingParams, key: int) -> None:
+        """Add the row of a sequence whose prompt is in the cache."""
+        detokenizer = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
+        if sampling.has_penalties:
+            row = len(self.rows)
+            self._counts[row] = 0
+            self._in_prompt[row] = False
+            self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
+        self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, self._factor(len(prompt))))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None) -> Tensor:
         """Fill the cache's rows from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
@@ -231,6 +249,10 @@ class BatchGenerator:
     def _factor(self, length: int) -> float:
         """Return the factor by which the positions of a sequence of `length` tokens are scaled."""
         return self.dynamic_rope_scaling.factor(length) if self.dynamic_rope_scaling is not None else 1.0
+
+    def scaling_for(self, lengths: Sequence[int]) -> RopeScaling | None:
+        """Return the model's argument for texts of these lengths."""
+        return self._scaling([self._factor(length) for length in lengths])
 
     def _scaling(self, factors: list[float]) -> RopeScaling | None:
         """Return the model's argument for rows with these factors; None if all are computed as in training."""
@@ -328,7 +350,7 @@ class BatchGenerator:
         for i in reversed(ended):
             last = len(self.rows) - 1
             if i < last:
-                self._cache.move(last, i, self.rows[last].cached_len)
+                self._cache.copy(i, self._cache, last, self.rows[last].cached_len)
                 self._counts[i], self._in_prompt[i] = self._counts[last], self._in_prompt[last]
                 self.rows[i] = self.rows[last]
             self.rows.pop()

@@ -1,12 +1,19 @@
-"""Keys and values of the sequences that are decoded together."""
+"""Keys and values of the sequences that are decoded together, and of beginnings that many prompts share."""
 
 from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from inference.kernels.loader import zeros
 from model.LMConfig import LMConfig
+
+BLOCK = 32  # tokens of a beginning that a `PrefixCache` stores and finds together
 
 
 class KVCache:
@@ -28,7 +35,8 @@ class KVCache:
     ) -> None:
         shape = (2, config.n_layers, rows, config.n_kv_heads, max_len, config.head_dim)
         # Zeros: masked slots are still multiplied (by 0), and uninitialised memory may hold NaN.
-        self.keys, self.values = (list(kv) for kv in zeros(shape, dtype, device))
+        self.kv = zeros(shape, dtype, device)
+        self.keys, self.values = (list(kv) for kv in self.kv)
         self.max_len = max_len
         self.select(slice(0, rows), 0)
 
@@ -67,7 +75,56 @@ class KVCache:
     def get_seq_length(self, layer: int = 0) -> int:
         return self.length
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a row over another row."""
-        for kv in (*self.keys, *self.values):
-            kv[target, :, :length] = kv[source, :, :length]
+    def copy(self, target: int, source: KVCache, row: int, length: int) -> None:
+        """Overwrite the first `length` tokens of row `target` with those of a row of `source`, which may be this cache."""
+        self.kv[:, :, target, :, :length] = source.kv[:, :, row, :, :length]
+
+
+class PrefixCache:
+    """Keys and values of the beginnings of earlier prompts: system messages, and the turns of a chat so far.
+
+    They are stored in blocks of `BLOCK` tokens. The name of a block stands for all tokens up to its end, so that it is found
+    only behind the same beginning. When more than `max_bytes` are stored, what was used longest ago is dropped.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.nbytes = max_bytes, 0
+        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()  # the least recently used first
+
+    def load(self, tokens: Sequence[int], cache: KVCache) -> int:
+        """Copy what is stored of the beginning of `tokens` into row 0 of a cache; return how many tokens that are."""
+        found: list[bytes] = []
+        for name in _names(tokens):
+            if name not in self._blocks:
+                break
+            found.append(name)
+        if found:
+            self._use(found)
+            # (2, layers, kv_heads, tokens, head_dim)
+            cache.kv[:, :, 0, :, : len(found) * BLOCK] = torch.cat([self._blocks[name] for name in found], dim=3)
+        return len(found) * BLOCK
+
+    def store(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Keep the whole blocks of `tokens`, which row 0 of a cache has."""
+        names = list(_names(tokens))
+        for i, name in enumerate(names):
+            if name not in self._blocks:
+                block = cache.kv[:, :, 0, :, i * BLOCK : (i + 1) * BLOCK].clone()
+                self._blocks[name] = block
+                self.nbytes += block.nbytes
+        self._use(names)
+        while self.nbytes > self.max_bytes:
+            self.nbytes -= self._blocks.popitem(last=False)[1].nbytes
+
+    def _use(self, names: list[bytes]) -> None:
+        """Note that these blocks were used, the first one last: no block stays longer than those before it."""
+        for name in reversed(names):
+            self._blocks.move_to_end(name)
+
+
+def _names(tokens: Sequence[int]) -> Iterator[bytes]:
+    """Yield the names of the whole blocks at the beginning of `tokens`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        digest.update(array("q", tokens[end - BLOCK : end]).tobytes())
+        yield digest.digest()

@@ -46,11 +46,19 @@ class LMConfig(Architecture, PreTrainedConfig):
     pad_token_id: int | None = 0
     if TYPE_CHECKING:
         hidden_dim: int  # computed below if it is not given
+        head_dim: int
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for theirs, ours in self.attribute_map.items():  # a value under our own name comes before one under theirs
+            if theirs in kwargs and getattr(self, ours) != getattr(type(self), ours):
+                del kwargs[theirs]
+            elif theirs in kwargs:
+                setattr(self, ours, kwargs.pop(theirs))
         if self.hidden_dim is None:
             hidden = int(2 * 4 * self.dim / 3)
             self.hidden_dim = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+        if self.head_dim is None and self.n_heads > 0 and self.dim % self.n_heads == 0:
+            self.head_dim = self.dim // self.n_heads
         if isinstance(self.rope_scaling, dict):
             self.rope_scaling = self._complete_rope_scaling(self.rope_scaling)
         super().__post_init__(**kwargs)
@@ -66,8 +74,9 @@ class LMConfig(Architecture, PreTrainedConfig):
         return given | {"original_max_position_embeddings": max(round(self.max_seq_len / factor), 1)}
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def renormalizes_top_k(self) -> bool:
+        """Return whether the router scales the weights of the chosen experts to sum 1."""
+        return self.norm_topk_prob and (self.num_experts_per_tok > 1 or self.norm_top1_prob)
 
     @property
     def scaling(self) -> RopeScaling | None:
@@ -75,7 +84,8 @@ class LMConfig(Architecture, PreTrainedConfig):
         given = self.rope_scaling
         if given is None:
             return None
-        return RopeScaling(given["rope_type"], given["factor"], given["original_max_position_embeddings"])
+        original, attention_factor = given["original_max_position_embeddings"], given.get("attention_factor")
+        return RopeScaling(given["rope_type"], given["factor"], original, attention_factor)
 
     def dynamic_rope_scaling(
         self, method: str, factor: float | None = None, max_len: int | None = None
@@ -119,6 +129,7 @@ class LMConfig(Architecture, PreTrainedConfig):
             trained=trained,
             trained_factor=given["factor"] if given else 1.0,
             factors=(float(factor),) if factor is not None else doublings(longest / trained),
+            attention_factor=given.get("attention_factor") if given else None,
         )
 
     def _errors(self) -> list[str]:
@@ -142,9 +153,10 @@ class LMConfig(Architecture, PreTrainedConfig):
             require(name, getattr(self, name) >= 1, "must be at least 1")
         if found:  # the checks below would divide by zero
             return found
-        require("dim", self.dim % self.n_heads == 0, f"is not divisible by n_heads={self.n_heads}")
-        if self.dim % self.n_heads == 0 and self.head_dim % 2:
+        require("dim", self.head_dim is not None, f"is not divisible by n_heads={self.n_heads}")
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             shown = f"head dimension {self.head_dim} (dim={self.dim} / n_heads={self.n_heads})"
+            shown = shown if self.head_dim * self.n_heads == self.dim else f"head_dim={self.head_dim}"
             found.append(f"{shown} must be even: RoPE rotates pairs")
         require("n_heads", self.n_heads % self.n_kv_heads == 0, f"is not divisible by n_kv_heads={self.n_kv_heads}")
         require("norm_eps", self.norm_eps > 0, "must be more than 0")
@@ -168,12 +180,16 @@ class LMConfig(Architecture, PreTrainedConfig):
         found = []
         method, factor = given.get("rope_type"), given.get("factor")
         original = given.get("original_max_position_embeddings", 1)
-        unknown = sorted(set(given) - {"rope_type", "factor", "original_max_position_embeddings"})
-        if unknown:
+        known = {"rope_type", "factor", "original_max_position_embeddings"}
+        known |= {"attention_factor"} if method == "yarn" else set()
+        if unknown := sorted(set(given) - known):
             found.append(f"rope_scaling: unknown: {', '.join(unknown)}")
+        multiplied = given.get("attention_factor", 1.0)
+        if isinstance(multiplied, bool) or not isinstance(multiplied, int | float) or not 0 < multiplied < math.inf:
+            found.append(f"rope_scaling: attention_factor {multiplied} must be a number above 0")
         if not _is_factor(factor):
             found.append(f"rope_scaling: the factor {factor} must be a number of at least 1")
-        elif method == "ntk" and self.head_dim > 2:
+        elif method == "ntk" and (self.head_dim or 0) > 2:
             theta = self.rope_theta * factor ** (self.head_dim / (self.head_dim - 2))
             found.append(f"rope_scaling=ntk:{factor:g} is for decoding; in training, that is rope_theta={theta:.6g}")
         elif method not in ("linear", "yarn"):
@@ -187,10 +203,14 @@ class LMConfig(Architecture, PreTrainedConfig):
     def architecture(self) -> dict[str, Any]:
         """Return the fields that decide names, shapes and mathematics of the weights: two checkpoints must share them."""
         names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta"]
-        names += ["rope_scaling"]
+        names += ["rope_scaling", "head_dim", "qk_norm", "tie_word_embeddings"]
         if self.use_moe:
-            names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"]
+            names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "norm_top1_prob"]
         return {"use_moe": self.use_moe} | {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary, in which libraries (peft) find its sizes under their names too."""
+        return super().to_dict() | {theirs: getattr(self, ours) for theirs, ours in self.attribute_map.items()}
 
     def own_fields(self) -> dict[str, Any]:
         """Return every field declared here (not the hundred that Hugging Face adds), for a readable JSON."""

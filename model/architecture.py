@@ -32,9 +32,11 @@ class Architecture:
     Args:
         dim: width of the residual stream (embedding size).
         n_layers: number of Transformer blocks.
-        n_heads: number of query heads; `dim / n_heads` is the head dimension and must be even (RoPE rotates pairs).
+        n_heads: number of query heads.
         n_kv_heads: number of key/value heads shared by the query heads (grouped-query attention,
             https://arxiv.org/abs/2305.13245); must divide `n_heads`.
+        head_dim: width of a head, an even number (RoPE rotates pairs); None: `dim / n_heads`.
+        qk_norm: normalise every query and key with an RMSNorm before RoPE rotates it, as MiniMind-3 and Qwen3 do.
         vocab_size: number of tokens.
         hidden_dim: inner width of the SwiGLU feed-forward; None: 2/3 of 4 * dim rounded up to `multiple_of`.
         multiple_of: what `hidden_dim` is rounded up to when it is computed.
@@ -51,7 +53,9 @@ class Architecture:
         n_routed_experts: number of experts the gate chooses from.
         n_shared_experts: width, in units of `hidden_dim`, of the MLP that every token passes; 0 for none.
         aux_loss_alpha: weight of the sequence-level load-balancing loss; 0 switches it off.
-        norm_topk_prob: renormalise the top-k gate weights to sum 1 (never for top-1: see `model.moe.Router`).
+        norm_topk_prob: renormalise the top-k gate weights to sum 1 (top-1: only with `norm_top1_prob`).
+        norm_top1_prob: renormalise also the one weight of top-1, to the constant 1, as MiniMind-3 does; the router then
+            learns from the load-balancing loss alone.
         initializer_range: standard deviation of the initial weights.
     """
 
@@ -59,6 +63,8 @@ class Architecture:
     n_layers: int = 8
     n_heads: int = 16
     n_kv_heads: int = 8
+    head_dim: int | None = None
+    qk_norm: bool = False
     vocab_size: int = 6400
     hidden_dim: int | None = None
     multiple_of: int = 64
@@ -74,6 +80,7 @@ class Architecture:
     n_shared_experts: int = 2
     aux_loss_alpha: float = 0.01
     norm_topk_prob: bool = True
+    norm_top1_prob: bool = False
     initializer_range: float = 0.02
 
 

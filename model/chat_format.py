@@ -3,8 +3,10 @@
     ids, loss_mask = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
     prompt = truncate_chat(tokenizer, [*dialogue, {"role": "user", "content": "and now?"}], max_tokens=512).ids
 
-A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. Data readers,
-training, the server and the web page all use this module, which imports neither torch nor transformers.
+A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. (The
+tokenizers of later MiniMinds call the same ids <|im_start|> and <|im_end|>; their system message is written like any
+other.) Data readers, training, the server and the web page all use this module, which imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import UserError
-from model.tokenizer import BOS_ID, EOS_ID, check_unicode, encode_texts
+from model.tokenizer import BOS_ID, EOS_ID, check_unicode, encode_texts, is_chatml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +32,7 @@ FOLLOWED_BY: dict[str, tuple[str, ...]] = {
     "assistant": ("user", END),
 }
 ROLES = tuple(role for role in FOLLOWED_BY if role != START)
-BARE_ROLE = "system"  # its text stands alone, without <s>, header and </s>
+BARE_ROLE = "system"  # its text stands alone, without <s>, header and </s> (not in ChatML)
 TURN_ROLE = "user"  # a turn is a message of this role and all that follow, up to the next one
 ANSWER_ROLE = "assistant"  # what the model writes: the content of these messages is trained on
 
@@ -201,14 +203,15 @@ def _render_messages(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], add_generation_prompt: bool
 ) -> list[_Rendered]:
     """Render each message of a valid chat, and the header of the next answer if it is asked for and one may follow."""
+    bare_role = None if is_chatml(tokenizer) else BARE_ROLE
     texts = ["\n", f"{ANSWER_ROLE}\n"]
     for message in messages:  # the content of an answer is encoded alone, without its header
-        alone = message["role"] in (BARE_ROLE, ANSWER_ROLE)
+        alone = message["role"] in (bare_role, ANSWER_ROLE)
         texts.append(message["content"] if alone else f"{message['role']}\n{message['content']}")
     newline, header, *encoded = encode_texts(tokenizer, texts)
     rendered = []
     for message, ids in zip(messages, encoded, strict=True):
-        if message["role"] == BARE_ROLE:
+        if message["role"] == bare_role:
             rendered.append(_Rendered(ids, [], []))
         elif message["role"] == ANSWER_ROLE:
             rendered.append(_Rendered([BOS_ID, *header], [*ids, EOS_ID], newline))

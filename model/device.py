@@ -1,4 +1,4 @@
-"""Where and in which precision a model computes."""
+"""Where, in which precision and how fast a model computes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import torch
 from common.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Dense half-precision peak of one device in FLOP/s, from the data sheets (no sparsity).
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -53,3 +72,26 @@ def _cpu_has_bfloat16() -> bool:
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the peak FLOP/s of the device in half precision; None where it is not known (CPUs, float32)."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device or the system had no memory left for a tensor; only CUDA has an exception class for it."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def training_flops(n_tokens: float, attention_pairs: float, parameters: int, n_layers: int, dim: int) -> float:
+    """Return the FLOPs of forward and backward on real tokens (padding is not counted).
+
+    6 per parameter and token (PaLM, https://arxiv.org/abs/2204.02311, appendix B), and for attention
+    2 products * 2 FLOPs * dim * length^2 / 2 (causal) per layer and document, three times for forward and backward.
+    """
+    return 6 * parameters * n_tokens + 6 * n_layers * dim * attention_pairs

@@ -37,11 +37,13 @@ class RopeScaling:
         method: one of `ROPE_SCALING_METHODS`.
         factor: by how much; a number, or (batch,) for rows that differ.
         original: length in tokens that the model was trained at without scaling.
+        attention_factor: YaRN multiplies queries and keys by it; None: 0.1 ln(factor) + 1.
     """
 
     method: str
     factor: float | Tensor
     original: int
+    attention_factor: float | None = None
 
 
 def rope_tables(
@@ -97,7 +99,8 @@ def scaled_frequencies(inv_freq: Tensor, head_dim: int, theta: float, scaling: R
         ramp = yarn_ramp(head_dim, theta, scaling.original, inv_freq.device)
         scaled = inv_freq / factor * ramp + inv_freq * (1 - ramp)
         # Queries and keys alike: the scores grow by its square (equation 22 of the paper).
-        attention_factor = 0.1 * factor.log() + 1
+        given = scaling.attention_factor
+        attention_factor = 0.1 * factor.log() + 1 if given is None else torch.full_like(factor, given)
     else:
         raise ValueError(f"unknown RoPE scaling {scaling.method!r}; known: {', '.join(ROPE_SCALING_METHODS)}")
     longer = factor > 1
@@ -143,6 +146,7 @@ class DynamicRopeScaling:
         trained: length that it was trained at last: the same, unless it was trained with scaling.
         trained_factor: of that last training; 1 without scaling.
         factors: rising, each relative to `trained`.
+        attention_factor: as in `RopeScaling`.
     """
 
     method: str
@@ -150,6 +154,7 @@ class DynamicRopeScaling:
     trained: int
     trained_factor: float
     factors: tuple[float, ...]
+    attention_factor: float | None = None
 
     def factor(self, length: int) -> float:
         """Return the factor of a text of `length` tokens, relative to `original`."""
@@ -157,7 +162,7 @@ class DynamicRopeScaling:
         return self.trained_factor * next((step for step in steps if length <= self.trained * step), steps[-1])
 
     def scaling(self, factor: float | Tensor) -> RopeScaling:
-        return RopeScaling(self.method, factor, self.original)
+        return RopeScaling(self.method, factor, self.original, self.attention_factor)
 
 
 def doublings(factor: float) -> tuple[float, ...]:

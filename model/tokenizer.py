@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the same ids in MiniMind2 of April 2025 and MiniMind-3
 
 
 def load_tokenizer(path: Path | str = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
     """Load a tokenizer folder from the disk (never from the network).
 
-    Raises UserError if the folder is not a tokenizer, or one whose <unk>, <s>, </s> are not the ids 0, 1, 2.
+    Raises UserError if the folder is not a tokenizer, or one whose special tokens are not those of a MiniMind.
     """
     path = Path(path)
     if not path.exists():
@@ -53,17 +54,25 @@ def load_tokenizer(path: Path | str = TOKENIZER_DIR) -> PreTrainedTokenizerFast:
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = "tokenizer") -> None:
-    """Raise UserError unless <unk>, <s>, </s> are the ids 0, 1, 2, have their roles, and a chat format is there."""
-    expected = {UNK: UNK_ID, BOS: BOS_ID, EOS: EOS_ID}
+    """Raise UserError unless <unk>, <s>, </s> (or those of `CHATML`) are the ids 0, 1, 2, have their roles, and a chat
+    format is there.
+    """
+    unk, bos, eos = CHATML if is_chatml(tokenizer) else (UNK, BOS, EOS)
+    expected = {unk: UNK_ID, bos: BOS_ID, eos: EOS_ID}
     vocab = tokenizer.get_vocab()
     found = {token: vocab.get(token) for token in expected}
     if found != expected:
         raise UserError(f"{path}: special tokens are {found}, MiniMind needs {expected}; use another tokenizer")
     roles = {"unk": tokenizer.unk_token, "bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
-    if roles != {"unk": UNK, "bos": BOS, "eos": EOS}:
+    if roles != {"unk": unk, "bos": bos, "eos": eos}:
         raise UserError(f"{path}: the special tokens have the roles {roles}; correct its tokenizer_config.json")
     if not tokenizer.chat_template:
         raise UserError(f"{path}: no chat_template; copy the whole tokenizer folder again")
+
+
+def is_chatml(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether these are the special tokens of ChatML, in which the system message has a header too."""
+    return tokenizer.bos_token == CHATML[1]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -5,7 +5,8 @@
     checkpoint.model, checkpoint.config, checkpoint.info, checkpoint.notes
 
 A `.pth` is a plain state dict under the published names. `<same name>.json` beside it holds the configuration and how
-the weights were made. The published files come without that JSON: their architecture is read from the shapes.
+the weights were made. The published files come without that JSON, and the later ones have other names: see
+`model.families`.
 
 **Which JSON belongs to which weights.** Each file is replaced atomically, but the two cannot be replaced at once. So
 the JSON carries a fingerprint of its `.pth`, and it is written in this order: the new weights under a temporary name;
@@ -29,15 +30,20 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.files import atomic_write, write_json
-from model.LMConfig import FIELD_TYPES, PRESETS, LMConfig, architecture_differences, preset
+from model.families import (
+    EMBEDDING,
+    LLAMA_EMBEDDING,
+    OUTPUT,
+    config_from_llama_shapes,
+    config_from_shapes,
+    from_llama_state,
+)
+from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
 from model.tokenizer import tokenizer_hash
 from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors, write_tensors
 
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names
 _TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt, but stored in old files
-_LAYER = re.compile(r"layers\.(\d+)\.")
-_EXPERT = re.compile(r"layers\.0\.feed_forward\.experts\.\d+\.w1\.weight")
 
 
 @dataclass
@@ -89,7 +95,8 @@ def save_checkpoint(
     new = ours | {key: value for key, value in info.items() if key not in ("fingerprint", "previous")} | ours
     json.dumps(new, allow_nan=False)  # fails here, before anything is written, if it cannot be JSON
     skeleton = {name: torch.empty(shape, dtype=dtype) for name, shape in _expected_shapes(config).items()}
-    skeleton[OUTPUT] = skeleton[EMBEDDING]
+    if config.tie_word_embeddings:
+        skeleton[OUTPUT] = skeleton[EMBEDDING]
     pairs = _cast(_tensors_of(model, path) if tensors is None else tensors, dtype, path)
     try:
         with atomic_write(path, "w+b", encoding=None) as file:
@@ -140,7 +147,7 @@ def _tensors_of(model: Transformer, path: Path | str) -> Iterator[tuple[str, Ten
     """Yield the weights of `model` by their names, the tied pair once."""
     state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(state, model.config, path)
-    if not torch.equal(state[EMBEDDING], state.pop(OUTPUT)):
+    if model.config.tie_word_embeddings and not torch.equal(state[EMBEDDING], state.pop(OUTPUT)):
         raise UserError(f"{path} was not written: {OUTPUT} is no longer tied to {EMBEDDING}")
     yield from state.items()
 
@@ -200,28 +207,34 @@ def load_checkpoint(
     if overrides:
         config = _replace_fields(config, overrides, path)
     _check_names_and_shapes(state, config, path)
-    _check_values(state, path)
+    _check_values(state, config, path)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, config, info, path)
 
     if not mapped:  # a copy, because another process may delete the file or overwrite it in place
         dtype = dtype or state[EMBEDDING].dtype
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items() if name != OUTPUT}
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in _without_tied(state, config).items()}
     return Checkpoint(build_model(state, config, path), config, info, path, fingerprint_of(path), notes)
 
 
 def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> Transformer:
-    """Return a Transformer of exactly these tensors, the output tied to the embedding, in evaluation mode.
+    """Return a Transformer of exactly these tensors, a tied output taken from the embedding, in evaluation mode.
 
     Raises UserError for weights that do not fit; `path` is for its message.
     """
-    state = state | {OUTPUT: state[EMBEDDING]} if EMBEDDING in state else state
+    if config.tie_word_embeddings and EMBEDDING in state:
+        state = state | {OUTPUT: state[EMBEDDING]}
     _check_names_and_shapes(state, config, path)
     with torch.device("meta"):  # no memory, and no random numbers that are thrown away
         model = Transformer(config)
     model.load_state_dict(state, strict=True, assign=True)
-    model.output.weight = model.tok_embeddings.weight
+    if config.tie_word_embeddings:
+        model.output.weight = model.tok_embeddings.weight
     return model.eval()
+
+
+def _without_tied(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name != OUTPUT or not config.tie_word_embeddings}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
@@ -244,17 +257,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
         notes.append(f"{compiled} names carry the prefix _orig_mod. of torch.compile: removed")
     if tables:
         notes.append(f"{tables} tables (mask, pos_cis) in it: ignored, because they are computed")
-    if EMBEDDING not in state or state[EMBEDDING].dim() != 2:
-        raise UserError(f"{path} is not a MiniMind: there is no matrix {EMBEDDING}; it holds {list_names(list(state))}")
-    if OUTPUT not in state:
-        state[OUTPUT] = state[EMBEDDING]
-        notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
+    names_of_llama = LLAMA_EMBEDDING in state
+    embedding = LLAMA_EMBEDDING if names_of_llama else EMBEDDING
+    if embedding not in state or state[embedding].dim() != 2:
+        raise UserError(f"{path} is not a MiniMind: there is no matrix {embedding}; it holds {list_names(list(state))}")
 
     if info:
         config = _config_from_json(info, path.with_suffix(".json"))
+    elif names_of_llama:
+        config = config_from_llama_shapes(state, path, notes)
     else:
         pos_cis = next((tensor for name, tensor in raw.items() if name.endswith("pos_cis")), None)
-        config = _config_from_shapes(state, pos_cis, path, notes)
+        config = config_from_shapes(state, pos_cis, path, notes)
+    if names_of_llama:
+        state = from_llama_state(state, config, path)
+        notes.append("names of Llama in it: renamed to those of MiniMind-v1, queries and keys reordered")
+    if OUTPUT not in state and config.tie_word_embeddings:
+        state[OUTPUT] = state[EMBEDDING]
+        if not names_of_llama:
+            notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
     return state, config, info, notes
 
 
@@ -273,70 +294,6 @@ def _config_from_json(info: dict, file: Path) -> LMConfig:
         return LMConfig(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f'{file}: "config" cannot be used: {error}') from error
-
-
-def _config_from_shapes(state: dict[str, Tensor], pos_cis: Tensor | None, path: Path, notes: list[str]) -> LMConfig:
-    """Return the configuration of a file without a JSON: from its shapes, the rest as in the published models."""
-    vocab_size, dim = state[EMBEDDING].shape
-    layers = {int(match[1]) for name in state if (match := _LAYER.match(name))}
-    n_experts = sum(bool(_EXPERT.fullmatch(name)) for name in state)
-    first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
-    missing = [name for name in ("layers.0.attention.wk.weight", first) if name not in state]
-    if missing:
-        raise UserError(f"{path} is not a MiniMind: missing: {', '.join(missing)}; it holds {list_names(list(state))}")
-    hidden_dim, kv_dim = len(state[first]), len(state["layers.0.attention.wk.weight"])
-    fields: dict[str, Any] = dict(
-        dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=n_experts > 0
-    )
-    if n_experts:
-        shared = state.get("layers.0.feed_forward.shared_experts.w1.weight")
-        if shared is not None and len(shared) % hidden_dim:
-            raise UserError(
-                f"{path}: the shared experts are {len(shared)} wide, not a multiple of the experts' {hidden_dim}"
-            )
-        n_shared = 0 if shared is None else len(shared) // hidden_dim
-        fields |= dict(n_routed_experts=n_experts, n_shared_experts=n_shared, num_experts_per_tok=min(2, n_experts))
-
-    n_heads, rope_theta, source = _heads(dim, len(layers), kv_dim, n_experts > 0, pos_cis)
-    head_dim = dim // n_heads if n_heads and dim % n_heads == 0 else 0
-    if not head_dim or kv_dim % head_dim:
-        complete = json.dumps({"config": {"n_heads": "?", "n_kv_heads": "?", "rope_theta": "?", **fields}})
-        raise UserError(
-            f"{path}: the number of heads cannot be derived from keys of width {kv_dim} in a model of width {dim}; "
-            f"write it to {path.with_suffix('.json').name} beside it, numbers for the question marks: {complete}"
-        )
-    try:
-        config = LMConfig(**fields, n_heads=n_heads, n_kv_heads=kv_dim // head_dim, rope_theta=rope_theta)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    found = f"no JSON beside it, read from the shapes: dim {dim}, {len(layers)} layers, {vocab_size} tokens"
-    if n_experts:
-        found += f", {n_experts} routed experts, {config.n_shared_experts} shared (of width {hidden_dim})"
-    notes.append(found)
-    assumed = f"assumed: {n_heads} heads, {config.n_kv_heads} for keys, rope_theta {rope_theta:g} ({source})"
-    notes.append(assumed + (f", {config.num_experts_per_tok} experts per token" if n_experts else ""))
-    return config
-
-
-def _heads(dim: int, n_layers: int, kv_dim: int, use_moe: bool, pos_cis: Tensor | None) -> tuple[int, float, str]:
-    """Return the number of query heads (0: unknown), rope_theta, and their source.
-
-    The matrices do not show them, but an old position table does; and the published families differ in the keys' width.
-    """
-    if pos_cis is not None and pos_cis.dim() == 2 and pos_cis.shape[1] > 0:
-        pairs, theta = pos_cis.shape[1], 1e4  # (positions, head_dim / 2)
-        if pos_cis.is_complex() and len(pos_cis) > 1 and pairs > 1:
-            slowest = pos_cis[1, -1].angle().item()  # theta ** -((pairs - 1) / pairs)
-            theta = float(f"{slowest ** (-pairs / (pairs - 1)):.4g}") if slowest > 0 else 0.0
-        return dim // (2 * pairs), theta, "from the table pos_cis"
-    for name in PRESETS:
-        known = preset(name)
-        same = (known.dim, known.n_layers, known.use_moe) == (dim, n_layers, use_moe)
-        if same and known.n_kv_heads * known.head_dim == kv_dim:
-            return known.n_heads, known.rope_theta, f"as in {name}"
-    if kv_dim * 4 == dim:
-        return 8, 1e6, "as in MiniMind2 of February 2025"
-    return 16 if kv_dim * 2 == dim else 0, 1e4, "as in MiniMind-v1"
 
 
 def _replace_fields(config: LMConfig, overrides: dict[str, Any], path: Path) -> LMConfig:
@@ -390,14 +347,14 @@ def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Pa
         raise UserError(f"{path}: the weights do not fit their architecture; {'; '.join(errors)}")
 
 
-def _check_values(state: dict[str, Tensor], path: Path) -> None:
+def _check_values(state: dict[str, Tensor], config: LMConfig, path: Path) -> None:
     strange = [f"{name} ({dtype_name(t.dtype)})" for name, t in state.items() if not t.is_floating_point()]
     if strange:
         raise UserError(f"{path}: not floating-point weights: {list_names(strange)}")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path}: these weights are not finite (a run that diverged?): {list_names(broken)}")
-    if not torch.equal(state[EMBEDDING], state[OUTPUT]):
+    if config.tie_word_embeddings and not torch.equal(state[EMBEDDING], state[OUTPUT]):
         raise UserError(f"{path}: {OUTPUT} differs from {EMBEDDING}; in a MiniMind they are one tensor")
 
 

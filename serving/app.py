@@ -27,11 +27,12 @@ from serving.chat import ChatEndpoint
 from serving.completions import CompletionEndpoint
 from serving.embeddings import EmbeddingEndpoint
 from serving.endpoint import ServedModel
-from serving.engine import Engine, EngineError
+from serving.engine import Engine
 from serving.http import ApiError, Auth, ClientDisconnected, json_response
 from serving.metrics import Metrics
 from serving.pages import docs_page, index_page
 from serving.responses import ResponsesEndpoint
+from serving.stream import EngineError
 
 
 def create_app(
@@ -110,7 +111,7 @@ def create_app(
         chat.check_model(name)
         return json_response(card)
 
-    or_stream = errors | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    or_stream = errors | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=or_stream)
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:

@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder
-from serving.engine import Scores
 from serving.http import ApiError, cancel_on_disconnect
+from serving.texts import Scores
 
 
 class CompletionEndpoint(Endpoint):

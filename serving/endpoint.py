@@ -27,12 +27,14 @@ from inference.generator import TokenOutput
 from inference.options import SamplingParams
 from model.tokenizer import BOS_ID, encode_texts
 from serving import protocol
-from serving.engine import Engine, EngineError, Scores, Stream
+from serving.engine import Engine
 from serving.http import ApiError, SSEResponse, add_header, cancel_on_disconnect, json_response, log, to_json
+from serving.stream import EngineError, Stream
+from serving.texts import Scores
 
 DONE = b"data: [DONE]\n\n"
 LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that the event loop can serve other clients
-
+MAX_EVENT = 64  # tokens that are sent together
 MAX_NAMES = 100  # ignored fields that are named in a response, and in the log
 
 _json_text = json.JSONEncoder(ensure_ascii=False).encode
@@ -178,7 +180,8 @@ class ResponseBuilder:
         async with stream:
             try:
                 async for outputs in stream:
-                    yield encode(self._add(outputs))
+                    for i in range(0, len(outputs), MAX_EVENT):  # a slow reader has many at once
+                        yield encode(self._add(outputs[i : i + MAX_EVENT]))
             except EngineError as error:
                 yield b"data: " + to_json(ApiError.from_engine(error).body()) + b"\n\n" + DONE
                 return
@@ -259,7 +262,7 @@ class Endpoint:
             return None
         context = self.engine.max_len
         room = context - min(max(answer or 1, 1), context // 2)
-        return room if body.truncate_prompt_tokens == -1 else min(body.truncate_prompt_tokens, room)
+        return room if body.truncate_prompt_tokens == -1 else max(min(body.truncate_prompt_tokens, room), 1)
 
     def token_limit(self, prompt: int, limit: int | None, param: str, request: Request) -> int:
         """Return how many tokens an answer may have; the response says so if it is less than `limit`.

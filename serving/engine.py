@@ -8,132 +8,53 @@
     await engine.close(drain_seconds=30)
 
 **The batch never waits for a reader.** The thread hands the tokens of each step to the event loop in one call and
-continues. What a slow client has not read yet stays in its `Stream`, which never holds more than the answer
-(`max_new_tokens` outputs per sequence); its row of the batch is free as soon as the answer is complete.
+continues. What a slow client has not read yet stays in its `Stream`, up to a number of bytes; its row of the batch is free
+as soon as the answer is complete.
 
-**A long prompt does not block the others.** Prompts are read between two steps, at most `PROMPT_TOKENS` at a time, so
-that running answers pause for a bounded time only.
+**Reading shares the steps.** Prompts, and texts that are scored or embedded, are read in parts between two steps: at most
+`read_tokens` while answers are running, so that these pause for a bounded time only. Prompts and texts get half each, and
+requests with many texts take turns.
+
+**A failure costs what it must.** A text or prompt that cannot be read costs its own request. A step that fails costs the
+running answers, and the engine is built anew; if that fails, `failed` is true and every request is an EngineStopped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference.generator import BatchGenerator, TokenOutput
+from inference.kv_cache import PrefixCache
 from inference.options import SamplingParams
+from inference.reader import Reader
+from serving.stream import EngineError, EngineFailed, EngineStopped, QueueFull, ShuttingDown, Stream
+from serving.texts import Scores, TextReading, TextRequest
 
-PROMPT_TOKENS = 2048  # prompt tokens, padding included, that are read between two steps (at least one prompt is read)
-MAX_PASS_TEXTS = 64  # texts that are scored or embedded in one forward pass
+READ_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as a step
+IDLE_TOKENS = 512  # tokens that are read at a time while no answer is running; a new request waits that long
+ATTENTION = 512  # a token behind this many others counts twice, behind twice as many three times: it attends to them
+MAX_TOGETHER = 64  # texts that are read in one pass
+ERRORS = (RuntimeError, MemoryError)  # from PyTorch: out of memory, a broken device
 
 SHUTTING_DOWN = "the server is shutting down"
-STOPPED = "the engine has stopped after an error: restart the server"
+STOPPED = "the engine failed and the server is shutting down: its log says why"
+COMPUTATION_FAILED = "the computation failed: see the server's log"
 
 log = logging.getLogger("minimind")
-T = TypeVar("T")
-
-
-class EngineError(Exception):
-    """A request was not carried out, or not to its end; the message says why."""
-
-
-class QueueFull(EngineError):
-    """Too many requests are waiting. `retry_after`: in how many seconds there will probably be room."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class ShuttingDown(EngineError):
-    """The engine accepts no more work, or dropped this request."""
-
-
-class EngineFailed(EngineError):
-    """The computation failed (for example: out of memory)."""
-
-
-# ---- what callers hold
-
-
-class Stream(Generic[T]):
-    """The results of one request of one or more items (sequences to continue, texts to read), interleaved as they come.
-
-    Belongs to the event loop. Leave it by `async with`, or call `cancel`: its rows are then free before the next step.
-    """
-
-    def __init__(self, engine: Engine, size: int, is_last: Callable[[T], bool]) -> None:
-        """
-        Args:
-            size: items of the request.
-            is_last: whether a result is the last of its item.
-        """
-        self._engine, self._is_last = engine, is_last
-        self._results: list[tuple[int, T]] = []
-        self._news = asyncio.Event()
-        self._error: EngineError | None = None
-        self.unfinished = size  # items whose last result has not come
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[tuple[int, T]]:
-        """Return all (index of the item, result) that came since the last call; wait for at least one.
-
-        Raises EngineError if the engine dropped the request, after returning the results that came before.
-        """
-        while not self._results:
-            if self._error is not None:
-                raise self._error
-            if not self.unfinished:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        results, self._results = self._results, []
-        return results
-
-    def cancel(self) -> None:
-        """Drop what is not finished."""
-        if self.unfinished and self._error is None:
-            self._engine._cancel(self)
-            self._receive(ShuttingDown("the request was cancelled"))
-
-    def _receive(self, news: list[tuple[int, T]] | EngineError) -> None:
-        if isinstance(news, EngineError):
-            if self.unfinished:
-                self._error = self._error or news
-        elif self._error is None:
-            self._results += news
-            self.unfinished -= sum(self._is_last(result) for _, result in news)
-        self._news.set()
-
-
-@dataclass
-class Scores:
-    """Log-probabilities of the tokens of a text.
-
-    Position t holds that of token t given those before it, so there is none for the first token.
-    """
-
-    logprobs: list[float | None]
-    top: list[list[tuple[int, float]] | None]  # the most probable tokens at each position, most probable first
 
 
 # ---- what waits and what runs
@@ -150,16 +71,7 @@ class _Sequence:
     key: int
     submitted: float
     joined: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Text:
-    """A text to read: for its Scores with the `top` most probable tokens, or for its embedding (None)."""
-
-    owner: Stream
-    index: int
-    prompt: Sequence[int]
-    top: int | None
+    latest: float = 0.0  # when its last token came
 
 
 @dataclass
@@ -167,23 +79,37 @@ class Statistics:
     """Totals since the start; written by the thread alone."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that the prefix cache had
     generated_tokens: int = 0
     steps: int = 0
     cancelled: int = 0
     failures: int = 0
     mean_seconds: float = 0.0  # moving average of how long a sequence runs
-    on_joined: Callable[[float], None] = field(default=lambda seconds: None)  # called with how long a sequence waited
+    # Called with how long a sequence waited until its prompt was read, for its first token, and for each of the others.
+    on_joined: Callable[[float], None] = field(default=lambda seconds: None)
+    on_first_token: Callable[[float], None] = field(default=lambda seconds: None)
+    on_next_token: Callable[[float], None] = field(default=lambda seconds: None)
 
 
 class Engine:
     """Answer many requests with one model. All methods but `close` return at once; call them in the event loop."""
 
-    def __init__(self, make_generator: Callable[[], BatchGenerator], max_queue: int = 256) -> None:
+    def __init__(
+        self,
+        make_generator: Callable[[], BatchGenerator],
+        max_queue: int = 256,
+        *,
+        read_tokens: int | None = None,
+        prefix_bytes: int = 0,
+    ) -> None:
         """
         Args:
             make_generator: called by the thread that will use it (compiled models require that), and again after a
                 failure. This constructor raises what it raises.
-            max_queue: sequences and texts that may wait while all rows are taken.
+            max_queue: sequences and requests with texts that may wait while all rows are taken.
+            read_tokens: tokens of prompts and texts that are read between two steps of running answers, or one for each of
+                these if they are more; None: a default for the device.
+            prefix_bytes: memory for the beginnings of prompts that later ones may share.
         """
         if max_queue < 1:
             raise ValueError(f"--max_queue {max_queue} must be at least 1")
@@ -192,18 +118,26 @@ class Engine:
         self._wakeup = threading.Condition()
         # Guarded by _wakeup:
         self._waiting: deque[_Sequence] = deque()
-        self._texts: deque[_Text] = deque()
+        self._texts: deque[TextRequest] = deque()
         self._cancelled: set[Stream] = set()
         self.closing = self._stopping = False
         # The thread's own:
         self._running: dict[int, _Sequence] = {}
+        self._joining: _Sequence | None = None  # the one of them whose prompt is being read
+        self._text: TextReading | None = None  # the one that is being read
         self._next_key = 0
         self.failed = False
-        made: Future[BatchGenerator] = Future()
+        self._max_prefix_bytes = prefix_bytes
+        self._prefixes: PrefixCache | None = None
+        self.generator: BatchGenerator | None = None
+        made: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(made,), name="engine", daemon=True)
         self._thread.start()
-        self.generator: BatchGenerator | None = made.result()
+        made.result()
+        assert self.generator is not None
         self.rows, self.max_len = self.generator.capacity, self.generator.max_len
+        on_cpu = self.generator.device.type == "cpu"
+        self.read_tokens = read_tokens or READ_TOKENS["cpu" if on_cpu else "gpu"]
 
     # -- for the event loop
 
@@ -217,21 +151,30 @@ class Engine:
         return len(self._running)
 
     @property
+    def prefix_bytes(self) -> int:
+        """Return the size of the prefix cache."""
+        prefixes = self._prefixes
+        return 0 if prefixes is None else prefixes.nbytes
+
+    @property
     def waiting(self) -> int:
-        """Return the number of sequences and texts that wait."""
+        """Return the number of sequences, and of requests with texts, that wait."""
         return len(self._waiting) + len(self._texts)
 
     def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
         """Queue sequences that belong together.
 
-        Raises ValueError for a prompt that cannot be decoded, QueueFull, ShuttingDown, EngineFailed.
+        Raises ValueError for a prompt that cannot be decoded, QueueFull, ShuttingDown, EngineStopped.
         """
         generator = self.generator
         if generator is None:
+            self._check_open()
             raise QueueFull("the engine is restarting after an error: try again", retry_after=1)
         for prompt, sampling in zip(prompts, samplings, strict=True):
             generator.check(prompt, sampling)
-        stream: Stream[TokenOutput] = Stream(self, len(prompts), is_last=lambda output: output.finish is not None)
+        stream: Stream[TokenOutput] = Stream(
+            self._cancel, len(prompts), is_last=lambda output: output.finish is not None
+        )
         now = time.perf_counter()
         with self._wakeup:
             self._check_room(len(prompts))
@@ -250,10 +193,10 @@ class Engine:
         return await self._read_texts(texts, None)
 
     async def _read_texts(self, texts: Sequence[Sequence[int]], top: int | None) -> list:
-        stream: Stream = Stream(self, len(texts), is_last=lambda _: True)
+        stream: Stream = Stream(self._cancel, len(texts), is_last=lambda _: True)
         with self._wakeup:
-            self._check_room(len(texts))
-            self._texts += [_Text(stream, i, text, top) for i, text in enumerate(texts)]
+            self._check_room(1)
+            self._texts.append(TextRequest(stream, texts, top))
             self._wakeup.notify()
         found: dict[int, Any] = {}
         async with stream:
@@ -261,12 +204,16 @@ class Engine:
                 found.update(results)
         return [found[i] for i in range(len(texts))]
 
-    def _check_room(self, new: int) -> None:
-        """Raise unless `new` more may wait."""
+    def _check_open(self) -> None:
+        """Raise if the engine accepts no more requests."""
         if self.failed:
-            raise EngineFailed(STOPPED)
+            raise EngineStopped(STOPPED)
         if self.closing:
             raise ShuttingDown(SHUTTING_DOWN)
+
+    def _check_room(self, new: int) -> None:
+        """Raise unless `new` more may wait."""
+        self._check_open()
         room = self.max_queue + max(self.rows - self.running, 0) - self.waiting
         if new > room:
             seconds = math.ceil(self.statistics.mean_seconds * (new - room) / self.rows)  # until there may be room
@@ -299,121 +246,229 @@ class Engine:
 
     # -- the thread
 
-    def _run(self, made: Future[BatchGenerator]) -> None:
+    def _run(self, made: Future[None]) -> None:
         try:
-            made.set_result(self._make_generator())
+            self._build()
         except BaseException as error:
             made.set_exception(error)
             return
+        made.set_result(None)
         try:
             while self._step():
                 pass
             log.debug("engine ended")
         except BaseException:
             self.failed = True
-            raise
+            log.critical("the engine failed\n%s", traceback.format_exc())
         finally:
             with self._wakeup:
                 self.closing = True
-                items = [*self._running.values(), *self._clear_queues()]
-            self._running.clear()
-            self._fail(items, EngineFailed(STOPPED) if self.failed else ShuttingDown(SHUTTING_DOWN))
+                owners = [*self._clear_queues(), *self._clear_running()]
+            self._fail(owners, EngineStopped(STOPPED) if self.failed else ShuttingDown(SHUTTING_DOWN))
+
+    def _build(self) -> None:
+        self.generator = self._make_generator()
+        self._prompt_reader, self._text_reader = Reader(self.generator), Reader(self.generator)
+        self._prefixes = PrefixCache(self._max_prefix_bytes) if self._max_prefix_bytes else None
 
     def _step(self) -> bool:
         """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
         with self._wakeup:
-            while not (self._waiting or self._texts or self._cancelled or self._running or self.closing):
+            while not (self._waiting or self._texts or self._text or self._cancelled or self._running or self.closing):
                 self._wakeup.wait()
             cancelled, self._cancelled = self._cancelled, set()
-            if cancelled:
-                self._waiting = deque(item for item in self._waiting if item.owner not in cancelled)
-                self._texts = deque(item for item in self._texts if item.owner not in cancelled)
             rejected = self._clear_queues() if self.closing else []
             stopping = self._stopping
-        generator = self.generator
-        assert generator is not None
-        for key in [key for key, item in self._running.items() if item.owner in cancelled]:
-            generator.cancel(key)
-            del self._running[key]
-            self.statistics.cancelled += 1
+        self.statistics.cancelled += self._remove(cancelled)
+        self._remove(set(rejected))
         self._fail(rejected, ShuttingDown(SHUTTING_DOWN))
-        if stopping or (self.closing and not self._running):
+        if stopping or (self.closing and not self._running and self._text is None):
             return False
-        with self._wakeup:
-            joining = _next_batch(self._waiting, generator.free)
-            texts = _next_batch(self._texts, MAX_PASS_TEXTS, group=lambda item: item.top)
+        failed = False
         try:
-            if texts:
-                self._publish(_by_owner(zip(texts, self._read(generator, texts), strict=True)))
-            if joining:
-                self._publish_tokens(self._join(generator, joining))
-            self._publish_tokens(generator.step())
-            self.statistics.steps += 1
-        except RuntimeError:  # from PyTorch: out of memory, a broken device
-            log.exception("a step failed; its requests are dropped")
-            self.statistics.failures += 1
-            failed = [*self._running.values(), *joining, *texts]
-            self._running.clear()
-            self._fail(failed, EngineFailed("the computation failed: see the server's log"))
-            self.generator = generator = None  # its memory must be free before the next one allocates its own
-            self.generator = self._make_generator()
+            self._compute()
+        except ERRORS:
+            log.error("a step failed; its requests are dropped\n%s", traceback.format_exc())
+            failed = True
+        if failed:  # and the exception is gone, whose traceback holds the generator
+            self._rebuild()
         return True
 
-    def _join(self, generator: BatchGenerator, items: list[_Sequence]) -> list[TokenOutput]:
-        """Read the prompts of new sequences; return their first tokens."""
-        now = time.perf_counter()
-        for item in items:
-            item.joined = now
-            self._running[item.key] = item
-            self.statistics.on_joined(now - item.submitted)
-            self.statistics.prompt_tokens += len(item.prompt)
-        prompts, samplings, keys = zip(*[(item.prompt, item.sampling, item.key) for item in items], strict=True)
-        return generator.add(prompts, samplings, keys)
+    def _remove(self, owners: set[Stream]) -> int:
+        """Forget the sequences and texts of these requests; return how many sequences were running."""
+        if not owners:
+            return 0
+        self._remove_waiting(owners)
+        if self._joining is not None and self._joining.owner in owners:
+            self._joining = None
+        if self._text is not None and self._text.owner in owners:
+            self._text = None
+        generator, keys = self.generator, [key for key, item in self._running.items() if item.owner in owners]
+        assert generator is not None
+        for key in keys:
+            generator.cancel(key)
+            del self._running[key]
+        return len(keys)
+
+    def _remove_waiting(self, owners: set[Stream]) -> None:
+        with self._wakeup:
+            self._waiting = deque(item for item in self._waiting if item.owner not in owners)
+            self._texts = deque(item for item in self._texts if item.owner not in owners)
+
+    def _compute(self) -> None:
+        """Read prompts and texts, and compute the next tokens."""
+        generator = self.generator
+        assert generator is not None
+        answering = len(generator.rows)
+        budget = max(self.read_tokens, answering) if answering else IDLE_TOKENS
+        while budget > 0:
+            joining = self._next_prompt(generator)
+            reading = (
+                len(generator.rows) == answering and self._next_text()
+            )  # not before the next token of a new answer
+            if joining:
+                budget -= self._read_prompt(generator, max(budget // 2, 1) if reading else budget)
+            if reading and budget > 0:
+                budget -= self._read_texts_once(budget)
+            if answering or not (joining or reading):  # every pass reads all weights: one each between two steps
+                break
+        self._publish_tokens(generator.step())
+        self.statistics.steps += 1
+
+    def _rebuild(self) -> None:
+        """Start again with an empty batch, after a failure."""
+        self.statistics.failures += 1
+        owners = self._clear_running()
+        self._remove_waiting(set(owners))
+        self._fail(owners, EngineFailed(COMPUTATION_FAILED))
+        # The memory must be free before it is allocated again.
+        self.generator = self._prefixes = None
+        del self._prompt_reader, self._text_reader
+        gc.collect()
+        torch.cuda.empty_cache()
+        self._build()
+
+    def _next_prompt(self, generator: BatchGenerator) -> bool:
+        """Return whether there is a prompt to read; begin the next one if none is being read."""
+        if self._joining is None and generator.free:
+            with self._wakeup:
+                item = self._joining = self._waiting.popleft() if self._waiting else None
+            if item is not None:
+                item.joined = time.perf_counter()
+                self._running[item.key] = item
+                self.statistics.on_joined(item.joined - item.submitted)
+                self.statistics.prompt_tokens += len(item.prompt)
+                self.statistics.cached_tokens += self._prompt_reader.start(item.prompt, self._prefixes)
+        return self._joining is not None
+
+    def _read_prompt(self, generator: BatchGenerator, limit: int) -> int:
+        """Read at most `limit` tokens of the prompt; let its sequence join after the last. Return what they cost."""
+        item, reader = self._joining, self._prompt_reader
+        assert item is not None
+        n, cost = _portion(reader, limit)
+        last = n == reader.left
+        try:
+            _, logits = reader.read(n, logits_to_keep=int(last))
+        except ERRORS:
+            self._reading_failed(item.owner)
+            return cost
+        if last:
+            self._joining = None
+            self._publish_tokens(generator.join(item.prompt, item.sampling, item.key, reader.cache, logits))
+        return cost
+
+    def _next_text(self) -> bool:
+        """Return whether there is a text to read; begin the next one if none is being read."""
+        if self._text is None:
+            with self._wakeup:
+                if not self._texts:
+                    return False
+                request = self._texts.popleft()
+                self._text = TextReading(request)
+                if request.taken < len(request.texts):
+                    self._texts.append(request)  # for its next text it waits behind the others
+            self._text_reader.start(self._text.tokens)
+        return True
+
+    def _read_texts_once(self, limit: int) -> int:
+        """Read at most `limit` tokens of the text, or the next whole texts in one pass. Return what they cost."""
+        text, reader = self._text, self._text_reader
+        assert text is not None
+        together = self._texts_together(text, limit) if reader.pads else [text]
+        n, cost = _portion(reader, limit)
+        try:
+            if len(together) > 1:
+                found = reader.read_together([one.tokens for one in together], logits=text.top is not None)
+                n = cost = sum(len(one.tokens) for one in together)
+            else:
+                found = [reader.read(n, logits_to_keep=0 if text.top is None else n)]
+            for one, (hidden, logits) in zip(together, found, strict=True):
+                one.add(hidden, logits)
+        except ERRORS:
+            self._reading_failed(text.owner)
+            return cost
+        self.statistics.prompt_tokens += n
+        done = [one for one in together if one.position == len(one.tokens)]
+        if done:
+            self._text = None
+            self._publish(_by_owner((one, one.result) for one in done))
+        return cost
+
+    def _texts_together(self, first: TextReading, limit: int) -> list[TextReading]:
+        """Return `first` and the next texts of its request that fit with it into `limit`, padding included."""
+        taken, longest = [first], len(first.tokens)
+        with self._wakeup:
+            request = next((one for one in self._texts if one.owner is first.owner), None)
+            while request is not None and first.position == 0 and len(taken) < MAX_TOGETHER:
+                longest = max(longest, len(request.texts[request.taken]))
+                if longest * (len(taken) + 1) > limit:
+                    break
+                taken.append(TextReading(request))
+                if request.taken == len(request.texts):
+                    self._texts.remove(request)
+                    break
+        return taken
+
+    def _reading_failed(self, owner: Stream) -> None:
+        """Drop a request whose prompt or text cannot be read; the others continue."""
+        log.error("a prompt or text could not be read; its request is dropped\n%s", traceback.format_exc())
+        self._remove({owner})
+        self._fail([owner], EngineFailed(COMPUTATION_FAILED))
 
     def _publish_tokens(self, outputs: list[TokenOutput]) -> None:
         """Deliver new tokens; sequences that ended with them no longer run."""
-        items = [self._running[output.key] for output in outputs]
+        items, now, statistics = [self._running[output.key] for output in outputs], time.perf_counter(), self.statistics
         for item, output in zip(items, outputs, strict=True):
+            if item.latest:
+                statistics.on_next_token(now - item.latest)
+            else:
+                statistics.on_first_token(now - item.submitted)
+            item.latest = now
             if output.finish is not None:
                 del self._running[output.key]
-                seconds, mean = time.perf_counter() - item.joined, self.statistics.mean_seconds
-                self.statistics.mean_seconds = mean + 0.1 * (seconds - mean) if mean else seconds
-        self.statistics.generated_tokens += len(outputs)
+                seconds, mean = now - item.joined, statistics.mean_seconds
+                statistics.mean_seconds = mean + 0.1 * (seconds - mean) if mean else seconds
+        statistics.generated_tokens += len(outputs)
         self._publish(_by_owner(zip(items, outputs, strict=True)))
 
-    @torch.inference_mode()
-    def _read(self, generator: BatchGenerator, items: list[_Text]) -> list[Scores] | list[Tensor]:
-        """Run one forward pass over texts of any lengths, padded on the right, where causal attention never looks."""
-        model, device = generator.model, generator.device
-        lengths = [len(item.prompt) for item in items]
-        longest = max(lengths)
-        ids = torch.tensor([[*item.prompt, *[0] * (longest - len(item.prompt))] for item in items], device=device)
-        self.statistics.prompt_tokens += sum(lengths)
-        if items[0].top is None:
-            output = model(input_ids=ids, use_cache=False, logits_to_keep=1, output_hidden_states=True)
-            hidden = output.hidden_states[-1]  # (texts, longest, dim)
-            return [states[:length].float().mean(0).cpu() for states, length in zip(hidden, lengths, strict=True)]
-        logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0].tolist()  # (texts, longest - 1)
-        top = min(items[0].top, logprobs.shape[-1])
-        values, tokens = (part.tolist() for part in logprobs.topk(top))  # (texts, longest - 1, top)
-        return [
-            Scores(
-                [None, *chosen[i][: length - 1]],
-                [None, *[list(zip(tokens[i][t], values[i][t], strict=True)) for t in range(length - 1)]],
-            )
-            for i, length in enumerate(lengths)
-        ]
-
-    def _clear_queues(self) -> list[_Sequence | _Text]:
-        """Empty the queues and return what waited in them. The caller holds `_wakeup`."""
-        items = [*self._waiting, *self._texts]
+    def _clear_queues(self) -> list[Stream]:
+        """Empty the queues and return to whom it belonged. The caller holds `_wakeup`."""
+        owners = [item.owner for item in (*self._waiting, *self._texts)]
         self._waiting.clear()
         self._texts.clear()
-        return items
+        return owners
 
-    def _fail(self, items: Iterable[_Sequence | _Text], error: EngineError) -> None:
-        self._publish({item.owner: error for item in items})
+    def _clear_running(self) -> list[Stream]:
+        """Forget what runs and return to whom it belonged."""
+        owners = [item.owner for item in self._running.values()]
+        if self._text is not None:
+            owners.append(self._text.owner)
+        self._running.clear()
+        self._joining = self._text = None
+        return owners
+
+    def _fail(self, owners: Iterable[Stream], error: EngineError) -> None:
+        self._publish(dict.fromkeys(owners, error))
 
     def _publish(self, news: dict[Stream, Any]) -> None:
         """Deliver results or errors to their streams: one call into the event loop, however many there are."""
@@ -424,25 +479,20 @@ class Engine:
                 log.debug("the event loop has ended")
 
 
-def _by_owner(results: Iterable[tuple[_Sequence | _Text, Any]]) -> dict[Stream, Any]:
+def _by_owner(results: Iterable[tuple[_Sequence | TextReading, Any]]) -> dict[Stream, Any]:
     news: dict[Stream, list[tuple[int, Any]]] = {}
     for item, result in results:
         news.setdefault(item.owner, []).append((item.index, result))
     return news
 
 
-def _next_batch(queue: deque, limit: int, group: Callable[[Any], object] = lambda item: None) -> list:
-    """Remove the next items that can be read in one pass: at most `limit`, of one `group`, and not too long."""
-    taken: list = []
-    longest = 0
-    while queue and len(taken) < limit and (not taken or group(queue[0]) == group(taken[0])):
-        longest = max(longest, len(queue[0].prompt))
-        if taken and longest * (len(taken) + 1) > PROMPT_TOKENS:
-            break
-        taken.append(queue.popleft())
-    return taken
+def _portion(reader: Reader, limit: int) -> tuple[int, int]:
+    """Return how many of the next tokens a budget allows, at least one, and how much of it they use."""
+    weight = 1 + reader.position / ATTENTION
+    n = min(max(int(limit / weight), 1), reader.left)
+    return n, math.ceil(n * weight)
 
 
 def _deliver(news: dict[Stream, Any]) -> None:
     for owner, results in news.items():
-        owner._receive(results)
+        owner.receive(results)

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
 import logging
-import os
-import signal
 import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import uvicorn
 from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.engine import Engine, EngineError, QueueFull, ShuttingDown
+from serving.stream import EngineError, EngineStopped, QueueFull, ShuttingDown
 
 MAX_BODY = 1_000_000  # bytes of a request; a text of the longest context is far smaller
 MAX_DISCARDED = 64_000_000  # bytes of a larger body that are read and dropped, so that the client can read the error
 MAX_LOGGED = 500  # bytes of an error in the log
-STALL_SECONDS = 60.0  # a client that reads nothing for this long is disconnected
+BODY_SECONDS = 60.0  # in which the body of a request must arrive
 
 log = logging.getLogger("minimind")
 T = TypeVar("T")
@@ -54,8 +52,9 @@ class ApiError(HTTPException):
         if isinstance(error, QueueFull):
             headers = {"Retry-After": str(error.retry_after)}
             return cls(429, str(error), code="rate_limit_exceeded", headers=headers)
-        if isinstance(error, ShuttingDown):
-            return cls(503, str(error), code="shutting_down", headers={"Retry-After": "10"})
+        if isinstance(error, ShuttingDown | EngineStopped):
+            code = "shutting_down" if isinstance(error, ShuttingDown) else "engine_failed"
+            return cls(503, str(error), code=code, headers={"Retry-After": "10"})
         return cls(500, str(error), code="engine_failed")
 
     def body(self) -> dict[str, Any]:
@@ -121,8 +120,10 @@ class Auth:
 
         headers = dict(scope["headers"])
         error = self._check(scope, headers)
+        receive = _in_time(receive)
         if error is not None:
-            await _discard(receive, headers)
+            with contextlib.suppress(ApiError):
+                await _discard(receive, headers)
             await error.response()(scope, receive, send_counted)
             return
         received = 0
@@ -172,6 +173,25 @@ class Auth:
             return False
 
 
+def _in_time(receive: Receive) -> Receive:
+    """Return `receive` with a limit of `BODY_SECONDS` for all parts of a body together."""
+    deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
+
+    async def receive_in_time() -> Message:
+        nonlocal deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            text = f"the body of the request did not arrive within {BODY_SECONDS:g} s"
+            raise ApiError(408, text, headers={"Connection": "close"}) from None
+        if not message.get("more_body", False):
+            deadline = None
+        return message
+
+    return receive_in_time
+
+
 async def _discard(receive: Receive, headers: dict[bytes, bytes]) -> None:
     """Read the rest of a rejected body: a client that cannot finish sending would not see the error."""
     length = headers.get(b"content-length", b"0")
@@ -185,7 +205,7 @@ async def _discard(receive: Receive, headers: dict[bytes, bytes]) -> None:
             return
 
 
-# ---- clients that disconnect, and clients that do not read
+# ---- clients that disconnect
 
 
 class ClientDisconnected(Exception):
@@ -210,12 +230,8 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         disconnect.cancel()
 
 
-class _Stalled(Exception):
-    """A client has read nothing for too long."""
-
-
 class SSEResponse(EventSourceResponse):
-    """Server-sent events, sent until they end, the client disconnects, or it reads nothing for `STALL_SECONDS`.
+    """Server-sent events, sent until they end or the client disconnects.
 
     on_end: called in every case, even if the client disconnected before the first event.
     """
@@ -225,40 +241,7 @@ class SSEResponse(EventSourceResponse):
         self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(STALL_SECONDS):
-                    await send(message)
-            except TimeoutError:
-                raise _Stalled from None
-
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except _Stalled:
-            log.warning("a client read nothing for %g s: its request is dropped", STALL_SECONDS)
+            await super().__call__(scope, receive, send)
         finally:
             self.on_end()
-
-
-class Server(uvicorn.Server):
-    """Uvicorn, whose first SIGTERM or Ctrl-C lets running answers finish, for at most `drain_seconds`.
-
-    From then on it accepts no connections, and requests on open ones get a 503; an answer that is still running at the end
-    gets an error. A second Ctrl-C ends the process at once.
-    """
-
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
-        super().__init__(config)
-        self.engine, self.drain_seconds = engine, drain_seconds
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.should_exit and sig == signal.SIGINT:  # there is nothing to save
-            os.write(2, b"ended at once\n")
-            os._exit(128 + sig)
-        self.engine.start_draining()
-        super().handle_exit(sig, frame)
-
-    async def shutdown(self, sockets: Any = None) -> None:
-        draining = asyncio.ensure_future(self.engine.close(self.drain_seconds))
-        await super().shutdown(sockets)
-        await draining

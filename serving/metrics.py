@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +18,8 @@ PATHS = (
     "/health",
     "/metrics",
 )
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+SHORT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 
 
 class Metrics:
@@ -28,14 +30,14 @@ class Metrics:
         self._requests = Counter(
             "minimind_requests", "HTTP requests by path and status", ["path", "status"], registry=self.registry
         )
-        waited = Histogram(
-            "minimind_queue_seconds",
-            "Time that sequences waited for a row",
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-            registry=self.registry,
-        )
-        engine.statistics.on_joined = waited.observe
+        statistics = engine.statistics
+        statistics.on_joined = self._histogram("queue", "Time that sequences waited for a row", BUCKETS)
+        statistics.on_first_token = self._histogram("time_to_first_token", "Time until the first token", BUCKETS)
+        statistics.on_next_token = self._histogram("inter_token", "Time between two tokens of an answer", SHORT_BUCKETS)
         self.registry.register(self)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Callable[[float], None]:
+        return Histogram(f"minimind_{name}_seconds", text, buckets=buckets, registry=self.registry).observe
 
     def count(self, path: str, status: int) -> None:
         known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"
@@ -46,9 +48,15 @@ class Metrics:
         engine, totals = self.engine, self.engine.statistics
         yield GaugeMetricFamily("minimind_rows_running", "Sequences in the batch", engine.running)
         yield GaugeMetricFamily("minimind_rows_limit", "Sequences that the batch can hold", engine.rows)
-        yield GaugeMetricFamily("minimind_queue_waiting", "Sequences and texts that wait", engine.waiting)
-        yield GaugeMetricFamily("minimind_queue_limit", "Sequences and texts that may wait", engine.max_queue)
-        yield CounterMetricFamily("minimind_prompt_tokens", "Prompt tokens read", totals.prompt_tokens)
+        yield GaugeMetricFamily("minimind_queue_waiting", "Answers, and requests with texts, that wait", engine.waiting)
+        yield GaugeMetricFamily(
+            "minimind_queue_limit", "Answers, and requests with texts, that may wait", engine.max_queue
+        )
+        yield CounterMetricFamily("minimind_prompt_tokens", "Tokens of prompts and texts", totals.prompt_tokens)
+        yield CounterMetricFamily(
+            "minimind_prefix_cache_hit_tokens", "Prompt tokens that the prefix cache had", totals.cached_tokens
+        )
+        yield GaugeMetricFamily("minimind_prefix_cache_bytes", "Memory of the prefix cache", engine.prefix_bytes)
         yield CounterMetricFamily("minimind_generated_tokens", "Tokens generated", totals.generated_tokens)
         yield CounterMetricFamily("minimind_steps", "Steps of the batch", totals.steps)
         yield CounterMetricFamily(

@@ -15,8 +15,8 @@ from inference.generator import TokenOutput
 from serving import protocol
 from serving.chat import ChatBuilder, ChatEndpoint
 from serving.endpoint import Choice
-from serving.engine import EngineError, Stream
 from serving.http import ApiError, to_json
+from serving.stream import EngineError, Stream
 
 
 class ResponsesEndpoint(ChatEndpoint):

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-import uvicorn
 
 from inference.generator import BatchGenerator
 from inference.options import SamplingParams
@@ -24,7 +23,7 @@ from serving.app import create_app
 from serving.chat import ChatEndpoint
 from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.http import Server
+from serving.server import Server
 
 TOKENIZER = load_tokenizer()
 NAME = "tiny"
@@ -45,6 +44,7 @@ class Running:
     engine: Engine
     chat_endpoint: ChatEndpoint
     port: int
+    server_thread: threading.Thread
 
     @property
     def url(self) -> str:
@@ -104,16 +104,16 @@ def serving(
     defaults: SamplingParams | None = None,
     generator=BatchGenerator,
     drain: float = 0,
+    keep_alive: int = 60,
     **settings,
 ) -> Iterator[Running]:
     """A running server; it is shut down in the end."""
     model = tiny_model()
-    engine = Engine(lambda: generator(model, rows, tokenizer=TOKENIZER), max_queue)
+    engine = Engine(lambda: generator(model, rows, tokenizer=TOKENIZER), max_queue, prefix_bytes=10**6)
     served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc")
     defaults = defaults or SamplingParams(max_new_tokens=CONTEXT)
     app = create_app(engine, served, defaults, **settings)
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10)
-    server = Server(config, engine, drain)
+    server = Server(app, engine, drain, port=0, log_level="warning", timeout_keep_alive=keep_alive)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -121,7 +121,7 @@ def serving(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(model, engine, ChatEndpoint(engine, served, defaults), port)
+        yield Running(model, engine, ChatEndpoint(engine, served, defaults), port, thread)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import errno
 import functools
 import http.client
 import json
 import logging
 import math
+import re
 import socket
 import struct
 import time
@@ -19,6 +22,7 @@ import pytest
 import schemathesis
 import torch
 import torch.nn.functional as F
+import uvicorn
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -28,12 +32,14 @@ from schemathesis.specs.openapi.checks import (
 from serving_helpers import CONTEXT, NAME, TOKENIZER, Running, serving
 from tolerances import assert_logits_close
 
-from inference.generator import generate, generate_text
+from inference.generator import BatchGenerator, generate, generate_text
+from inference.kv_cache import BLOCK
 from inference.options import SamplingParams
 from model.chat_format import render_chat
 from model.tokenizer import BOS_ID, EOS_ID, encode_text
 from serving import http as serving_http
 from serving import protocol
+from serving import server as serving_server
 from serving.http import MAX_BODY
 
 HELLO = [{"role": "user", "content": "你好, hello 🙂"}]
@@ -881,7 +887,7 @@ WORDY = {"n": 4, "logprobs": True, "top_logprobs": 20, "max_tokens": 1200, "temp
 
 def test_a_client_that_does_not_read_holds_nobody(server, monkeypatch):
     """Its answers are written to the end, its rows are free, and others are answered meanwhile."""
-    monkeypatch.setattr(serving_http, "STALL_SECONDS", 600)
+    monkeypatch.setattr(serving_server, "STALL_SECONDS", 600)
     lazy = [open_stream(server, buffer=4096, **WORDY) for _ in range(2)]
     server.until("minimind_rows_running", 8)
     assert server.chat(max_tokens=5)[0] == 200
@@ -891,16 +897,109 @@ def test_a_client_that_does_not_read_holds_nobody(server, monkeypatch):
             assert any(b"[DONE]" in line for line in file)
 
 
-def test_a_client_that_never_reads_is_disconnected(monkeypatch, caplog):
-    monkeypatch.setattr(serving_http, "STALL_SECONDS", 0.3)
-    with serving(rows=4) as small, open_stream(small, buffer=4096, **WORDY) as sock:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_never_reads_is_disconnected(monkeypatch, caplog, stream):
+    monkeypatch.setattr(serving_server, "STALL_SECONDS", 0.3)
+    with (
+        serving(rows=4) as small,
+        small.open("/v1/chat/completions", buffer=4096, messages=HELLO, stream=stream, **WORDY) as sock,
+    ):
         end = time.monotonic() + 120
         while "read nothing" not in caplog.text:
             assert time.monotonic() < end
             time.sleep(0.05)
         small.until("minimind_rows_running", 0)
-        with sock.makefile("rb") as file:
-            assert not any(b"[DONE]" in line for line in file)
+        with contextlib.suppress(ConnectionResetError), sock.makefile("rb") as file:
+            head = b"".join(iter(file.readline, b"\r\n"))
+            size = re.search(rb"content-length: (\d+)", head)
+            body = file.read()
+            assert b"[DONE]" not in body and (size is None or len(body) < int(size[1]))
+
+
+def test_idle_and_trickling_connections_are_closed(monkeypatch):
+    monkeypatch.setattr(serving_http, "BODY_SECONDS", 0.5)
+    with serving(keep_alive=1) as found:
+        request = f"GET /health HTTP/1.1\r\nHost: localhost\r\nX: {'y' * 1000}\r\n\r\n".encode()
+        idle, head, kept = (socket.create_connection(("127.0.0.1", found.port), timeout=60) for _ in range(3))
+        with idle, head, kept:
+            started = time.monotonic()
+            kept.sendall(request)
+            assert b" 200 " in kept.recv(65536)
+            for sock, pieces in (
+                (head, request),
+                (kept, request),
+            ):  # a byte at a time, of a first and of a second request
+                with pytest.raises(OSError):
+                    for i in range(600):
+                        sock.sendall(pieces[i : i + 1])
+                        time.sleep(0.02)
+            assert idle.recv(1) == b"" and 0.9 < time.monotonic() - started < 30
+        body = found.open("/v1/embeddings", input="x")
+        body.close()
+        with socket.create_connection(("127.0.0.1", found.port), timeout=60) as sock:
+            sock.sendall(
+                b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            answer = b""
+            while received := sock.recv(65536):  # until it is closed
+                answer += received
+        assert b" 408 " in answer and b"did not arrive within 0.5 s" in answer
+        assert found.chat(max_tokens=1)[0] == 200
+
+
+def test_without_free_files_connections_wait(monkeypatch, caplog):
+    accept, full = socket.socket.accept, True
+
+    def failing(self):
+        if full:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(self)
+
+    with serving() as found:
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        with socket.create_connection(("127.0.0.1", found.port), timeout=60) as sock:
+            while "connections wait" not in caplog.text:
+                time.sleep(0.02)
+            full = False
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in sock.recv(65536)
+    assert caplog.text.count("Too many open files") == 1
+
+
+def test_a_failed_engine_answers_503_and_ends_the_server(monkeypatch):
+    class Broken(BatchGenerator):
+        def step(self):
+            raise KeyError("a bug")
+
+    monkeypatch.setattr(serving_server.Server, "on_tick", uvicorn.Server.on_tick)  # it stays for the requests below
+    with serving(generator=Broken) as found:
+        requests = {"chat/completions": chat_body(), "responses": {"model": NAME, "input": "x"}}
+        requests |= {"completions": {"model": NAME, "prompt": "x"}, "embeddings": {"model": NAME, "input": "x"}}
+        for path, body in requests.items():
+            status, _, answer = found.call("POST", f"/v1/{path}", body)
+            assert status == 503 and "failed" in json.loads(answer)["error"]["message"]
+        assert found.call("GET", "/health")[0] == 503
+        monkeypatch.undo()
+        found.server_thread.join(60)
+        assert not found.server_thread.is_alive()
+
+
+def test_first_tokens_and_shared_beginnings_are_counted():
+    with serving(rows=2) as found:
+        system = {"role": "system", "content": "Be kind. " * 40}
+        answers = [
+            found.post("/v1/chat/completions", messages=[system, *HELLO], **GREEDY)[1]["choices"] for _ in range(2)
+        ]
+        assert (
+            answers[0][0]["message"]["content"] == alone(found, [system, *HELLO]) == answers[1][0]["message"]["content"]
+        )
+        used = len(prompt_of([system, *HELLO]))
+        assert found.metric("minimind_prompt_tokens_total") == 2 * used
+        assert found.metric("minimind_prefix_cache_hit_tokens_total") == (used - 1) // BLOCK * BLOCK > used / 2
+        assert found.metric("minimind_prefix_cache_bytes") > 0
+        assert found.metric("minimind_time_to_first_token_seconds_count") == 2
+        assert found.metric("minimind_inter_token_seconds_count") == 2 * 11
 
 
 def test_a_full_queue(client):

@@ -28,6 +28,7 @@ SHAPES = {
     "narrow": {},
     "odd": dict(dim=96, n_heads=6, n_kv_heads=2, hidden_dim=104),  # no multiples of 16; three heads share a key
     "wide heads": dict(dim=128, n_heads=2, n_kv_heads=1, hidden_dim=600),
+    "normed heads": dict(n_heads=2, n_kv_heads=1, head_dim=80, qk_norm=True, tie_word_embeddings=False),
 }
 
 
@@ -56,6 +57,9 @@ def plain_logits(model, prompts: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_the_models(way, kind, shape):
     model = make(kind, **SHAPES[shape])
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     prompts = make_prompts(2, 33, 17, 5, 40, 8, 9)
     found, expected = logits_of(model, WAYS[way](model), prompts), plain_logits(model, prompts)
     torch.testing.assert_close(found, expected, **close_to(expected, **shape_of(model.config)))
@@ -191,7 +195,7 @@ def test_compiled_is_exact_and_compiles_few_graphs(kind):
 # ---- which way
 
 
-def test_what_is_chosen(monkeypatch):
+def test_what_is_chosen(monkeypatch, caplog):
     model = make()
     assert isinstance(choose_backend(model), NativeModel)
     assert choose_backend(model, compile="off") is None
@@ -208,6 +212,9 @@ def test_what_is_chosen(monkeypatch):
         BatchGenerator(make(), 1, backend=choose_backend(model))
 
     assert choose_backend(make(n_heads=8)) is None  # heads of 8: the kernel has none
+    assert caplog.messages == [
+        "decoding is slower than it could be: the kernel has no attention for a head dimension of 8"
+    ]
     assert choose_backend(make().half()) is None
     monkeypatch.setenv("CXX", "no-such-compiler")
     load_library.cache_clear()

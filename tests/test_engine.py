@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import weakref
 
 import pytest
+import torch
 from decoding import generate_ids
 from serving_helpers import TOKENIZER, tiny_model
+from tolerances import assert_logits_close
 
 from inference.generator import BatchGenerator
 from inference.options import SamplingParams
+from inference.reader import Reader
 from serving import engine as engine_module
-from serving.engine import Engine, EngineFailed, QueueFull, ShuttingDown, Stream
+from serving.engine import Engine
+from serving.stream import EngineFailed, EngineStopped, QueueFull, ShuttingDown, Stream, TooSlow
 
 MODEL = tiny_model()
 PROMPTS = [[1, 10 + i, *range(20, 20 + i % 5)] for i in range(20)]
@@ -86,8 +90,9 @@ def test_leaving_a_stream_frees_its_rows_and_its_places_in_the_queue():
     async def scenario():
         forever = SamplingParams(max_new_tokens=1400)
         async with engine.submit(PROMPTS[:6], [forever] * 6) as stream:
-            await anext(stream)
-            assert engine.running == 2 and engine.waiting == 4
+            while engine.running < 2:
+                await anext(stream)
+            assert engine.waiting == 4
         with pytest.raises(ShuttingDown, match="cancelled"):
             while True:
                 await anext(stream)
@@ -137,7 +142,15 @@ class Failing(BatchGenerator):
 
 
 def test_a_failed_step_costs_its_requests_and_no_others(caplog):
-    engine = make(generator=type("Once", (Failing,), {}))
+    memory: list[weakref.ref] = []
+
+    class Once(Failing):
+        def __init__(self, *args, **kwargs):
+            assert not memory or memory[0]() is None  # what the failed one had is free for the next one
+            super().__init__(*args, **kwargs)
+            memory.append(weakref.ref(self._cache))
+
+    engine = make(generator=Once)
 
     async def scenario():
         done = engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=2)])
@@ -150,22 +163,79 @@ def test_a_failed_step_costs_its_requests_and_no_others(caplog):
         assert engine.statistics.failures == 1 and not engine.failed
 
     run(scenario, engine)
-    assert "out of memory" in caplog.text
+    assert "out of memory" in caplog.text and len(memory) == 2
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_bug_ends_the_engine_and_everyone_is_told():
-    engine = make(rows=1, generator=type("Bug", (Failing,), {"error": KeyError}))
+@pytest.mark.parametrize("reason", ["a bug", "no memory for another generator"])
+def test_an_engine_that_cannot_continue_ends_and_everyone_is_told(caplog, reason):
+    class Broken(Failing):
+        made = 0
+        error = KeyError if reason == "a bug" else RuntimeError
+
+        def __init__(self, *args, **kwargs):
+            type(self).made += 1
+            if type(self).made == 2:
+                raise RuntimeError("still out of memory")
+            super().__init__(*args, **kwargs)
+
+    engine = make(rows=1, generator=Broken)
 
     async def scenario():
         streams = [engine.submit([p], [SamplingParams(max_new_tokens=50)]) for p in PROMPTS[:3]]
-        for found in await asyncio.gather(*map(ids_of, streams), return_exceptions=True):
-            assert isinstance(found, EngineFailed)
+        embedding = asyncio.ensure_future(engine.embed([[5] * 1000] * 99))
+        for found in await asyncio.gather(*map(ids_of, streams), embedding, return_exceptions=True):
+            assert isinstance(found, EngineFailed) and "failed" in str(found)
+        await asyncio.to_thread(engine._thread.join)
         assert engine.failed
-        with pytest.raises(EngineFailed, match="restart"):
+        with pytest.raises(EngineStopped, match="failed"):
             engine.submit([PROMPTS[0]], [SamplingParams()])
+        with pytest.raises(EngineStopped, match="failed"):
+            await engine.score([[1]])
 
     run(scenario, engine)
+    assert ("KeyError" if reason == "a bug" else "still out of memory") in caplog.text
+
+
+def test_what_cannot_be_read_costs_only_its_request(monkeypatch, caplog):
+    read, read_together, poison = Reader.read, Reader.read_together, 99
+
+    def failing(self, n, logits_to_keep=0):
+        if poison in self.tokens:
+            raise RuntimeError("out of memory")
+        return read(self, n, logits_to_keep)
+
+    def failing_together(self, texts, logits):
+        if any(poison in text for text in texts):
+            raise RuntimeError("out of memory")
+        return read_together(self, texts, logits)
+
+    monkeypatch.setattr(Reader, "read", failing)
+    monkeypatch.setattr(Reader, "read_together", failing_together)
+    engine = make(max_queue=1)
+
+    async def scenario():
+        sampling = SamplingParams(max_new_tokens=1400)
+        chat = engine.submit(PROMPTS[:2], [sampling] * 2)
+        outputs = await anext(chat)
+        for start in (
+            lambda: engine.embed([[5] * 40, [poison] * 40, [6] * 40]),
+            lambda: engine.embed([[5], [poison], [6]]),
+            lambda: engine.score([[poison] * 40]),
+            lambda: ids_of(engine.submit([PROMPTS[2], [poison]], [sampling] * 2)),
+        ):
+            with pytest.raises(EngineFailed, match="server's log"):
+                await start()
+        assert len(await engine.embed([[5] * 40])) == 1
+        outputs += await anext(chat)
+        assert engine.running == chat.unfinished == 2 and engine.waiting == engine.statistics.failures == 0
+        for index in (0, 1):
+            found = [output.token for i, output in outputs if i == index]
+            alone = generate_ids(MODEL, [PROMPTS[index]], SamplingParams(max_new_tokens=len(found)), eos_id=None)
+            assert [found] == alone
+        chat.cancel()
+
+    run(scenario, engine)
+    assert caplog.text.count("RuntimeError: out of memory") == 4
 
 
 def test_closing_finishes_what_runs_and_refuses_what_waits():
@@ -199,26 +269,116 @@ def test_closing_at_once_tells_those_that_run():
     run(scenario, engine)
 
 
-def test_long_prompts_are_read_in_portions(monkeypatch):
-    class MultipleChoice:
-        def __init__(self, length: int, kind: int = 0) -> None:
-            self.prompt, self.kind = [5] * length, kind
+# ---- fairness
 
-    monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 100)
 
-    def portions(lengths, limit=10):
-        queue = deque(MultipleChoice(n) for n in lengths)
-        found = []
-        while queue:
-            found.append([len(item.prompt) for item in engine_module._next_batch(queue, limit)])
-        return found
+@pytest.fixture
+def tokens_read(monkeypatch) -> list[tuple[int, int, int]]:
+    """What the engine does, in order: (0, number of running answers, 0) is a step, (1, tokens, their kind) a reading."""
+    done: list[tuple[int, int, int]] = []
+    step, read, read_together = BatchGenerator.step, Reader.read, Reader.read_together
 
-    assert portions([10] * 12) == [[10] * 10, [10] * 2]
-    assert portions([10, 60, 10]) == [[10], [60], [10]]  # padded to 60 they would be 120
-    assert portions([500, 1]) == [[500], [1]]
-    assert portions([1, 1, 1], limit=2) == [[1, 1], [1]]
-    mixed = deque([MultipleChoice(1), MultipleChoice(1, kind=1), MultipleChoice(1)])
-    assert len(engine_module._next_batch(mixed, 9, group=lambda item: item.kind)) == 1
+    def counted_step(self):
+        done.append((0, len(self.rows), 0))
+        return step(self)
+
+    def counted_read(self, n, logits_to_keep=0):
+        done.append((1, n, self.tokens[0]))
+        return read(self, n, logits_to_keep)
+
+    def counted_together(self, texts, logits):
+        done.append((1, sum(map(len, texts)), texts[0][0]))
+        return read_together(self, texts, logits)
+
+    monkeypatch.setattr(BatchGenerator, "step", counted_step)
+    monkeypatch.setattr(Reader, "read", counted_read)
+    monkeypatch.setattr(Reader, "read_together", counted_together)
+    return done
+
+
+def test_readings_share_the_steps_of_running_answers(tokens_read):
+    """While an answer runs, at most `read_tokens` are read between two steps, half of them of prompts if texts wait."""
+    engine = Engine(lambda: BatchGenerator(MODEL, 4, tokenizer=TOKENIZER), 100, read_tokens=8)
+    prompt, text, short = [11] * 60, [12] * 70, [13] * 3
+
+    async def scenario():
+        chat = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=200)])
+        while engine.statistics.steps < 2:
+            await anext(chat)
+        many = asyncio.ensure_future(engine.embed([text] * 4))
+        scores = asyncio.ensure_future(engine.score([text, short]))
+        other = engine.submit([prompt], [SamplingParams(max_new_tokens=1)])
+        await asyncio.gather(many, scores, ids_of(other))
+        assert not many.cancelled() and chat.unfinished  # it ran all the time
+        chat.cancel()
+
+    run(scenario, engine)
+    steps = [i for i, (kind, rows, _) in enumerate(tokens_read) if kind == 0 and rows]
+    between = [tokens_read[a + 1 : b] for a, b in zip(steps, steps[1:], strict=False)]
+    read = [sum(n for _, n, _ in part) for part in between]
+    assert max(read) == 8 and sum(read) == len(prompt) + 5 * len(text) + len(short)
+    both = [part for part in between if len({kind for _, _, kind in part}) == 2]
+    assert both and all(max(n for _, n, _ in part) <= 4 for part in both)
+
+
+def test_requests_with_texts_take_turns():
+    engine = make(max_queue=2)
+
+    async def scenario():
+        finished = []
+        many = asyncio.ensure_future(engine.embed([[7] * 300] * 20))
+        many.add_done_callback(lambda _: finished.append("many"))
+        await asyncio.sleep(0)
+        await engine.embed([[8]])
+        finished.append("one")
+        await many
+        assert finished == ["one", "many"]
+        assert len(await engine.embed([[9]] * 2048)) == 2048  # one request, however many texts it has
+
+    run(scenario, engine)
+
+
+@pytest.mark.parametrize("read_tokens", [1, 7, 1000])
+def test_parts_add_up(read_tokens):
+    """Scores and embeddings are those of one pass over the text, however it was read, alone or beside an answer."""
+    engine = Engine(lambda: BatchGenerator(MODEL, 2, tokenizer=TOKENIZER), 9, read_tokens=read_tokens)
+    texts = [[1, *range(20, 20 + n)] for n in (0, 30, 9)]
+
+    async def scenario():
+        for beside in (False, True):
+            chat = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=1400)]) if beside else None
+            if chat is not None:
+                await anext(chat)
+            vectors, scores = await asyncio.gather(engine.embed(texts), engine.score(texts, top=2))
+            if chat is not None:
+                chat.cancel()
+            assert scores[0].logprobs == scores[0].top == [None]
+            for text, vector, found in list(zip(texts, vectors, scores, strict=True))[1:]:
+                with torch.inference_mode():
+                    out = MODEL(torch.tensor([text]), output_hidden_states=True)
+                assert_logits_close(vector, out.hidden_states[-1][0].mean(0), MODEL.config)
+                logprobs = out.logits[0, :-1].log_softmax(-1)
+                assert found.logprobs[0] is found.top[0] is None and len(found.top) == len(text)
+                expected = logprobs[range(len(text) - 1), text[1:]]
+                assert_logits_close(torch.tensor(found.logprobs[1:]), expected, MODEL.config)
+                best = torch.tensor([[value for _, value in top] for top in found.top[1:]]).view(-1, 2)
+                assert_logits_close(best, logprobs.topk(2).values, MODEL.config)
+
+    run(scenario, engine)
+
+
+def test_answers_of_a_client_that_does_not_read_are_bounded(monkeypatch):
+    monkeypatch.setattr("serving.stream.MAX_UNREAD", 50_000)
+    engine = make(rows=1)
+
+    async def scenario():
+        lazy = engine.submit([PROMPTS[0]], [SamplingParams(max_new_tokens=1400, logprobs=20)])
+        await ids_of(engine.submit([PROMPTS[1]], [SamplingParams(max_new_tokens=1)]))  # needs the row
+        with pytest.raises(TooSlow):
+            while True:
+                await anext(lazy)
+
+    run(scenario, engine)
 
 
 def test_a_decoder_that_cannot_be_made_is_an_error_at_once():

@@ -29,12 +29,10 @@ from export.huggingface import (
     check_target,
     config_from_llama,
     describe,
-    from_llama_state,
+    from_stock_state,
     llama_config,
     read_folder,
-    to_halves,
     to_llama_state,
-    to_pairs,
     write_llama,
     write_minimind,
 )
@@ -51,6 +49,7 @@ from export.self_check import (
 )
 from inference.options import SamplingParams
 from model.chat_format import render_chat
+from model.families import to_halves, to_pairs
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
@@ -61,10 +60,18 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, max_seq_len=256, initializer_range=0.15)
 KINDS = {
     "dense": {},
+    "dense, heads and output of their own": dict(head_dim=16, tie_word_embeddings=False),
     "moe": dict(use_moe=True),
     "moe, no shared": dict(use_moe=True, n_shared_experts=0, n_routed_experts=3),
     "moe, top-1": dict(use_moe=True, num_experts_per_tok=1, n_shared_experts=1),
     "moe, as they are": dict(use_moe=True, norm_topk_prob=False),
+}
+NORMED = {
+    "normed heads": dict(qk_norm=True, head_dim=16, tie_word_embeddings=False),
+    "moe, normed heads": dict(use_moe=True, qk_norm=True, n_shared_experts=0),
+    "moe, normed heads, top-1": dict(
+        use_moe=True, qk_norm=True, n_shared_experts=0, num_experts_per_tok=1, norm_top1_prob=True
+    ),
 }
 TYPE_BITS = {"f32": 32, "f16": 16, "q8_0": 8.5}
 CHATS = [
@@ -80,7 +87,11 @@ CHATS = [
 
 def make(**fields) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(LMConfig(**(TINY | fields))).eval()
+    model = Transformer(LMConfig(**(TINY | fields))).eval()
+    for name, parameter in model.named_parameters():
+        if "q_norm" in name or "k_norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
 
 
 def checkpoint(model: Transformer, **info) -> Checkpoint:
@@ -128,17 +139,18 @@ def test_rows_go_there_and_back():
     assert torch.equal(to_pairs(halves, 2), weight)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *NORMED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_llama_folder_computes_the_same_and_comes_back(kind, dtype, tmp_path, rows):
-    model = make(**KINDS[kind], rope_theta=50_000.0 if kind == "moe" else 10_000.0)
+    fields = (KINDS | NORMED)[kind]
+    model = make(**fields, rope_theta=50_000.0 if kind == "moe" else 10_000.0)
     folder = exported(tmp_path / "x-llama", model, dtype=dtype, stage="pretrain", step=3)
     agreement = compare_folder(folder, model, rows)
     agreement.check()
     assert agreement.tolerance == 1e-4
     assert (agreement.kl is None) == (dtype == torch.float32)
     back = read_folder(folder)
-    assert state_equal(back.model, make(**KINDS[kind]).to(dtype))
+    assert state_equal(back.model, make(**fields).to(dtype))
     assert back.config.own_fields() == model.config.own_fields()
     assert back.info == {"stage": "pretrain", "step": 3}
     assert list(tmp_path.iterdir()) == [folder]
@@ -312,10 +324,13 @@ def test_gguf_holds_what_it_should(kind, form, tmp_path, tokenizer, rows):
 
 def test_gguf_that_no_architecture_can_hold(tokenizer, tmp_path):
     names = {kind: gguf_architecture(LMConfig(**TINY, **fields)) for kind, fields in KINDS.items()}
-    assert list(names.values()) == ["llama", "ernie4_5-moe", "ernie4_5-moe", "deepseek", "deepseek"]
-    model = make(use_moe=True, num_experts_per_tok=1, n_shared_experts=0)
-    with pytest.raises(ValueError, match="num_experts_per_tok 1.*--format llama"):
-        write_gguf(tmp_path / "x.gguf", model, tokenizer, "f32", "x")
+    assert list(names.values()) == ["llama", "llama", "ernie4_5-moe", "ernie4_5-moe", "deepseek", "deepseek"]
+    for fields, message in (
+        (dict(use_moe=True, num_experts_per_tok=1, n_shared_experts=0), "num_experts_per_tok 1.*--format llama"),
+        (dict(qk_norm=True), "qk_norm is not exported to GGUF; use --format llama"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_gguf(tmp_path / "x.gguf", make(**fields), tokenizer, "f32", "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -446,8 +461,6 @@ def test_models_that_are_no_minimind_are_refused():
         {"moe_layer_start_index": 1},
         {"moe_norm_min": 0.5},
         {"use_bias": True},
-        {"tie_word_embeddings": False},
-        {"head_dim": 16},
     ):
         with pytest.raises(ValueError, match=next(iter(change))):
             config_from_llama(content | change, "x")
@@ -458,13 +471,19 @@ def test_models_that_are_no_minimind_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             config_from_llama(content | {"rope_parameters": change}, "x")
+    with pytest.raises(ValueError, match="no architecture with qk_norm and shared experts"):
+        llama_config(LMConfig(**TINY, use_moe=True, qk_norm=True), torch.float32)
+    qwen = llama_config(LMConfig(**TINY, use_moe=True, qk_norm=True, n_shared_experts=0), torch.float32)
+    for change in ({"use_sliding_window": True}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            config_from_llama(qwen | change, "x")
     state = to_llama_state(make(use_moe=True).state_dict(), config)
     state["model.layers.1.mlp.moe_statics.e_score_correction_bias"][0, 1] = 0.5
     with pytest.raises(ValueError, match="routers have biases"):
-        from_llama_state(state, config, "x")
+        from_stock_state(state, config, "x")
     untied = {"lm_head.weight": torch.zeros(6400, 64)}
     with pytest.raises(ValueError, match="lm_head.weight differs"):
-        from_llama_state(to_llama_state(make().state_dict(), LMConfig(**TINY)) | untied, LMConfig(**TINY), "x")
+        from_stock_state(to_llama_state(make().state_dict(), LMConfig(**TINY)) | untied, LMConfig(**TINY), "x")
 
 
 def test_weights_too_large_for_the_precision_are_refused(tmp_path, tokenizer):

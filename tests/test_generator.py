@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import close_to, shape_of
 
+from inference.backends import choose_backend
 from inference.detokenizer import _BYTE_OF_CHARACTER, Detokenizer
 from inference.generator import BatchGenerator, generate, generate_text
-from inference.kv_cache import KVCache
+from inference.kv_cache import BLOCK, KVCache, PrefixCache
 from inference.options import SamplingParams
+from inference.reader import Reader
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -130,6 +134,104 @@ def test_bfloat16_runs():
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match="call model.eval"):
         generate(make().train(), [[1]])
+
+
+# ---- prompts in parts, and shared beginnings
+
+
+def readers(kind: str) -> Iterator[tuple[Transformer, BatchGenerator]]:
+    """Yield a model with a generator, without and, if there is a C++ compiler, with the kernel."""
+    model = make(kind)
+    for backend in (None, choose_backend(model, "auto")):
+        yield model, BatchGenerator(model, 3, eos_id=None, backend=backend)
+
+
+def read(reader: Reader, prompt: list[int], sizes: Sequence[int], prefixes: PrefixCache | None = None):
+    """(tokens that were stored, hidden states, logits) of all parts."""
+    stored, sizes, parts = reader.start(prompt, prefixes), itertools.cycle(sizes), []
+    while reader.left:
+        size = min(next(sizes), reader.left)
+        parts.append(reader.read(size, logits_to_keep=size))
+    return stored, *map(torch.cat, zip(*parts, strict=True))
+
+
+def answer_of(generator: BatchGenerator, reader: Reader, prompt: list[int], logits: torch.Tensor) -> list[int]:
+    outputs = generator.join(prompt, SamplingParams(max_new_tokens=20), 1, reader.cache, logits[-1:])
+    while generator.rows:
+        outputs += generator.step()
+    return [output.token for output in outputs]
+
+
+@kinds
+@pytest.mark.parametrize("sizes", [(1,), (3, 8), (100,)])
+def test_prompts_read_in_parts(kind, sizes):
+    (prompt,) = make_prompts(70)
+    for model, generator in readers(kind):
+        reader = Reader(generator)
+        for length in (70, 1, 33):
+            _, hidden, logits = read(reader, prompt[:length], sizes)
+            with torch.no_grad():
+                out = model(torch.tensor([prompt[:length]]), output_hidden_states=True)
+            torch.testing.assert_close(logits, out.logits[0], **close_to(out.logits, **shape_of(model.config)))
+            expected = out.hidden_states[-1][0]
+            torch.testing.assert_close(hidden, expected, **close_to(expected, **shape_of(model.config)))
+            assert answer_of(generator, reader, prompt[:length], logits) == recompute(model, prompt[:length], 20)
+
+
+@kinds
+def test_a_prefix_cache_changes_no_answer(kind):
+    first, other = make_prompts(70, 70)
+    for model, generator in readers(kind):
+        reader, prefixes = Reader(generator), PrefixCache(10**7)
+        for prompt, expected in (
+            (first, 0),
+            (first, 64),
+            (first[:64], 32),  # the last token is always read
+            (first[:40] + other[:50], 32),
+            (other[:1] + first, 0),  # the same tokens elsewhere
+            (first[:32] + other[:50], 32),
+        ):
+            stored, _, logits = read(reader, prompt, (50,), prefixes)
+            assert stored == expected
+            kept = reader.cache.kv[:, :, 0, :, : len(prompt)].clone()
+            _, _, plain = read(reader, prompt, (50,))
+            if generator.backend is not None:  # the kernel sums every token's numbers in the same order in every batch
+                assert torch.equal(logits, plain[stored:])
+                assert torch.equal(kept, reader.cache.kv[:, :, 0, :, : len(prompt)])
+            assert answer_of(generator, reader, prompt, logits) == recompute(model, prompt, 20)
+
+
+def test_a_prefix_cache_is_bounded_and_forgets_the_oldest():
+    cache, texts = KVCache(make().config, 1, 128), make_prompts(96, 64, 32)
+    block = cache.kv[:, :, 0, :, :BLOCK].nbytes
+    prefixes = PrefixCache(4 * block)
+    prefixes.store(texts[0], cache)
+    assert prefixes.nbytes == 3 * block and prefixes.load(texts[0], cache) == 96
+    prefixes.store(texts[1], cache)
+    assert prefixes.nbytes == 4 * block
+    assert prefixes.load(texts[0], cache) == 64 and prefixes.load(texts[1], cache) == 64  # the end went first
+    prefixes.store(texts[2], cache)
+    assert [prefixes.load(text, cache) for text in texts] == [32, 64, 32]
+    PrefixCache(0).store(texts[0], cache)
+
+
+def test_scaled_positions_are_read_in_parts_too():
+    (prompt,) = make_prompts(60)
+    model = make(max_seq_len=40)
+    model.dynamic_rope_scaling = model.config.dynamic_rope_scaling("yarn", None, 64)
+    generator, prefixes = BatchGenerator(model, 1, 64, eos_id=None), PrefixCache(10**7)
+    reader = Reader(generator)
+    for text, in_cache in (
+        (prompt, 0),
+        (prompt, 0),
+        (prompt[:40], 0),
+        (prompt[:40], 32),
+    ):  # only unscaled ones are kept
+        stored, _, logits = read(reader, text, (7,), prefixes)
+        with torch.no_grad():
+            expected = model(torch.tensor([text]), rope_scaling=generator.scaling_for([len(text)])).logits[0, stored:]
+        assert stored == in_cache
+        torch.testing.assert_close(logits, expected, **close_to(expected, **shape_of(model.config)))
 
 
 # ---- params

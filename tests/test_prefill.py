@@ -22,6 +22,7 @@ SHAPES = {
     "heads of 128": dict(dim=256, n_heads=2, n_kv_heads=1),
     "deep": dict(dim=64, n_heads=2, n_kv_heads=1, hidden_dim=1408, n_layers=3),  # sums in several slabs
     "other angles": dict(dim=64, n_heads=2, n_kv_heads=1, rope_theta=50_000.0),
+    "normed heads": dict(dim=64, n_heads=2, n_kv_heads=1, head_dim=48, qk_norm=True, tie_word_embeddings=False),
     "yarn": dict(dim=64, n_heads=2, n_kv_heads=1, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
 }
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 70)

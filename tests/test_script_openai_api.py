@@ -119,6 +119,27 @@ def test_sigterm_tells_those_that_cannot_finish(out):
         assert process.wait(60) in (0, -signal.SIGTERM)
 
 
+def test_a_server_whose_engine_fails_ends_with_an_error(out):
+    code = (
+        "import runpy, sys\n"
+        "from inference.generator import BatchGenerator\n"
+        "def step(self): raise KeyError('a bug')\n"
+        "BatchGenerator.step = step\n"
+        f"sys.argv = {['my_openai_api.py', '--port', '0', *CPU, '--weights', str(out / 'full_sft_32.pth')]!r}\n"
+        "runpy.run_path('my_openai_api.py', run_name='__main__')\n"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        port = next(int(found[1]) for line in process.stdout if (found := re.match(r"serving .*:(\d+)/v1", line)))
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as sock:
+            body = b'{"model": "full_sft_32", "messages": [{"role": "user", "content": "hi"}]}'
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            assert b" 503 " in sock.recv(65536)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "a bug" in errors and errors.endswith("the reason is above\n")
+
+
 def test_what_can_be_served(out, monkeypatch, capsys):
     script = load_script("my_openai_api")
 

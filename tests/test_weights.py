@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common import files
-from model import weights
+from model.families import config_from_shapes
 from model.LMConfig import LMConfig, preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
@@ -150,7 +150,7 @@ def test_architecture_of_presets_is_read_from_shapes(name):
     with torch.device("meta"):
         model = Transformer(preset(name))
     notes = []
-    found = weights._config_from_shapes(model.state_dict(), None, Path("x.pth"), notes)
+    found = config_from_shapes(model.state_dict(), None, Path("x.pth"), notes)
     assert found.own_fields() == preset(name).own_fields()
     assert name in notes[1]
 

@@ -3,7 +3,7 @@
     out/pretrain_512.resume/step_00000200/*.distcp   weights (float32) and optimizer, written by each process
                                          /.metadata  which part of which tensor is in which file
                                          /run.json   what the run was: configuration, data, seed, counters, ...
-                                         /COMPLETE   a hash of every file; a folder without it does not exist
+                                         /COMPLETE   a checksum of every file; a folder without it does not exist
 
 (`--deepspeed` writes DeepSpeed's own files instead of the first two.) A state is written into a temporary folder, flushed
 to the disk and renamed: whenever a process dies, the states written before are still there. (The weights for use,
@@ -13,8 +13,6 @@ to the disk and renamed: whenever a process dies, the states written before are 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import re
 import shutil
@@ -23,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from common.errors import UserError
-from common.files import atomic_folder, exclusive, recover_folder, write_json
+from common.files import atomic_folder, checksum, exclusive, explain_write_errors, recover_folder, write_json
 from trainer.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from trainer.options import TrainOptions
 
@@ -78,22 +78,22 @@ def save_state(
     if dist_env.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         _delete_leftovers(folder)
-    try:
-        with atomic_folder(target) if dist_env.is_main else contextlib.nullcontext(Path()) as mine:
-            tmp = Path(broadcast_object(dist_env, lambda: str(mine)))
+    again = f"; then run again{' with --resume' if complete_states(folder) else ''}: {_newest_state(folder)}"
+    with (
+        explain_write_errors(target, "another --out_dir", again),
+        atomic_folder(target) if dist_env.is_main else contextlib.nullcontext(Path()) as mine,
+    ):
+        tmp = Path(broadcast_object(dist_env, lambda: str(mine)))
+        torch.serialization.set_crc32_options(False)  # slower than ours, of the whole file
+        try:
             write(tmp)
-            barrier(dist_env)
-            hashes = _hash_files(tmp, dist_env)
-            if dist_env.is_main:
-                write_json(tmp / "run.json", run | {"step": step})
-                write_json(tmp / MARKER, hashes | {"run.json": _hash(tmp / "run.json")})
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        if not _disk_is_full(error):
-            raise
-        raise UserError(
-            f"no space left on the disk for {target}: free some space and run again"
-            f"{' with --resume' if complete_states(folder) else ''}; {_newest_state(folder)}"
-        ) from error
+        finally:
+            torch.serialization.set_crc32_options(True)
+        barrier(dist_env)
+        checksums = _checksums(tmp, dist_env)
+        if dist_env.is_main:
+            write_json(tmp / "run.json", run | {"step": step})
+            write_json(tmp / MARKER, checksums | {"run.json": checksum(tmp / "run.json")})
     if dist_env.is_main:
         for old in obsolete:
             if old != target:
@@ -103,27 +103,22 @@ def save_state(
     return target
 
 
-def _hash_files(folder: Path, dist_env: DistEnv) -> dict[str, str]:
-    """Return a hash of every file; each process computes those of its share."""
+def _checksums(folder: Path, dist_env: DistEnv) -> dict[str, int]:
+    """Return a checksum of every file; each process computes those of its share."""
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if any(found != files for found in all_gather_object(dist_env, files)):
         raise UserError(f"the processes do not see the same files in {folder}: all machines need the same --out_dir")
-    mine = {name: _hash(folder / name) for name in files[dist_env.rank :: dist_env.size]}
-    return {name: value for hashes in all_gather_object(dist_env, mine) for name, value in hashes.items()}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    mine = {name: checksum(folder / name) for name in files[dist_env.rank :: dist_env.size]}
+    return {name: value for found in all_gather_object(dist_env, mine) for name, value in found.items()}
 
 
 def find_damage(state: Path) -> str | None:
-    """Return what is wrong with a state: a file that is missing or has another hash than when it was written."""
+    """Return what is wrong with a state: a file that is missing or has another checksum than when it was written."""
     try:
-        hashes = json.loads((state / MARKER).read_text(encoding="utf-8"))
-        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
-            found = pool.map(lambda name: _hash(state / name), hashes)
-            wrong = [name for name, value in zip(hashes, found, strict=True) if value != hashes[name]]
+        checksums = json.loads((state / MARKER).read_text(encoding="utf-8"))
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: checksum(state / name), checksums)
+            wrong = [name for name, value in zip(checksums, found, strict=True) if value != checksums[name]]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
     return f"{wrong[0]} has changed since it was written" if wrong else None
@@ -158,12 +153,6 @@ def _delete_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
-
-
 def _newest_state(folder: Path) -> str:
     states = complete_states(folder)
     return f"the newest complete state is {states[-1]}" if states else "there is no complete state yet"
@@ -192,7 +181,8 @@ def check_run(output: Path, options: TrainOptions, dist_env: DistEnv) -> None:
 def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[Path]:
     """Return the states from which the run may continue, the best first; [] if it starts from the beginning."""
     found = complete_states(folder)
-    if ours := _states_of_this_launch(found, dist_env):
+    ours = [path for path in found if dist_env.restart_count and _description(path).get("launch") == dist_env.run_id]
+    if ours:  # the processes wrote them before the launcher restarted them
         return ours[::-1]
     if options.resume is None or (options.resume == "auto" and not found):
         if found and not options.overwrite:
@@ -222,11 +212,6 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
     return [path]
 
 
-def _states_of_this_launch(found: list[Path], dist_env: DistEnv) -> list[Path]:
-    """Return the states that the processes wrote before the launcher restarted them."""
-    return [path for path in found if dist_env.restart_count and _description(path).get("launch") == dist_env.run_id]
-
-
 def find_state(
     folder: Path, options: TrainOptions, dist_env: DistEnv, identity: dict, settings: dict
 ) -> tuple[TrainingCheckpoint | None, list[Path]]:
@@ -241,8 +226,11 @@ def find_state(
     found = complete_states(folder)
     candidates = _candidates(folder, options, dist_env)
     if dist_env.restart_count:
-        ours = _states_of_this_launch(found, dist_env)
-        where = f"continuing from {ours[-1].name}" if ours else "nothing was saved yet, starting from the beginning"
+        where = (
+            f"continuing from {candidates[0].name}"
+            if candidates
+            else "nothing was saved yet, starting from the beginning"
+        )
         print(f"restarted by the launcher (restart {dist_env.restart_count}): {where}")
     if not candidates:
         if options.resume == "auto":

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import sys
+import contextlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -16,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from data_pipeline.datasets import PackedRows
 from data_pipeline.preferences import PreferencePairs
-from data_pipeline.tokenize import TokenizedDataset
-from data_pipeline.tokenize_chats import tokenize_chat_data
+from data_pipeline.tokenize_chats import show_sample, tokenize_chat_data
 from inference.model_finder import find_model
 from model.device import resolve_device, resolve_dtype
 from model.LMConfig import PRESETS
@@ -59,7 +55,7 @@ def starting_model(
     checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=sharded)
     if sharded and checkpoint.model.dtype != torch.float32:
         tensors = ((name, tensor.detach()) for name, tensor in checkpoint.model.named_parameters())
-        checkpoint.model = mapped_model(tensors, checkpoint.config, options.out_dir, dist_env)
+        checkpoint.model = mapped_model(tensors, checkpoint.config, options, dist_env)
     stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
     print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
     for note in checkpoint.notes:
@@ -95,27 +91,11 @@ def add_ref_logps(
     cache = options.cache_dir or options.out_dir / "cache"
 
     def on_all_processes(found: bool) -> bool:
-        return all(all_gather_object(dist_env, found))
+        return all(all_gather_object(dist_env, found)) if options.shards_weights else found
 
+    heartbeat = partial(dist_env.heartbeat, count=options.shards_weights)
     for part in parts:
-        compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size)
-        if options.shards_weights:
-            compute = partial(compute, heartbeat=dist_env.heartbeat)
+        compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size, heartbeat)
+        one_by_one = main_process_first(dist_env, "computing the reference")
+        with contextlib.nullcontext() if options.shards_weights else one_by_one:
             part.add_ref_logps(cache, [weights, str(dtype)], compute, on_all_processes)
-        else:
-            with main_process_first(dist_env, "computing the reference"):
-                part.add_ref_logps(cache, [weights, str(dtype)], compute)
-
-
-def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Print one document with its target tokens in green (in a log without colours: between » and «)."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    on, off = ("\033[32m", "\033[0m") if colour else ("»", "«")
-    tokens = dataset.document(0)
-    loss_mask = dataset.loss_mask[: len(tokens)] if dataset.loss_mask is not None else np.arange(len(tokens)) > 0
-    print(f"--- the first sample; the model learns the text {'in green' if colour else 'between » and «'}:")
-    pairs = zip(tokens.tolist(), loss_mask.tolist(), strict=True)
-    for learned, group in itertools.groupby(pairs, lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
-        print(f"{on}{text}{off}" if learned else text, end="")
-    print("\n---")

@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -26,10 +27,19 @@ from trainer.options import TrainOptions
 FINISH_SECONDS = 60  # the end of a run waits for an upload at most this long
 
 
+@dataclass
+class Logger:
+    """A service that gets the metrics of every log line."""
+
+    name: str
+    log: Callable[[dict[str, float], int], Any]  # takes metrics and step
+    close: Callable[[], Any]
+
+
 class Loggers:
     """The loggers of a run. One that fails is dropped with a warning, and the run continues."""
 
-    def __init__(self, active: list[WandbLogger | TensorBoardLogger]) -> None:
+    def __init__(self, active: list[Logger]) -> None:
         self.active = active
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -39,7 +49,7 @@ class Loggers:
         self._call_each(lambda logger: logger.close())
         self.active = []
 
-    def _call_each(self, action: Callable[[Any], None]) -> None:
+    def _call_each(self, action: Callable[[Logger], None]) -> None:
         for logger in list(self.active):
             try:
                 action(logger)
@@ -55,69 +65,50 @@ class Loggers:
 
 def open_loggers(options: TrainOptions, run_name: str, steps_done: int) -> Loggers:
     """Open what --use_wandb and --use_tensorboard ask for."""
-    loggers: list[WandbLogger | TensorBoardLogger] = []
-    if options.use_wandb and (wandb_logger := _open_wandb(options, run_name)) is not None:
-        loggers.append(wandb_logger)
+    active = []
+    if options.use_wandb and (logger := _open_wandb(options, run_name)) is not None:
+        active.append(logger)
     if options.use_tensorboard:
-        loggers.append(TensorBoardLogger(options.out_dir / "tensorboard" / run_name, steps_done))
-    return Loggers(loggers)
+        active.append(_open_tensorboard(options.out_dir / "tensorboard", run_name, steps_done))
+    return Loggers(active)
 
 
-class WandbLogger:
-    """A run at Weights & Biases. What it cannot upload stays in OUT_DIR/wandb, for `wandb sync`."""
+def _open_tensorboard(folder: Path, run_name: str, steps_done: int) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    name = "wandb"
+    writer = SummaryWriter(folder / run_name, purge_step=steps_done + 1)  # a resumed run logs later steps again
+    print(f"TensorBoard: tensorboard --logdir {folder}")
 
-    def __init__(self, options: TrainOptions, run_name: str, mode: Any) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project=options.wandb_project,
-            name=options.wandb_run_name or run_name,
-            dir=options.out_dir,
-            mode=mode,
-            config=options.describe(),
-            # A connection that is lost at the end must not keep the GPUs: the rest can be uploaded later.
-            settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
-        )
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class TensorBoardLogger:
-    """Scalars in OUT_DIR/tensorboard/<run>: tensorboard --logdir out/tensorboard."""
-
-    name = "TensorBoard"
-
-    def __init__(self, folder: Path, steps_done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self.writer = SummaryWriter(folder, purge_step=steps_done + 1)  # a resumed run logs later steps again
-        print(f"TensorBoard: tensorboard --logdir {folder.parent}")
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
+    return Logger("TensorBoard", log, writer.close)
 
 
-def _open_wandb(options: TrainOptions, run_name: str) -> WandbLogger | None:
-    """Open wandb online if there is an account and the server responds, else offline; None if neither works."""
+def _open_wandb(options: TrainOptions, run_name: str) -> Logger | None:
+    """Open wandb online if there is an account and the server responds, else offline; None if neither works.
+
+    What it cannot upload stays in OUT_DIR/wandb, for `wandb sync`.
+    """
     import wandb
 
     folder = options.out_dir / "wandb"
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     if mode == "offline" and "WANDB_MODE" not in os.environ:
         print(f"wandb: no account on this machine, logging offline to {folder}")
     for attempt in [mode, "offline"] if mode == "online" else [mode]:
         try:
-            return WandbLogger(options, run_name, attempt)
+            run = wandb.init(
+                project=options.wandb_project,
+                name=options.wandb_run_name or run_name,
+                dir=options.out_dir,
+                mode=attempt,
+                config=options.describe(),
+                # A connection that is lost at the end must not keep the GPUs: the rest can be uploaded later.
+                settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
+            )
+            return Logger("wandb", run.log, run.finish)
         except Exception as error:
             if not _is_outage(error):
                 raise

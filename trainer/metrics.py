@@ -15,52 +15,17 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
+from model.device import peak_flops, training_flops
 from model.LMConfig import LMConfig
 from trainer.distributed import DistEnv, all_reduce_sum
 from trainer.loggers import Loggers, RankLog, open_loggers
 from trainer.options import TrainOptions
 
-# Dense half-precision peak of one device in FLOP/s, from the data sheets (no sparsity).
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
 # Parts of the terminal's line that have a form of their own; anything else a loss reports is shown by its name.
 FORMATTED = {
     "step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second", "tokens_per_second_per_process",
     "mfu", "skew", "slowest_rank", "memory_gb", "eta_seconds",
 }  # fmt: skip
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the peak FLOP/s of the device in half precision; None where it is not known (CPUs, float32)."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def training_flops(n_tokens: float, attention_pairs: float, parameters: int, n_layers: int, dim: int) -> float:
-    """Return the FLOPs of forward and backward on real tokens (padding is not counted).
-
-    6 per parameter and token (PaLM, https://arxiv.org/abs/2204.02311, appendix B), and for attention
-    2 products * 2 FLOPs * dim * length^2 / 2 (causal) per layer and document, three times for forward and backward.
-    """
-    return 6 * parameters * n_tokens + 6 * n_layers * dim * attention_pairs
 
 
 class MetricsLogger:
@@ -320,57 +285,34 @@ class StepTimer:
         return seconds
 
 
-class Profiler:
-    """Record `n_steps` optimizer steps of this process, after a short warm-up, as a Chrome trace; 0: do nothing.
+SKIPPED = 2  # steps that --profile does not record: the first ones allocate and compile,
+WARM_UP = 1  # and the profiler itself is slow in its first step
 
-    Each process writes its own file, beside the checkpoints; rank 0 prints where.
+
+def make_profiler(n_steps: int, path: Path, dist_env: DistEnv, device: torch.device) -> profile:
+    """Return a profiler that records `n_steps` optimizer steps of this process as a Chrome trace in `path`.
+
+    If the run ends before, it writes the trace so far.
     """
 
-    SKIPPED = 2  # the first steps allocate and compile
-    WARM_UP = 1  # the profiler itself is slow in its first step
-
-    def __init__(self, n_steps: int, out_dir: Path, name: str, dist_env: DistEnv, device: torch.device) -> None:
-        self.dist_env = dist_env
-        self.path = out_dir / f"{name}.rank{dist_env.rank}.trace.json"
-        self._steps = 0
-        self._profile: profile | None = None
-        if n_steps:
-            activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-            self._profile = profile(
-                activities=activities,
-                schedule=schedule(skip_first=self.SKIPPED, wait=0, warmup=self.WARM_UP, active=n_steps, repeat=1),
-                on_trace_ready=self._write,
-                record_shapes=True,
-            )
-
-    def __enter__(self) -> Profiler:
-        if self._profile is not None:
-            self._profile.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Write the trace so far, if the run ends before all steps are recorded."""
-        if self._profile is not None:
-            self._profile.stop()
-
-    def step(self) -> None:
-        """Count one optimizer step as done."""
-        if self._profile is not None:
-            self._steps += 1
-            self._profile.step()
-
-    def _write(self, recorded: profile) -> None:
-        warm_up = self.SKIPPED + self.WARM_UP
-        if self._steps <= warm_up:
-            print(f"--profile: no trace, the run had {self._steps} steps, and the first {warm_up} are warm-up")
+    def write(recorded: profile) -> None:
+        steps, warm_up = recorded.step_num, SKIPPED + WARM_UP
+        if steps <= warm_up:
+            print(f"--profile: no trace, the run had {steps} steps, and the first {warm_up} are warm-up")
             return
         try:
-            recorded.export_chrome_trace(str(self.path))
+            recorded.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            print(f"WARNING: --profile could not write {self.path} ({error})", file=sys.stderr)
+            print(f"WARNING: --profile could not write {path} ({error})", file=sys.stderr)
             return
-        others = f" (and one file for each of the {self.dist_env.size} processes)" if self.dist_env.size > 1 else ""
+        others = f" (and one file for each of the {dist_env.size} processes)" if dist_env.size > 1 else ""
         print(
-            f"--profile: a trace of {self._steps - warm_up} steps is in {self.path}{others}; open it in ui.perfetto.dev "
-            "or chrome://tracing"
+            f"--profile: a trace of {steps - warm_up} steps is in {path}{others}; open it in ui.perfetto.dev or chrome://tracing"
         )
+
+    return profile(
+        activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else []),
+        schedule=schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=n_steps, repeat=1),
+        on_trace_ready=write,
+        record_shapes=True,
+    )

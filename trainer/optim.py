@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
-OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"step": ..., "exp_avg": ..., ...}
 
 
 def get_lr(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floor: float = 0.1) -> float:
@@ -81,24 +79,6 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
         fused = rest[0]["params"][0].device.type in ("cpu", "cuda", "mps")
         optimizers.insert(0, torch.optim.AdamW(rest, betas=BETAS, eps=1e-8, fused=fused))
     return optimizers
-
-
-def optimizer_state(parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> OptimizerState:
-    """Return the state of each parameter by its name: a parameter belongs to one optimizer."""
-    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
-    return {name: dict(states[parameter]) for name, parameter in parameters.items() if parameter in states}
-
-
-def load_optimizer_state(
-    parameters: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    states: Iterable[tuple[str, dict[str, Tensor]]],
-) -> None:
-    """Load (name, state) pairs, as `optimizer_state` returned them."""
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, state in states:
-        parameter = parameters[name]
-        owner[parameter].state[parameter] = state
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import itertools
 import json
 import math
 import os
 import re
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.cli import flag, flag_group, validate_folder
 from common.errors import UserError
-from common.files import ROOT
+from common.files import ROOT, checksum
 from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions, parse_rope_scaling
 
 if TYPE_CHECKING:
@@ -139,23 +136,18 @@ class TrainOptions:
         """Return the flags of the run that --resume continues; {} if there is none."""
         if given["resume"] is None:
             return {}
-        markers: Iterable[Path]
-        if given["resume"] in ("newest", "auto"):
-            shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
-            size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else r"\d+(_moe)?"
-            markers = given["out_dir"].glob("*.resume/step_*/COMPLETE")
-        else:
-            size = r"\d+(_moe)?"
-            folder = Path(given["resume"])
-            markers = itertools.chain(folder.glob("COMPLETE"), folder.glob("step_*/COMPLETE"))
+        shape = PRESETS.get(given["preset"], {}) | {k: v for k, v in given.items() if k in ("dim", "use_moe") and v}
+        size = f"{shape['dim']}{'_moe' if shape.get('use_moe') else ''}" if "dim" in shape else r"\d+(_moe)?"
         name = re.compile(re.escape(cls.stage.format(**given)) + rf"_{size}\.resume")
-        markers = (path for path in markers if name.fullmatch(path.absolute().parts[-3]))  # of this stage
+        folder = given["out_dir"] if given["resume"] in ("newest", "auto") else Path(given["resume"])
+        found = (path for levels in ("", "step_*/", "*.resume/step_*/") for path in folder.glob(f"{levels}COMPLETE"))
+        markers = (path for path in found if name.fullmatch(path.absolute().parts[-3]))  # of this stage
         try:
             newest = max(markers, key=lambda path: path.stat().st_mtime)
-            description = (newest.parent / "run.json").read_bytes()
-            if hashlib.sha256(description).hexdigest() != json.loads(newest.read_bytes())["run.json"]:
+            description = newest.parent / "run.json"
+            if checksum(description) != json.loads(newest.read_bytes())["run.json"]:
                 return {}
-            stored = json.loads(description)["options"]
+            stored = json.loads(description.read_bytes())["options"]
             model = stored.pop("model")
             kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -163,7 +155,7 @@ class TrainOptions:
         if "epochs" in typed:  # max_steps would count instead
             kept.pop("max_steps", None)
         shown = [
-            f"--{name} {value}"
+            f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in (kept | model).items()
             if name not in typed and json.dumps(given.get(name), default=str) != json.dumps(value)
         ]
@@ -241,13 +233,7 @@ class TrainOptions:
 
     def describe(self) -> dict:
         """Return the flags as JSON-friendly values."""
-        plain = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                value = [str(item) for item in value]
-            plain[field.name] = str(value) if isinstance(value, Path) else value
-        return plain
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @dataclass
@@ -287,12 +273,8 @@ def read_zero_config(path: Path) -> dict:
     """Return the content of a DeepSpeed file. Raise UserError if it is not an object with a ZeRO stage."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--deepspeed {path} cannot be read ({error.strerror}); configs/ has some to choose from"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed {path} is not JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path} cannot be read ({error}); configs/ has some to choose from") from None
     section = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(section, dict) or section.get("stage") not in (1, 2, 3):
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,18 +50,20 @@ def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Tra
     """Return a model with random weights, the same for the same seed."""
     tensors = initial_weights(config, options.seed)
     if options.shards_weights:
-        return mapped_model(tensors, config, options.out_dir, dist_env)
+        return mapped_model(tensors, config, options, dist_env)
     return build_model(dict(tensors), config, "the new model").train()
 
 
 def mapped_model(
-    tensors: Iterable[tuple[str, Tensor]], config: LMConfig, folder: Path, dist_env: DistEnv
+    tensors: Iterable[tuple[str, Tensor]], config: LMConfig, options: TrainOptions, dist_env: DistEnv
 ) -> Transformer:
-    """Return a model whose weights stay in a temporary file in `folder`, so that no process holds them all.
+    """Return a model whose weights stay in a temporary file in --out_dir, so that no process holds them all.
 
-    Rank 0 writes the file, one tensor at a time; `folder` is shared by all machines.
+    Rank 0 writes the file, one tensor at a time; all machines see it.
     """
-    path = folder / f".weights.{broadcast_object(dist_env, lambda: uuid.uuid4().hex)}.tmp"
+    run = checkpoint_name(options.stage.format(**vars(options)), config).removesuffix(".pth")
+    folder = options.out_dir / f".{run}.{broadcast_object(dist_env, lambda: uuid.uuid4().hex)}.tmp"  # see `exclusive`
+    path = folder / "weights.pth"
     try:
         if dist_env.is_main:
             with torch.device("meta"):
@@ -72,9 +74,7 @@ def mapped_model(
         barrier(dist_env)
     finally:
         if dist_env.is_main:  # what is mapped from a file outlives its name (not on Windows)
-            for file in (path, path.with_suffix(".json")):
-                with contextlib.suppress(OSError):
-                    file.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
     return model
 
 

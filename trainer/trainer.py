@@ -10,24 +10,22 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, stop_signals
 from common.files import atomic_write
 from data_pipeline.datasets import Batch, BatchLoader, DataFailure, Dataset, Schedule
-from model.device import resolve_device, resolve_dtype
+from model.device import is_out_of_memory, resolve_device, resolve_dtype
 from model.LMConfig import LMConfig
 from trainer.checkpoint import TrainingCheckpoint, find_state, hold_run, save_state
 from trainer.distributed import (
@@ -40,7 +38,7 @@ from trainer.distributed import (
 )
 from trainer.loggers import RankLog
 from trainer.losses import LossFunction
-from trainer.metrics import MetricsLogger, Profiler, StepTimer
+from trainer.metrics import MetricsLogger, StepTimer, make_profiler
 from trainer.optim import get_lr
 from trainer.options import TrainOptions
 from trainer.parallel import make_strategy
@@ -92,8 +90,12 @@ def fit(
     trainer = Trainer(model, loss_fn, train, val, options, run, dist_env)
     with hold_run(options.out_dir, run.name) if dist_env.is_main else contextlib.nullcontext(), trainer.log:
         trainer.prepare(before_training)
-        with stop_signals(announce=dist_env.is_main) as stop, trainer.metrics_logger, trainer.profiler:
-            return trainer.run_steps(stop)
+        with (
+            stop_signals(announce=dist_env.is_main) as received,
+            trainer.metrics_logger,
+            trainer.profiler or contextlib.nullcontext(),
+        ):
+            return trainer.run_steps(received)
 
 
 @dataclass(eq=False)
@@ -132,7 +134,8 @@ class Trainer:
         )
         self.log = RankLog(options.out_dir, run.name, dist_env)
         self.timer = StepTimer(self.device)
-        self.profiler = Profiler(options.profile, options.out_dir, run.name, dist_env, self.device)
+        trace = options.out_dir / f"{run.name}.rank{dist_env.rank}.trace.json"
+        self.profiler = make_profiler(options.profile, trace, dist_env, self.device) if options.profile else None
         self._saved_step = 0
 
     # ---- one step -------------------------------------------------------------------------------------------------
@@ -341,8 +344,8 @@ class Trainer:
             self._sum_gradients()
             self.strategy.zero_grad()
 
-    def run_steps(self, stop: StopRequest) -> dict[str, float]:
-        """Do all steps that are left, or until asked to stop."""
+    def run_steps(self, received: list[int]) -> dict[str, float]:
+        """Do all steps that are left, or until a signal was received."""
         options, logger = self.options, self.metrics_logger
         self.strategy.train(True)
         first = self.steps_done
@@ -356,7 +359,8 @@ class Trainer:
             self.steps_done = done = step + 1
             self.tokens_done += int(result["n_tokens"])
             logger.add(done, result)
-            self.profiler.step()
+            if self.profiler is not None:
+                self.profiler.step()
             last = done == self.total_steps
             if self.val is not None and (last or done % options.val_interval == 0):
                 with logger.pause():
@@ -364,7 +368,7 @@ class Trainer:
             if last or done % options.log_interval == 0 or step == first:
                 self.metrics = logger.log(done, self.tokens_done)
                 self.best_loss = min(self.best_loss, self.metrics["loss"])
-            asked_to_stop = all_reduce_sum(self.dist_env, [stop.signal], self.device)[0]
+            asked_to_stop = all_reduce_sum(self.dist_env, [len(received)], self.device)[0]
             if last or done % options.save_interval == 0 or asked_to_stop:
                 with logger.pause():
                     self.save()
@@ -372,7 +376,7 @@ class Trainer:
                 logger.close()
                 if self.dist_env.is_main:
                     print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
-                raise SystemExit(128 + int(stop.signal or signal.SIGTERM))
+                raise SystemExit(128 + (received or [signal.SIGTERM])[0])
         return self.metrics
 
     @torch.no_grad()
@@ -499,39 +503,6 @@ def has_exploded(loss: float, before: float) -> bool:
     Losses that are not nats per token (IPO starts at 25 or more) may double.
     """
     return loss > before + max(EXPLODED, before)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a device or the system had no memory left for a tensor; only CUDA has an exception class for it."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
-@dataclass
-class StopRequest:
-    """The signal that asked the run to stop; 0: none yet."""
-
-    signal: int = 0
-
-
-@contextlib.contextmanager
-def stop_signals(announce: bool = True) -> Iterator[StopRequest]:
-    """Turn SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
-    request = StopRequest()
-
-    def ask(number: int, _frame: Any) -> None:
-        if request.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal = number
-        if announce:  # os.write: print may be in the middle of a line
-            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def hash_seed(seed: int, step: int, rank: int) -> int:

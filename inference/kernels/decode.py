@@ -33,7 +33,8 @@ class _Experts(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        ("attention_norm", ctypes.c_void_p), ("ffn_norm", ctypes.c_void_p), ("qkv", _Matrix), ("wo", _Matrix),
+        *[(name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")],
+        ("qkv", _Matrix), ("wo", _Matrix),
         ("gate", ctypes.c_void_p), ("routed", ctypes.POINTER(_Experts)), ("shared", _Experts),
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
     ]  # fmt: skip
@@ -77,14 +78,14 @@ class NativeModel:
             raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.embedding.device}")
         if weights.dtype not in (torch.float32, torch.bfloat16):
             raise KernelUnavailable(f"the kernel computes float32, bfloat16 and int8, not {weights.dtype}")
-        if config.head_dim // LANES not in (1, 2, 3, 4, 6, 8) or config.head_dim % LANES:
+        if config.head_dim // LANES not in (1, 2, 3, 4, 5, 6, 8) or config.head_dim % LANES:
             raise KernelUnavailable(f"the kernel has no attention for a head dimension of {config.head_dim}")
         if config.n_layers > MAX_LAYERS:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
         self.kernel, self.config, self.dtype = load_kernel(), config, weights.dtype
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
-        self.rope = weights.rope
+        self.rope, self.norm = weights.rope, weights.norm.weight.detach().float()
         self.layers = [self._layer(layer) for layer in weights.layers]
         routers = [layer.router for layer in weights.layers if layer.router is not None]
         self.struct = _Model(
@@ -104,6 +105,8 @@ class NativeModel:
             attention_norm=self._floats(layer.attention_norm.weight), ffn_norm=self._floats(layer.ffn_norm.weight),
             qkv=self._matrix(layer.qkv), wo=self._matrix(layer.wo),
         )  # fmt: skip
+        if layer.q_norm is not None and layer.k_norm is not None:
+            struct.q_norm, struct.k_norm = self._floats(layer.q_norm.weight), self._floats(layer.k_norm.weight)
         if layer.shared is not None:
             struct.shared = self._experts(layer.shared)
         if layer.router is not None:
@@ -144,10 +147,11 @@ class NativeStep:
         model.cos, model.sin, model.max_len, model.layers = cos.data_ptr(), sin.data_ptr(), max_len, layers
         scratch = torch.empty(native.kernel.scratch_floats(ctypes.byref(model), MAX_ROWS, self.threads))
         model.scratch = scratch.data_ptr()
-        self._model, self._run = ctypes.pointer(model), native.kernel.decode_step
+        self._model, self._run, self._scratch = ctypes.pointer(model), native.kernel.decode_step, scratch
         self._width, self._vocab_size = model.output.blocks * LANES, native.config.vocab_size
         self._all = torch.arange(max(slots, max_len))
-        self._alive = (native, keys, values, layers, model, cos, sin, scratch)  # what the struct points to
+        self._native = native
+        self._alive = (keys, values, layers, model, cos, sin)  # what the struct points to, besides `native`
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Return float32 logits (rows, vocab) after the newest tokens (rows,) of slots 0, 1, ... at their positions."""
@@ -170,6 +174,25 @@ class NativeStep:
             here = here[(here >= 0) & (here < MAX_ROWS)]
             parts.append(self._rows(tokens[part], positions[part], slots[part], here))
         return torch.cat(parts)
+
+    def read(self, tokens: Sequence[int], start: int, logits_to_keep: int) -> tuple[Tensor, Tensor]:
+        """Read the tokens of one text from position `start` on, after those that slot 0 of the cache has.
+
+        Returns float32 (tokens, dim), their final hidden states, and (logits_to_keep, vocab), the logits of the token after
+        each of the last ones.
+        """
+        ids, silent = torch.tensor(tokens), len(tokens) - logits_to_keep
+        config, norm = self._native.config, self._native.norm
+        slots = torch.zeros(MAX_ROWS, dtype=torch.int64)
+        logits, hidden = [], []
+        for i in range(0, len(ids), MAX_ROWS):
+            part = ids[i : i + MAX_ROWS]
+            positions = self._all[start + i : start + i + len(part)]
+            logits.append(self._rows(part, positions, slots, self._all[max(silent - i, 0) : len(part)]))
+            # The kernel's memory begins with the residual stream, whose rows are padded to a multiple of LANES.
+            residual = self._scratch[: len(part) * (-(-config.dim // LANES) * LANES)].view(len(part), -1)
+            hidden.append(F.rms_norm(residual[:, : config.dim], norm.shape, norm, config.norm_eps))
+        return torch.cat(hidden), torch.cat(logits)
 
     def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
         logits = torch.empty(len(ends), self._width)

@@ -48,6 +48,7 @@ struct Experts {  // SwiGLU: w2(silu(w1 x) * w3 x)
 
 struct Layer {
     const float *attention_norm, *ffn_norm;
+    const float *q_norm, *k_norm;  // (head_dim,), or null
     Matrix qkv, wo;
     const float* gate;       // (routed, dim), or null
     const Experts* routed;   // of them `n_routed`
@@ -229,6 +230,7 @@ void attend_any(int head_dim, const float* q, const T* keys, const T* values, in
         case 2: return attend_heads<T, 2>(q, keys, values, length, heads, scores, stride, out);
         case 3: return attend_heads<T, 3>(q, keys, values, length, heads, scores, stride, out);
         case 4: return attend_heads<T, 4>(q, keys, values, length, heads, scores, stride, out);
+        case 5: return attend_heads<T, 5>(q, keys, values, length, heads, scores, stride, out);
         case 6: return attend_heads<T, 6>(q, keys, values, length, heads, scores, stride, out);
         case 8: return attend_heads<T, 8>(q, keys, values, length, heads, scores, stride, out);
     }
@@ -285,7 +287,7 @@ struct Scratch {  // sizes in floats, for `rows` rows
         }
         residual = size_t(rows) * up(m.dim);
         qkv = size_t(rows) * m.layers[0].qkv.blocks * LANES;
-        mixed = size_t(rows) * up(m.dim);
+        mixed = size_t(rows) * up(m.n_heads * m.head_dim);
         hidden = size_t(rows) * widest * 2;
         mixing = size_t(rows) * m.n_routed * 2;
         normed = size_t(rows) * up(m.dim);                           // of each thread
@@ -340,7 +342,7 @@ extern "C" void decode_step(const Model* model, int rows, const int64_t* tokens,
     const Model& m = *model;
     const Scratch size(m, rows);
     const int width = up(m.dim), group = m.n_heads / m.n_kv_heads, q_dim = m.n_heads * m.head_dim;
-    const int kv_dim = m.n_kv_heads * m.head_dim, qkv_width = m.layers[0].qkv.blocks * LANES;
+    const int kv_dim = m.n_kv_heads * m.head_dim, qkv_width = m.layers[0].qkv.blocks * LANES, mixed_width = up(q_dim);
     float* x = m.scratch;
     float* qkv = x + size.residual;
     float* mixed = qkv + size.qkv;
@@ -380,7 +382,12 @@ extern "C" void decode_step(const Model* model, int rows, const int64_t* tokens,
                 const float* cos = m.cos + size_t(positions[r]) * m.head_dim / 2;
                 const float* sin = m.sin + size_t(positions[r]) * m.head_dim / 2;
                 float* heads = qkv + size_t(r) * qkv_width;
-                for (int h = 0; h < m.n_heads + m.n_kv_heads; h++) rotate(heads + h * m.head_dim, cos, sin, m.head_dim);
+                for (int h = 0; h < m.n_heads + m.n_kv_heads; h++) {
+                    float* head = heads + h * m.head_dim;
+                    const float* norm = h < m.n_heads ? layer.q_norm : layer.k_norm;
+                    if (norm) rms_norm(head, norm, head, m.head_dim, m.eps);
+                    rotate(head, cos, sin, m.head_dim);
+                }
                 keep(m, layer.keys, heads + q_dim, slots[r], positions[r]);
                 keep(m, layer.values, heads + q_dim + kv_dim, slots[r], positions[r]);
             });
@@ -388,7 +395,7 @@ extern "C" void decode_step(const Model* model, int rows, const int64_t* tokens,
             phases.run(phase++, rows * m.n_kv_heads, nothing, [&](int piece) {
                 const int r = piece / m.n_kv_heads, head = piece % m.n_kv_heads;
                 const float* q = qkv + size_t(r) * qkv_width + head * group * m.head_dim;
-                float* out = mixed + size_t(r) * width + head * group * m.head_dim;
+                float* out = mixed + size_t(r) * mixed_width + head * group * m.head_dim;
                 const size_t at = (slots[r] * m.n_kv_heads + head) * m.max_len * m.head_dim;
                 const int length = int(positions[r]) + 1, stride = up(m.max_len);
                 if (m.cache_kind == FLOAT32)
@@ -400,7 +407,7 @@ extern "C" void decode_step(const Model* model, int rows, const int64_t* tokens,
             });
 
             phases.run(phase++, pieces(layer.wo.blocks), nothing, [&](int piece) {
-                for (int r = 0; r < rows; r++) line[r] = {mixed + r * width, x + r * width, 1};
+                for (int r = 0; r < rows; r++) line[r] = {mixed + r * mixed_width, x + r * width, 1};
                 multiply(layer.wo, line, rows, piece, true);
             });
 

@@ -66,6 +66,8 @@ class DecodeLayer:
     wo: Matrix
     ffn_norm: RMSNorm
     shared: SwiGLU | None
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
     router: Router | None = None
     routed: list[SwiGLU] = field(default_factory=list)
 
@@ -111,6 +113,8 @@ class DecodeWeights:
             wo=self._matrix(attention.wo.weight),
             ffn_norm=block.ffn_norm,
             shared=None if shared is None else self._swiglu(shared),
+            q_norm=attention.q_norm,
+            k_norm=attention.k_norm,
             router=router,
             routed=routed,
         )
@@ -126,6 +130,7 @@ class DecodeWeights:
         modules = [
             self.norm,
             *(m for layer in self.layers for m in (layer.attention_norm, layer.ffn_norm, layer.router)),
+            *(m for layer in self.layers for m in (layer.q_norm, layer.k_norm)),
         ]
         found = [self.embedding, *(m.weight for m in matrices), *(m.scale for m in matrices)]
         found += [module.weight for module in modules if module is not None]

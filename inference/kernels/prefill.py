@@ -27,7 +27,7 @@ LANES, PAIR, MAX_HEAD = 16, 32, 128
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("qkv", "wo", "w13", "w2")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("qkv", "wo", "w13", "w2", "q_norm", "k_norm")]
 
 
 class _Model(ctypes.Structure):
@@ -95,10 +95,10 @@ class PrefillWeights:
         self.unit = unit.decode()
         self._memory = Memory()  # what the struct points to
         self._layers = (_Layer * config.n_layers)(*[self._layer(block) for block in model.layers])
-        embedding = model.tok_embeddings.weight.float()
+        embedding, output = model.tok_embeddings.weight.float(), model.output.weight.float()
         self.struct = _Model(
             embedding=self._memory.keep(embedding), layers=self._layers,
-            output=self._tiles(embedding * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
+            output=self._tiles(output * model.norm.weight.float()), dim=config.dim, n_layers=config.n_layers,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=size,
             hidden=_up(config.hidden_dim), vocab=_up(config.vocab_size), eps=config.norm_eps,
         )  # fmt: skip
@@ -112,12 +112,19 @@ class PrefillWeights:
     def _layer(self, block: Any) -> _Layer:
         attention, mlp = block.attention, block.feed_forward
         q, k, v = (linear.weight.float() for linear in (attention.wq, attention.wk, attention.wv))
-        qkv = torch.cat([q / self.config.head_dim**0.5, k, v]) * block.attention_norm.weight.float()
+        root = self.config.head_dim**0.5
+        norms: tuple[int | None, int | None] = (None, None)
+        if attention.q_norm is None:
+            q = q / root
+        else:
+            keep = self._memory.keep
+            norms = keep(attention.q_norm.weight.float() / root), keep(attention.k_norm.weight.float())
+        qkv = torch.cat([q, k, v]) * block.attention_norm.weight.float()
         w1, w3 = (_padded(linear.weight.float() * block.ffn_norm.weight.float()) for linear in (mlp.w1, mlp.w3))
         w13 = torch.stack([w1.unflatten(0, (-1, LANES)), w3.unflatten(0, (-1, LANES))], 1).flatten(0, 2)
         w2 = _padded(mlp.w2.weight.float().T).T
         weights = (qkv, attention.wo.weight.float(), w13, w2)
-        return _Layer(*[self._tiles(weight) for weight in weights])
+        return _Layer(*[self._tiles(weight) for weight in weights], *norms)
 
     def _tiles(self, weight: Tensor) -> int:
         """(outputs, inputs) -> the address of its tiles, as prefill_kernel.cpp describes them, for both parts."""

@@ -35,10 +35,11 @@ constexpr int MAX_HEAD = 8 * LANES;
 // norm's weight before them folded in and outputs filled up to a multiple of 32.
 
 struct Layer {
-    const bf16 *qkv;  // the queries' part divided by sqrt(head_dim)
+    const bf16 *qkv;  // the queries' part divided by sqrt(head_dim), or q_norm
     const bf16 *wo;
     const bf16 *w13;  // 16 outputs of w1, 16 of w3, ...
     const bf16 *w2;
+    const float *q_norm, *k_norm;  // (head_dim,), or null
 };
 
 struct Model {
@@ -258,6 +259,17 @@ void rms_norm(const Grid& x, const Operand<P>& out, float eps) {
     }
 }
 
+// Scale `heads` heads of every row, from column `from` on, to a root mean square of 1 times `weight` (head_dim,).
+void norm_heads(const Grid& x, int rows, int from, int heads, int head_dim, const float* weight, float eps) {
+    for (int r = 0; r < rows; r++)
+        for (int head = from; head < from + heads * head_dim; head += head_dim) {
+            floats squares = {};
+            for (int i = 0; i < head_dim; i += LANES) squares += load(x(r, head + i)) * load(x(r, head + i));
+            const float factor = 1 / std::sqrt(sum(squares) / head_dim + eps);
+            for (int i = 0; i < head_dim; i += LANES) store(x(r, head + i), load(x(r, head + i)) * factor * load(weight + i));
+        }
+}
+
 // done(row, column) for every block of 32 by 32 of c (a.rows, columns) = or += a w, all multiples of 32; c(row, column) is
 // where to put it, c.width apart.
 template <int P, class Done>
@@ -456,6 +468,10 @@ void read_texts(const Model& m, int n_texts, const int64_t* lengths, const int64
         Operand<P> in{in_at, rows, m.dim}, attended{in_at, rows, attended_width};
         rms_norm(x, in, m.eps);
         product(in, layer.qkv, width, qkv, false);
+        if (layer.q_norm) {
+            norm_heads(qkv, n, 0, m.n_heads, D, layer.q_norm, m.eps);
+            norm_heads(qkv, n, attended_width, m.n_kv_heads, D, layer.k_norm, m.eps);
+        }
 
         std::memset(kv, 0, n_kv * sizeof(bf16));
         for (int i = 0; i < n_texts; i++)

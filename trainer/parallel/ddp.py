@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from common.files import write_json
 from trainer.distributed import DistEnv
-from trainer.optim import clip_gradients, gradient_norm, load_optimizer_state, make_optimizers, optimizer_state
+from trainer.optim import clip_gradients, gradient_norm, make_optimizers
 from trainer.options import TrainOptions
 from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
 
@@ -80,7 +80,7 @@ class ParallelStrategy:
 
     def non_finite(self) -> list[str]:
         """Return the names of the parameters in which this process sees a value that is not finite."""
-        return [name for name, p in self.trainable_parameters.items() if not local(p.detach()).isfinite().all()]
+        return [name for name, p in self.trainable_parameters.items() if not is_finite(local(p.detach()))]
 
     def save(self, folder: Path) -> None:
         """Write this process's part of the training state into `folder`. Every process has to call it."""
@@ -92,24 +92,27 @@ class ParallelStrategy:
         saved = {name.removeprefix("model/") for name in layout if name.startswith("model/")}
         if unknown := sorted(saved ^ self.trainable_parameters.keys()):
             raise UserError(f"cannot resume {folder}: it has different parameters ({', '.join(unknown[:3])} ...)")
-        states: dict[str, dict[str, Tensor]] = {}
+        owner = {
+            p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
         for path, (shape, dtype) in layout.items():
             kind, name, *key = path.split("/")
             if kind == "optimizer":
-                parameter = self.trainable_parameters[name].detach()
-                states.setdefault(name, {})[key[0]] = (
-                    torch.zeros_like(parameter)
+                parameter = self.trainable_parameters[name]
+                owner[parameter].state[parameter][key[0]] = (
+                    torch.zeros_like(parameter.detach())
                     if shape == parameter.shape
                     else torch.zeros(shape, dtype=dtype, device=parameter.device)
                 )
-        load_optimizer_state(self.trainable_parameters, self.optimizers, states.items())
         load_tensors(folder, self._state())
 
     def _state(self) -> dict[str, Tensor]:
         """Return the tensors of the training state: model/NAME and optimizer/NAME/exp_avg, ..."""
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trainable_parameters.items()}
-        for name, state in optimizer_state(self.trainable_parameters, self.optimizers).items():
-            tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+        for optimizer in self.optimizers:
+            for name, parameter in self.trainable_parameters.items():
+                state = optimizer.state.get(parameter, {})
+                tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
         return tensors
 
 
@@ -164,6 +167,11 @@ class DDPStrategy(ParallelStrategy):
         super().load(folder)
         if self.scaler.is_enabled() and (file := folder / "scaler.json").exists():  # not if it was another precision
             self.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite; faster than `tensor.isfinite().all()`, which makes a tensor of its size."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def local(tensor: Any) -> Tensor:

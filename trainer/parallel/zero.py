@@ -26,7 +26,7 @@ from trainer.checkpoint import TrainingCheckpoint
 from trainer.distributed import DistEnv, barrier, main_process_first
 from trainer.optim import make_optimizers
 from trainer.options import TrainOptions, read_zero_config
-from trainer.parallel.ddp import ParallelStrategy
+from trainer.parallel.ddp import ParallelStrategy, is_finite
 
 TAG = "deepspeed"  # the folder of DeepSpeed's files in a training state
 
@@ -100,7 +100,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         from deepspeed.utils import safe_get_local_fp32_param
 
         shards = ((name, safe_get_local_fp32_param(p)) for name, p in self.trainable_parameters.items())
-        return [name for name, shard in shards if shard is not None and not shard.isfinite().all()]
+        return [name for name, shard in shards if shard is not None and not is_finite(shard)]
 
     def save(self, folder: Path) -> None:
         self.module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)

@@ -1,0 +1,91 @@
+"""Read prompts and texts in parts, so that a long one delays running answers by a part at a time.
+
+reader = Reader(generator)
+reader.start(prompt)
+while reader.left > 1:
+    reader.read(min(reader.left - 1, 64))
+_, logits = reader.read(1, logits_to_keep=1)
+generator.join(prompt, SamplingParams(), key, reader.cache, logits)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inference.generator import BatchGenerator
+from inference.kernels.decode import NativeModel
+from inference.kv_cache import KVCache, PrefixCache
+
+
+class Reader:
+    """Reads one text after the other into a cache of its own, as a `BatchGenerator` would read it."""
+
+    def __init__(self, generator: BatchGenerator) -> None:
+        weight = generator.model.tok_embeddings.weight
+        self.generator, self.model, self.device = generator, generator.model, generator.device
+        self.cache = KVCache(self.model.config, 1, generator.max_len, weight.device, weight.dtype)
+        native, cache = generator.backend, self.cache
+        self._kernel = native.with_cache(cache.keys, cache.values) if isinstance(native, NativeModel) else None
+        # One pass over many short texts is faster than many passes, except with the kernel, which needs no large matrices.
+        self.pads = self._kernel is None and generator.dynamic_rope_scaling is None
+        self.start(())
+
+    def start(self, tokens: Sequence[int], prefixes: PrefixCache | None = None) -> int:
+        """Begin a text of at most `max_len` tokens; return how many of them need no reading.
+
+        Args:
+            prefixes: has beginnings of earlier texts, and gets that of this one.
+        """
+        self.tokens, self.position = tokens, 0
+        self._scaling = self.generator.scaling_for([len(tokens)])
+        self._prefixes = prefixes if self._scaling is None else None  # keys of other angles are of no use to others
+        if self._prefixes is not None:
+            self.position = self._prefixes.load(
+                tokens[:-1], self.cache
+            )  # the last token is read for what comes after it
+        return self.position
+
+    @property
+    def left(self) -> int:
+        """Return how many tokens are to be read."""
+        return len(self.tokens) - self.position
+
+    @torch.inference_mode()
+    def read(self, n: int, logits_to_keep: int = 0) -> tuple[Tensor, Tensor]:
+        """Read the next `n` tokens.
+
+        Returns:
+            (n, dim) their final hidden states, and (logits_to_keep, vocab) the logits of the token after each of the last.
+        """
+        start = self.position
+        tokens = self.tokens[start : start + n]
+        if self._kernel is not None and self._scaling is None:
+            hidden, logits = self._kernel.read(tokens, start, logits_to_keep)
+        else:
+            self.cache.select(slice(0, 1), start)
+            out = self.model(
+                input_ids=torch.tensor([tokens], device=self.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=max(logits_to_keep, 1),  # 0 would be all
+                output_hidden_states=True,
+                rope_scaling=self._scaling,
+            )
+            hidden, logits = out.hidden_states[-1][0], out.logits[0, len(out.logits[0]) - logits_to_keep :]
+        self.position += n
+        if self._prefixes is not None and not self.left:
+            self._prefixes.store(self.tokens, self.cache)
+        return hidden, logits
+
+    @torch.inference_mode()
+    def read_together(self, texts: Sequence[Sequence[int]], logits: bool) -> list[tuple[Tensor, Tensor]]:
+        """Read whole texts in one pass, if `pads`. Return for each what `read` returns, with all or no logits."""
+        lengths = [len(text) for text in texts]
+        # Padded on the right, where causal attention never looks.
+        ids = torch.tensor([[*text, *[0] * (max(lengths) - len(text))] for text in texts], device=self.device)
+        out = self.model(input_ids=ids, use_cache=False, logits_to_keep=0 if logits else 1, output_hidden_states=True)
+        rows = zip(out.hidden_states[-1], out.logits, lengths, strict=True)
+        return [(hidden[:length], found[: length if logits else 0]) for hidden, found, length in rows]
