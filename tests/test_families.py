@@ -139,7 +139,8 @@ def test_a_published_file_computes_what_others_compute(tmp_path, family):
     found = {name: getattr(checkpoint.config, name) for name in ["rope_theta", *FAMILIES[family]]}
     assert found == {"rope_theta": 1e6, **FAMILIES[family]}
     named = "MiniMind-3" if "3" in family else "MiniMind2 of April 2025"
-    assert any(f"rope_theta 1e+06 (as in {named})" in note for note in checkpoint.notes)
+    assumed = "norm_eps 1e-06" if "3" in family else "8 heads, 2 for keys"
+    assert any(f"assumed: {assumed}, rope_theta 1e+06 (as in {named})" in note for note in checkpoint.notes)
     assert any("names of Llama" in note for note in checkpoint.notes)
     assert_same(checkpoint.model, other)
 
