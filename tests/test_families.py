@@ -145,6 +145,14 @@ def test_a_published_file_computes_what_others_compute(tmp_path, family):
     assert_same(checkpoint.model, other)
 
 
+def test_keys_have_the_precision_of_values_with_autocast(tmp_path):
+    """A norm's float32 weight would otherwise make queries and keys float32, and send them past the fast kernels."""
+    model = load_checkpoint(save(tmp_path / "x.pth", published(theirs("minimind-3")))).model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer = model(torch.arange(20)[None]).past_key_values.layers[0]
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+
+
 def test_what_torch_compile_and_transformers_make_of_the_names(tmp_path):
     """Prefixes of torch.compile; experts stacked into one tensor."""
     other = theirs("minimind-3-moe")
