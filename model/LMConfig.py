@@ -49,6 +49,11 @@ class LMConfig(Architecture, PreTrainedConfig):
         head_dim: int
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for theirs, ours in self.attribute_map.items():  # a value under our own name comes before one under theirs
+            if theirs in kwargs and getattr(self, ours) != getattr(type(self), ours):
+                del kwargs[theirs]
+            elif theirs in kwargs:
+                setattr(self, ours, kwargs.pop(theirs))
         if self.hidden_dim is None:
             hidden = int(2 * 4 * self.dim / 3)
             self.hidden_dim = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
@@ -202,6 +207,10 @@ class LMConfig(Architecture, PreTrainedConfig):
         if self.use_moe:
             names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "norm_top1_prob"]
         return {"use_moe": self.use_moe} | {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary, in which libraries (peft) find its sizes under their names too."""
+        return super().to_dict() | {theirs: getattr(self, ours) for theirs, ours in self.attribute_map.items()}
 
     def own_fields(self) -> dict[str, Any]:
         """Return every field declared here (not the hundred that Hugging Face adds), for a readable JSON."""

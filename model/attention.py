@@ -24,7 +24,14 @@ VARLEN_KERNEL_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.sign
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float = 0.0, flash: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    flash: bool = True,
+    weights: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the attention of a batch of queries over its keys.
 
@@ -35,11 +42,14 @@ def attention(
             (batch or 1, 1, q_time, k_time), True (or 0.0) where a query may look.
         dropout: probability of dropping attention weights.
         flash: False for the reference path.
+        weights: the list to append the attention weights to (batch, heads, q_time, k_time): by the reference path.
 
     Returns: (batch, heads, q_time, head_dim)
     """
-    causal = mask is None and q.shape[2] > 1
-    if flash:
+    causal = False
+    if mask is None and q.shape[2] > 1:  # a branch: where the length is symbolic, the comparison is no bool
+        causal = True
+    if flash and weights is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -50,12 +60,21 @@ def attention(
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.softmax(-1), dropout)
-    return weights.to(v.dtype) @ v
+    probabilities = scores.softmax(-1)
+    if weights is not None:
+        weights.append(probabilities.to(v.dtype))
+    return F.dropout(probabilities, dropout).to(v.dtype) @ v
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, dropout: float = 0.0, flash: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    dropout: float = 0.0,
+    flash: bool = True,
+    weights: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the causal attention inside each document of packed rows; nothing crosses a document boundary.
 
@@ -63,17 +82,20 @@ def varlen_attention(
         q: (batch, time, heads, head_dim); k, v: (batch, time, kv_heads, head_dim).
         cu_seqlens: (documents + 1,) int32, where each document starts in the flattened batch * time order, then
             batch * time. A document never spans two rows.
+        dropout, flash, weights: as in `attention`.
 
     Returns: (batch, time, heads, head_dim)
     """
     batch, time = q.shape[:2]
+    flash = flash and weights is None
     if flash and dropout == 0.0 and q.device.type == "cpu":
         out, _ = _packed_attention_cpu(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens)
         return out.unflatten(0, (batch, time))
     if flash and dropout == 0.0 and _has_varlen_kernel(q):
         return _varlen_attention_cuda(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, time).view_as(q)
     mask = packed_mask(cu_seqlens, batch, time)
-    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout=dropout, flash=flash)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = attention(q, k, v, mask, dropout=dropout, flash=flash, weights=weights)
     return out.transpose(1, 2)
 
 

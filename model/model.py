@@ -22,7 +22,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from model.attention import attention, cu_seqlens_from_positions, document_ids, varlen_attention
 from model.LMConfig import LMConfig
-from model.moe import FeedForward, MoEFeedForward, Router, balance_loss, residual_projection
+from model.moe import FeedForward, MoEFeedForward, Router, balance_loss, is_tracing, residual_projection
 from model.remote_code import AUTO_MAP, copy_code
 from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
 
@@ -53,13 +53,17 @@ class AttentionMetadata:
     """Attention masks and positions of this forward pass, computed once and used by every layer.
 
     `cu_seqlens` for packed documents, else `mask` (None: plain causal). `rope` holds the cosine and sine tables,
-    `valid` (batch, time) is False for padding, which is sent to no routed expert (None: no padding).
+    `valid` (batch, time) is False for padding, which is sent to no routed expert (None: no padding). `document`
+    (batch, time) numbers the documents of packed rows where `mask` separates them. Layers append their attention weights
+    to `attentions` if it is a list.
     """
 
     rope: tuple[Tensor, Tensor]
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     valid: Tensor | None = None
+    document: Tensor | None = None
+    attentions: list[Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -87,14 +91,16 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # with autocast they come in float32
         q, k = apply_rope(q, *metadata.rope), apply_rope(k, *metadata.rope)
-        dropout = self.dropout if self.training else 0.0
+        options: dict[str, Any] = dict(
+            dropout=self.dropout if self.training else 0.0, flash=self.flash, weights=metadata.attentions
+        )
         if metadata.cu_seqlens is not None:
-            out = varlen_attention(q, k, v, metadata.cu_seqlens, dropout=dropout, flash=self.flash)
+            out = varlen_attention(q, k, v, metadata.cu_seqlens, **options)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, time, head_dim)
             if cache is not None:
                 k, v = cache.update(k, v, self.layer)
-            out = attention(q, k, v, metadata.mask, dropout=dropout, flash=self.flash).transpose(1, 2)
+            out = attention(q, k, v, metadata.mask, **options).transpose(1, 2)
         return self.resid_dropout(self.wo(out.flatten(2)))
 
 
@@ -133,6 +139,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
     _input_embed_layer = "tok_embeddings"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _can_compile_fullgraph = True
     _no_split_modules = ["TransformerBlock"]
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
 
@@ -183,6 +190,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         rope_scaling: RopeScaling | None = None,
         **kwargs: Any,
@@ -207,6 +215,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
             loss_only: return the loss without materialised logits.
             output_hidden_states: also return the (batch, time, dim) input of every layer and the final normed output;
                 by default as the configuration says.
+            output_attentions: also return the attention weights of every layer (batch, heads, time, past + time), which
+                only the slow reference path computes; by default as the configuration says.
             return_dict: False: return a tuple of what there is; by default as the configuration says.
             rope_scaling: of the positions, for texts longer than the model was trained at; what is in the cache must have
                 been computed with the same. None: as trained.
@@ -224,6 +234,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and labels is None and not self.training
         scaling = rope_scaling or self.config.scaling
         metadata = self._attention_metadata(x, attention_mask, position_ids, past_key_values, cu_seqlens, scaling)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            metadata.attentions = []
         if use_cache and past_key_values is None and metadata.cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.dropout(x)
@@ -253,6 +265,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=None if metadata.attentions is None else tuple(metadata.attentions),
             # For libraries with losses of their own (trl's), which give no labels.
             last_hidden_state=x if labels is None else None,
         )
@@ -281,6 +294,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
         if cache is not None and cu_seqlens is not None:
             raise ValueError("packed documents cannot be kept in a KV cache: give cu_seqlens or past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
+        # A static cache returns all its slots: those that are not filled yet must be masked.
+        is_static = getattr(cache, "is_compileable", False)
+        n_keys = cache.get_mask_sizes(time, 0)[0] if is_static else past + time
+        document = None
         if position_ids is None:
             if cu_seqlens is not None:
                 starts = cu_seqlens[document_ids(cu_seqlens, batch, time)]
@@ -288,8 +305,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = (torch.arange(time, device=x.device) + past)[None]
         elif cu_seqlens is None and attention_mask is None and cache is None and time > 1:
-            restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-            if restarts.any():
+            if is_tracing():  # a mask, whatever the positions are
+                previous = F.pad(position_ids, (1, 0))[:, :-1]
+                document = (position_ids != previous + 1).cumsum(1).expand(batch, time)
+            elif (position_ids[:, 1:] != position_ids[:, :-1] + 1).any():
                 cu_seqlens = cu_seqlens_from_positions(position_ids.expand(batch, time))
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, scaling)
 
@@ -299,15 +318,18 @@ class Transformer(PreTrainedModel, GenerationMixin):
             return AttentionMetadata(rope, cu_seqlens=cu_seqlens, valid=valid)
         if attention_mask is not None and attention_mask.dim() == 4:
             return AttentionMetadata(rope, mask=attention_mask)
-        if padding is None and (past == 0 or time == 1):
+        if padding is None and document is None and not is_static and (past == 0 or time == 1):
             return AttentionMetadata(rope)  # plain causal, or one query that sees every key
         query = torch.arange(time, device=x.device)[:, None] + past
-        key = torch.arange(past + time, device=x.device)[None, :]
-        mask = (key <= query)[None, None]  # (1, 1, time, past + time)
+        key = torch.arange(n_keys, device=x.device)[None, :]
+        mask = (key <= query)[None, None]  # (1, 1, time, n_keys)
+        if document is not None:
+            mask = mask & (document[:, None, :, None] == document[:, None, None, :])
         if padding is not None:
+            padding = F.pad(padding, (0, n_keys - padding.shape[1]))
             # Padding sees itself: a row without any visible key would become NaN and spread through the values.
             mask = mask & (padding[:, None, None, :].bool() | (key == query))
-        return AttentionMetadata(rope, mask=mask, valid=valid)
+        return AttentionMetadata(rope, mask=mask, valid=valid, document=document)
 
     def _cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy summed over all targets.
@@ -338,8 +360,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 document_ids(metadata.cu_seqlens, batch, time).flatten(),
             )
         else:
-            n_documents = batch
+            n_documents = batch if metadata.document is None else batch * time  # at most
             document = torch.arange(batch, device=targets.device).repeat_interleave(time)
+            if metadata.document is not None:
+                document = document * time + metadata.document.flatten()
         loss_mask = (targets.flatten() != -100).float()
         weight = loss_mask.new_zeros(n_documents).index_add(0, document, loss_mask)
         losses = (balance_loss(probabilities, chosen, document, n_documents) for probabilities, chosen in routings)

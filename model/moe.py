@@ -35,6 +35,11 @@ class FeedForward(nn.Module):
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
+def is_tracing() -> bool:
+    """Return whether operations are being recorded (compiled, exported, traced): none may then depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class Router(nn.Module):
     """Choose `num_experts_per_tok` experts for every token, with their mixing weights."""
 
@@ -97,6 +102,8 @@ class MoEFeedForward(nn.Module):
             0, chosen.flatten(), torch.ones_like(chosen).flatten()
         )
         x = tokens[order // top_k]  # (tokens * k, dim)
+        if not self._can_group(x) and is_tracing():
+            return self._every_expert(tokens, weights, chosen)
         y = self._grouped(x, counts) if self._can_group(x) else self._one_by_one(x, counts)
         back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         y = y[back].unflatten(0, (-1, top_k))  # (tokens, k, dim)
@@ -110,6 +117,13 @@ class MoEFeedForward(nn.Module):
         *slices, unrouted = x.split(counts.tolist())
         outs = [expert(part) for expert, part in zip(self.experts, slices, strict=True)]
         return torch.cat([*outs, torch.zeros_like(unrouted, dtype=outs[0].dtype)])
+
+    def _every_expert(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Let every expert compute every token, and mix the outputs: how many each would get is not known yet."""
+        mixing = weights.new_zeros(tokens.shape[0], len(self.experts) + 1).scatter(1, chosen, weights).to(tokens.dtype)
+        return sum(
+            (expert(tokens) * mixing[:, i, None] for i, expert in enumerate(self.experts)), torch.zeros_like(tokens)
+        )
 
     def _can_group(self, x: Tensor) -> bool:
         """Return whether the grouped kernel computes exactly what calling the modules would.

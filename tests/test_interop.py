@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tolerances import log_probability_rounding
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -101,6 +101,25 @@ def test_trl_dpo_trainer(tokenizer, tmp_path, moe):
     margin = 4 * trainer.args.beta * log_probability_rounding(model.config, 16)  # of four short answers
     assert logs[0]["loss"] == pytest.approx(math.log(2), abs=margin)
     assert logs[1]["rewards/margins"] > 0 and logs[1]["loss"] < logs[0]["loss"]
+
+
+@kinds
+@pytest.mark.parametrize("method", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_peft_prompts_are_trained(method, moe):
+    """Embeddings, or keys and values, in front of the text; their sizes are read from the configuration."""
+    model = get_peft_model(make(moe), method(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids = torch.randint(0, 6400, (2, 20), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    answer = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert answer.shape[0] == 2
 
 
 def padded(tokenizer, chats) -> dict[str, torch.Tensor]:

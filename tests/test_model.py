@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_logits_close, gradient_rounding, rounding, shape_of
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from model.LMConfig import LMConfig, architecture_differences, preset
 from model.model import Transformer, describe_parameters, parameter_counts
@@ -596,6 +596,94 @@ def test_what_is_returned_follows_the_configuration():
     first, hidden, _ = model(ids, use_cache=False)
     assert torch.equal(first, logits) and torch.equal(hidden[-1], states[-1])
     assert model(ids, output_hidden_states=False, return_dict=True).hidden_states is None
+
+
+@kinds
+def test_attention_weights_come_from_the_reference_path(kind):
+    model, (ids, positions, *_) = make(kind), pack([[5, 7], [12]])
+    out = model(ids, output_attentions=True)
+    assert model(ids).attentions is None and len(out.attentions) == model.config.n_layers
+    assert_logits_close(out.logits, model(ids).logits, model.config)
+    for weights in out.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
+        assert weights.triu(1).abs().max() == 0 and weights.std() > 0.01
+    packed = model(ids, position_ids=positions, output_attentions=True)
+    assert packed.attentions[0][0, :, 5:, :5].abs().max() == 0  # of another document
+    generated = model.generate(
+        ids[:, :4],
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+        output_attentions=True,
+        return_dict_in_generate=True,
+    )
+    assert [step[0].shape for step in generated.attentions] == [(2, 4, 4, 4), (2, 4, 1, 5), (2, 4, 1, 6)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_recorded_once_for_all_lengths_and_positions(kind):
+    """torch.compile without a break and torch.export, both for any length; whether rows are packed is not known then."""
+    model = make(kind, n_layers=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    example = dict(input_ids=make_ids(2, 6), position_ids=torch.arange(6).expand(2, 6).clone())
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=2)}
+    shapes = dict(input_ids=sizes, position_ids=sizes, use_cache=None, return_dict=None)
+    exported = torch.export.export(
+        model, (), dict(**example, use_cache=False, return_dict=False), dynamic_shapes=shapes
+    ).module()
+    for lengths in ([[5, 7], [12]], [[1, 2, 6]] * 3, [[17], [17]]):
+        ids, positions, *_ = pack(lengths)
+        expected = model(ids, position_ids=positions).logits
+        inputs = dict(input_ids=ids, position_ids=positions, use_cache=False)
+        assert_logits_close(compiled(**inputs).logits, expected, model.config)
+        assert_logits_close(exported(**inputs, return_dict=False)[0], expected, model.config)
+
+
+def test_a_compiled_training_step_has_the_same_loss_and_gradient():
+    """With few tokens every expert computes all of them; documents keep their balance losses."""
+    model = make("moe", n_layers=1).train()
+    ids, positions, _, labels, _ = pack([[5, 7], [3, 9]])
+    inputs = dict(input_ids=ids, position_ids=positions, labels=labels, use_cache=False)
+    out = model(**inputs)
+    out.loss.backward()
+    gradient = gradients(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")(**inputs)
+    torch.testing.assert_close(compiled.loss, out.loss)
+    torch.testing.assert_close(compiled.aux_loss, out.aux_loss)
+    compiled.loss.backward()
+    assert relative(gradients(model), gradient) < gradient_rounding(model.config, ids.numel())
+
+
+@kinds
+def test_a_static_cache(kind):
+    """Its empty slots are not seen, with a mask for padding, with `generate`'s own, and without any."""
+    model = make(kind, eos_token_id=None, max_seq_len=64)
+    ids = make_ids(2, 14)
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, :3] = 0
+    for padding in (None, mask):
+        cache, done = StaticCache(config=model.config, max_cache_len=20), 0
+        for n in (5, 1, 1, 7):
+            given = {} if padding is None else dict(attention_mask=padding[:, : done + n])
+            logits = model(ids[:, done : done + n], past_key_values=cache, **given).logits
+            whole = model(ids, **({} if padding is None else dict(attention_mask=padding))).logits
+            real = mask[:, done : done + n].bool() if padding is not None else torch.ones(2, n, dtype=torch.bool)
+            assert_logits_close(logits[real], whole[:, done : done + n][real], model.config)
+            done += n
+    settings = dict(attention_mask=mask, max_new_tokens=10, do_sample=False)
+    assert torch.equal(model.generate(ids, **settings, cache_implementation="static"), model.generate(ids, **settings))
+
+
+def test_sizes_under_the_names_of_hugging_face():
+    config = LMConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3)
+    assert (config.dim, config.n_heads, config.n_kv_heads, config.n_layers) == (96, 6, 2, 3)
+    assert (config.head_dim, config.hidden_dim) == (16, 256)  # computed from them
+    stored = config.to_dict()
+    assert (stored["hidden_size"], stored["num_hidden_layers"], stored["num_attention_heads"]) == (96, 3, 6)
+    assert LMConfig.from_dict(stored).own_fields() == config.own_fields()
+    assert LMConfig.from_dict(stored | {"dim": 48, "head_dim": None}).dim == 48  # our own name decides
 
 
 @kinds
