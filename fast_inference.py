@@ -6,7 +6,8 @@
 
 Streamlit's own flags come before the two dashes: streamlit run fast_inference.py --server.port 8502 -- --out_dir out
 Streamlit runs `page` from top to bottom at every click. The conversation is kept in `st.session_state`, one for each
-browser tab; an answer that is being written is kept there too, and each run continues it.
+browser tab, and saved in the folder chats/ of --out_dir; an answer that is being written is kept there too, and each run
+continues it.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class PageParser(Parser):
 def page() -> None:
     import streamlit as st  # `python fast_inference.py --help` needs neither Streamlit nor torch
 
-    from serving.chat_model import Conversation
-    from serving.web import widgets
+    from serving.saved_chats import ChatFolder
+    from serving.web import chat_menu, widgets
     from serving.web.page import STYLE, literal, title_html
     from serving.web.texts import Texts, language_of
 
@@ -66,10 +67,11 @@ def page() -> None:
     except UserError as error:
         st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=name_flags(str(error)))))
         st.stop()
-    conversation: Conversation = st.session_state.setdefault("conversation", Conversation())
+    folder = ChatFolder(options.model.out_dir / "chats")
 
     with st.sidebar:
         texts = widgets.choose_language(options.language)
+        conversation = chat_menu.choose_chat(folder, texts)
         entry = widgets.choose_model(options.model, texts)
         facts = st.container()
     st.html(title_html("MiniMind", texts("subtitle")))
@@ -80,42 +82,55 @@ def page() -> None:
     with facts:
         widgets.show_model_facts(entry, model, texts)
     settings = {}
-    if model is not None:
-        with st.sidebar:
+    with st.sidebar:
+        if model is not None:
             start = options.sampling, options.history_turns, options.system
             settings = widgets.choose_settings(*start, model, texts)
+        st.toggle(texts("markdown"), key="markdown", help=texts("markdown_help"))
     # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):
-        if conversation.running and st.button(texts("stop"), key="stop", icon=":material/stop_circle:"):
-            conversation.stop()
+        if conversation.running and st.button(texts("stop"), key="stop", icon=":material/stop_circle:", shortcut="Esc"):
+            chat_menu.stop(folder, conversation)
             st.rerun()
     hint = texts("continue" if entry.continues else "ask")
     question = st.chat_input(hint, key="question", disabled=model is None)
+    widgets.announce(conversation, texts)
     if model is not None and not conversation.exchanges and not question:
         question = widgets.show_examples(model, texts)
     if model is not None and question:
         conversation.ask(question, model, **settings)
+        chat_menu.save(folder, conversation)
         st.rerun()
 
     for i, exchange in enumerate(conversation.exchanges):
         last = i == len(conversation.exchanges) - 1
-        widgets.show_question(exchange)
+        widgets.show_question(exchange, texts)
         with st.chat_message("assistant", avatar=":material/neurology:"):
             placeholders = widgets.show_answer(exchange, texts)
             if placeholders is not None and exchange.running:
                 st.empty()  # where the buttons were: what a run does not replace stays until its end
-                widgets.write(exchange, placeholders, texts)
+                try:
+                    widgets.write(exchange, placeholders, texts)
+                finally:  # a click, or a page that is closed, ends this run here
+                    chat_menu.save(folder, conversation)
                 st.rerun()
             with st.container(horizontal=True, gap="small", key=f"actions_{i}"):
                 widgets.copy_button(exchange, f"copy_{i}", texts)
-                regenerate, clear = st.empty(), st.empty()
+                if model is not None and (edited := widgets.edit_question(exchange, f"{conversation.id}_{i}", texts)):
+                    chat_menu.stop(folder, conversation)
+                    branch = st.session_state.conversation = conversation.branch(i)
+                    branch.ask(edited, model, **settings)
+                    chat_menu.save(folder, branch)
+                    st.rerun()
+                regenerate, new_chat = st.empty(), st.empty()
                 if last and model is not None and widgets.small_button(
                     regenerate, "regenerate", ":material/refresh:", texts
                 ):  # fmt: skip
                     conversation.regenerate(model, **settings)
+                    chat_menu.save(folder, conversation)
                     st.rerun()
-                if last and widgets.small_button(clear, "clear", ":material/delete:", texts):
-                    conversation.clear()
+                if last and widgets.small_button(new_chat, "new_chat", ":material/add_comment:", texts):
+                    chat_menu.open_chat(folder, None)
                     st.rerun()
 
 

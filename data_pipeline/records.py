@@ -216,6 +216,11 @@ def _message(message: object) -> Message:
     name = message.get(role)
     if not isinstance(name, str) or name not in ROLES:
         raise Malformed(f"unknown role {name!r:.80}; known are {', '.join(ROLES)}")
+    parts = message.get(content)
+    if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):  # as OpenAI's API has them
+        if other := next((part.get("type") for part in parts if part.get("type") != "text"), None):
+            raise WrongStage(f"a message has a part of type {other}, and a model of text cannot read it")
+        message = {content: "".join(_text(part, "text", required=True) for part in parts)}
     return {"role": ROLES[name], "content": _text(message, content, required=True)}
 
 

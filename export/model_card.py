@@ -72,6 +72,11 @@ def model_card(
         "scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
         "## Running it",
         code,
+        *(
+            ["Its own code needs transformers 5 or newer; exports in the llama format also load in 4.57."]
+            if remote
+            else []
+        ),
         "The chat template is included, and writes chats as the model has seen them in training. It was trained at "
         f"{checkpoint.config.max_seq_len} tokens of context.",
         "## What it is",

@@ -12,6 +12,7 @@ every click), or stop it.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -21,7 +22,8 @@ from typing import Any
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
-from inference.prompts import Prompt, chat_prompt, text_prompt
+from inference.prompts import chat_prompt, text_prompt
+from model.chat_format import Message
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
@@ -46,11 +48,12 @@ class ChatModel:
 
 @dataclass
 class Exchange:
-    """A question and its answer, a text that is being written.
+    """A question and its answer, a text that is being written. The fields are plain data, which can be saved.
 
-    continues: the answer continues the text of the question; context: that of the model; text, tokens: so far; seconds:
+    continues: the answer continues the text of the question; context: that of the model; prompt_tokens: length of the
+    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; text, tokens: so far; seconds:
     computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while
-    it is being written; error: why there is no answer.
+    it is being written, and for ever if nobody finished it; error: why there is no answer.
     """
 
     question: str
@@ -58,14 +61,23 @@ class Exchange:
     continues: bool
     sampling: SamplingParams
     context: int
-    prompt: Prompt = Prompt([])
+    prompt_tokens: int = 0
+    turns_seen: int = 0
+    turns_left_out: int = 0
+    tokens_left_out: int = 0
     text: str = ""
     tokens: int = 0
     seconds: float = 0.0
     finish: str | None = None
     error: str = ""
-    _outputs: Iterator[TokenOutput] | None = None
-    _thread: Executor | None = None
+
+    def __post_init__(self) -> None:
+        self._outputs: Iterator[TokenOutput] | None = None
+        self._thread: Executor | None = None
+
+    def begin(self, outputs: Iterator[TokenOutput], thread: Executor | None) -> None:
+        """Let `advance` take the answer from `outputs`."""
+        self._outputs, self._thread = outputs, thread
 
     def advance(self) -> bool:
         """Compute one more token. Return False, and do nothing, if the answer has ended."""
@@ -103,22 +115,35 @@ class Exchange:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def new_id() -> str:
+    """Return a name for a chat that no other has, and that is safe as a file's."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+
+
 @dataclass
 class Conversation:
-    """All exchanges of one user."""
+    """All exchanges of one user.
+
+    title: given by the user; system: the system message that the last answer has seen; id: name of its file; stamp: of
+    that file, as it was last read or written here.
+    """
 
     exchanges: list[Exchange] = field(default_factory=list)
+    title: str = ""
+    system: str = ""
+    id: str = field(default_factory=new_id)
+    stamp: tuple[int, int] | None = None
 
     @property
     def running(self) -> bool:
         """Return whether an answer is being written; only the last one can be."""
         return bool(self.exchanges) and self.exchanges[-1].running
 
-    def turns(self) -> list[dict]:
-        """Return the dialogue so far, for the next question: without continued texts and without failed questions."""
+    def turns(self) -> list[Message]:
+        """Return the dialogue so far, for the next question: without continued texts, and questions without an answer."""
         turns = []
         for exchange in self.exchanges:
-            if not exchange.error and not exchange.continues:
+            if exchange.text and not exchange.continues:
                 turns.append({"role": "user", "content": exchange.question})
                 turns.append({"role": "assistant", "content": exchange.text})
         return turns
@@ -135,16 +160,19 @@ class Conversation:
         """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error."""
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
-        exchange = Exchange(question, model.name, model.continues, sampling, context, _thread=model.thread)
+        exchange = Exchange(question, model.name, model.continues, sampling, context)
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
         try:
             if model.continues:
-                exchange.prompt = text_prompt(tokenizer, question, **limits)
+                prompt = text_prompt(tokenizer, question, **limits)
             else:
-                exchange.prompt = chat_prompt(
+                self.system = system or ""
+                prompt = chat_prompt(
                     tokenizer, self.turns(), question, history_turns=history_turns, system=system, **limits
                 )
-            exchange._outputs = model.generator.generate(exchange.prompt.ids, sampling)
+            exchange.prompt_tokens, exchange.tokens_left_out = len(prompt.ids), prompt.tokens_left_out
+            exchange.turns_seen, exchange.turns_left_out = prompt.turns_seen, prompt.turns_left_out
+            exchange.begin(model.generator.generate(prompt.ids, sampling), model.thread)
         except ValueError as error:
             exchange.error = str(error)
         self.exchanges.append(exchange)
@@ -155,12 +183,11 @@ class Conversation:
         self.stop()
         return self.ask(self.exchanges.pop().question, *args, **kwargs)
 
+    def branch(self, index: int) -> Conversation:
+        """Return a new conversation with the exchanges before `index`; this one stays as it is."""
+        return Conversation(self.exchanges[:index], system=self.system)
+
     def stop(self) -> None:
         """End the answer that is being written; its text stays part of the conversation."""
         if self.running:
             self.exchanges[-1].stop()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.stop()
-        self.exchanges.clear()

@@ -98,7 +98,7 @@ def test_why_it_ended(model):
     assert not answer.advance() and answer.tokens == 12
     answer = Conversation().ask("hi", model, SamplingParams(max_new_tokens=1000))
     finish(answer)
-    assert answer.finish == CONTEXT and answer.tokens + len(answer.prompt.ids) == 96
+    assert answer.finish == CONTEXT and answer.tokens + answer.prompt_tokens == 96
     answer = Conversation().ask("hi", model, SamplingParams(max_new_tokens=90, stop=(answer.text[5:8],)))
     finish(answer)
     assert answer.finish == ENDED and 0 < answer.tokens < 90
@@ -121,7 +121,7 @@ def test_stop_keeps_what_was_written(model):
 
 def test_regenerate_replaces_the_last_answer(model):
     conversation = Conversation()
-    first = finish(conversation.ask("one", model, GREEDY))
+    first = finish(first_exchange := conversation.ask("one", model, GREEDY))
     half = conversation.ask("two", model, GREEDY, history_turns=1)
     half.advance()
     second = conversation.regenerate(model, GREEDY, history_turns=1)
@@ -129,9 +129,17 @@ def test_regenerate_replaces_the_last_answer(model):
     finish(second)
     assert conversation.turns() == chat("one", first, "two", second.text)
     alone = conversation.regenerate(model, GREEDY, history_turns=0)
-    assert len(alone.prompt.ids) < len(second.prompt.ids)
-    conversation.clear()
-    assert conversation.exchanges == [] and not conversation.running and alone.finish == STOPPED
+    assert alone.prompt_tokens < second.prompt_tokens
+    branch = conversation.branch(1)
+    assert branch.exchanges == [first_exchange] and branch.id != conversation.id
+    assert conversation.exchanges == [first_exchange, alone] and alone.running
+
+
+def test_an_answer_stopped_before_its_first_token_is_no_part_of_what_was_said(model):
+    conversation = Conversation()
+    conversation.ask("hi", model, GREEDY)
+    conversation.stop()
+    assert conversation.exchanges[0].finish == STOPPED and conversation.turns() == []
 
 
 def test_no_answer_is_no_part_of_what_was_said(model):

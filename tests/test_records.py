@@ -125,6 +125,9 @@ def test_no_history(history):
         ({"history": "__import__('os').abort()", "q": "q", "a": "a"}, "neither JSON nor a Python list"),
         ({"history": '[["\\ud800", "b"]]', "q": "q", "a": "a"}, "half of a surrogate pair in history"),
         ({"history": [["a", ""]], "q": "q", "a": "a"}, "an empty turn in the history"),
+        ({"messages": chat([{"type": "text"}], "a")}, "no text; the fields are type"),
+        ({"messages": chat(["q"], "a")}, "content is not a text but list"),
+        ({"messages": chat([{"type": "image_url", "image_url": {}}], "a")}, "a part of type image_url"),
     ],
 )
 def test_unsound_chats(data, reason):
@@ -160,6 +163,11 @@ def test_rows_for_another_kind_of_training(more, reason):
         assert parse_preference(pair | {"images": []})
         with pytest.raises(WrongStage, match="it has images"):
             parse_preference(pair | {"images": ["cat.jpg"]})
+
+
+def test_a_content_in_parts_is_joined():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert parse_conversation({"messages": chat(parts, "c")}) == chat("a b", "c")
 
 
 junk = st.recursive(

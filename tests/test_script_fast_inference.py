@@ -75,9 +75,12 @@ def out(tmp_path_factory) -> Path:
 def open_page(monkeypatch) -> Callable[..., AppTest]:
     """The page as it is after its first run, started with some flags."""
 
-    def start(*flags) -> AppTest:
+    def start(*flags, chat: str | None = None) -> AppTest:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
-        return AppTest.from_file(str(SCRIPT), default_timeout=300).run()
+        page = AppTest.from_file(str(SCRIPT), default_timeout=300)
+        if chat is not None:  # in the page's address
+            page.query_params["chat"] = chat
+        return page.run()
 
     return start
 
@@ -127,7 +130,7 @@ def test_a_conversation(out, open_page):
     page.slider(key="history_turns").set_value(0)
     page.button(key="regenerate").click().run()
     assert exchanges(page)[1].text == answer_of(out / "rl_64.pth", "<b>why</b>?") and len(exchanges(page)) == 2
-    page.button(key="clear").click().run()
+    page.button(key="new_chat").click().run()
     assert exchanges(page) == [] and EN["hello_chat"] in shown(page)
 
 
@@ -270,6 +273,93 @@ def test_an_answer_goes_on_where_it_was_left(out, tmp_path, open_page):
     page.run()
     assert half.tokens == 50 and whole.text.startswith(half.text)
     assert "stopped" in shown(page)
+
+
+def test_chats_survive_a_reload(out, tmp_path, open_page):
+    flags = ["--out_dir", tmp_path, "--weights", out / "rl_64.pth", *GREEDY]
+    page = open_page(*flags, "--system", "short")
+    assert not (tmp_path / "chats").exists() and "chat" not in page.query_params
+    ask(page, "你好")
+    ask(page, "and?")
+    id, said = page.session_state["conversation"].id, exchanges(page)
+    assert page.query_params["chat"] in (id, [id]) and page.selectbox(key="chat").value == id
+
+    again = open_page(*flags, chat=id)
+    assert exchanges(again) == said and again.text_area(key="system").value == "short"
+    ask(again, "more")
+    whole = open_page(*flags, "--system", "short")
+    for question in ("你好", "and?", "more"):
+        ask(whole, question)
+    assert exchanges(again)[2].text == exchanges(whole)[2].text and exchanges(again)[2].turns_seen == 2
+
+    # With the model it was written with, although there is a newer one.
+    other = ask(open_page("--out_dir", out, *GREEDY, "--weights", out / "pretrain_64.pth"), "once")
+    other = open_page("--out_dir", out, *GREEDY, chat=other.session_state["conversation"].id)
+    assert other.selectbox(key="model").value == str(out / "pretrain_64.pth") and exchanges(other)[0].continues
+    other.selectbox(key="model").set_value(str(out / "rl_64.pth")).run()
+    assert ask(other, "twice").session_state["conversation"].exchanges[1].model_name == "rl_64.pth"
+
+    # Renamed, opened from the list, exported, deleted.
+    again.text_input(key=f"title_{id}").set_value("../<b>My chat").run()
+    page = open_page(*flags, chat="../../rl_64")
+    assert exchanges(page) == [] and page.selectbox(key="chat").options[0] == "../<b>My chat"
+    page.selectbox(key="chat").set_value(id).run()
+    assert [exchange.question for exchange in exchanges(page)] == ["你好", "and?", "more"]
+    assert [button.label for button in page.get("download_button")] == [EN["export_md"], EN["export_jsonl"]]
+    assert sorted(path.suffix for path in (tmp_path / "chats").iterdir()) == [".json", ".json"]
+    page.button(key="delete_chat").click().run()
+    assert exchanges(page) == [] and "chat" not in page.query_params
+    assert [path.stem for path in (tmp_path / "chats").iterdir()] == [whole.session_state["conversation"].id]
+
+
+def test_damaged_chats_are_named_and_what_cannot_be_saved_too(out, tmp_path, open_page):
+    flags = ["--out_dir", tmp_path, "--weights", out / "rl_64.pth", *GREEDY]
+    page = ask(open_page(*flags), "hi")
+    id = page.session_state["conversation"].id
+    (tmp_path / "chats" / "x.json").write_text("{")
+    page = open_page(*flags, chat="x")
+    assert "x.json is not a saved chat, or is damaged" in page.warning[0].value.replace("\\", "")
+    assert exchanges(page) == [] and page.selectbox(key="chat").options == ["hi"]
+    (tmp_path / "chats" / f"{id}.json").unlink()
+    page.selectbox(key="chat").set_value(id).run()
+    assert f"{id}.json cannot be read (No such file or directory)" in error(page)
+    shutil.rmtree(tmp_path / "chats")
+    (tmp_path / "chats").write_text("a file")
+    ask(page, "hi")
+    assert "A problem with the saved chats" in error(page) and exchanges(page)[0].text
+
+
+def test_an_edited_question_begins_a_chat_of_its_own(out, tmp_path, open_page):
+    page = open_page("--out_dir", tmp_path, "--weights", out / "rl_64.pth", *GREEDY)
+    for question in ("one", "two", "three"):
+        ask(page, question)
+    id, said = page.session_state["conversation"].id, exchanges(page)
+    page.text_area(key=f"question_{id}_1").set_value("zwei")
+    page.button(key=f"send_{id}_1").click().run()
+    assert [exchange.question for exchange in exchanges(page)] == ["one", "zwei"]
+    assert exchanges(page)[1].text == answer_of(out / "rl_64.pth", "one", said[0].text, "zwei")
+    page.selectbox(key="chat").set_value(id).run()
+    assert exchanges(page) == said
+
+
+def test_settings_outlast_a_model_that_has_less_room_or_cannot_be_loaded(out, tmp_path, open_page):
+    for name in ("rl_64", "pretrain_64"):
+        shutil.copy(out / f"{name}.pth", tmp_path)
+        shutil.copy(out / f"{name}.json", tmp_path)
+    torch.manual_seed(1)
+    config = preset("toy", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=24)
+    save_checkpoint(tmp_path / "full_sft_64.pth", Transformer(config), info={"stage": "full_sft"})
+    (tmp_path / "broken.pth").write_text("not a model")
+    page = open_page("--out_dir", tmp_path, *CPU, "--weights", tmp_path / "rl_64.pth")
+    page.slider(key="max_new_tokens").set_value(80)
+    page.slider(key="history_turns").set_value(9)
+    page.slider(key="top_k").set_value(7)
+    page.text_area(key="system").set_value("be kind").run()
+    for name, length in (("full_sft_64.pth", 23), ("pretrain_64.pth", 80), ("broken.pth", None), ("rl_64.pth", 80)):
+        page.selectbox(key="model").set_value(str(tmp_path / name)).run()
+        if length is not None:
+            assert page.slider(key="max_new_tokens").value == length and page.slider(key="top_k").value == 7
+    assert page.slider(key="history_turns").value == 9 and page.text_area(key="system").value == "be kind"
 
 
 def test_wrong_flags_are_one_line_in_the_page(out, open_page):
@@ -419,6 +509,25 @@ class Browser:
                 return until(lambda: not self.find(".mm-cursor"), "the end of an answer that was stopped", seconds=15)
         raise AssertionError("Stop was clicked six times, and the answer goes on")
 
+    def press(self, key: str) -> None:
+        """Press a key where the cursor is."""
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        ActionChains(self.driver).send_keys(getattr(Keys, key)).perform()
+
+    def has_cursor(self) -> None:
+        script = "return document.activeElement.closest('[data-testid=stChatInput]') !== null"
+        until(lambda: self.driver.execute_script(script), "the cursor in the field for the question")
+
+    def hears(self, text: str) -> None:
+        """A screen reader is told a text."""
+        script = """
+            const all = (root) => [...root.querySelectorAll("*")].flatMap((e) => e.shadowRoot ? all(e.shadowRoot) : [e]);
+            return all(document).some((e) => e.getAttribute("role") === "status" && e.textContent === arguments[0]);
+        """
+        until(lambda: self.driver.execute_script(script, text), f"{text!r} for screen readers")
+
     def idle(self) -> None:
         until(lambda: self.find(".st-key-regenerate button") and not self.find(".mm-cursor"), "the end of the answer")
 
@@ -444,6 +553,9 @@ def test_in_a_browser(tmp_path):
 def drive(browser: Browser, folder: Path, address: str) -> None:
     zh, en, ja = (TEXTS[language] for language in ("zh", "en", "ja"))
     browser.sees(".mm-empty", zh["hello_chat"])  # the browser's language
+    browser.has_cursor()
+    assert [e.text for e in browser.find("h1")] == ["MiniMind" + zh["subtitle"]]
+    assert browser.find("html")[0].get_attribute("lang") == "zh"
 
     # It streams, and Stop stops it.
     attack = "<script>window.acted = 1</script><img src=x onerror='window.acted = 1'>**hi**"
@@ -452,10 +564,13 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     longer = browser.waits_for_more(first)
     assert longer.startswith(first[:20])
     assert not browser.find(".st-key-regenerate")
+    browser.hears(zh["writing"])
     browser.stop(zh["stop"])
     browser.idle()
     browser.sees(".mm-facts", zh["stopped"])
+    browser.has_cursor()
     stopped = browser.answer()
+    browser.hears(stopped)
     assert stopped.startswith(longer[:20]) and len(stopped) >= len(longer)
 
     # What was typed is shown and does nothing.
@@ -470,7 +585,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.sees(".st-key-stop button", ja["stop"])
     grown = browser.waits_for_more(begun)
     assert grown.startswith(begun[:20]) and not browser.find(".st-key-regenerate")
-    browser.stop(ja["stop"])
+    browser.press("ESCAPE")  # also stops
     browser.idle()
     browser.sees(".mm-facts", ja["stopped"])
     assert browser.answer() != stopped
@@ -494,7 +609,7 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
 
     # A base model goes on with a text.
     browser.click(".st-key-language button", "English")
-    browser.sees(".st-key-clear button", en["clear"])
+    browser.sees(".st-key-new_chat button", en["new_chat"])
     browser.click(".st-key-model [data-baseweb=select], .st-key-model input")
     browser.click("[role=option]", "pretrain_64.pth")
     hint = "[data-testid=stChatInput] textarea"
@@ -512,6 +627,38 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.idle()
     browser.has_messages(4)
 
+    # The conversation survives a reload; so does an answer that is being written, up to there.
+    browser.driver.refresh()
+    browser.has_messages(4)
+    browser.has_cursor()
+    browser.click(".st-key-language button", "English")
+    before = browser.answer()
+    browser.click(".st-key-regenerate button", en["regenerate"])
+    until(lambda: browser.find(".mm-cursor") and browser.answer() != before, "another answer")
+    half = browser.waits_for_more("Twice upon a time")
+    assert half.startswith("Twice upon a time")  # by the model that was chosen before
+    browser.driver.refresh()
+    browser.sees(".mm-facts", zh["interrupted"])
+    assert browser.answer().startswith(half)
+    browser.click(".st-key-language button", "English")
+    browser.sees(".st-key-new_chat button", en["new_chat"])
+
+    # An edited question begins another chat; the old one is in the list.
+    before = browser.driver.current_url
+    browser.click("[class*=st-key-actions_2] button", en["edit"])
+    browser.click("[class*=st-key-send_] button", en["send"])
+    until(lambda: browser.driver.current_url != before, "the address of another chat")
+    browser.waits_for_more("Twice upon a time")
+    browser.stop(en["stop"])
+    browser.idle()
+    browser.has_messages(4)
+    assert len(list((folder / "chats").iterdir())) == 2
+
+    # Markdown, if the user wants it.
+    assert not browser.find(".mm-markdown")
+    browser.click(".st-key-markdown label")
+    until(lambda: browser.find(".mm-markdown"), "rendered Markdown")
+
     # Another tab is another conversation.
     own = browser.driver.current_window_handle
     browser.driver.switch_to.new_window("tab")
@@ -528,7 +675,8 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
         return any("rl_64.pth" in e.text for e in browser.find("[role=option]"))
 
     until(offered, "a new model in the list")
-    browser.click(".st-key-clear button", en["clear"])
+    browser.press("ESCAPE")  # closes the list
+    browser.click(".st-key-new_chat button", en["new_chat"])
     browser.sees(".mm-empty", en["hello_base"])
     browser.has_messages(0)
 

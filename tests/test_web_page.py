@@ -12,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.options import SamplingParams
-from inference.prompts import Prompt
 from serving.chat_model import LENGTH, STOPPED, Exchange
-from serving.web.page import answer_facts, blocks, facts_html, left_out_note, literal, size_text, text_html
+from serving.web.page import (
+    answer_facts,
+    blocks,
+    facts_html,
+    left_out_note,
+    literal,
+    shown_answer,
+    size_text,
+    text_html,
+    title_html,
+)
 from serving.web.texts import LANGUAGES, TEXTS, Texts, language_of
 from serving.web.widgets import STAGES
 
@@ -26,12 +35,13 @@ class Reader(HTMLParser):
 
     def __init__(self, source: str) -> None:
         super().__init__()
-        self.tags, self.shown = [], ""
+        self.tags, self.shown, self.attributes = [], "", []
         self.feed(source)
         self.close()
 
     def handle_starttag(self, tag, attributes) -> None:
         self.tags.append(tag)
+        self.attributes += attributes
 
     def handle_data(self, data) -> None:
         self.shown += data
@@ -47,6 +57,45 @@ def test_any_text_is_shown_and_does_nothing(text):
         assert read.shown == text
     read = Reader(facts_html(text, text))
     assert set(read.tags) == {"div", "br"} and read.shown == text * 2
+
+
+SAFE_TAGS = "div span pre code p br em strong s a ul ol li blockquote hr table thead tbody tr th td h3 h4 h5 h6".split()
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "<img src=x onerror=alert(1)>",
+                "![x](http://a.b/c.png)",
+                "[x](javascript:alert(1))",
+                "[y]: data:text/html,x\n",
+            ]
+            + ["<script>", "<a href='x' onclick='y'>", '[x](http://a.b "t")', "<http://a.b>", "![x][y]", "\n\n", "\n"]
+            + ["# ", "* ", "> ", "    ", "```", "`", "|a|b|\n|-|-|\n", "**", "~~", "text", "&lt;", "---", "1. ", "\\"]
+        )
+    ).map("".join)
+)
+def test_markdown_does_nothing(text):
+    read = Reader(text_html(text, markdown=True))
+    assert set(read.tags) <= set(SAFE_TAGS)
+    assert {name for name, _ in read.attributes} <= {"class", "dir", "href", "title", "target", "start", "style"}
+    assert all(value.startswith(("http", "%", "mm-", "x")) for name, value in read.attributes if name == "href")
+
+
+def test_markdown_is_rendered():
+    text = "# Head\none\n**two** <b>\n\n- [x](http://a.b) ![image](http://a.b/c.png)\n\n|a|\n|-|\n|b|\n\n"
+    text += "```python\nif a < b:\n```"
+    read = Reader(text_html(text, markdown=True, writing=True))
+    assert " ".join(read.tags) == (
+        "div div h3 p br strong ul li a a table thead tr th tbody tr td pre code span"  # an image is a link
+    )
+    assert "<b>" in read.shown and "if a < b:" in read.shown and ("target", "_blank") in read.attributes
+
+
+def test_headings_for_screen_readers():
+    read = Reader(title_html("MiniMind", "chat") + text_html("x", label="<Question>"))
+    assert read.tags == ["h1", "span", "h2", "div"] and "<Question>x" in read.shown
 
 
 def test_tags_are_seen():
@@ -85,24 +134,39 @@ def test_sizes():
     assert (size_text(0), size_text(11_421_745), size_text(2_345_000_000)) == ("0.0 MB", "11.4 MB", "2.35 GB")
 
 
-def made(finish: str | None, prompt: Prompt, model: str = "tiny.pth") -> Exchange:
-    return Exchange("?", model, False, SamplingParams(max_new_tokens=9), 64, prompt, "x", 9, 3.0, finish)
+def made(finish: str | None = None, model: str = "tiny.pth", text: str = "x", tokens: int = 9, **prompt) -> Exchange:
+    sampling = SamplingParams(max_new_tokens=9)
+    return Exchange("?", model, False, sampling, 64, text=text, tokens=tokens, seconds=3.0, finish=finish, **prompt)
 
 
 def test_facts_under_an_answer():
-    facts = answer_facts(made(LENGTH, Prompt([1, 2, 3])), Texts("en"))
+    facts = answer_facts(made(LENGTH, prompt_tokens=3), Texts("en"))
     assert facts == "9 tokens, prompt 3 · 3.0 tokens/s · cut off at the maximum length of 9 tokens · tiny.pth"
-    assert "stopped" in answer_facts(made(STOPPED, Prompt([1]), ""), Texts("en"))
-    assert "·" in answer_facts(made(None, Prompt([1])), Texts("ja"))
+    assert "stopped" in answer_facts(made(STOPPED), Texts("en"))
+    assert "interrupted" in answer_facts(made(), Texts("en"))  # the page was closed while it was being written
+    running = made()
+    running.begin(iter(()), None)
+    assert answer_facts(running, Texts("en")) == "9 tokens, prompt 0 · 3.0 tokens/s · tiny.pth"
+
+
+def test_an_answer_without_text_says_so():
+    texts = Texts("en")
+    assert shown_answer(made(STOPPED, text="", tokens=0), texts) == "(ended before the first token)"
+    assert shown_answer(made(text="", tokens=0), texts) == "(ended before the first token)"
+    assert shown_answer(made(LENGTH, text=""), texts) == "(no text)"
+    assert shown_answer(made(LENGTH, text="a\x1b"), texts) == "a␛"
+    running = made(text="", tokens=0)
+    running.begin(iter(()), None)
+    assert shown_answer(running, texts) == ""
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_notes_on_what_was_left_out(language):
     texts = Texts(language)
-    assert left_out_note(made(None, Prompt([1], turns_seen=2)), texts) == ""
-    note = left_out_note(made(None, Prompt([1], turns_seen=2, turns_left_out=3)), texts)
+    assert left_out_note(made(turns_seen=2), texts) == ""
+    note = left_out_note(made(turns_seen=2, turns_left_out=3), texts)
     assert "3" in note and "5" in note and "64" in note
-    assert "17" in left_out_note(made(None, Prompt([1], tokens_left_out=17)), texts)
+    assert "17" in left_out_note(made(tokens_left_out=17), texts)
 
 
 def fields(text: str) -> set[str]:
@@ -123,9 +187,9 @@ def test_every_language_has_every_text(language):
 
 
 def test_every_text_is_used_and_every_used_one_exists():
-    files = ("fast_inference.py", "serving/web/page.py", "serving/web/widgets.py")
+    files = ("fast_inference.py", *(f"serving/web/{name}.py" for name in ("page", "widgets", "chat_menu")))
     code = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
-    built = {f"stage_{stage}" for stage in STAGES}
+    built = {f"stage_{stage}" for stage in STAGES} | {"export_md", "export_jsonl"}
     built |= {
         f"{what}_{kind}{more}" for what in ("hello", "example") for kind in ("chat", "base") for more in ("", "_more")
     }

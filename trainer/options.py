@@ -155,7 +155,7 @@ class TrainOptions:
         if "epochs" in typed:  # max_steps would count instead
             kept.pop("max_steps", None)
         shown = [
-            f"--{name} {value}"
+            f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in (kept | model).items()
             if name not in typed and json.dumps(given.get(name), default=str) != json.dumps(value)
         ]

@@ -1,7 +1,7 @@
 """Texts and numbers as HTML for the web page, in which nothing can act.
 
-Text of a model, or of a user, is shown as text: HTML and Markdown in it have no effect, and no image is fetched. The one
-thing that is recognised is a block of code between lines of three backticks.
+Text of a model, or of a user, is shown as text: HTML in it has no effect, and no image is fetched. The one thing that is
+always recognised is a block of code between lines of three backticks; Markdown only if the user wants it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,17 @@ import html
 import re
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+
+from inference.terminal import visible
 from serving.chat_model import CONTEXT, ENDED, LENGTH, STOPPED, Exchange
 from serving.web.texts import Texts
 
 STYLE = Path(__file__).parent / "page.css"
+# HTML stays text, dangerous links stay text, and an image becomes a link: looking at an answer must not fetch anything.
+_MARKDOWN = (
+    MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable("image")
+)
 _FENCE = re.compile(r" {0,3}```(?P<language>[^`\n]*)")
 
 
@@ -32,22 +39,33 @@ def blocks(text: str) -> list[tuple[str | None, str]]:
     return [(language, block) for language, block in joined if language is not None or block]
 
 
-def text_html(text: str, *, beginning: str = "", writing: bool = False) -> str:
+def markdown_html(text: str) -> str:
+    """Return Markdown as HTML. Links open in another tab; headings are below those of the page."""
+    rendered = _MARKDOWN.render(text).replace("<a href=", "<a target='_blank' href=")  # "<" of a text is &lt; by now
+    return re.sub(r"(</?h)([1-6])>", lambda tag: f"{tag[1]}{min(int(tag[2]) + 2, 6)}>", rendered)
+
+
+def text_html(text: str, *, beginning: str = "", writing: bool = False, markdown: bool = False, label: str = "") -> str:
     """Return a text as HTML, with code blocks set off.
 
     Args:
         beginning: shown before it, paler.
         writing: whether a cursor follows it.
+        markdown: render Markdown.
+        label: a heading that only screen readers see.
     """
     parts = [f"<span class='mm-from'>{html.escape(beginning)}</span>"] if beginning else []
-    for language, block in blocks(text):
+    for language, block in [] if markdown else blocks(text):
         if language is None:
             parts.append(html.escape(block))
         else:
-            label = f"<span class='mm-language'>{html.escape(language)}</span>" if language else ""
-            parts.append(f"<pre class='mm-code'>{label}<code>{html.escape(block)}</code></pre>")
+            name = f"<span class='mm-language'>{html.escape(language)}</span>" if language else ""
+            parts.append(f"<pre class='mm-code'>{name}<code>{html.escape(block)}</code></pre>")
+    if markdown:
+        parts.append(f"<div class='mm-markdown'>{markdown_html(text)}</div>")
     cursor = "<span class='mm-cursor'></span>" if writing else ""
-    return f"<div class='mm-text' dir='auto'>{''.join(parts)}{cursor}</div>"
+    heading = f"<h2 class='mm-hidden'>{html.escape(label)}</h2>" if label else ""
+    return f"{heading}<div class='mm-text' dir='auto'>{''.join(parts)}{cursor}</div>"
 
 
 def facts_html(*lines: str) -> str:
@@ -56,12 +74,12 @@ def facts_html(*lines: str) -> str:
 
 
 def title_html(name: str, subtitle: str) -> str:
-    return f"<div class='mm-title'>{html.escape(name)}<span>{html.escape(subtitle)}</span></div>"
+    return f"<h1 class='mm-title'>{html.escape(name)}<span>{html.escape(subtitle)}</span></h1>"
 
 
 def empty_html(head: str, more: str) -> str:
     """Return the content of a page without a conversation."""
-    return f"<div class='mm-empty'><b>{html.escape(head)}</b><span>{html.escape(more)}</span></div>"
+    return f"<div class='mm-empty'><h2>{html.escape(head)}</h2><span>{html.escape(more)}</span></div>"
 
 
 def literal(text: str) -> str:
@@ -71,21 +89,28 @@ def literal(text: str) -> str:
 
 def answer_facts(exchange: Exchange, texts: Texts) -> str:
     """Return the line below an answer: how many tokens, how fast, why it ended, by which model."""
-    facts = [texts("tokens", made=exchange.tokens, prompt=len(exchange.prompt.ids)), texts("rate", rate=exchange.rate)]
-    if exchange.finish is not None:
+    facts = [texts("tokens", made=exchange.tokens, prompt=exchange.prompt_tokens), texts("rate", rate=exchange.rate)]
+    if not exchange.running:
         names = {ENDED: "ended", LENGTH: "cut_length", CONTEXT: "cut_context", STOPPED: "stopped"}
-        facts.append(texts(names[exchange.finish], limit=exchange.sampling.max_new_tokens, context=exchange.context))
+        name = names.get(exchange.finish or "", "interrupted")
+        facts.append(texts(name, limit=exchange.sampling.max_new_tokens, context=exchange.context))
     return " · ".join([*facts, exchange.model_name])
+
+
+def shown_answer(exchange: Exchange, texts: Texts) -> str:
+    """Return the text of an answer; if it has ended without one, a note that says so."""
+    if exchange.text or exchange.running:
+        return visible(exchange.text)
+    return texts("no_text" if exchange.tokens else "no_text_yet")
 
 
 def left_out_note(exchange: Exchange, texts: Texts) -> str:
     """Return which part of the conversation the model did not see; "" if it saw everything."""
-    prompt = exchange.prompt
-    if prompt.turns_left_out:
-        turns = prompt.turns_left_out + prompt.turns_seen
-        return texts("turns_left_out", left_out=prompt.turns_left_out, turns=turns, context=exchange.context)
-    if prompt.tokens_left_out:
-        return texts("text_cut", left_out=prompt.tokens_left_out, context=exchange.context)
+    if exchange.turns_left_out:
+        turns = exchange.turns_left_out + exchange.turns_seen
+        return texts("turns_left_out", left_out=exchange.turns_left_out, turns=turns, context=exchange.context)
+    if exchange.tokens_left_out:
+        return texts("text_cut", left_out=exchange.tokens_left_out, context=exchange.context)
     return ""
 
 

@@ -21,8 +21,17 @@ from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import ModelOptions, SamplingParams
 from inference.terminal import visible
 from model.model import parameter_counts
-from serving.chat_model import ChatModel, Exchange
-from serving.web.page import answer_facts, empty_html, facts_html, left_out_note, literal, size_text, text_html
+from serving.chat_model import STOPPED, ChatModel, Conversation, Exchange
+from serving.web.page import (
+    answer_facts,
+    empty_html,
+    facts_html,
+    left_out_note,
+    literal,
+    shown_answer,
+    size_text,
+    text_html,
+)
 from serving.web.texts import LANGUAGES, Texts, language_of
 
 RELOAD_SECONDS = 3  # between two looks into the folder of models
@@ -108,6 +117,10 @@ def choose_model(options: ModelOptions, texts: Texts) -> Entry | None:
     if st.session_state.get("model") not in by_path:
         first = entries[0] if options.weights is not None else default_model(entries)
         st.session_state.model = str(first.path)
+    wanted = st.session_state.pop("wanted_model", None)  # by a chat that was just opened
+    named = [path for path in by_path if Path(path).name == wanted]
+    # Each time: the browser knows the choice by its label, which is another one in another language.
+    st.session_state.model = named[0] if named else st.session_state.model
     path = st.selectbox(
         texts("model"), list(by_path), key="model", help=literal(texts("model_help", folder=options.out_dir)),
         format_func=lambda path: f"{Path(path).name} · {stage_text(by_path[path], texts)}",
@@ -145,21 +158,34 @@ def show_model_facts(entry: Entry, model: ChatModel | None, texts: Texts) -> Non
 def choose_settings(
     start: SamplingParams, history_turns: int, system: str | None, model: ChatModel, texts: Texts
 ) -> dict[str, Any]:
-    """Show the sliders, which begin at the given values; return the arguments of `Conversation.ask`."""
+    """Show the sliders, which begin at the given values; return the arguments of `Conversation.ask`.
+
+    Streamlit forgets the value of a control that is not shown, and a slider cannot lie outside its range. What the user
+    chose is kept beside it, and returns with a model that has the control, or a longer context.
+    """
+    kept: dict[str, Any] = st.session_state.setdefault("kept", {})
+
+    def keep(key: str) -> None:
+        kept[key] = st.session_state[key]
+
+    def show(widget: Any, key: str, **settings: Any) -> Any:
+        return widget(texts(key), key=key, help=texts(f"{key}_help"), on_change=keep, args=(key,), **settings)
 
     def ask(widget: Any, key: str, start_value: Any, **settings: Any) -> Any:
-        st.session_state.setdefault(key, start_value)
-        return widget(texts(key), key=key, help=texts(f"{key}_help"), **settings)
+        value = kept.get(key, start_value)
+        if st.session_state.get(key) != value:  # otherwise leave alone what is being typed there
+            st.session_state[key] = value
+        return show(widget, key, **settings)
 
-    def slide(key: str, value: float, low: float, high: float, step: float) -> Any:
-        return ask(st.slider, key, value, min_value=min(low, value), max_value=max(high, value), step=step)
+    def slide(key: str, value: Any, low: float, high: float, step: float) -> Any:
+        high = max(high, value)
+        st.session_state[key] = min(kept.get(key, value), high)
+        return show(st.slider, key, min_value=min(low, value), max_value=high, step=step)
 
     with st.expander(texts("sampling"), expanded=True):
         chosen = {key: slide(key, getattr(start, key), *range_step) for key, range_step in SLIDERS.items()}
         longest = max(model.generator.context - 1, 2)
-        wanted = st.session_state.get("max_new_tokens", start.max_new_tokens)
-        st.session_state.max_new_tokens = min(wanted, longest)  # another model may have a shorter context
-        chosen["max_new_tokens"] = ask(st.slider, "max_new_tokens", longest, min_value=1, max_value=longest, step=1)
+        chosen["max_new_tokens"] = slide("max_new_tokens", min(start.max_new_tokens, longest), 1, longest, 1)
         chosen["seed"] = ask(
             st.number_input, "seed", start.seed, value=None, min_value=0, max_value=2**53 - 1, step=1,
             placeholder=texts("seed_empty"),
@@ -197,10 +223,10 @@ def show_examples(model: ChatModel, texts: Texts) -> str | None:
     return None
 
 
-def show_question(exchange: Exchange) -> None:
+def show_question(exchange: Exchange, texts: Texts) -> None:
     if not exchange.continues:  # otherwise it is the beginning of what the model wrote
         with st.chat_message("user", avatar=":material/person:"):
-            st.html(text_html(visible(exchange.question)))
+            st.html(text_html(visible(exchange.question), label=texts("question")))
 
 
 def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
@@ -218,10 +244,15 @@ def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
 
 def draw(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
     text, facts = placeholders
-    beginning = visible(exchange.question) if exchange.continues else ""
-    shown = visible(exchange.text) or ("" if exchange.running or beginning else texts("no_text"))
-    text.html(text_html(shown, beginning=beginning, writing=exchange.running))
-    facts.html(facts_html(answer_facts(exchange, texts) if exchange.tokens else texts("reading")))
+    text.html(
+        text_html(
+            shown_answer(exchange, texts), beginning=visible(exchange.question) if exchange.continues else "",
+            writing=exchange.running, markdown=bool(exchange.text) and st.session_state.get("markdown", False),
+            label=texts("answer"),
+        )
+    )  # fmt: skip
+    reading = exchange.running and not exchange.tokens
+    facts.html(facts_html(texts("reading") if reading else answer_facts(exchange, texts)))
 
 
 def write(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
@@ -234,15 +265,39 @@ def write(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
             drawn = time.monotonic()
 
 
+def component(name: str, html: str) -> Any:
+    """Return what shows some HTML with the style and the script of that name in this folder."""
+    css, js = ((FOLDER / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return st.components.v2.component(f"minimind_{name}", html=html, css=css, js=js)
+
+
 def copy_button(exchange: Exchange, key: str, texts: Texts) -> None:
     """Show a button that copies the answer to the clipboard, if there is one."""
     if not exchange.text:
         return
     beginning = exchange.question if exchange.continues else ""
-    css, js = ((FOLDER / f"copy_button.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    mount = st.components.v2.component("minimind_copy", html="<button type='button'></button>", css=css, js=js)
+    mount = component("copy_button", "<button type='button'></button>")
     labels = {"label": texts("copy"), "done": texts("copied"), "failed": texts("not_copied")}
     mount(key=key, data={"text": visible(beginning + exchange.text), **labels}, width="content")
+
+
+def announce(conversation: Conversation, texts: Texts) -> None:
+    """Let screen readers say what happens, and put the cursor into the field for the question at first and after Stop."""
+    status = ""
+    if conversation.exchanges:
+        last = conversation.exchanges[-1]
+        status = texts("writing") if last.running else visible(last.error) or shown_answer(last, texts)
+    stops = sum(exchange.finish == STOPPED for exchange in conversation.exchanges)
+    mount = component("announce", "<div role='status'></div>")
+    mount(key="announce", data={"language": texts.language, "status": status, "focus": f"{conversation.id} {stops}"})
+
+
+def edit_question(exchange: Exchange, key: str, texts: Texts) -> str:
+    """Show the button that opens the question for editing; return the new question when it is sent."""
+    with st.popover(texts("edit"), icon=":material/edit:", type="tertiary", key=f"edit_{key}"):
+        question = st.text_area(texts("question"), exchange.question, key=f"question_{key}")
+        st.caption(texts("edit_help"))
+        return question if st.button(texts("send"), key=f"send_{key}", type="primary") else ""
 
 
 def small_button(placeholder: DeltaGenerator, key: str, icon: str, texts: Texts) -> bool:

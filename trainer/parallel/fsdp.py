@@ -40,6 +40,8 @@ class FSDPStrategy(ParallelStrategy):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the loss is already divided
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+                if device.type == "cpu":  # gathering the next layer in advance would only cost memory: nothing overlaps
+                    module.set_modules_to_backward_prefetch([module])
         self.trainable_parameters: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay)
         if options.compile:

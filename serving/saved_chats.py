@@ -1,0 +1,128 @@
+"""Saved chats: one JSON file each, in out/chats/. Their names are generated, never the text of a user.
+
+folder = ChatFolder(Path("out/chats"))
+folder.save(conversation)
+titles, damaged = folder.titles()
+conversation = folder.load(next(iter(titles)))
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from common.errors import UserError
+from common.files import atomic_write
+from inference.terminal import visible
+from serving.chat_model import Conversation, new_id
+
+TITLE_CHARACTERS = 50
+_adapter = TypeAdapter(Conversation)
+Stamp = tuple[int, int]  # of a file: time of writing in ns, bytes
+
+
+@dataclass(frozen=True)
+class ChatFolder:
+    """The chats in a folder. Every page that is open on it sees the same ones."""
+
+    folder: Path
+
+    def path(self, id: str) -> Path:
+        return self.folder / f"{id}.json"
+
+    def titles(self) -> tuple[dict[str, str], list[str]]:
+        """Return the titles of all chats by their ids, the newest first, and which files are damaged, and how.
+
+        Of chats with the same title, the older ones have a number.
+        """
+        stamped = ((path, stamp) for path in self.folder.glob("*.json") if (stamp := _stamp(path)) is not None)
+        titles: dict[str, str] = {}
+        damaged: list[str] = []
+        count: Counter[str] = Counter()
+        for path, stamp in sorted(stamped, key=lambda found: (-found[1][0], found[0].name)):
+            title, problem = _describe(path, stamp)
+            if problem:
+                damaged.append(problem)
+            else:
+                count[title] += 1
+                titles[path.stem] = title if count[title] == 1 else f"{title} ({count[title]})"
+        return titles, damaged
+
+    def load(self, id: str) -> Conversation:
+        """Return a saved chat. Raises UserError if its file is damaged or gone."""
+        path = self.path(id)
+        conversation = _read(path)
+        conversation.id, conversation.stamp = id, _stamp(path)
+        return conversation
+
+    def save(self, conversation: Conversation) -> None:
+        """Write a chat. If another page has changed its file meanwhile, this one becomes a chat of its own.
+
+        Raises OSError if that fails.
+        """
+        on_disk = _stamp(self.path(conversation.id))
+        if on_disk is not None and on_disk != conversation.stamp:
+            conversation.id = new_id()
+        path = self.path(conversation.id)
+        with atomic_write(path, "wb") as file:
+            file.write(_adapter.dump_json(conversation, exclude={"id", "stamp"}, indent=2))
+        conversation.stamp = _stamp(path)
+
+    def delete(self, id: str) -> None:
+        self.path(id).unlink(missing_ok=True)
+
+
+def title_of(conversation: Conversation) -> str:
+    """Return the title that the user gave, or else the beginning of the first question."""
+    first = conversation.exchanges[0].question if conversation.exchanges else ""
+    text = visible(" ".join((conversation.title or first[: 4 * TITLE_CHARACTERS]).split()))
+    return text if len(text) <= TITLE_CHARACTERS else text[: TITLE_CHARACTERS - 1] + "…"
+
+
+def to_markdown(conversation: Conversation, user: str) -> str:
+    """Return a chat as a Markdown file; `user` stands above the questions, and the name of the model above its answers."""
+    parts = [f"# {title_of(conversation)}"]
+    for exchange in conversation.exchanges:
+        if exchange.continues:
+            parts += [f"## {exchange.model_name}", exchange.question + exchange.text]
+        else:
+            parts += [f"## {user}", exchange.question, f"## {exchange.model_name}", exchange.text or exchange.error]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_jsonl(conversation: Conversation) -> str:
+    """Return a chat as a line that 3-full_sft.py can train on; "" if nothing was answered."""
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    turns = conversation.turns()
+    return json.dumps({"messages": [*system, *turns]}, ensure_ascii=False) + "\n" if turns else ""
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(maxsize=10_000)
+def _describe(path: Path, stamp: Stamp) -> tuple[str, str]:
+    """Return the title of a chat, or what is wrong with its file. `stamp`: it is read again only if it has changed."""
+    try:
+        return title_of(_read(path)), ""
+    except UserError as error:
+        return "", str(error)
+
+
+def _read(path: Path) -> Conversation:
+    try:
+        return _adapter.validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError:  # no JSON, or other fields
+        raise UserError(f"{path} is not a saved chat, or is damaged: delete or repair it") from None

@@ -1,0 +1,40 @@
+"""Run the features of a client against a server, and print a line of JSON for each; bench/clients.py makes a table of them.
+
+OPENAI_BASE_URL, OPENAI_API_KEY and MODEL are in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+
+MODEL = os.environ["MODEL"]
+BASE_URL = os.environ["OPENAI_BASE_URL"]
+QUESTION = "Who are you?"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+LENGTH = 16  # of answers, in tokens
+# The server's words for what a model cannot do. Whoever reads them knows what to leave out of the request.
+REFUSALS = ("this model cannot be held to JSON", "this model calls no tools")
+
+
+def run(features: dict[str, Callable[[], object]]) -> None:
+    """Call every feature. It works if it returns something; "X, streamed" must return the same as "X"."""
+    results: dict[str, object] = {}
+    for name, feature in features.items():
+        try:
+            results[name] = feature()
+            assert results[name], "nothing came back"
+            same = results.get(name.removesuffix(", streamed"))
+            assert results[name] == same, f"{results[name]!r} instead of {same!r}"
+            outcome, detail = "yes", ""
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            outcome = "refused" if any(words in detail for words in REFUSALS) else "FAILED"
+        print("\n" + json.dumps({"feature": name, "outcome": outcome, "detail": detail[:1000]}), flush=True)
+
+
+def is_embedding(*vectors: Sequence[float]) -> bool:
+    """Return whether these are vectors of length 1."""
+    return all(len(vector) > 1 and math.isclose(math.hypot(*vector), 1, abs_tol=1e-4) for vector in vectors)

@@ -1,0 +1,68 @@
+"""litellm, which many gateways and agent libraries call."""
+
+import litellm
+from features import BASE_URL, LENGTH, MESSAGES, MODEL, QUESTION, is_embedding, run
+from pydantic import BaseModel
+
+server = dict(model=f"openai/{MODEL}", api_base=BASE_URL, api_key="none")
+greedy = dict(**server, temperature=0, max_tokens=LENGTH)
+
+
+class Person(BaseModel):
+    name: str
+
+
+def chat():
+    return litellm.completion(messages=MESSAGES, **greedy).choices[0].message.content
+
+
+def chat_streamed():
+    return "".join(
+        chunk.choices[0].delta.content or "" for chunk in litellm.completion(messages=MESSAGES, stream=True, **greedy)
+    )
+
+
+def completions():
+    text = dict(greedy, model=f"text-completion-openai/{MODEL}")
+    return litellm.text_completion(prompt="Once", **text).choices[0].text
+
+
+def text_of(response):
+    return "".join(part.text for item in response.output for part in item.content)
+
+
+def responses():
+    return text_of(litellm.responses(input=QUESTION, temperature=0, max_output_tokens=LENGTH, **server))
+
+
+def responses_streamed():
+    events = litellm.responses(input=QUESTION, temperature=0, max_output_tokens=LENGTH, stream=True, **server)
+    return "".join(event.delta for event in events if event.type == "response.output_text.delta")
+
+
+def tools():
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}}
+    answer = litellm.completion(messages=MESSAGES, tools=[{"type": "function", "function": function}], **greedy)
+    return answer.choices[0].message.content
+
+
+def parse():
+    return litellm.completion(messages=MESSAGES, response_format=Person, **greedy)
+
+
+def embeddings():
+    return is_embedding(*(item["embedding"] for item in litellm.embedding(input=["one", "two"], **server).data))
+
+
+run(
+    {
+        "chat": chat,
+        "chat, streamed": chat_streamed,
+        "completions": completions,
+        "responses": responses,
+        "responses, streamed": responses_streamed,
+        "tools offered": tools,
+        "structured output": parse,
+        "embeddings": embeddings,
+    }
+)

@@ -1,0 +1,69 @@
+"""The openai package."""
+
+import openai
+from features import LENGTH, MESSAGES, MODEL, QUESTION, is_embedding, run
+from pydantic import BaseModel
+
+client = openai.OpenAI()
+greedy = dict(model=MODEL, temperature=0)
+
+
+class Person(BaseModel):
+    name: str
+
+
+def chat():
+    answer = client.chat.completions.create(messages=MESSAGES, max_tokens=LENGTH, **greedy)
+    assert answer.usage.completion_tokens == LENGTH and answer.choices[0].finish_reason == "length"
+    return answer.choices[0].message.content
+
+
+def chat_streamed():
+    chunks = client.chat.completions.create(messages=MESSAGES, max_tokens=LENGTH, stream=True, **greedy)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def completions():
+    return client.completions.create(prompt=["Once", "Twice"], max_tokens=LENGTH, **greedy).choices[1].text
+
+
+def responses():
+    answer = client.responses.create(input=QUESTION, max_output_tokens=LENGTH, **greedy)
+    assert answer.usage.output_tokens == LENGTH
+    return answer.output_text
+
+
+def responses_streamed():
+    events = client.responses.create(input=QUESTION, max_output_tokens=LENGTH, stream=True, **greedy)
+    return "".join(event.delta for event in events if event.type == "response.output_text.delta")
+
+
+def tools():
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}}
+    answer = client.chat.completions.create(
+        messages=MESSAGES, tools=[{"type": "function", "function": function}], max_tokens=LENGTH, **greedy
+    )
+    return answer.choices[0].message.content
+
+
+def parse():
+    return client.chat.completions.parse(messages=MESSAGES, response_format=Person, **greedy)
+
+
+def embeddings():
+    data = client.embeddings.create(model=MODEL, input=["one", "two"]).data
+    return is_embedding(*(item.embedding for item in data))
+
+
+run(
+    {
+        "chat": chat,
+        "chat, streamed": chat_streamed,
+        "completions": completions,
+        "responses": responses,
+        "responses, streamed": responses_streamed,
+        "tools offered": tools,
+        "structured output": parse,
+        "embeddings": embeddings,
+    }
+)
