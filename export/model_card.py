@@ -93,8 +93,8 @@ def model_card(
             if remote
             else []
         ),
-        "A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, after the system message as bare text; the chat "
-        f"template is included. It was trained at {checkpoint.config.max_seq_len} tokens of context.",
+        "The chat template is included, and writes chats as the model has seen them in training. It was trained at "
+        f"{checkpoint.config.max_seq_len} tokens of context.",
         "## What it is",
         _table(_architecture(checkpoint.model, export_format)),
         "## How it was trained",
