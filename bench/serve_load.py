@@ -7,8 +7,9 @@ all clients   --clients of them at the same time, for --seconds; every answer is
               model gives alone, without a server
 killed        the same clients close their connections at random moments; measures how soon all rows are free afterwards
 
-Then, on another server with a longer context: a chat alone, beside a client that has texts embedded, and beside one that has
-them scored; and the time to the first text behind a system message that is new, or that the prefix cache has.
+Then, on another server with a longer context: a chat alone, while another client has texts embedded or scored, and with idle
+connections and clients that do not read; and the time to the first text behind a system message that is new, or that the
+prefix cache has.
 
 The server is a process of its own, in float32, and so are the clients, which share the machine with it. Without --weights,
 minimind-v1-small has random weights.
@@ -245,15 +246,6 @@ async def measure(port: int, model: str, reference: Reference, server: psutil.Pr
         print(f"error: {problem}", file=sys.stderr)
 
 
-TEXTS = {  # of requests that are sent one after the other beside a chat
-    "embeds 200 texts of 500 tokens": ("embeddings", {"input": [[5 + i % 90] * 500 for i in range(200)]}),
-    "scores 4 texts of 4,000 tokens": (
-        "completions",
-        {"prompt": [[5 + i] * 4000 for i in range(4)], "echo": True, "logprobs": 1, "max_tokens": 0},
-    ),
-}
-
-
 async def measure_readings(port: int, model: str, reference: Reference, args) -> None:
     """One chat, alone and while another client has texts read; then system messages that are new and that are known."""
     load = Load(port, model, reference, args.length)
@@ -263,12 +255,41 @@ async def measure_readings(port: int, model: str, reference: Reference, args) ->
             async for _ in load.post(path, fields):
                 pass
 
+    async def embed_and_hold(*request) -> None:
+        """Embed, beside 500 connections without a request and 8 clients that do not read their answers."""
+        waiting = [asyncio.open_connection("127.0.0.1", port) for _ in range(500)]
+        idle = [writer for _, writer in await asyncio.gather(*waiting)]
+        wordy = {
+            "messages": [{"role": "user", "content": "?"}],
+            "max_tokens": 400,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        stalled = [load.post("chat/completions", wordy | {"stream": True}) for _ in range(8)]
+        await asyncio.gather(*map(anext, stalled))
+        try:
+            await read_texts(*request)
+        finally:
+            for writer in idle:
+                writer.close()
+            for answer in stalled:
+                await answer.aclose()
+
     print("\n| a chat | answers | between two texts, median | 95% | ratios | first text, median | tokens read/s |")
     print("|---|---|---|---|---|---|---|")
+    embeds = ("embeddings", {"input": [[5 + i % 90] * 500 for i in range(200)]})
+    scores = {"prompt": [[5 + i] * 4000 for i in range(4)], "echo": True, "logprobs": 1, "max_tokens": 0}
     alone = None
-    for name, request in {"alone": None, **TEXTS}.items():
-        work = None if request is None else asyncio.ensure_future(read_texts(*request))
-        await asyncio.sleep(0 if work is None else 1)
+    for name, start in {
+        "alone": None,
+        "while another embeds 200 texts of 500 tokens": lambda: read_texts(*embeds),
+        "while another scores 4 texts of 4,000 tokens": lambda: read_texts("completions", scores),
+        "embeddings, 500 idle connections, 8 clients that do not read": lambda: embed_and_hold(*embeds),
+    }.items():
+        work = start and asyncio.ensure_future(start())
+        await asyncio.sleep(1)
+        while metric(port, "minimind_rows_running"):
+            await asyncio.sleep(0.1)
         read = metric(port, "minimind_prompt_tokens_total")
         result = await load.run(1, args.seconds / 4)
         read = metric(port, "minimind_prompt_tokens_total") - read
@@ -277,11 +298,7 @@ async def measure_readings(port: int, model: str, reference: Reference, args) ->
             await asyncio.wait([work])
         gaps, (first, _) = quantiles(result.gaps), quantiles(result.first)
         alone = alone or gaps
-        cells = [
-            f"while another {name}" if work else name,
-            str(result.answers),
-            *(f"{1000 * gap:.1f} ms" for gap in gaps),
-        ]
+        cells = [name, str(result.answers), *(f"{1000 * gap:.1f} ms" for gap in gaps)]
         cells += [" · ".join(f"{gap / one:.2f}" for gap, one in zip(gaps, alone, strict=True)), f"{first:.3f} s"]
         print("| " + " | ".join([*cells, f"{read / result.seconds:,.0f}"]) + " |", flush=True)
         for problem in result.errors[:5]:
@@ -344,7 +361,7 @@ def main() -> None:
         flags = args.server_flags.split()
         with serving(args.weights, "--max_rows", str(args.clients), *flags) as (port, name, process):
             asyncio.run(measure(port, name, reference, psutil.Process(process.pid), args))
-        with serving(args.weights, "--max_rows", "4", "--max_seq_len", "4100", *flags) as (port, name, _):
+        with serving(args.weights, "--max_rows", "16", "--max_seq_len", "4100", *flags) as (port, name, _):
             asyncio.run(measure_readings(port, name, reference, args))
 
 

@@ -72,8 +72,13 @@ def model_card(
         "scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
         "## Running it",
         code,
-        "A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, after the system message as bare text; the chat "
-        f"template is included. It was trained at {checkpoint.config.max_seq_len} tokens of context.",
+        *(
+            ["Its own code needs transformers 5 or newer; exports in the llama format also load in 4.57."]
+            if remote
+            else []
+        ),
+        "The chat template is included, and writes chats as the model has seen them in training. It was trained at "
+        f"{checkpoint.config.max_seq_len} tokens of context.",
         "## What it is",
         _table(_architecture(checkpoint.model, export_format)),
         "## How it was trained",

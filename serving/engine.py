@@ -45,7 +45,7 @@ from serving.stream import EngineError, EngineFailed, EngineStopped, QueueFull, 
 from serving.texts import Scores, TextReading, TextRequest
 
 READ_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as a step
-IDLE_TOKENS = 512  # tokens that are read at a time while no answer is running; a new request waits that long
+IDLE_TOKENS = {"cpu": 128, "gpu": 2048}  # read at a time while no answer is running; a new request waits that long
 ATTENTION = 512  # a token behind this many others counts twice, behind twice as many three times: it attends to them
 MAX_TOGETHER = 64  # texts that are read in one pass
 ERRORS = (RuntimeError, MemoryError)  # from PyTorch: out of memory, a broken device
@@ -136,8 +136,8 @@ class Engine:
         made.result()
         assert self.generator is not None
         self.rows, self.max_len = self.generator.capacity, self.generator.max_len
-        on_cpu = self.generator.device.type == "cpu"
-        self.read_tokens = read_tokens or READ_TOKENS["cpu" if on_cpu else "gpu"]
+        kind = "cpu" if self.generator.device.type == "cpu" else "gpu"
+        self.read_tokens, self.idle_tokens = read_tokens or READ_TOKENS[kind], IDLE_TOKENS[kind]
 
     # -- for the event loop
 
@@ -320,7 +320,7 @@ class Engine:
         generator = self.generator
         assert generator is not None
         answering = len(generator.rows)
-        budget = max(self.read_tokens, answering) if answering else IDLE_TOKENS
+        budget = max(self.read_tokens, answering) if answering else self.idle_tokens
         while budget > 0:
             joining = self._next_prompt(generator)
             reading = (

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.stream import EngineError, EngineStopped, QueueFull, ShuttingDown
+from serving.stream import EngineError, EngineStopped, QueueFull, ShuttingDown, TooSlow
 
 MAX_BODY = 1_000_000  # bytes of a request; a text of the longest context is far smaller
 MAX_DISCARDED = 64_000_000  # bytes of a larger body that are read and dropped, so that the client can read the error
@@ -55,7 +55,7 @@ class ApiError(HTTPException):
         if isinstance(error, ShuttingDown | EngineStopped):
             code = "shutting_down" if isinstance(error, ShuttingDown) else "engine_failed"
             return cls(503, str(error), code=code, headers={"Retry-After": "10"})
-        return cls(500, str(error), code="engine_failed")
+        return cls(500, str(error), code="client_too_slow" if isinstance(error, TooSlow) else "engine_failed")
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}

@@ -1,4 +1,4 @@
-"""How the results of a request reach its caller, and the errors in their place."""
+"""Streams, which bring the results of a request to its caller, and the errors that may come in their place."""
 
 from __future__ import annotations
 

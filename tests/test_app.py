@@ -347,6 +347,7 @@ def test_embeddings(server, client):
     packed = base64.b64decode(raw["data"][0]["embedding"])
     values = torch.tensor(struct.unpack(f"<{len(packed) // 4}f", packed))
     assert_logits_close(values, torch.tensor(plain.data[0].embedding), server.model.config)
+    assert len(client.embeddings.create(model=NAME, input=[[5]] * 2048).data) == 2048
     assert client.embeddings.create(model=NAME, input="x", dimensions=32).data[0].embedding
     with pytest.raises(openai.BadRequestError, match="32, the width"):
         client.embeddings.create(model=NAME, input="x", dimensions=16)

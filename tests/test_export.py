@@ -550,7 +550,8 @@ def test_card_and_description_tell_no_paths(tmp_path):
         assert expected in card
     assert 'from_pretrained("me/x")' in card and "77.7" not in card
     assert "secret" not in card and "trust_remote_code" not in card
-    assert "trust_remote_code=True" in model_card("x", checkpoint(model), {}, "minimind", agreement)
+    card = model_card("x", checkpoint(model), {}, "minimind", agreement)
+    assert "trust_remote_code=True" in card and "needs transformers 5" in card
     assert "ollama create x" in model_card("me/x", checkpoint(model), {}, "gguf", agreement, "x.gguf")
     for content in ("{}", "[]", '{"overall": 1, "categories": {}}'):
         summary.write_text(content)

@@ -139,9 +139,18 @@ def test_a_published_file_computes_what_others_compute(tmp_path, family):
     found = {name: getattr(checkpoint.config, name) for name in ["rope_theta", *FAMILIES[family]]}
     assert found == {"rope_theta": 1e6, **FAMILIES[family]}
     named = "MiniMind-3" if "3" in family else "MiniMind2 of April 2025"
-    assert any(f"rope_theta 1e+06 (as in {named})" in note for note in checkpoint.notes)
+    assumed = "norm_eps 1e-06" if "3" in family else "8 heads, 2 for keys"
+    assert any(f"assumed: {assumed}, rope_theta 1e+06 (as in {named})" in note for note in checkpoint.notes)
     assert any("names of Llama" in note for note in checkpoint.notes)
     assert_same(checkpoint.model, other)
+
+
+def test_keys_have_the_precision_of_values_with_autocast(tmp_path):
+    """A norm's float32 weight would otherwise make queries and keys float32, and send them past the fast kernels."""
+    model = load_checkpoint(save(tmp_path / "x.pth", published(theirs("minimind-3")))).model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer = model(torch.arange(20)[None]).past_key_values.layers[0]
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
 
 
 def test_what_torch_compile_and_transformers_make_of_the_names(tmp_path):

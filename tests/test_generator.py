@@ -156,7 +156,7 @@ def read(reader: Reader, prompt: list[int], sizes: Sequence[int], prefixes: Pref
 
 
 def answer_of(generator: BatchGenerator, reader: Reader, prompt: list[int], logits: torch.Tensor) -> list[int]:
-    outputs = generator.join(prompt, SamplingParams(max_new_tokens=20), 1, reader.cache, logits[-1:])
+    outputs = generator.join(prompt, SamplingParams(max_new_tokens=8), 1, reader.cache, logits[-1:])
     while generator.rows:
         outputs += generator.step()
     return [output.token for output in outputs]
@@ -175,7 +175,7 @@ def test_prompts_read_in_parts(kind, sizes):
             torch.testing.assert_close(logits, out.logits[0], **close_to(out.logits, **shape_of(model.config)))
             expected = out.hidden_states[-1][0]
             torch.testing.assert_close(hidden, expected, **close_to(expected, **shape_of(model.config)))
-            assert answer_of(generator, reader, prompt[:length], logits) == recompute(model, prompt[:length], 20)
+            assert answer_of(generator, reader, prompt[:length], logits) == recompute(model, prompt[:length], 8)
 
 
 @kinds
@@ -198,7 +198,7 @@ def test_a_prefix_cache_changes_no_answer(kind):
             if generator.backend is not None:  # the kernel sums every token's numbers in the same order in every batch
                 assert torch.equal(logits, plain[stored:])
                 assert torch.equal(kept, reader.cache.kv[:, :, 0, :, : len(prompt)])
-            assert answer_of(generator, reader, prompt, logits) == recompute(model, prompt, 20)
+            assert answer_of(generator, reader, prompt, logits) == recompute(model, prompt, 8)
 
 
 def test_a_prefix_cache_is_bounded_and_forgets_the_oldest():
