@@ -292,6 +292,10 @@ def test_chats_survive_a_reload(out, tmp_path, open_page):
         ask(whole, question)
     assert exchanges(again)[2].text == exchanges(whole)[2].text and exchanges(again)[2].turns_seen == 2
 
+    # What another tab adds is seen at the next click.
+    page.slider(key="top_k").set_value(3).run()
+    assert exchanges(page) == exchanges(again) and exchanges(page) is not exchanges(again)
+
     # With the model it was written with, although there is a newer one.
     other = ask(open_page("--out_dir", out, *GREEDY, "--weights", out / "pretrain_64.pth"), "once")
     other = open_page("--out_dir", out, *GREEDY, chat=other.session_state["conversation"].id)
@@ -652,7 +656,21 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.stop(en["stop"])
     browser.idle()
     browser.has_messages(4)
-    assert len(list((folder / "chats").iterdir())) == 2
+    saved = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "chats").iterdir()]
+    questions = [[exchange["question"] for exchange in chat["exchanges"]] for chat in saved]
+    assert questions == [[attack, "Once upon a time", "Twice upon a time"]] * 2
+
+    # Exports.
+    downloads = folder.parent / "downloads"
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+    browser.click("[data-testid=stPopover] button", en["this_chat"])
+    for kind in ("md", "jsonl"):
+        browser.click(f".st-key-export_{kind} button", en[f"export_{kind}"])
+        until(lambda kind=kind: list(downloads.glob(f"*.{kind}")), f"the download of {kind}")
+    (line,) = next(downloads.glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
+    assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
+    assert attack in next(downloads.glob("*.md")).read_text(encoding="utf-8")
+    browser.press("ESCAPE")
 
     # Markdown, if the user wants it.
     assert not browser.find(".mm-markdown")

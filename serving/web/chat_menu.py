@@ -53,6 +53,9 @@ def choose_chat(folder: ChatFolder, texts: Texts) -> Conversation:
     if "conversation" not in st.session_state:
         asked = st.query_params.get("chat")
         open_chat(folder, asked if asked in titles else None)
+    shown: Conversation = st.session_state.conversation
+    if shown.id in titles and folder.changed(shown) and not shown.running:  # in another tab
+        open_chat(folder, shown.id)
     conversation: Conversation = st.session_state.conversation
     saved = st.session_state.chat = conversation.id if conversation.id in titles else None
     st.selectbox(
