@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from export.huggingface import read_folder, write_llama
+from export.huggingface import read_folder, write_llama, write_minimind
 from export.self_check import compare_folder
 from model.chat_format import render_chat
 from model.lora import add_adapter, merge
@@ -214,6 +214,9 @@ def test_an_output_of_its_own(tmp_path):
     assert_same(checkpoint.model, other)
     save_checkpoint(tmp_path / "y.pth", checkpoint.model, info={})
     assert_same(load_checkpoint(tmp_path / "y.pth").model, other)
+    (tmp_path / "ours").mkdir()
+    write_minimind(tmp_path / "ours", checkpoint.model, TOKENIZER_DIR, torch.float32, {})
+    assert_same(read_folder(tmp_path / "ours").model, other)
     state = published(theirs("minimind2")) | {"lm_head.weight": torch.randn(VOCAB, 64)}
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding; in this MiniMind"):
         load_checkpoint(save(tmp_path / "z.pth", state))
