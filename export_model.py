@@ -10,6 +10,7 @@ llama     transformers, vLLM, ... without code of ours: dense as Llama,       a 
           mixture of experts as Ernie 4.5 MoE; with qk_norm as Qwen3 (MoE)    tokenizer with chat template
 minimind  transformers with trust_remote_code=True: our names, our code       the same, and model.py with what it imports
 gguf      llama.cpp, Ollama                                                   a folder: one .gguf, a Modelfile
+onnx      onnxruntime (no KV cache: for scoring and short answers)            a folder: model.onnx, the tokenizer
 pth       this toolkit                                                        the .pth and its .json
 
 Every folder contains a model card (README.md) and minimind.json, which records how the weights were made. Each export is

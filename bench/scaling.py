@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
-from model.device import PEAK_FLOPS, training_flops  # noqa: E402
+from model.device import PEAK_FLOPS  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
-from model.model import Transformer, parameter_counts  # noqa: E402
+from model.model import Transformer, parameter_counts, training_flops  # noqa: E402
 from trainer.distributed import DistEnv, all_gather_object, barrier, cleanup_distributed, init_distributed  # noqa: E402
 from trainer.parallel.ddp import ParallelStrategy  # noqa: E402
 
@@ -112,7 +112,7 @@ def work(name: str) -> Work:
         counts = parameter_counts(Transformer(config))
     # Rows are packed full; the documents in them are taken to be half a row long.
     tokens, pairs = ROWS * ROW_LENGTH, ROWS * 2 * (ROW_LENGTH / 2) ** 2
-    flops = training_flops(tokens, pairs, counts["active"], config.n_layers, config.dim)
+    flops = training_flops(config, counts["active"], tokens, pairs)
     return Work(counts["total"], config.n_layers, flops)
 
 

@@ -19,9 +19,9 @@ from common.files import ROOT
 from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.packing import sample_order
 from data_pipeline.tokenize import TokenizedDataset
-from model.device import peak_flops, resolve_device, training_flops
+from model.device import peak_flops, resolve_device
 from model.LMConfig import PRESETS
-from model.model import Transformer, parameter_counts
+from model.model import Transformer, parameter_counts, training_flops
 from trainer.losses import next_token_loss
 from trainer.optim import make_optimizers
 
@@ -133,7 +133,7 @@ class Scheme:
         if isinstance(self.model, Transformer):
             config = self.model.config
             active = parameter_counts(self.model)["active"]
-            self.flops.append(training_flops(tokens, pairs, active, config.n_layers, config.dim) / elapsed)
+            self.flops.append(training_flops(config, active, tokens, pairs) / elapsed)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

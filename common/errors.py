@@ -158,16 +158,19 @@ def stoppable(note: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_signals(announce: bool = True) -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C, so that a run can stop after its current step; a second Ctrl-C stops at once."""
+def stop_signals(note: str = "") -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C, so that the block can stop when it is ready; a second Ctrl-C stops at once.
+
+    note: printed when a signal arrives.
+    """
     received: list[int] = []
 
     def collect(number: int, _frame: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        if announce:  # os.write: print may be in the middle of a line
-            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, back to the last saved state)\n")
+        if note:  # os.write: print may be in the middle of a line
+            os.write(2, f"\n{note}\n".encode())
 
     previous = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

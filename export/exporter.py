@@ -12,7 +12,16 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.files import atomic_folder, exclusive, explain_write_errors, write_json
-from export.huggingface import CONFIG, DESCRIPTION, check_target, describe, read_folder, write_llama, write_minimind
+from export.huggingface import (
+    CONFIG,
+    DESCRIPTION,
+    check_target,
+    copy_tokenizer,
+    describe,
+    read_folder,
+    write_llama,
+    write_minimind,
+)
 from export.model_card import model_card
 from export.options import GGUF_TYPES, ExportOptions
 from export.self_check import Agreement, compare_folder, sample_rows
@@ -35,7 +44,7 @@ def export_folder(
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = options.output or options.out_dir / f"{name}-{options.format}"
     stored = dtype_name(source.model.tok_embeddings.weight.dtype)
-    dtype = options.dtype or ("float16" if options.format == "gguf" else stored)
+    dtype = options.dtype or {"gguf": "float16", "onnx": "float32"}.get(options.format, stored)
     description = describe(source, dtype)
     rows = sample_rows(tokenizer, options.text, source.config)
     tokenizer_dir = options.tokenizer
@@ -53,6 +62,14 @@ def export_folder(
                 write_gguf(file, source.model, tokenizer, kind, name)
                 agreement = compare_gguf(file, source.model, kind, rows, options.tolerance)
                 write_text(folder / "Modelfile", modelfile(file.name, name.lower(), source.config))
+                write_json(folder / DESCRIPTION, description)
+            elif options.format == "onnx":
+                from export.onnx import compare_onnx, write_onnx
+
+                file = folder / "model.onnx"
+                write_onnx(file, source.model)
+                agreement = compare_onnx(file, source.model, rows, options.tolerance)
+                copy_tokenizer(tokenizer_dir, folder)
                 write_json(folder / DESCRIPTION, description)
             else:
                 write = write_llama if options.format == "llama" else write_minimind

@@ -299,11 +299,16 @@ def _write_folder(
     version = {"transformers_version": transformers.__version__}
     write_json(folder / "generation_config.json", _token_ids(config) | version)
     write_json(folder / DESCRIPTION, description)
-    for name in (*TOKENIZER_FILES, "chat_template.jinja"):
-        if name in TOKENIZER_FILES or (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, folder / name)
+    copy_tokenizer(tokenizer_dir, folder)
     # Bytes first, written here: the library's own writer turns a full disk into an error without its number.
     (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer."""
+    for name in (*TOKENIZER_FILES, "chat_template.jinja"):
+        if name in TOKENIZER_FILES or (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _token_ids(config: LMConfig) -> dict:

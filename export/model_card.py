@@ -22,6 +22,22 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 llama-cli -m {file} --jinja -cnv          # llama.cpp
 ollama create {name} -f Modelfile && ollama run {name}
 ```""",
+    "onnx": """```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+session = onnxruntime.InferenceSession("{name}/{file}")
+chat = [{{"role": "user", "content": "你好"}}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+for _ in range(50):  # the whole text goes through the model for every token: there is no KV cache
+    (logits,) = session.run(["logits"], {{"input_ids": np.array([ids])}})
+    ids.append(int(logits[0, -1].argmax()))
+    if ids[-1] == tokenizer.eos_token_id:
+        break
+print(tokenizer.decode(ids))
+```""",
 }
 _STOCK = {"llama": "Llama", "qwen3": "Qwen3", "ernie4_5_moe": "Ernie 4.5 MoE", "qwen3_moe": "Qwen3 MoE"}
 _INFO_ROWS = {
@@ -52,11 +68,11 @@ def model_card(
     Args:
         name: the folder's name, or user/name where it is published.
         description: what `export.huggingface.describe` returns; the card shows nothing of the training beyond it.
-        export_format: llama, minimind or gguf.
-        file: name of the GGUF file.
+        export_format: llama, minimind, gguf or onnx.
+        file: name of the GGUF or ONNX file.
         ceval: the accuracy in C-Eval, of each group of subjects.
     """
-    library = "gguf" if export_format == "gguf" else "transformers"
+    library = export_format if export_format in ("gguf", "onnx") else "transformers"
     header = (
         f"---\nlanguage:\n- zh\n- en\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- minimind\n---"
     )
@@ -64,7 +80,7 @@ def model_card(
     active = f", {counts['active'] / 1e6:.2f}M of them active per token" if checkpoint.config.use_moe else ""
     remote = ", trust_remote_code=True" if export_format == "minimind" else ""
     run_as = name.rsplit("/", 1)[-1] if export_format == "gguf" else name
-    code = _CODE["gguf" if export_format == "gguf" else "llama"].format(name=run_as, remote=remote, file=file)
+    code = _CODE.get(export_format, _CODE["llama"]).format(name=run_as, remote=remote, file=file)
     sections = [
         header,
         f"# {name}",
@@ -77,8 +93,8 @@ def model_card(
             if remote
             else []
         ),
-        "A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, after the system message as bare text; the chat "
-        f"template is included. It was trained at {checkpoint.config.max_seq_len} tokens of context.",
+        "The chat template is included, and writes chats as the model has seen them in training. It was trained at "
+        f"{checkpoint.config.max_seq_len} tokens of context.",
         "## What it is",
         _table(_architecture(checkpoint.model, export_format)),
         "## How it was trained",

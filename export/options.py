@@ -17,7 +17,7 @@ MAX_TEXTS = 100
 
 @dataclass
 class ExportOptions:
-    format: str = flag("llama", "see above", choices=["llama", "minimind", "gguf", "pth"])
+    format: str = flag("llama", "see above", choices=["llama", "minimind", "gguf", "onnx", "pth"])
     weights: Path | None = flag(
         None,
         "a .pth file; for --format pth an exported folder (default: the newest of rl, full_sft, pretrain in OUT_DIR; with "
@@ -33,7 +33,8 @@ class ExportOptions:
     overwrite: bool = flag(False, "replace an existing export", action="store_true")
     dtype: str | None = flag(
         None,
-        "precision of the weights; q8_0 only for gguf, bfloat16 not for gguf (default: that of the file; gguf: float16)",
+        "precision of the weights; q8_0 only for gguf, bfloat16 not for gguf, onnx: float32 only (default: that of the "
+        "file; gguf: float16)",
         choices=["bfloat16", "float16", "float32", "q8_0", *ALIASES],
     )
     tokenizer: Path = flag(TOKENIZER_DIR, "its folder (default: the one shipped in model/)")
@@ -62,7 +63,9 @@ class ExportOptions:
         errors = []
         if self.dtype and self.format == "gguf" and self.dtype not in GGUF_TYPES:
             errors.append(f"--dtype {self.dtype} is not for --format gguf: use {', '.join(GGUF_TYPES)}")
-        if self.dtype == "q8_0" and self.format != "gguf":
+        if self.dtype not in (None, "float32") and self.format == "onnx":
+            errors.append(f"--dtype {self.dtype} is not for --format onnx: it is written in float32")
+        elif self.dtype == "q8_0" and self.format != "gguf":
             errors.append("--dtype q8_0 needs --format gguf")
         if self.format == "pth":
             unused = [name for name in ("lora", "push_to_hub", "ceval") if getattr(self, name)]

@@ -51,7 +51,7 @@ def attention(
         causal = True
     if flash and weights is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=bool(q.shape[1] != k.shape[1])
         )
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

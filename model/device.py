@@ -1,4 +1,4 @@
-"""Where, in which precision and how fast a model computes."""
+"""Where, in which precision and how fast at most a model computes."""
 
 from __future__ import annotations
 
@@ -86,12 +86,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a device or the system had no memory left for a tensor; only CUDA has an exception class for it."""
     texts = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
-def training_flops(n_tokens: float, attention_pairs: float, parameters: int, n_layers: int, dim: int) -> float:
-    """Return the FLOPs of forward and backward on real tokens (padding is not counted).
-
-    6 per parameter and token (PaLM, https://arxiv.org/abs/2204.02311, appendix B), and for attention
-    2 products * 2 FLOPs * dim * length^2 / 2 (causal) per layer and document, three times for forward and backward.
-    """
-    return 6 * parameters * n_tokens + 6 * n_layers * dim * attention_pairs

@@ -239,8 +239,10 @@ def _config(fields: dict[str, Any], path: Path, notes: list[str], source: str) -
         found += f", {config.n_routed_experts} routed experts, {config.n_shared_experts} shared"
         found += f" (of width {config.hidden_dim})"
     notes.append(found)
-    assumed = f"assumed: {config.n_heads} heads, {config.n_kv_heads} for keys"
-    assumed += f", rope_theta {config.rope_theta:g} ({source})"
+    unseen = f"{config.n_heads} heads, {config.n_kv_heads} for keys"
+    if config.qk_norm:  # its norms show the heads
+        unseen = f"norm_eps {config.norm_eps:g}"
+    assumed = f"assumed: {unseen}, rope_theta {config.rope_theta:g} ({source})"
     notes.append(assumed + (f", {config.num_experts_per_tok} experts per token" if config.use_moe else ""))
     return config
 

@@ -307,7 +307,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         elif cu_seqlens is None and attention_mask is None and cache is None and time > 1:
             if is_tracing():  # a mask, whatever the positions are
                 previous = F.pad(position_ids, (1, 0))[:, :-1]
-                document = (position_ids != previous + 1).cumsum(1).expand(batch, time)
+                document = (position_ids != previous + 1).cumsum(1)
+                document = (document - document[:, :1]).expand(batch, time)  # (batch, time), from 0
             elif (position_ids[:, 1:] != position_ids[:, :-1] + 1).any():
                 cu_seqlens = cu_seqlens_from_positions(position_ids.expand(batch, time))
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, scaling)
@@ -415,6 +416,18 @@ def initial_weights(config: LMConfig, seed: int) -> Iterator[tuple[str, Tensor]]
             model._init_weights(module)
             yield from ((f"{name}.{key}", weight.detach()) for key, weight in module.named_parameters(recurse=False))
             module.to_empty(device="meta", recurse=False)
+
+
+def training_flops(config: LMConfig, active_parameters: int, n_tokens: float, attention_pairs: float) -> float:
+    """Return the FLOPs of forward and backward on real tokens (padding is not counted).
+
+    6 per parameter and token (PaLM, https://arxiv.org/abs/2204.02311, appendix B), and for attention 2 products of 2 FLOPs
+    per pair of tokens and channel of a head, of which the causal mask leaves half, three times for forward and backward.
+
+    attention_pairs: the sum of length^2 over documents.
+    """
+    width = config.n_heads * config.head_dim
+    return 6 * active_parameters * n_tokens + 6 * config.n_layers * width * attention_pairs
 
 
 def describe_parameters(model: Transformer) -> str:

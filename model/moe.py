@@ -102,9 +102,10 @@ class MoEFeedForward(nn.Module):
             0, chosen.flatten(), torch.ones_like(chosen).flatten()
         )
         x = tokens[order // top_k]  # (tokens * k, dim)
-        if not self._can_group(x) and is_tracing():
+        can_group = self._can_group(x)
+        if not can_group and not self.training and is_tracing():
             return self._every_expert(tokens, weights, chosen)
-        y = self._grouped(x, counts) if self._can_group(x) else self._one_by_one(x, counts)
+        y = self._grouped(x, counts) if can_group else self._one_by_one(x, counts)
         back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         y = y[back].unflatten(0, (-1, top_k))  # (tokens, k, dim)
         return (y * weights[..., None].to(y.dtype)).sum(dim=1)

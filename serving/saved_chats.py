@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from inference.terminal import visible
 from serving.chat_model import Conversation, new_id
 
 TITLE_CHARACTERS = 50
+_saving = threading.Lock()
 _adapter = TypeAdapter(Conversation)
 Stamp = tuple[int, int]  # of a file: time of writing in ns, bytes
 
@@ -65,13 +67,17 @@ class ChatFolder:
 
         Raises OSError if that fails.
         """
-        on_disk = _stamp(self.path(conversation.id))
-        if on_disk is not None and on_disk != conversation.stamp:
-            conversation.id = new_id()
-        path = self.path(conversation.id)
-        with atomic_write(path, "wb") as file:
-            file.write(_adapter.dump_json(conversation, exclude={"id", "stamp"}, indent=2))
-        conversation.stamp = _stamp(path)
+        with _saving:  # a page that is closed and one that is opened may do it at the same time
+            if self.changed(conversation):
+                conversation.id = new_id()
+            path = self.path(conversation.id)
+            with atomic_write(path, "wb") as file:
+                file.write(_adapter.dump_json(conversation, exclude={"id", "stamp"}, indent=2))
+            conversation.stamp = _stamp(path)
+
+    def changed(self, conversation: Conversation) -> bool:
+        """Return whether another page has written this chat since it was read or written here."""
+        return _stamp(self.path(conversation.id)) not in (None, conversation.stamp)
 
     def delete(self, id: str) -> None:
         self.path(id).unlink(missing_ok=True)

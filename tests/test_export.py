@@ -37,6 +37,7 @@ from export.huggingface import (
     write_minimind,
 )
 from export.model_card import model_card
+from export.onnx import compare_onnx, write_onnx
 from export.self_check import (
     SAMPLE_TEXTS,
     Agreement,
@@ -514,6 +515,26 @@ def test_agreement_refuses():
     assert kl_divergence([p.log()], [q.log()]) == pytest.approx(
         0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=rounding(depth=8)
     )
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_moe": True}], ids=["dense", "moe"])
+def test_onnx_computes_the_same_for_any_number_and_length_of_rows(tmp_path, fields):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = Transformer(LMConfig(**TINY | {"n_layers": 1} | fields)).eval()
+    file = tmp_path / "model.onnx"
+    write_onnx(file, model)
+    assert compare_onnx(file, model, [[1, 2], [1, *range(3, 200), 2]], 1e-5).largest < 1e-5
+    session = onnxruntime.InferenceSession(str(file))
+    ids = torch.randint(3, 6400, (3, 9))
+    (found,) = session.run(["logits"], {"input_ids": ids.numpy()})
+    padded = torch.cat([ids, torch.zeros(3, 4, dtype=torch.long)], dim=1)  # on the right, where nothing attends to it
+    (longer,) = session.run(["logits"], {"input_ids": padded.numpy()})
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(longer)[:, :9], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_card_and_description_tell_no_paths(tmp_path):

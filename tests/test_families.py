@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from export.huggingface import read_folder, write_llama
+from export.huggingface import read_folder, write_llama, write_minimind
 from export.self_check import compare_folder
 from model.chat_format import render_chat
 from model.lora import add_adapter, merge
@@ -139,9 +139,18 @@ def test_a_published_file_computes_what_others_compute(tmp_path, family):
     found = {name: getattr(checkpoint.config, name) for name in ["rope_theta", *FAMILIES[family]]}
     assert found == {"rope_theta": 1e6, **FAMILIES[family]}
     named = "MiniMind-3" if "3" in family else "MiniMind2 of April 2025"
-    assert any(f"rope_theta 1e+06 (as in {named})" in note for note in checkpoint.notes)
+    assumed = "norm_eps 1e-06" if "3" in family else "8 heads, 2 for keys"
+    assert any(f"assumed: {assumed}, rope_theta 1e+06 (as in {named})" in note for note in checkpoint.notes)
     assert any("names of Llama" in note for note in checkpoint.notes)
     assert_same(checkpoint.model, other)
+
+
+def test_keys_have_the_precision_of_values_with_autocast(tmp_path):
+    """A norm's float32 weight would otherwise make queries and keys float32, and send them past the fast kernels."""
+    model = load_checkpoint(save(tmp_path / "x.pth", published(theirs("minimind-3")))).model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer = model(torch.arange(20)[None]).past_key_values.layers[0]
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
 
 
 def test_what_torch_compile_and_transformers_make_of_the_names(tmp_path):
@@ -205,6 +214,9 @@ def test_an_output_of_its_own(tmp_path):
     assert_same(checkpoint.model, other)
     save_checkpoint(tmp_path / "y.pth", checkpoint.model, info={})
     assert_same(load_checkpoint(tmp_path / "y.pth").model, other)
+    (tmp_path / "ours").mkdir()
+    write_minimind(tmp_path / "ours", checkpoint.model, TOKENIZER_DIR, torch.float32, {})
+    assert_same(read_folder(tmp_path / "ours").model, other)
     state = published(theirs("minimind2")) | {"lm_head.weight": torch.randn(VOCAB, 64)}
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding; in this MiniMind"):
         load_checkpoint(save(tmp_path / "z.pth", state))

@@ -622,8 +622,8 @@ def test_attention_weights_come_from_the_reference_path(kind):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_recorded_once_for_all_lengths_and_positions(kind):
-    """torch.compile without a break and torch.export, both for any length; whether rows are packed is not known then."""
-    model = make(kind, n_layers=1)
+    """torch.compile without a break, torch.export, torch.jit.trace, for any length; whether rows are packed is not known."""
+    model = make(kind, n_layers=1).requires_grad_(False)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     example = dict(input_ids=make_ids(2, 6), position_ids=torch.arange(6).expand(2, 6).clone())
@@ -632,12 +632,16 @@ def test_recorded_once_for_all_lengths_and_positions(kind):
     exported = torch.export.export(
         model, (), dict(**example, use_cache=False, return_dict=False), dynamic_shapes=shapes
     ).module()
+    traced = torch.jit.trace(
+        lambda *two: model(*two, use_cache=False).logits, (ids := make_ids(2, 6), torch.ones_like(ids))
+    )
     for lengths in ([[5, 7], [12]], [[1, 2, 6]] * 3, [[17], [17]]):
         ids, positions, *_ = pack(lengths)
         expected = model(ids, position_ids=positions).logits
         inputs = dict(input_ids=ids, position_ids=positions, use_cache=False)
         assert_logits_close(compiled(**inputs).logits, expected, model.config)
         assert_logits_close(exported(**inputs, return_dict=False)[0], expected, model.config)
+        assert_logits_close(traced(ids, torch.ones_like(ids)), model(ids).logits, model.config)
 
 
 def test_a_compiled_training_step_has_the_same_loss_and_gradient():
@@ -683,7 +687,8 @@ def test_sizes_under_the_names_of_hugging_face():
     stored = config.to_dict()
     assert (stored["hidden_size"], stored["num_hidden_layers"], stored["num_attention_heads"]) == (96, 3, 6)
     assert LMConfig.from_dict(stored).own_fields() == config.own_fields()
-    assert LMConfig.from_dict(stored | {"dim": 48, "head_dim": None}).dim == 48  # our own name decides
+    for dim in (48, 512):  # our own name decides, also with the default value
+        assert LMConfig.from_dict(stored | {"dim": dim, "head_dim": None, "n_heads": 4}).dim == dim
 
 
 @kinds

@@ -31,10 +31,12 @@ def test_schedule_of_a_single_step_is_the_peak():
     assert get_lr(0, 1, 0.5) == 0.5
 
 
-@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_moe": True}, {"tie_word_embeddings": False}], ids=["dense", "moe", "untied"]
+)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_every_parameter_is_in_one_group_and_only_matrices_decay(use_moe, name):
-    model = tiny(use_moe=use_moe)
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(fields, name):
+    model = tiny(**fields)
     decay = {}
     for optimizer in make_optimizers(model, name, weight_decay=0.1):
         for group in optimizer.param_groups:
@@ -45,7 +47,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(use_moe, name):
     assert set(decay) == {id(p) for p in named.values()}
     for parameter_name, parameter in named.items():
         kind, value = decay[id(parameter)]
-        decays = parameter.dim() == 2 and "embeddings" not in parameter_name
+        decays = parameter.dim() == 2 and not {"tok_embeddings", "output"} & set(parameter_name.split("."))
         assert value == (0.1 if decays else 0.0), parameter_name
         assert kind == ("Muon" if name == "muon" and decays and "gate" not in parameter_name else "AdamW")
 

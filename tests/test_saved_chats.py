@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,12 +108,19 @@ def test_two_pages_do_not_overwrite_each_other(folder):
     second = folder.load(first.id)
     second.exchanges += chat(("two", "b")).exchanges
     folder.save(second)
-    assert second.id == first.id
+    assert second.id == first.id and folder.changed(first) and not folder.changed(second)
     first.exchanges += chat(("three", "c")).exchanges
     folder.save(first)  # its file is another one by now
     assert first.id != second.id and len(folder.titles()[0]) == 2
     assert folder.load(second.id).exchanges[1].question == "two"
     assert folder.load(first.id).exchanges[1].question == "three"
+
+
+def test_saving_twice_at_the_same_time_makes_no_copy(folder):
+    saved = chat(("one", "a"))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: folder.save(saved), range(40)))
+    assert list(folder.titles()[0]) == [saved.id]
 
 
 def test_exports():

@@ -142,6 +142,22 @@ def test_gguf_of_a_mixture_of_experts(out, main, capsys):
     }  # fmt: skip
 
 
+def test_onnx(out, main, capsys):
+    main("--weights", out / "full_sft_64.pth", "--out_dir", out, "--format", "onnx")
+    assert "largest difference of logits" in capsys.readouterr().out
+    assert names(out / "full_sft_64-onnx") == {
+        "model.onnx", "README.md", "minimind.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    code = (
+        (out / "full_sft_64-onnx" / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("```python")[2]
+        .partition("```")[0]
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0 and "<s>assistant" in done.stdout, done.stderr
+
+
 def test_failures_leave_nothing(out, tmp_path, main):
     broken, good = tmp_path / "broken.pth", out / "full_sft_64.pth"
     broken.write_bytes(good.read_bytes()[:100_000])

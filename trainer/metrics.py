@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
-from model.device import peak_flops, training_flops
+from model.device import peak_flops
 from model.LMConfig import LMConfig
+from model.model import training_flops
 from trainer.distributed import DistEnv, all_reduce_sum
 from trainer.loggers import Loggers, RankLog, open_loggers
 from trainer.options import TrainOptions
@@ -141,7 +142,7 @@ class MetricsLogger:
         line["tokens_per_second"] = tokens / seconds
         line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
         if self.peak and self.active_parameters:
-            flops = training_flops(tokens, pairs, self.active_parameters, self.config.n_layers, self.config.dim)
+            flops = training_flops(self.config, self.active_parameters, tokens, pairs)
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
         line |= self._skew(steps)
         line["memory_gb"] = _memory_gb(self.device)

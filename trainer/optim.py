@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 BETAS = (0.9, 0.95)
 
@@ -33,6 +34,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "gates": [], "embeddings": [], "vectors": []}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    if isinstance(model, PreTrainedModel) and (output := model.get_output_embeddings()) is not None:
+        embeddings.add(id(output.weight))  # a row for each token, too, where it is not tied to the embedding
     for name, parameter in model.named_parameters():  # yields a tied parameter once
         if not parameter.requires_grad:
             continue

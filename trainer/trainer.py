@@ -45,6 +45,7 @@ from trainer.parallel import make_strategy
 from trainer.parallel.ddp import DDPStrategy, ParallelStrategy
 
 COUNTS = ("n_targets", "n_tokens", "attention_pairs")  # of a batch, summed over a step
+STOPPING = "stopping after this step (Ctrl-C again: at once, back to the last saved state)"
 EXPLODED = 3.0  # nats by which no healthy loss rises: every target would be 20 times less probable than before
 
 
@@ -91,7 +92,7 @@ def fit(
     with hold_run(options.out_dir, run.name) if dist_env.is_main else contextlib.nullcontext(), trainer.log:
         trainer.prepare(before_training)
         with (
-            stop_signals(announce=dist_env.is_main) as received,
+            stop_signals(STOPPING if dist_env.is_main else "") as received,
             trainer.metrics_logger,
             trainer.profiler or contextlib.nullcontext(),
         ):

@@ -5,7 +5,7 @@ export default function ({ data, parentElement }) {
   const status = parentElement.querySelector("[role=status]");
   if (status.said === undefined) status.said = data.status;  // what was there before is no news
   if (status.said !== data.status) status.textContent = status.said = data.status;
-  if (status.dataset.focus === data.focus) return;
+  if (status.dataset.focus === data.focus || matchMedia("(pointer: coarse)").matches) return;  // no keyboard over a phone's page
   status.dataset.focus = data.focus;
   const end = performance.now() + 3000;
   const focus = () => {
