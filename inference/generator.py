@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from inference.backends import Backend
 from inference.detokenizer import Detokenizer
-from inference.kv_cache import KVCache
+from inference.kv_cache import KVCache, PrefixCache
 from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.model import Transformer
@@ -107,6 +107,7 @@ class BatchGenerator:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
         self.backend = backend
+        self.prefixes: PrefixCache | None = None  # if there is one, it gets every sequence that leaves
         self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
         self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
         # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
@@ -348,7 +349,9 @@ class BatchGenerator:
     def _drop(self, ended: list[int]) -> None:
         """Remove rows (indices in ascending order); the last row fills each gap."""
         for i in reversed(ended):
-            last = len(self.rows) - 1
+            row, last = self.rows[i], len(self.rows) - 1
+            if self.prefixes is not None and self._scaling([row.factor]) is None:
+                self.prefixes.store(row.tokens[: row.cached_len], self._cache, i)
             if i < last:
                 self._cache.copy(i, self._cache, last, self.rows[last].cached_len)
                 self._counts[i], self._in_prompt[i] = self._counts[last], self._in_prompt[last]

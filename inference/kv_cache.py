@@ -81,7 +81,7 @@ class KVCache:
 
 
 class PrefixCache:
-    """Keys and values of the beginnings of earlier prompts: system messages, and the turns of a chat so far.
+    """Keys and values of earlier prompts and answers, for prompts that begin like them: system messages, chats so far.
 
     They are stored in blocks of `BLOCK` tokens. The name of a block stands for all tokens up to its end, so that it is found
     only behind the same beginning. When more than `max_bytes` are stored, what was used longest ago is dropped.
@@ -104,12 +104,12 @@ class PrefixCache:
             cache.kv[:, :, 0, :, : len(found) * BLOCK] = torch.cat([self._blocks[name] for name in found], dim=3)
         return len(found) * BLOCK
 
-    def store(self, tokens: Sequence[int], cache: KVCache) -> None:
-        """Keep the whole blocks of `tokens`, which row 0 of a cache has."""
+    def store(self, tokens: Sequence[int], cache: KVCache, row: int = 0) -> None:
+        """Keep the whole blocks of `tokens`, which a row of a cache has."""
         names = list(_names(tokens))
         for i, name in enumerate(names):
             if name not in self._blocks:
-                block = cache.kv[:, :, 0, :, i * BLOCK : (i + 1) * BLOCK].clone()
+                block = cache.kv[:, :, row, :, i * BLOCK : (i + 1) * BLOCK].clone()
                 self._blocks[name] = block
                 self.nbytes += block.nbytes
         self._use(names)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference.generator import BatchGenerator
 from inference.kernels.decode import NativeModel
-from inference.kv_cache import KVCache, PrefixCache
+from inference.kv_cache import KVCache
 
 
 class Reader:
@@ -33,15 +33,16 @@ class Reader:
         self.pads = self._kernel is None and generator.dynamic_rope_scaling is None
         self.start(())
 
-    def start(self, tokens: Sequence[int], prefixes: PrefixCache | None = None) -> int:
+    def start(self, tokens: Sequence[int], shared: bool = False) -> int:
         """Begin a text of at most `max_len` tokens; return how many of them need no reading.
 
         Args:
-            prefixes: has beginnings of earlier texts, and gets that of this one.
+            shared: take what the generator's `prefixes` have of its beginning, and store it there.
         """
         self.tokens, self.position = tokens, 0
         self._scaling = self.generator.scaling_for([len(tokens)])
-        self._prefixes = prefixes if self._scaling is None else None  # keys of other angles are of no use to others
+        # Keys of other angles are of no use to other texts.
+        self._prefixes = self.generator.prefixes if shared and self._scaling is None else None
         if self._prefixes is not None:
             self.position = self._prefixes.load(
                 tokens[:-1], self.cache

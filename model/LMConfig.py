@@ -208,6 +208,12 @@ class LMConfig(Architecture, PreTrainedConfig):
             names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "norm_top1_prob"]
         return {"use_moe": self.use_moe} | {name: getattr(self, name) for name in names}
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what `to_dict` returned: where a size is there under both names, ours counts."""
+        given = {name: value for name, value in config_dict.items() if cls.attribute_map.get(name) not in config_dict}
+        return super().from_dict(given, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary, in which libraries (peft) find its sizes under their names too."""
         return super().to_dict() | {theirs: getattr(self, ours) for theirs, ours in self.attribute_map.items()}

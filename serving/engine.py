@@ -109,7 +109,7 @@ class Engine:
             max_queue: sequences and requests with texts that may wait while all rows are taken.
             read_tokens: tokens of prompts and texts that are read between two steps of running answers, or one for each of
                 these if they are more; None: a default for the device.
-            prefix_bytes: memory for the beginnings of prompts that later ones may share.
+            prefix_bytes: memory for prompts and answers with which later prompts may begin.
         """
         if max_queue < 1:
             raise ValueError(f"--max_queue {max_queue} must be at least 1")
@@ -127,8 +127,7 @@ class Engine:
         self._text: TextReading | None = None  # the one that is being read
         self._next_key = 0
         self.failed = False
-        self._max_prefix_bytes = prefix_bytes
-        self._prefixes: PrefixCache | None = None
+        self._prefix_bytes = prefix_bytes
         self.generator: BatchGenerator | None = None
         made: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(made,), name="engine", daemon=True)
@@ -153,8 +152,8 @@ class Engine:
     @property
     def prefix_bytes(self) -> int:
         """Return the size of the prefix cache."""
-        prefixes = self._prefixes
-        return 0 if prefixes is None else prefixes.nbytes
+        generator = self.generator
+        return 0 if generator is None or generator.prefixes is None else generator.prefixes.nbytes
 
     @property
     def waiting(self) -> int:
@@ -268,8 +267,8 @@ class Engine:
 
     def _build(self) -> None:
         self.generator = self._make_generator()
+        self.generator.prefixes = PrefixCache(self._prefix_bytes) if self._prefix_bytes else None
         self._prompt_reader, self._text_reader = Reader(self.generator), Reader(self.generator)
-        self._prefixes = PrefixCache(self._max_prefix_bytes) if self._max_prefix_bytes else None
 
     def _step(self) -> bool:
         """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
@@ -342,7 +341,7 @@ class Engine:
         self._remove_waiting(set(owners))
         self._fail(owners, EngineFailed(COMPUTATION_FAILED))
         # The memory must be free before it is allocated again.
-        self.generator = self._prefixes = None
+        self.generator = None
         del self._prompt_reader, self._text_reader
         gc.collect()
         torch.cuda.empty_cache()
@@ -358,7 +357,7 @@ class Engine:
                 self._running[item.key] = item
                 self.statistics.on_joined(item.joined - item.submitted)
                 self.statistics.prompt_tokens += len(item.prompt)
-                self.statistics.cached_tokens += self._prompt_reader.start(item.prompt, self._prefixes)
+                self.statistics.cached_tokens += self._prompt_reader.start(item.prompt, shared=True)
         return self._joining is not None
 
     def _read_prompt(self, generator: BatchGenerator, limit: int) -> int:

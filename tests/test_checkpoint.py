@@ -130,7 +130,9 @@ def test_a_state_cannot_run_code(tmp_path):
     (state / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(pickle.UnpicklingError, match="exec does not belong there"):
         tensor_layout(state)
-    with pytest.raises(AssertionError, match="exec does not belong there"):
+    with pytest.raises(
+        AssertionError, match="exec does not belong there|metadata is None"
+    ):  # torch 2.11 gives no reason
         load_tensors(state, {"model/w": torch.zeros(200)})
     assert not (tmp_path / "ran").exists()
 

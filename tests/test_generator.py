@@ -146,17 +146,17 @@ def readers(kind: str) -> Iterator[tuple[Transformer, BatchGenerator]]:
         yield model, BatchGenerator(model, 3, eos_id=None, backend=backend)
 
 
-def read(reader: Reader, prompt: list[int], sizes: Sequence[int], prefixes: PrefixCache | None = None):
+def read(reader: Reader, prompt: list[int], sizes: Sequence[int], shared: bool = False):
     """(tokens that were stored, hidden states, logits) of all parts."""
-    stored, sizes, parts = reader.start(prompt, prefixes), itertools.cycle(sizes), []
+    stored, sizes, parts = reader.start(prompt, shared), itertools.cycle(sizes), []
     while reader.left:
         size = min(next(sizes), reader.left)
         parts.append(reader.read(size, logits_to_keep=size))
     return stored, *map(torch.cat, zip(*parts, strict=True))
 
 
-def answer_of(generator: BatchGenerator, reader: Reader, prompt: list[int], logits: torch.Tensor) -> list[int]:
-    outputs = generator.join(prompt, SamplingParams(max_new_tokens=8), 1, reader.cache, logits[-1:])
+def answer_of(generator: BatchGenerator, reader: Reader, prompt: list[int], logits: torch.Tensor, n=8) -> list[int]:
+    outputs = generator.join(prompt, SamplingParams(max_new_tokens=n), 1, reader.cache, logits[-1:])
     while generator.rows:
         outputs += generator.step()
     return [output.token for output in outputs]
@@ -182,7 +182,8 @@ def test_prompts_read_in_parts(kind, sizes):
 def test_a_prefix_cache_changes_no_answer(kind):
     first, other = make_prompts(70, 70)
     for model, generator in readers(kind):
-        reader, prefixes = Reader(generator), PrefixCache(10**7)
+        reader, generator.prefixes = Reader(generator), PrefixCache(10**7)
+        answer = recompute(model, first, 30)
         for prompt, expected in (
             (first, 0),
             (first, 64),
@@ -190,15 +191,17 @@ def test_a_prefix_cache_changes_no_answer(kind):
             (first[:40] + other[:50], 32),
             (other[:1] + first, 0),  # the same tokens elsewhere
             (first[:32] + other[:50], 32),
+            (first + answer + other[:5], 96),  # the next turn, when the answer is stored too
         ):
-            stored, _, logits = read(reader, prompt, (50,), prefixes)
+            stored, _, logits = read(reader, prompt, (50,), shared=True)
             assert stored == expected
             kept = reader.cache.kv[:, :, 0, :, : len(prompt)].clone()
             _, _, plain = read(reader, prompt, (50,))
             if generator.backend is not None:  # the kernel sums every token's numbers in the same order in every batch
                 assert torch.equal(logits, plain[stored:])
                 assert torch.equal(kept, reader.cache.kv[:, :, 0, :, : len(prompt)])
-            assert answer_of(generator, reader, prompt, logits) == recompute(model, prompt, 8)
+            n = 30 if prompt == first else 8
+            assert answer_of(generator, reader, prompt, logits, n) == recompute(model, prompt, n)
 
 
 def test_a_prefix_cache_is_bounded_and_forgets_the_oldest():
@@ -219,15 +222,15 @@ def test_scaled_positions_are_read_in_parts_too():
     (prompt,) = make_prompts(60)
     model = make(max_seq_len=40)
     model.dynamic_rope_scaling = model.config.dynamic_rope_scaling("yarn", None, 64)
-    generator, prefixes = BatchGenerator(model, 1, 64, eos_id=None), PrefixCache(10**7)
-    reader = Reader(generator)
+    generator = BatchGenerator(model, 1, 64, eos_id=None)
+    reader, generator.prefixes = Reader(generator), PrefixCache(10**7)
     for text, in_cache in (
         (prompt, 0),
         (prompt, 0),
         (prompt[:40], 0),
         (prompt[:40], 32),
     ):  # only unscaled ones are kept
-        stored, _, logits = read(reader, text, (7,), prefixes)
+        stored, _, logits = read(reader, text, (7,), shared=True)
         with torch.no_grad():
             expected = model(torch.tensor([text]), rope_scaling=generator.scaling_for([len(text)])).logits[0, stored:]
         assert stored == in_cache

@@ -687,7 +687,8 @@ def test_sizes_under_the_names_of_hugging_face():
     stored = config.to_dict()
     assert (stored["hidden_size"], stored["num_hidden_layers"], stored["num_attention_heads"]) == (96, 3, 6)
     assert LMConfig.from_dict(stored).own_fields() == config.own_fields()
-    assert LMConfig.from_dict(stored | {"dim": 48, "head_dim": None}).dim == 48  # our own name decides
+    for dim in (48, 512):  # our own name decides, also with the default value
+        assert LMConfig.from_dict(stored | {"dim": dim, "head_dim": None, "n_heads": 4}).dim == dim
 
 
 @kinds

@@ -296,24 +296,26 @@ def test_chats_survive_a_reload(out, tmp_path, open_page):
     page.slider(key="top_k").set_value(3).run()
     assert exchanges(page) == exchanges(again) and exchanges(page) is not exchanges(again)
 
-    # With the model it was written with, although there is a newer one.
-    other = ask(open_page("--out_dir", out, *GREEDY, "--weights", out / "pretrain_64.pth"), "once")
-    other = open_page("--out_dir", out, *GREEDY, chat=other.session_state["conversation"].id)
-    assert other.selectbox(key="model").value == str(out / "pretrain_64.pth") and exchanges(other)[0].continues
-    other.selectbox(key="model").set_value(str(out / "rl_64.pth")).run()
-    assert ask(other, "twice").session_state["conversation"].exchanges[1].model_name == "rl_64.pth"
-
     # Renamed, opened from the list, exported, deleted.
+    ask(page, "from another tab")
     again.text_input(key=f"title_{id}").set_value("../<b>My chat").run()
     page = open_page(*flags, chat="../../rl_64")
     assert exchanges(page) == [] and page.selectbox(key="chat").options[0] == "../<b>My chat"
     page.selectbox(key="chat").set_value(id).run()
-    assert [exchange.question for exchange in exchanges(page)] == ["你好", "and?", "more"]
+    assert [exchange.question for exchange in exchanges(page)] == ["你好", "and?", "more", "from another tab"]
     assert [button.label for button in page.get("download_button")] == [EN["export_md"], EN["export_jsonl"]]
     assert sorted(path.suffix for path in (tmp_path / "chats").iterdir()) == [".json", ".json"]
     page.button(key="delete_chat").click().run()
     assert exchanges(page) == [] and "chat" not in page.query_params
     assert [path.stem for path in (tmp_path / "chats").iterdir()] == [whole.session_state["conversation"].id]
+
+
+def test_a_chat_comes_back_with_its_model(out, open_page):
+    page = ask(open_page("--out_dir", out, *GREEDY, "--weights", out / "pretrain_64.pth"), "once")
+    page = open_page("--out_dir", out, *GREEDY, chat=page.session_state["conversation"].id)
+    assert page.selectbox(key="model").value == str(out / "pretrain_64.pth") and exchanges(page)[0].continues
+    page.selectbox(key="model").set_value(str(out / "rl_64.pth")).run()
+    assert exchanges(ask(page, "twice"))[1].model_name == "rl_64.pth"
 
 
 def test_damaged_chats_are_named_and_what_cannot_be_saved_too(out, tmp_path, open_page):

@@ -44,6 +44,14 @@ def save(folder: ChatFolder, conversation: Conversation) -> None:
         st.session_state.problem = f"{folder.folder}: {error}"
 
 
+def current_chat(folder: ChatFolder) -> Conversation:
+    """Return the chat that the page shows; read it again if another tab has changed it, and nothing here is unsaved."""
+    shown: Conversation = st.session_state.conversation
+    if folder.changed(shown) and not shown.running and not st.session_state.get("problem"):
+        open_chat(folder, shown.id)
+    return st.session_state.conversation
+
+
 def choose_chat(folder: ChatFolder, texts: Texts) -> Conversation:
     """Show the choice of chats, what can be done with the chosen one, and what is wrong; return that one.
 
@@ -53,10 +61,7 @@ def choose_chat(folder: ChatFolder, texts: Texts) -> Conversation:
     if "conversation" not in st.session_state:
         asked = st.query_params.get("chat")
         open_chat(folder, asked if asked in titles else None)
-    shown: Conversation = st.session_state.conversation
-    if shown.id in titles and folder.changed(shown) and not shown.running:  # in another tab
-        open_chat(folder, shown.id)
-    conversation: Conversation = st.session_state.conversation
+    conversation = current_chat(folder)
     saved = st.session_state.chat = conversation.id if conversation.id in titles else None
     st.selectbox(
         texts("chat"), list(titles), key="chat", format_func=lambda id: titles.get(id, id), placeholder=texts("new_chat"),
@@ -82,8 +87,9 @@ def manage_chat(folder: ChatFolder, conversation: Conversation, texts: Texts) ->
     id = conversation.id
 
     def rename() -> None:
-        conversation.title = st.session_state[f"title_{id}"]
-        save(folder, conversation)
+        chat = current_chat(folder)
+        chat.title = st.session_state[f"title_{id}"]
+        save(folder, chat)
 
     def delete() -> None:
         conversation.stop()
