@@ -48,7 +48,6 @@ READ_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as
 IDLE_TOKENS = {"cpu": 128, "gpu": 2048}  # read at a time while no answer is running; a new request waits that long
 ATTENTION = 512  # a token behind this many others counts twice, behind twice as many three times: it attends to them
 MAX_TOGETHER = 64  # texts that are read in one pass
-ERRORS = (RuntimeError, MemoryError)  # from PyTorch: out of memory, a broken device
 
 SHUTTING_DOWN = "the server is shutting down"
 STOPPED = "the engine failed and the server is shutting down: its log says why"
@@ -286,7 +285,7 @@ class Engine:
         failed = False
         try:
             self._compute()
-        except ERRORS:
+        except Exception:
             log.error("a step failed; its requests are dropped\n%s", traceback.format_exc())
             failed = True
         if failed:  # and the exception is gone, whose traceback holds the generator
@@ -345,6 +344,8 @@ class Engine:
         del self._prompt_reader, self._text_reader
         gc.collect()
         torch.cuda.empty_cache()
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()
         self._build()
 
     def _next_prompt(self, generator: BatchGenerator) -> bool:
@@ -368,7 +369,7 @@ class Engine:
         last = n == reader.left
         try:
             _, logits = reader.read(n, logits_to_keep=int(last))
-        except ERRORS:
+        except Exception:
             self._reading_failed(item.owner)
             return cost
         if last:
@@ -403,7 +404,7 @@ class Engine:
                 found = [reader.read(n, logits_to_keep=0 if text.top is None else n)]
             for one, (hidden, logits) in zip(together, found, strict=True):
                 one.add(hidden, logits)
-        except ERRORS:
+        except Exception:
             self._reading_failed(text.owner)
             return cost
         self.statistics.prompt_tokens += n
