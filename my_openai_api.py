@@ -55,7 +55,7 @@ class Options:
         None, "tokens of prompts and texts that are read between two steps of running answers (default: "
         "8 on a CPU, otherwise 256)", min=1, metavar="TOKENS",
     )  # fmt: skip
-    prefix_cache_mb: int = flag(256, "memory for beginnings that prompts share; 0: none", min=0, metavar="MB")
+    prefix_cache_mb: int = flag(256, "memory for prefixes that prompts share; 0: none", min=0, metavar="MB")
     timeout_keep_alive: int = flag(
         15, "time in which a connection must send the head of a request", min=1, metavar="SECONDS"
     )

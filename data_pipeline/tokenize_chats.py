@@ -18,7 +18,7 @@ from data_pipeline.readers import Block
 from data_pipeline.records import CHAT_COLUMNS, Preference, WrongStage, check_columns, parse_conversation
 from data_pipeline.text_files import BadLine
 from data_pipeline.tokenize import MAX_DROPPED, EncodedBlock, TokenizedDataset, cached_dataset
-from model.chat_format import ANSWER_ROLE, Message, PromptTooLong, TruncatedChat, truncate_chat
+from model.chat_format import ANSWER_ROLE, Message, PromptTooLong, TruncatedChat, chat_style, truncate_chat
 from model.tokenizer import EOS_ID, encode_texts
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def tokenize_chat_data(
     """
     if max_tokens < 2:
         raise UserError(f"a dialogue of {max_tokens} token(s) has nothing to train on; allow more")
+    chat_style(tokenizer)  # a template that is unknown is not the fault of the rows
     for path in paths:
         check_columns(path, CHAT_COLUMNS)
     encode = functools.partial(_encode_chats, tokenizer=tokenizer, max_tokens=max_tokens)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from common.errors import UserError
 from evaluation.ceval import Question, answer_texts, chat_prompt, plain_prompt
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
-from model.chat_format import CHAT_TEMPLATE, render_chat
+from model.chat_format import CHAT_TEMPLATE, chat_style, render_chat
 from model.device import resolve_dtype
 from model.tokenizer import BOS_ID, encode_text, encode_texts
 from model.weights import dtype_name
@@ -45,7 +45,7 @@ class EvaluatedModel:
         lengths = [float(len(answer.encode())) for answer in answers]
         if self.is_minimind and not isinstance(prompt, str):
             ids, _ = render_chat(self.tokenizer, prompt, add_generation_prompt=True)
-            n_header = 1 + len(encode_text(self.tokenizer, "user\n"))
+            n_header = len(chat_style(self.tokenizer).default_system) + 1 + len(encode_text(self.tokenizer, "user\n"))
             return MultipleChoice(ids, encode_texts(self.tokenizer, answers), lengths), n_header
         is_chat = not isinstance(prompt, str)
         if is_chat:

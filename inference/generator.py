@@ -198,13 +198,12 @@ class BatchGenerator:
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
-            output_hidden_states=ragged,
             rope_scaling=scaling,
         )
         if not ragged:
             return out.logits[:, -1]
         last = torch.tensor(lengths, device=self.device) - 1
-        hidden = out.hidden_states[-1][torch.arange(len(ids), device=self.device), last]
+        hidden = out.last_hidden_state[torch.arange(len(ids), device=self.device), last]
         return self.model.get_output_embeddings()(hidden)
 
     @torch.inference_mode()

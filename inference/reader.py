@@ -21,7 +21,7 @@ from inference.kv_cache import KVCache
 
 
 class Reader:
-    """Reads one text after the other into a cache of its own, as a `BatchGenerator` would read it."""
+    """Read one text after the other into a cache of its own, as a `BatchGenerator` would read it."""
 
     def __init__(self, generator: BatchGenerator) -> None:
         weight = generator.model.tok_embeddings.weight
@@ -72,10 +72,9 @@ class Reader:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=max(logits_to_keep, 1),  # 0 would be all
-                output_hidden_states=True,
                 rope_scaling=self._scaling,
             )
-            hidden, logits = out.hidden_states[-1][0], out.logits[0, len(out.logits[0]) - logits_to_keep :]
+            hidden, logits = out.last_hidden_state[0], out.logits[0, len(out.logits[0]) - logits_to_keep :]
         self.position += n
         if self._prefixes is not None and not self.left:
             self._prefixes.store(self.tokens, self.cache)
@@ -87,6 +86,6 @@ class Reader:
         lengths = [len(text) for text in texts]
         # Padded on the right, where causal attention never looks.
         ids = torch.tensor([[*text, *[0] * (max(lengths) - len(text))] for text in texts], device=self.device)
-        out = self.model(input_ids=ids, use_cache=False, logits_to_keep=0 if logits else 1, output_hidden_states=True)
-        rows = zip(out.hidden_states[-1], out.logits, lengths, strict=True)
+        out = self.model(input_ids=ids, use_cache=False, logits_to_keep=0 if logits else 1)
+        rows = zip(out.last_hidden_state, out.logits, lengths, strict=True)
         return [(hidden[:length], found[: length if logits else 0]) for hidden, found, length in rows]

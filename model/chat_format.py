@@ -3,20 +3,20 @@
     ids, loss_mask = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
     prompt = truncate_chat(tokenizer, [*dialogue, {"role": "user", "content": "and now?"}], max_tokens=512).ids
 
-A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. (The
-tokenizers of later MiniMinds call the same ids <|im_start|> and <|im_end|>; their system message is written like any
-other.) Data readers, training, the server and the web page all use this module, which imports neither torch nor
-transformers.
+A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. The tokenizers of
+later MiniMinds differ a little: see `ChatStyle`. Data readers, training, the server and the web page all use this module,
+which imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import UserError
-from model.tokenizer import BOS_ID, EOS_ID, check_unicode, encode_texts, is_chatml
+from model.tokenizer import BOS_ID, EOS_ID, check_unicode, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ FOLLOWED_BY: dict[str, tuple[str, ...]] = {
     "assistant": ("user", END),
 }
 ROLES = tuple(role for role in FOLLOWED_BY if role != START)
-BARE_ROLE = "system"  # its text stands alone, without <s>, header and </s> (not in ChatML)
+SYSTEM_ROLE = "system"  # its text stands alone, without <s>, header and </s>, unless `ChatStyle.system_header`
 TURN_ROLE = "user"  # a turn is a message of this role and all that follow, up to the next one
 ANSWER_ROLE = "assistant"  # what the model writes: the content of these messages is trained on
 
@@ -50,6 +50,23 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt and turns and turns[-1]['role'] == 'user' %}{{ '<s>assistant\\n' }}{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class ChatStyle:
+    """What differs between the chat templates of the published tokenizers.
+
+    Attributes:
+        system_header: the system message is written with <s>, header and </s> like any other.
+        default_system: token ids of the system message that is written in front of a chat without one; perhaps none.
+        answer_header: token ids in front of an answer; a template may write more than the role, as an empty <think>.
+        generation_prompt: token ids in front of the answer that is asked for.
+    """
+
+    system_header: bool
+    default_system: tuple[int, ...]
+    answer_header: tuple[int, ...]
+    generation_prompt: tuple[int, ...]
 
 
 class PromptTooLong(UserError):
@@ -101,8 +118,9 @@ def render_chat(
 
     Each piece is encoded alone. So the mask is exact, the content of a message cannot pose as a control token, and an
     answer has the same ids in training as the model has to produce when it is asked. These are also the ids of
-    `tokenizer.apply_chat_template`, with one exception beside literal control tokens: where an answer begins with a
-    blank line, the template merges the line end of the header with it ("\\n\\n" is one token).
+    `tokenizer.apply_chat_template`, with two exceptions beside literal control tokens: where an answer begins with a
+    blank line, the template merges the line end of the header with it ("\\n\\n" is one token) or leaves it out, and
+    MiniMind-3's takes what an answer has in <think> as its thinking.
 
     Args:
         add_generation_prompt: end with the header of the next answer (not if the chat ends with an answer).
@@ -125,7 +143,7 @@ class TruncatedChat:
         answer_start: index in `ids` where the last answer begins, or will begin.
         messages: the messages that are left.
         dropped_turns: how many of the oldest turns were left out.
-        dropped_system: the system message was left out.
+        dropped_system: the system message was left out, or that of the template.
         answer_cut: the last answer does not end in `</s>`, because it was cut.
     """
 
@@ -152,7 +170,7 @@ def truncate_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message], m
     answered = messages[-1]["role"] == ANSWER_ROLE
     system, turns = split_turns(messages)
     rendered = iter(_render_messages(tokenizer, messages, add_generation_prompt=True))
-    system_ids = [token for _ in system for token in next(rendered).prefix]
+    system_ids = next(rendered).prefix
     *older, last = [[next(rendered) for _ in turn] for turn in turns]
     last += rendered  # the header of the next answer
     last_ids, last_mask = _join(last)
@@ -163,10 +181,11 @@ def truncate_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message], m
     n_question = prompt_len if answered else len(system_ids) + prompt_len
     limit = max_tokens - 1 if answered else max_tokens
     if n_question > limit:
-        what = "the last question has" if answered or not system else "the system message and the last question have"
+        both = system_ids and not answered
+        what = "the system message and the last question have" if both else "the last question has"
         raise PromptTooLong(f"{what} {n_question} tokens, and {limit} is the limit: shorten it")
     room = max_tokens - needed
-    dropped_system = bool(system) and len(system_ids) > room
+    dropped_system = bool(system or system_ids) and len(system_ids) > room
     if dropped_system:
         system, system_ids = [], []
     room -= len(system_ids)
@@ -202,23 +221,28 @@ class _Rendered(NamedTuple):
 def _render_messages(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], add_generation_prompt: bool
 ) -> list[_Rendered]:
-    """Render each message of a valid chat, and the header of the next answer if it is asked for and one may follow."""
-    bare_role = None if is_chatml(tokenizer) else BARE_ROLE
-    texts = ["\n", f"{ANSWER_ROLE}\n"]
+    """Render the system message of a valid chat (or what stands in its place, perhaps nothing), each other message, and
+    the header of the next answer if it is asked for and one may follow.
+    """
+    style = chat_style(tokenizer)
+    bare_roles = (ANSWER_ROLE,) if style.system_header else (ANSWER_ROLE, SYSTEM_ROLE)
+    texts = ["\n"]
     for message in messages:  # the content of an answer is encoded alone, without its header
-        alone = message["role"] in (bare_role, ANSWER_ROLE)
-        texts.append(message["content"] if alone else f"{message['role']}\n{message['content']}")
-    newline, header, *encoded = encode_texts(tokenizer, texts)
+        bare = message["role"] in bare_roles
+        texts.append(message["content"] if bare else f"{message['role']}\n{message['content']}")
+    newline, *encoded = encode_texts(tokenizer, texts)
     rendered = []
+    if messages[0]["role"] != SYSTEM_ROLE:
+        rendered.append(_Rendered([*style.default_system], [], []))
     for message, ids in zip(messages, encoded, strict=True):
-        if message["role"] == bare_role:
+        if message["role"] == ANSWER_ROLE:
+            rendered.append(_Rendered([*style.answer_header], [*ids, EOS_ID], newline))
+        elif message["role"] in bare_roles:
             rendered.append(_Rendered(ids, [], []))
-        elif message["role"] == ANSWER_ROLE:
-            rendered.append(_Rendered([BOS_ID, *header], [*ids, EOS_ID], newline))
         else:
             rendered.append(_Rendered([BOS_ID, *ids, EOS_ID, *newline], [], []))
     if add_generation_prompt and ANSWER_ROLE in FOLLOWED_BY[messages[-1]["role"]]:
-        rendered.append(_Rendered([BOS_ID, *header], [], []))
+        rendered.append(_Rendered([*style.generation_prompt], [], []))
     return rendered
 
 
@@ -229,3 +253,66 @@ def _join(rendered: list[_Rendered]) -> tuple[list[int], list[bool]]:
         ids += prefix + answer + suffix
         loss_mask += [False] * len(prefix) + [True] * len(answer) + [False] * len(suffix)
     return ids, loss_mask
+
+
+_styles: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ChatStyle]] = weakref.WeakKeyDictionary()
+
+
+def chat_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
+    """Return the style of the tokenizer's chat template, found out once by rendering a few chats with it.
+
+    Raises UserError if the template writes anything that `render_chat` would not.
+    """
+    template, style = _styles.get(tokenizer, (None, None))
+    if style is None or template != tokenizer.chat_template:
+        try:
+            style = _read_style(tokenizer)
+        except Exception as error:  # the template is a program: it can raise anything
+            raise UserError(
+                f"the chat template in {tokenizer.name_or_path or 'the tokenizer'} is not one that this toolkit can "
+                f"render ({str(error):.300}); use the tokenizer of a MiniMind"
+            ) from error
+        _styles[tokenizer] = tokenizer.chat_template, style
+    return style
+
+
+# White space at their ends tells whether a template removes it. (MiniMind-3's does, but only line ends before answers.)
+_PROBES = {"system": "\n SYSTEM-7301 \n", "user": "\n USER-7302 \n", "assistant": " ASSISTANT-7303 \n"}
+
+
+def _read_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
+    """Read the style off short chats; raise an exception if longer ones are not written in the same way."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+
+    def render(*roles: str) -> str:
+        messages = [{"role": role, "content": _PROBES[role]} for role in roles]
+        prompt = roles[-1] != ANSWER_ROLE
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+
+    def split(text: str, separator: str, n: int) -> list[str]:
+        parts = text.split(separator)
+        if len(parts) != n:
+            raise ValueError(f"in {text!r}, {separator!r} occurs {len(parts) - 1} times instead of {n - 1}")
+        return parts
+
+    header = f"{bos}{ANSWER_ROLE}\n"
+    question = f"{bos}user\n{_PROBES['user']}{eos}\n{header}"
+    answer = f"{_PROBES['assistant']}{eos}\n"
+    default, prompt = split(render("user"), question, 2)
+    system = split(render("system", "user"), question, 2)[0]
+    before_answer = split(split(render("user", "assistant", "user"), question, 3)[1], answer, 2)[0]
+    with_header = f"{bos}system\n{_PROBES['system']}{eos}\n"
+
+    if system not in (_PROBES["system"], with_header):
+        raise ValueError(f"the system message is written as {system!r}")
+    turn = question + before_answer + answer
+    for roles, expected in (
+        (("user", "assistant"), default + turn),
+        (("system", "user", "assistant", "user", "assistant", "user"), system + turn + turn + question + prompt),
+    ):
+        if render(*roles) != expected:
+            raise ValueError(f"{', '.join(roles)}: {render(*roles)!r} instead of {expected!r}")
+    texts = [default, header + before_answer, header + prompt]
+    # These are the template's own texts: what is a control token in them becomes one.
+    ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    return ChatStyle(system == with_header, *ids)

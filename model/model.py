@@ -238,10 +238,13 @@ class Transformer(PreTrainedModel, GenerationMixin):
             metadata.attentions = []
         if use_cache and past_key_values is None and metadata.cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.dropout(x)
         hidden_states, routings = [], []
         for layer in self.layers:
-            hidden_states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
             x, routing = layer(x, metadata, past_key_values=past_key_values)
             routings.append(routing)
         x = self.norm(x)
@@ -257,8 +260,6 @@ class Transformer(PreTrainedModel, GenerationMixin):
             if self.config.use_moe and self.config.aux_loss_alpha:
                 aux_loss = self._balance_loss_sum(routings, metadata, targets) / n_targets
                 loss = loss + aux_loss if self.training else loss
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         output = TransformerOutput(
             loss=loss,
             aux_loss=aux_loss,

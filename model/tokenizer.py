@@ -57,7 +57,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = 
     """Raise UserError unless <unk>, <s>, </s> (or those of `CHATML`) are the ids 0, 1, 2, have their roles, and a chat
     format is there.
     """
-    unk, bos, eos = CHATML if is_chatml(tokenizer) else (UNK, BOS, EOS)
+    unk, bos, eos = CHATML if tokenizer.bos_token == CHATML[1] else (UNK, BOS, EOS)
     expected = {unk: UNK_ID, bos: BOS_ID, eos: EOS_ID}
     vocab = tokenizer.get_vocab()
     found = {token: vocab.get(token) for token in expected}
@@ -68,11 +68,6 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = 
         raise UserError(f"{path}: the special tokens have the roles {roles}; correct its tokenizer_config.json")
     if not tokenizer.chat_template:
         raise UserError(f"{path}: no chat_template; copy the whole tokenizer folder again")
-
-
-def is_chatml(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether these are the special tokens of ChatML, in which the system message has a header too."""
-    return tokenizer.bos_token == CHATML[1]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -88,6 +83,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Return the token ids of `text`, nothing added. A literal "<s>" in it is text and never becomes id 1.
+
+    The same is true of every other added token, special or not.
 
     Raises UserError for text that is not Unicode (half of a surrogate pair).
     """
@@ -116,7 +113,8 @@ def check_unicode(text: str, name: str) -> None:
 
 
 # The setting "special tokens are text" belongs to a backend and would be seen by every other user of the tokenizer, so
-# encode_text has its own copy of the backend. It is dropped together with its tokenizer.
+# encode_text has its own copy of the backend, in which all added tokens are special. It is dropped together with its
+# tokenizer.
 _encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Tokenizer] = weakref.WeakKeyDictionary()
 _encoders_lock = threading.Lock()
 
@@ -127,7 +125,10 @@ def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     with _encoders_lock:
         encoder = _encoders.get(tokenizer)
         if encoder is None or encoder.get_vocab_size() != len(tokenizer):
-            encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            content = json.loads(tokenizer.backend_tokenizer.to_str())
+            for token in content["added_tokens"]:
+                token["special"] = True  # MiniMind-3's <think> is not
+            encoder = Tokenizer.from_str(json.dumps(content))
             encoder.encode_special_tokens = True
             encoder.no_truncation()
             encoder.no_padding()

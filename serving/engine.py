@@ -48,7 +48,6 @@ READ_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as
 IDLE_TOKENS = {"cpu": 128, "gpu": 2048}  # read at a time while no answer is running; a new request waits that long
 ATTENTION = 512  # a token behind this many others counts twice, behind twice as many three times: it attends to them
 MAX_TOGETHER = 64  # texts that are read in one pass
-ERRORS = (RuntimeError, MemoryError)  # from PyTorch: out of memory, a broken device
 
 SHUTTING_DOWN = "the server is shutting down"
 STOPPED = "the engine failed and the server is shutting down: its log says why"
@@ -287,7 +286,7 @@ class Engine:
         failed = False
         try:
             self._compute()
-        except ERRORS:
+        except Exception:
             log.error("a step failed; its requests are dropped\n%s", traceback.format_exc())
             failed = True
         if failed:  # and the exception is gone, whose traceback holds the generator
@@ -323,9 +322,8 @@ class Engine:
         budget = max(self.read_tokens, 2 * answering) if answering else self.idle_tokens
         while budget > 0:
             joining = self._next_prompt(generator)
-            reading = (
-                len(generator.rows) == answering and self._next_text()
-            )  # not before the next token of a new answer
+            # Texts wait for the next token of an answer that has begun in this step.
+            reading = len(generator.rows) == answering and self._next_text()
             share = max(budget // 2, 1) if joining and reading else budget
             if joining:
                 budget -= self._read_prompt(generator, share)
@@ -347,6 +345,8 @@ class Engine:
         del self._prompt_reader, self._text_reader
         gc.collect()
         torch.cuda.empty_cache()
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()
         self._build()
 
     def _next_prompt(self, generator: BatchGenerator) -> bool:
@@ -370,7 +370,7 @@ class Engine:
         last = n == reader.left
         try:
             _, logits = reader.read(n, logits_to_keep=int(last))
-        except ERRORS:
+        except Exception:
             self._reading_failed(item.owner)
             return cost
         if last:
@@ -406,7 +406,7 @@ class Engine:
                 found = [reader.read(n, logits_to_keep=0 if text.top is None else n)]
             for one, (hidden, logits) in zip(together, found, strict=True):
                 one.add(hidden, logits)
-        except ERRORS:
+        except Exception:
             self._reading_failed(text.owner)
             return cost
         self.statistics.prompt_tokens += n

@@ -31,7 +31,7 @@ class Metrics:
             "minimind_requests", "HTTP requests by path and status", ["path", "status"], registry=self.registry
         )
         statistics = engine.statistics
-        statistics.on_joined = self._histogram("queue", "Time that sequences waited for a row", BUCKETS)
+        statistics.on_joined = self._histogram("queue", "Time in the queue", BUCKETS)
         statistics.on_first_token = self._histogram("time_to_first_token", "Time until the first token", BUCKETS)
         statistics.on_next_token = self._histogram("inter_token", "Time between two tokens of an answer", SHORT_BUCKETS)
         self.registry.register(self)

@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit and sig == signal.SIGINT:  # there is nothing to save
-            os.write(2, b"ended at once\n")
+            os.write(2, b"stopped immediately\n")
             os._exit(128 + sig)
         self.engine.start_draining()
         super().handle_exit(sig, frame)

@@ -317,3 +317,21 @@ def test_a_stopped_process_is_named_where_none_is_behind(monkeypatch):
     watchdog._store.set("1", json.dumps([1, "waiting for rank 0", "elsewhere", 7, 5]))
     assert "1 of 2 processes did not respond" in watchdog._report()
     assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in watchdog._report()
+
+
+def test_a_stopped_process_is_named_while_the_others_may_take_any_time(monkeypatch):
+    """Rank 1 was stopped while rank 0 read data: rank 0 would wait for it forever."""
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
+    reported = []
+    monkeypatch.setattr("trainer.watchdog.fail", lambda text: reported.append(text) or watchdog._stopped.set())
+    watchdog = Watchdog(0, 3, timeout=1.0, attempt=0)
+    watchdog._store.set("1", json.dumps([1, "waiting for rank 0", "elsewhere", 7, 5]))
+    with watchdog.suspend("reading data"):
+        watchdog.start()
+        for i in range(100):  # rank 2 lives
+            watchdog._store.set("2", json.dumps([1, "waiting for rank 0", "elsewhere", 8, i]))
+            if watchdog._stopped.wait(0.05):
+                break
+    watchdog.stop()
+    assert "1 of 3 processes did not respond within --timeout 1 seconds" in reported[0]
+    assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in reported[0]

@@ -23,11 +23,10 @@ from transformers import (
 
 from export.huggingface import read_folder, write_llama, write_minimind
 from export.self_check import compare_folder
-from model.chat_format import render_chat
 from model.lora import add_adapter, merge
 from model.model import Transformer
 from model.rope import RopeScaling, rope_tables, scaled_frequencies
-from model.tokenizer import BOS_ID, EOS_ID, TOKENIZER_DIR, load_tokenizer
+from model.tokenizer import TOKENIZER_DIR
 from model.weights import load_checkpoint, save_checkpoint
 
 VOCAB = 61
@@ -331,35 +330,3 @@ def test_their_yarn(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_folder(authors_folder(tmp_path / "x", published(other), scaled | change))
-
-
-# ---- their tokenizer
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def test_the_special_tokens_of_chatml(tmp_path):
-    """The same ids under other names; the system message has a header like any other."""
-    names = {"<unk>": "<|endoftext|>", "<s>": "<|im_start|>", "</s>": "<|im_end|>"}
-    content = json.loads((TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8"))
-    for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    content["model"]["vocab"] = {names.get(token, token): i for token, i in content["model"]["vocab"].items()}
-    settings = json.loads((TOKENIZER_DIR / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings = {name: names.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
-    for name, value in (("tokenizer.json", content), ("tokenizer_config.json", settings | {"chat_template": CHATML})):
-        (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
-    tokenizer = load_tokenizer(tmp_path)
-    chat = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好 <|im_end|>"},
-        {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And?"},
-    ]  # fmt: skip
-    ids, _ = render_chat(tokenizer, chat, add_generation_prompt=True)
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert ids.count(BOS_ID) == 5 and ids.count(EOS_ID) == 4  # the literal one is text
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
-    with pytest.raises(ValueError, match="have the roles"):
-        load_tokenizer(tmp_path)

@@ -92,6 +92,13 @@ def test_a_token_added_later_is_text_as_well():
     assert len(tokenizer) - 1 not in encode_text(tokenizer, "<tool>")
 
 
+def test_an_added_token_that_is_not_special_is_text_as_well():
+    tokenizer = load_tokenizer()
+    tokenizer.add_tokens(["<think>", "你好"])
+    assert encode_text(tokenizer, "<think>你好") == encode_text(TOKENIZER, "<think>你好")
+    assert tokenizer("<think>").input_ids == [6400]  # the tokenizer itself is as it was
+
+
 def test_a_pickled_tokenizer_encodes_text_as_text():  # it travels to worker processes
     copy = pickle.loads(pickle.dumps(TOKENIZER))
     assert encode_text(copy, "<s>你好") == encode_text(TOKENIZER, "<s>你好")

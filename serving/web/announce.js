@@ -1,4 +1,4 @@
-// Says to a screen reader what happens, and puts the cursor into the field for the question: at first, and whenever `focus`
+// Announce to screen readers what happens, and put the cursor into the field for the question: at first, and whenever `focus`
 // is another one, unless the user is somewhere else.
 export default function ({ data, parentElement }) {
   document.documentElement.lang = data.language;

@@ -266,7 +266,7 @@ def write(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
 
 
 def component(name: str, html: str) -> Any:
-    """Return what shows some HTML with the style and the script of that name in this folder."""
+    """Return a component that shows HTML, with the style and the script of that name in this folder."""
     css, js = ((FOLDER / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return st.components.v2.component(f"minimind_{name}", html=html, css=css, js=js)
 
