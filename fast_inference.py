@@ -35,7 +35,8 @@ class Options(ChatOptions):
     def validate(self) -> list[str]:
         weights = self.model.weights
         if weights is not None and read_entry(weights) is None:
-            return [f"--weights {weights} is not a .pth file, adapter or exported folder"]
+            reason = "is not a .pth file, adapter or exported folder" if weights.exists() else "does not exist"
+            return [f"--weights {weights} {reason}"]
         return []
 
 

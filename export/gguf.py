@@ -50,7 +50,8 @@ def gguf_architecture(config: LMConfig) -> str:
     """Return the llama.cpp architecture that computes what this model does. Raises UserError if there is none."""
     if config.qk_norm:
         raise UserError(
-            "a model with qk_norm is not exported to GGUF; use --format llama (it writes a Qwen3) or minimind"
+            "a model with qk_norm is not exported to GGUF; use --format minimind, or llama (it writes a Qwen3) if it has no "
+            "shared experts"
         )
     if not config.use_moe:
         return "llama"

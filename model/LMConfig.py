@@ -150,6 +150,8 @@ class LMConfig(Architecture, PreTrainedConfig):
             "multiple_of",
             "max_seq_len",
         ):
+            if name == "hidden_dim" and found:  # computed from one of those before
+                continue
             require(name, getattr(self, name) >= 1, "must be at least 1")
         if found:  # the checks below would divide by zero
             return found

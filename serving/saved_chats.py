@@ -9,9 +9,9 @@ conversation = folder.load(next(iter(titles)))
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,19 +40,19 @@ class ChatFolder:
     def titles(self) -> tuple[dict[str, str], list[str]]:
         """Return the titles of all chats by their ids, the newest first, and which files are damaged, and how.
 
-        Of chats with the same title, the older ones have a number.
+        No two titles are the same, because a list is chosen from by them: one that a newer chat has gets a number.
         """
         stamped = ((path, stamp) for path in self.folder.glob("*.json") if (stamp := _stamp(path)) is not None)
         titles: dict[str, str] = {}
         damaged: list[str] = []
-        count: Counter[str] = Counter()
         for path, stamp in sorted(stamped, key=lambda found: (-found[1][0], found[0].name)):
             title, problem = _describe(path, stamp)
             if problem:
                 damaged.append(problem)
             else:
-                count[title] += 1
-                titles[path.stem] = title if count[title] == 1 else f"{title} ({count[title]})"
+                numbered = (f"{title} ({n})" for n in itertools.count(2))
+                taken = set(titles.values())
+                titles[path.stem] = next(one for one in itertools.chain([title], numbered) if one not in taken)
         return titles, damaged
 
     def load(self, id: str) -> Conversation:
@@ -86,7 +86,7 @@ class ChatFolder:
 def title_of(conversation: Conversation) -> str:
     """Return the title that the user gave, or else the beginning of the first question."""
     first = conversation.exchanges[0].question if conversation.exchanges else ""
-    text = visible(" ".join((conversation.title or first[: 4 * TITLE_CHARACTERS]).split()))
+    text = visible(" ".join((conversation.title.strip() or first[: 4 * TITLE_CHARACTERS]).split())) or "…"
     return text if len(text) <= TITLE_CHARACTERS else text[: TITLE_CHARACTERS - 1] + "…"
 
 

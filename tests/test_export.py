@@ -328,7 +328,7 @@ def test_gguf_that_no_architecture_can_hold(tokenizer, tmp_path):
     assert list(names.values()) == ["llama", "llama", "ernie4_5-moe", "ernie4_5-moe", "deepseek", "deepseek"]
     for fields, message in (
         (dict(use_moe=True, num_experts_per_tok=1, n_shared_experts=0), "num_experts_per_tok 1.*--format llama"),
-        (dict(qk_norm=True), "qk_norm is not exported to GGUF; use --format llama"),
+        (dict(qk_norm=True), "qk_norm is not exported to GGUF; use --format minimind"),
     ):
         with pytest.raises(ValueError, match=message):
             write_gguf(tmp_path / "x.gguf", make(**fields), tokenizer, "f32", "x")

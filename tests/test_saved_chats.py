@@ -58,11 +58,16 @@ def test_titles_and_order(folder):
     titles = folder.titles()[0]
     assert list(titles) == [one.id for one in reversed(chats)]
     assert list(titles.values()) == ["second", "second (2)", "first question"]
-    assert title_of(chat(("x" * 90, "a"))) == "x" * 49 + "…" and title_of(Conversation()) == ""
+    assert title_of(chat(("x" * 90, "a"))) == "x" * 49 + "…" and title_of(Conversation()) == "…"
     renamed = folder.load(chats[0].id)
     renamed.title = "renamed\x07"
     folder.save(renamed)
     assert next(iter(folder.titles()[0].values())) == "renamed␇"
+    for title, shown in (("second (2)", "second (2)"), (" \t", "first question")):  # a title that another chat got
+        renamed.title = title
+        folder.save(renamed)
+        titles = list(folder.titles()[0].values())
+        assert titles[0] == shown and len(set(titles)) == 3
 
 
 def damage(path: Path, kind: str) -> None:

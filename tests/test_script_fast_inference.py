@@ -303,6 +303,8 @@ def test_chats_survive_a_reload(out, tmp_path, open_page):
     assert exchanges(page) == [] and page.selectbox(key="chat").options[0] == "../<b>My chat"
     page.selectbox(key="chat").set_value(id).run()
     assert [exchange.question for exchange in exchanges(page)] == ["你好", "and?", "more", "from another tab"]
+    page.selectbox(key="chat").set_value(None).run()  # as the Esc key in the list does
+    assert page.selectbox(key="chat").value == id and len(exchanges(page)) == 4
     assert [button.label for button in page.get("download_button")] == [EN["export_md"], EN["export_jsonl"]]
     assert sorted(path.suffix for path in (tmp_path / "chats").iterdir()) == [".json", ".json"]
     page.button(key="delete_chat").click().run()
@@ -371,7 +373,7 @@ def test_settings_outlast_a_model_that_has_less_room_or_cannot_be_loaded(out, tm
 def test_wrong_flags_are_one_line_in_the_page(out, open_page):
     assert "--top_p 3.0 must be above 0" in error(open_page("--out_dir", out, "--top_p", 3))
     assert "unrecognized arguments: --nonsense" in error(open_page("--nonsense"))
-    assert "is not a .pth file, adapter or exported folder" in error(open_page("--weights", out / "none.pth"))
+    assert "none.pth does not exist" in error(open_page("--weights", out / "none.pth"))
     assert "--device cuda:99" in error(open_page("--out_dir", out, "--device", "cuda:99"))
     assert "--history_turns N" in open_page("--help").code[0].value
 

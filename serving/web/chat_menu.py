@@ -57,6 +57,11 @@ def choose_chat(folder: ChatFolder, texts: Texts) -> Conversation:
 
     Its id is part of the page's address, so that it is still there when the browser loads the page again.
     """
+
+    def choose() -> None:
+        if st.session_state.chat:  # the Esc key empties the choice: the chat stays
+            open_chat(folder, st.session_state.chat)
+
     titles, damaged = folder.titles()
     if "conversation" not in st.session_state:
         asked = st.query_params.get("chat")
@@ -65,7 +70,7 @@ def choose_chat(folder: ChatFolder, texts: Texts) -> Conversation:
     saved = st.session_state.chat = conversation.id if conversation.id in titles else None
     st.selectbox(
         texts("chat"), list(titles), key="chat", format_func=lambda id: titles.get(id, id), placeholder=texts("new_chat"),
-        on_change=lambda: open_chat(folder, st.session_state.chat), help=literal(texts("chat_help", folder=folder.folder)),
+        on_change=choose, help=literal(texts("chat_help", folder=folder.folder)),
         index=None,
     )  # fmt: skip
     if saved:
