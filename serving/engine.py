@@ -106,8 +106,8 @@ class Engine:
             make_generator: called by the thread that will use it (compiled models require that), and again after a
                 failure. This constructor raises what it raises.
             max_queue: sequences and requests with texts that may wait while all rows are taken.
-            read_tokens: tokens of prompts and texts that are read between two steps of running answers, or one for each of
-                these if they are more; None: a default for the device.
+            read_tokens: tokens of prompts and texts that are read between two steps of running answers, or two for each
+                of these if that is more; None: a default for the device.
             prefix_bytes: memory for prompts and answers with which later prompts may begin.
         """
         if max_queue < 1:
@@ -136,6 +136,7 @@ class Engine:
         self.rows, self.max_len = self.generator.capacity, self.generator.max_len
         kind = "cpu" if self.generator.device.type == "cpu" else "gpu"
         self.read_tokens, self.idle_tokens = read_tokens or READ_TOKENS[kind], IDLE_TOKENS[kind]
+        self._pass_tokens = READ_TOKENS[kind]  # what a pass costs at least, because it reads all weights
 
     # -- for the event loop
 
@@ -318,17 +319,17 @@ class Engine:
         generator = self.generator
         assert generator is not None
         answering = len(generator.rows)
-        budget = max(self.read_tokens, answering) if answering else self.idle_tokens
+        budget = max(self.read_tokens, 2 * answering) if answering else self.idle_tokens
         while budget > 0:
             joining = self._next_prompt(generator)
-            reading = (
-                len(generator.rows) == answering and self._next_text()
-            )  # not before the next token of a new answer
+            # Texts wait for the next token of an answer that has begun in this step.
+            reading = len(generator.rows) == answering and self._next_text()
+            share = max(budget // 2, 1) if joining and reading else budget
             if joining:
-                budget -= self._read_prompt(generator, max(budget // 2, 1) if reading else budget)
-            if reading and budget > 0:
-                budget -= self._read_texts_once(budget)
-            if answering or not (joining or reading):  # every pass reads all weights: one each between two steps
+                budget -= self._read_prompt(generator, share)
+            if reading:
+                budget -= self._read_texts_once(share)
+            if not (joining or reading):
                 break
         self._publish_tokens(generator.step())
         self.statistics.steps += 1
@@ -365,7 +366,7 @@ class Engine:
         """Read at most `limit` tokens of the prompt; let its sequence join after the last. Return what they cost."""
         item, reader = self._joining, self._prompt_reader
         assert item is not None
-        n, cost = _portion(reader, limit)
+        n, cost = self._portion(reader, limit)
         last = n == reader.left
         try:
             _, logits = reader.read(n, logits_to_keep=int(last))
@@ -395,11 +396,12 @@ class Engine:
         text, reader = self._text, self._text_reader
         assert text is not None
         together = self._texts_together(text, limit) if reader.pads else [text]
-        n, cost = _portion(reader, limit)
+        n, cost = self._portion(reader, limit)
         try:
             if len(together) > 1:
                 found = reader.read_together([one.tokens for one in together], logits=text.top is not None)
-                n = cost = sum(len(one.tokens) for one in together)
+                n = sum(len(one.tokens) for one in together)
+                cost = max(n, self._pass_tokens)
             else:
                 found = [reader.read(n, logits_to_keep=0 if text.top is None else n)]
             for one, (hidden, logits) in zip(together, found, strict=True):
@@ -428,6 +430,12 @@ class Engine:
                     self._texts.remove(request)
                     break
         return taken
+
+    def _portion(self, reader: Reader, limit: int) -> tuple[int, int]:
+        """Return how many of the next tokens a budget allows, at least one, and how much of it they use."""
+        weight = 1 + reader.position / ATTENTION
+        n = min(max(int(limit / weight), 1), reader.left)
+        return n, max(math.ceil(n * weight), self._pass_tokens)
 
     def _reading_failed(self, owner: Stream) -> None:
         """Drop a request whose prompt or text cannot be read; the others continue."""
@@ -484,13 +492,6 @@ def _by_owner(results: Iterable[tuple[_Sequence | TextReading, Any]]) -> dict[St
     for item, result in results:
         news.setdefault(item.owner, []).append((item.index, result))
     return news
-
-
-def _portion(reader: Reader, limit: int) -> tuple[int, int]:
-    """Return how many of the next tokens a budget allows, at least one, and how much of it they use."""
-    weight = 1 + reader.position / ATTENTION
-    n = min(max(int(limit / weight), 1), reader.left)
-    return n, math.ceil(n * weight)
 
 
 def _deliver(news: dict[Stream, Any]) -> None:

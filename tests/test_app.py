@@ -970,13 +970,23 @@ def test_without_free_files_connections_wait(monkeypatch, caplog):
 
 def test_a_failed_engine_answers_503_and_ends_the_server(monkeypatch):
     class Broken(BatchGenerator):
+        made = 0
+
+        def __init__(self, *args, **kwargs):
+            type(self).made += 1
+            if self.made > 1:
+                raise RuntimeError("out of memory")
+            super().__init__(*args, **kwargs)
+
         def step(self):
-            raise KeyError("a bug")
+            raise RuntimeError("out of memory")
 
     monkeypatch.setattr(serving_server.Server, "on_tick", uvicorn.Server.on_tick)  # it stays for the requests below
     with serving(generator=Broken) as found:
         requests = {"chat/completions": chat_body(), "responses": {"model": NAME, "input": "x"}}
         requests |= {"completions": {"model": NAME, "prompt": "x"}, "embeddings": {"model": NAME, "input": "x"}}
+        assert found.call("POST", "/v1/completions", requests["completions"])[0] in (500, 503)  # of the step that fails
+        found.engine._thread.join(60)
         for path, body in requests.items():
             status, _, answer = found.call("POST", f"/v1/{path}", body)
             assert status == 503 and "failed" in json.loads(answer)["error"]["message"]
