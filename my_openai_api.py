@@ -51,7 +51,7 @@ class Options:
     max_queue: int = flag(
         256, "answers, and requests for embeddings or scores, that may wait; more are rejected", min=1, metavar="N"
     )
-    read_tokens: int | None = flag(
+    prefill_tokens: int | None = flag(
         None, "tokens of prompts and texts that are read between two steps of running answers (default: "
         "8 on a CPU, otherwise 256)", min=1, metavar="TOKENS",
     )  # fmt: skip
@@ -120,7 +120,7 @@ def main() -> None:
         engine = Engine(
             make_generator,
             options.max_queue,
-            read_tokens=options.read_tokens,
+            prefill_tokens=options.prefill_tokens,
             prefix_bytes=options.prefix_cache_mb * 10**6,
         )
     except (OSError, RuntimeError) as error:  # from the system or PyTorch, if the memory is not enough

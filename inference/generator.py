@@ -163,7 +163,7 @@ class BatchGenerator:
     def join(
         self, prompt: Sequence[int], sampling: SamplingParams, key: int, cache: KVCache, logits: Tensor
     ) -> list[TokenOutput]:
-        """Let a sequence join whose prompt a `Reader` has read; return its first token.
+        """Let a sequence join whose prompt a `ChunkedPrefill` has read; return its first token.
 
         Args:
             cache: its row 0 holds the prompt.

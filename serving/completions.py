@@ -8,7 +8,7 @@ from starlette.responses import Response
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder
 from serving.http import ApiError, cancel_on_disconnect
-from serving.texts import Scores
+from serving.scoring import Scores
 
 
 class CompletionEndpoint(Endpoint):

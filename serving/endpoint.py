@@ -29,8 +29,8 @@ from model.tokenizer import BOS_ID, encode_texts
 from serving import protocol
 from serving.engine import Engine
 from serving.http import ApiError, SSEResponse, add_header, cancel_on_disconnect, json_response, log, to_json
+from serving.scoring import Scores
 from serving.stream import EngineError, Stream
-from serving.texts import Scores
 
 DONE = b"data: [DONE]\n\n"
 LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that the event loop can serve other clients

@@ -12,7 +12,7 @@ continues. What a slow client has not read yet stays in its `Stream`, up to a nu
 as soon as the answer is complete.
 
 **Reading shares the steps.** Prompts, and texts that are scored or embedded, are read in parts between two steps: at most
-`read_tokens` while answers are running, so that these pause for a bounded time only. Prompts and texts get half each, and
+`prefill_tokens` while answers are running, so that these pause for a bounded time only. Prompts and texts get half each, and
 requests with many texts take turns.
 
 **A failure costs what it must.** A text or prompt that cannot be read costs its own request. A step that fails costs the
@@ -37,16 +37,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.chunked_prefill import ChunkedPrefill
 from inference.generator import BatchGenerator, TokenOutput
 from inference.kv_cache import PrefixCache
 from inference.options import SamplingParams
-from inference.reader import Reader
+from serving.scoring import Scores, TextRequest, TextState
 from serving.stream import EngineError, EngineFailed, EngineStopped, QueueFull, ShuttingDown, Stream
-from serving.texts import Scores, TextReading, TextRequest
 
-READ_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as a step
+PREFILL_TOKENS = {"cpu": 8, "gpu": 256}  # defaults: reading takes about as long as a step
 IDLE_TOKENS = {"cpu": 128, "gpu": 2048}  # read at a time while no answer is running; a new request waits that long
-ATTENTION = 512  # a token behind this many others counts twice, behind twice as many three times: it attends to them
+# A token attends to all those before it: behind this many it counts twice, behind twice as many three times.
+DOUBLE_COST_AT = 512
 MAX_TOGETHER = 64  # texts that are read in one pass
 
 SHUTTING_DOWN = "the server is shutting down"
@@ -98,7 +99,7 @@ class Engine:
         make_generator: Callable[[], BatchGenerator],
         max_queue: int = 256,
         *,
-        read_tokens: int | None = None,
+        prefill_tokens: int | None = None,
         prefix_bytes: int = 0,
     ) -> None:
         """
@@ -106,7 +107,7 @@ class Engine:
             make_generator: called by the thread that will use it (compiled models require that), and again after a
                 failure. This constructor raises what it raises.
             max_queue: sequences and requests with texts that may wait while all rows are taken.
-            read_tokens: tokens of prompts and texts that are read between two steps of running answers, or two for each
+            prefill_tokens: tokens of prompts and texts that are read between two steps of running answers, or two for each
                 of these if that is more; None: a default for the device.
             prefix_bytes: memory for prompts and answers with which later prompts may begin.
         """
@@ -123,7 +124,7 @@ class Engine:
         # The thread's own:
         self._running: dict[int, _Sequence] = {}
         self._joining: _Sequence | None = None  # the one of them whose prompt is being read
-        self._text: TextReading | None = None  # the one that is being read
+        self._text: TextState | None = None  # the one that is being read
         self._next_key = 0
         self.failed = False
         self._prefix_bytes = prefix_bytes
@@ -135,8 +136,8 @@ class Engine:
         assert self.generator is not None
         self.rows, self.max_len = self.generator.capacity, self.generator.max_len
         kind = "cpu" if self.generator.device.type == "cpu" else "gpu"
-        self.read_tokens, self.idle_tokens = read_tokens or READ_TOKENS[kind], IDLE_TOKENS[kind]
-        self._pass_tokens = READ_TOKENS[kind]  # what a pass costs at least, because it reads all weights
+        self.prefill_tokens, self.idle_tokens = prefill_tokens or PREFILL_TOKENS[kind], IDLE_TOKENS[kind]
+        self._pass_tokens = PREFILL_TOKENS[kind]  # what a pass costs at least, because it reads all weights
 
     # -- for the event loop
 
@@ -268,7 +269,7 @@ class Engine:
     def _build(self) -> None:
         self.generator = self._make_generator()
         self.generator.prefixes = PrefixCache(self._prefix_bytes) if self._prefix_bytes else None
-        self._prompt_reader, self._text_reader = Reader(self.generator), Reader(self.generator)
+        self._prompt_prefill, self._text_prefill = ChunkedPrefill(self.generator), ChunkedPrefill(self.generator)
 
     def _step(self) -> bool:
         """Let requests leave and join, and compute one token for each sequence. Return False at the end."""
@@ -319,16 +320,16 @@ class Engine:
         generator = self.generator
         assert generator is not None
         answering = len(generator.rows)
-        budget = max(self.read_tokens, 2 * answering) if answering else self.idle_tokens
+        budget = max(self.prefill_tokens, 2 * answering) if answering else self.idle_tokens
         while budget > 0:
             joining = self._next_prompt(generator)
             # Texts wait for the next token of an answer that has begun in this step.
             reading = len(generator.rows) == answering and self._next_text()
             share = max(budget // 2, 1) if joining and reading else budget
             if joining:
-                budget -= self._read_prompt(generator, share)
+                budget -= self._prefill_prompt(generator, share)
             if reading:
-                budget -= self._read_texts_once(share)
+                budget -= self._prefill_texts(share)
             if not (joining or reading):
                 break
         self._publish_tokens(generator.step())
@@ -342,7 +343,7 @@ class Engine:
         self._fail(owners, EngineFailed(COMPUTATION_FAILED))
         # The memory must be free before it is allocated again.
         self.generator = None
-        del self._prompt_reader, self._text_reader
+        del self._prompt_prefill, self._text_prefill
         gc.collect()
         torch.cuda.empty_cache()
         if torch.backends.mps.is_available():
@@ -359,23 +360,23 @@ class Engine:
                 self._running[item.key] = item
                 self.statistics.on_joined(item.joined - item.submitted)
                 self.statistics.prompt_tokens += len(item.prompt)
-                self.statistics.cached_tokens += self._prompt_reader.start(item.prompt, shared=True)
+                self.statistics.cached_tokens += self._prompt_prefill.start(item.prompt, shared=True)
         return self._joining is not None
 
-    def _read_prompt(self, generator: BatchGenerator, limit: int) -> int:
+    def _prefill_prompt(self, generator: BatchGenerator, limit: int) -> int:
         """Read at most `limit` tokens of the prompt; let its sequence join after the last. Return what they cost."""
-        item, reader = self._joining, self._prompt_reader
+        item, chunked = self._joining, self._prompt_prefill
         assert item is not None
-        n, cost = self._portion(reader, limit)
-        last = n == reader.left
+        n, cost = self._chunk(chunked, limit)
+        last = n == chunked.left
         try:
-            _, logits = reader.read(n, logits_to_keep=int(last))
+            _, logits = chunked.prefill(n, logits_to_keep=int(last))
         except Exception:
-            self._reading_failed(item.owner)
+            self._prefill_failed(item.owner)
             return cost
         if last:
             self._joining = None
-            self._publish_tokens(generator.join(item.prompt, item.sampling, item.key, reader.cache, logits))
+            self._publish_tokens(generator.join(item.prompt, item.sampling, item.key, chunked.cache, logits))
         return cost
 
     def _next_text(self) -> bool:
@@ -385,29 +386,29 @@ class Engine:
                 if not self._texts:
                     return False
                 request = self._texts.popleft()
-                self._text = TextReading(request)
+                self._text = TextState(request)
                 if request.taken < len(request.texts):
                     self._texts.append(request)  # for its next text it waits behind the others
-            self._text_reader.start(self._text.tokens)
+            self._text_prefill.start(self._text.tokens)
         return True
 
-    def _read_texts_once(self, limit: int) -> int:
+    def _prefill_texts(self, limit: int) -> int:
         """Read at most `limit` tokens of the text, or the next whole texts in one pass. Return what they cost."""
-        text, reader = self._text, self._text_reader
+        text, chunked = self._text, self._text_prefill
         assert text is not None
-        together = self._texts_together(text, limit) if reader.pads else [text]
-        n, cost = self._portion(reader, limit)
+        together = self._texts_together(text, limit) if chunked.can_batch else [text]
+        n, cost = self._chunk(chunked, limit)
         try:
             if len(together) > 1:
-                found = reader.read_together([one.tokens for one in together], logits=text.top is not None)
+                found = chunked.prefill_batch([one.tokens for one in together], logits=text.top is not None)
                 n = sum(len(one.tokens) for one in together)
                 cost = max(n, self._pass_tokens)
             else:
-                found = [reader.read(n, logits_to_keep=0 if text.top is None else n)]
+                found = [chunked.prefill(n, logits_to_keep=0 if text.top is None else n)]
             for one, (hidden, logits) in zip(together, found, strict=True):
                 one.add(hidden, logits)
         except Exception:
-            self._reading_failed(text.owner)
+            self._prefill_failed(text.owner)
             return cost
         self.statistics.prompt_tokens += n
         done = [one for one in together if one.position == len(one.tokens)]
@@ -416,7 +417,7 @@ class Engine:
             self._publish(_by_owner((one, one.result) for one in done))
         return cost
 
-    def _texts_together(self, first: TextReading, limit: int) -> list[TextReading]:
+    def _texts_together(self, first: TextState, limit: int) -> list[TextState]:
         """Return `first` and the next texts of its request that fit with it into `limit`, padding included."""
         taken, longest = [first], len(first.tokens)
         with self._wakeup:
@@ -425,19 +426,19 @@ class Engine:
                 longest = max(longest, len(request.texts[request.taken]))
                 if longest * (len(taken) + 1) > limit:
                     break
-                taken.append(TextReading(request))
+                taken.append(TextState(request))
                 if request.taken == len(request.texts):
                     self._texts.remove(request)
                     break
         return taken
 
-    def _portion(self, reader: Reader, limit: int) -> tuple[int, int]:
+    def _chunk(self, chunked: ChunkedPrefill, limit: int) -> tuple[int, int]:
         """Return how many of the next tokens a budget allows, at least one, and how much of it they use."""
-        weight = 1 + reader.position / ATTENTION
-        n = min(max(int(limit / weight), 1), reader.left)
+        weight = 1 + chunked.position / DOUBLE_COST_AT
+        n = min(max(int(limit / weight), 1), chunked.left)
         return n, max(math.ceil(n * weight), self._pass_tokens)
 
-    def _reading_failed(self, owner: Stream) -> None:
+    def _prefill_failed(self, owner: Stream) -> None:
         """Drop a request whose prompt or text cannot be read; the others continue."""
         log.error("a prompt or text could not be read; its request is dropped\n%s", traceback.format_exc())
         self._remove({owner})
@@ -487,7 +488,7 @@ class Engine:
                 log.debug("the event loop has ended")
 
 
-def _by_owner(results: Iterable[tuple[_Sequence | TextReading, Any]]) -> dict[Stream, Any]:
+def _by_owner(results: Iterable[tuple[_Sequence | TextState, Any]]) -> dict[Stream, Any]:
     news: dict[Stream, list[tuple[int, Any]]] = {}
     for item, result in results:
         news.setdefault(item.owner, []).append((item.index, result))

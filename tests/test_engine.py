@@ -11,9 +11,9 @@ from decoding import generate_ids
 from serving_helpers import TOKENIZER, tiny_model
 from tolerances import assert_logits_close
 
+from inference.chunked_prefill import ChunkedPrefill
 from inference.generator import BatchGenerator
 from inference.options import SamplingParams
-from inference.reader import Reader
 from serving import engine as engine_module
 from serving.engine import Engine
 from serving.stream import EngineFailed, EngineStopped, QueueFull, ShuttingDown, Stream, TooSlow
@@ -197,7 +197,7 @@ def test_an_engine_that_cannot_continue_ends_and_everyone_is_told(caplog, reason
 
 
 def test_what_cannot_be_read_costs_only_its_request(monkeypatch, caplog):
-    read, read_together, poison = Reader.read, Reader.read_together, 99
+    read, prefill_batch, poison = ChunkedPrefill.prefill, ChunkedPrefill.prefill_batch, 99
 
     def failing(self, n, logits_to_keep=0):
         if poison in self.tokens:
@@ -207,10 +207,10 @@ def test_what_cannot_be_read_costs_only_its_request(monkeypatch, caplog):
     def failing_together(self, texts, logits):
         if any(poison in text for text in texts):
             raise RuntimeError("out of memory")
-        return read_together(self, texts, logits)
+        return prefill_batch(self, texts, logits)
 
-    monkeypatch.setattr(Reader, "read", failing)
-    monkeypatch.setattr(Reader, "read_together", failing_together)
+    monkeypatch.setattr(ChunkedPrefill, "prefill", failing)
+    monkeypatch.setattr(ChunkedPrefill, "prefill_batch", failing_together)
     engine = make(max_queue=1)
 
     async def scenario():
@@ -276,7 +276,7 @@ def test_closing_at_once_tells_those_that_run():
 def tokens_read(monkeypatch) -> list[tuple[int, int, int]]:
     """What the engine does, in order: (0, number of running answers, 0) is a step, (1, tokens, their kind) a reading."""
     done: list[tuple[int, int, int]] = []
-    step, read, read_together = BatchGenerator.step, Reader.read, Reader.read_together
+    step, read, prefill_batch = BatchGenerator.step, ChunkedPrefill.prefill, ChunkedPrefill.prefill_batch
 
     def counted_step(self):
         done.append((0, len(self.rows), 0))
@@ -288,17 +288,17 @@ def tokens_read(monkeypatch) -> list[tuple[int, int, int]]:
 
     def counted_together(self, texts, logits):
         done.append((1, sum(map(len, texts)), texts[0][0]))
-        return read_together(self, texts, logits)
+        return prefill_batch(self, texts, logits)
 
     monkeypatch.setattr(BatchGenerator, "step", counted_step)
-    monkeypatch.setattr(Reader, "read", counted_read)
-    monkeypatch.setattr(Reader, "read_together", counted_together)
+    monkeypatch.setattr(ChunkedPrefill, "prefill", counted_read)
+    monkeypatch.setattr(ChunkedPrefill, "prefill_batch", counted_together)
     return done
 
 
 def test_readings_share_the_steps_of_running_answers(tokens_read):
-    """While an answer runs, at most `read_tokens` are read between two steps, half of them of prompts if texts wait."""
-    engine = Engine(lambda: BatchGenerator(MODEL, 4, tokenizer=TOKENIZER), 100, read_tokens=8)
+    """While an answer runs, at most `prefill_tokens` are read between two steps, half of them of prompts if texts wait."""
+    engine = Engine(lambda: BatchGenerator(MODEL, 4, tokenizer=TOKENIZER), 100, prefill_tokens=8)
     prompt, text, short = [11] * 60, [12] * 70, [13] * 3
 
     async def scenario():
@@ -338,10 +338,10 @@ def test_requests_with_texts_take_turns():
     run(scenario, engine)
 
 
-@pytest.mark.parametrize("read_tokens", [1, 7, 1000])
-def test_parts_add_up(read_tokens):
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 1000])
+def test_parts_add_up(prefill_tokens):
     """Scores and embeddings are those of one pass over the text, however it was read, alone or beside an answer."""
-    engine = Engine(lambda: BatchGenerator(MODEL, 2, tokenizer=TOKENIZER), 9, read_tokens=read_tokens)
+    engine = Engine(lambda: BatchGenerator(MODEL, 2, tokenizer=TOKENIZER), 9, prefill_tokens=prefill_tokens)
     texts = [[1, *range(20, 20 + n)] for n in (0, 30, 9)]
 
     async def scenario():

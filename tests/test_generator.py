@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tolerances import close_to, shape_of
 
 from inference.backends import choose_backend
+from inference.chunked_prefill import ChunkedPrefill
 from inference.detokenizer import _BYTE_OF_CHARACTER, Detokenizer
 from inference.generator import BatchGenerator, generate, generate_text
 from inference.kv_cache import BLOCK, KVCache, PrefixCache
 from inference.options import SamplingParams
-from inference.reader import Reader
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -146,17 +146,19 @@ def readers(kind: str) -> Iterator[tuple[Transformer, BatchGenerator]]:
         yield model, BatchGenerator(model, 3, eos_id=None, backend=backend)
 
 
-def read(reader: Reader, prompt: list[int], sizes: Sequence[int], shared: bool = False):
+def read(chunked: ChunkedPrefill, prompt: list[int], sizes: Sequence[int], shared: bool = False):
     """(tokens that were stored, hidden states, logits) of all parts."""
-    stored, sizes, parts = reader.start(prompt, shared), itertools.cycle(sizes), []
-    while reader.left:
-        size = min(next(sizes), reader.left)
-        parts.append(reader.read(size, logits_to_keep=size))
+    stored, sizes, parts = chunked.start(prompt, shared), itertools.cycle(sizes), []
+    while chunked.left:
+        size = min(next(sizes), chunked.left)
+        parts.append(chunked.prefill(size, logits_to_keep=size))
     return stored, *map(torch.cat, zip(*parts, strict=True))
 
 
-def answer_of(generator: BatchGenerator, reader: Reader, prompt: list[int], logits: torch.Tensor, n=8) -> list[int]:
-    outputs = generator.join(prompt, SamplingParams(max_new_tokens=n), 1, reader.cache, logits[-1:])
+def answer_of(
+    generator: BatchGenerator, chunked: ChunkedPrefill, prompt: list[int], logits: torch.Tensor, n=8
+) -> list[int]:
+    outputs = generator.join(prompt, SamplingParams(max_new_tokens=n), 1, chunked.cache, logits[-1:])
     while generator.rows:
         outputs += generator.step()
     return [output.token for output in outputs]
@@ -167,22 +169,22 @@ def answer_of(generator: BatchGenerator, reader: Reader, prompt: list[int], logi
 def test_prompts_read_in_parts(kind, sizes):
     (prompt,) = make_prompts(70)
     for model, generator in readers(kind):
-        reader = Reader(generator)
+        chunked = ChunkedPrefill(generator)
         for length in (70, 1, 33):
-            _, hidden, logits = read(reader, prompt[:length], sizes)
+            _, hidden, logits = read(chunked, prompt[:length], sizes)
             with torch.no_grad():
                 out = model(torch.tensor([prompt[:length]]), output_hidden_states=True)
             torch.testing.assert_close(logits, out.logits[0], **close_to(out.logits, **shape_of(model.config)))
             expected = out.hidden_states[-1][0]
             torch.testing.assert_close(hidden, expected, **close_to(expected, **shape_of(model.config)))
-            assert answer_of(generator, reader, prompt[:length], logits) == recompute(model, prompt[:length], 8)
+            assert answer_of(generator, chunked, prompt[:length], logits) == recompute(model, prompt[:length], 8)
 
 
 @kinds
 def test_a_prefix_cache_changes_no_answer(kind):
     first, other = make_prompts(70, 70)
     for model, generator in readers(kind):
-        reader, generator.prefixes = Reader(generator), PrefixCache(10**7)
+        chunked, generator.prefixes = ChunkedPrefill(generator), PrefixCache(10**7)
         answer = recompute(model, first, 30)
         for prompt, expected in (
             (first, 0),
@@ -193,15 +195,15 @@ def test_a_prefix_cache_changes_no_answer(kind):
             (first[:32] + other[:50], 32),
             (first + answer + other[:5], 96),  # the next turn, when the answer is stored too
         ):
-            stored, _, logits = read(reader, prompt, (50,), shared=True)
+            stored, _, logits = read(chunked, prompt, (50,), shared=True)
             assert stored == expected
-            kept = reader.cache.kv[:, :, 0, :, : len(prompt)].clone()
-            _, _, plain = read(reader, prompt, (50,))
+            kept = chunked.cache.kv[:, :, 0, :, : len(prompt)].clone()
+            _, _, plain = read(chunked, prompt, (50,))
             if generator.backend is not None:  # the kernel sums every token's numbers in the same order in every batch
                 assert torch.equal(logits, plain[stored:])
-                assert torch.equal(kept, reader.cache.kv[:, :, 0, :, : len(prompt)])
+                assert torch.equal(kept, chunked.cache.kv[:, :, 0, :, : len(prompt)])
             n = 30 if prompt == first else 8
-            assert answer_of(generator, reader, prompt, logits, n) == recompute(model, prompt, n)
+            assert answer_of(generator, chunked, prompt, logits, n) == recompute(model, prompt, n)
 
 
 def test_a_prefix_cache_is_bounded_and_forgets_the_oldest():
@@ -223,14 +225,14 @@ def test_scaled_positions_are_read_in_parts_too():
     model = make(max_seq_len=40)
     model.dynamic_rope_scaling = model.config.dynamic_rope_scaling("yarn", None, 64)
     generator = BatchGenerator(model, 1, 64, eos_id=None)
-    reader, generator.prefixes = Reader(generator), PrefixCache(10**7)
+    chunked, generator.prefixes = ChunkedPrefill(generator), PrefixCache(10**7)
     for text, in_cache in (
         (prompt, 0),
         (prompt, 0),
         (prompt[:40], 0),
         (prompt[:40], 32),
     ):  # only unscaled ones are kept
-        stored, _, logits = read(reader, text, (7,), shared=True)
+        stored, _, logits = read(chunked, text, (7,), shared=True)
         with torch.no_grad():
             expected = model(torch.tensor([text]), rope_scaling=generator.scaling_for([len(text)])).logits[0, stored:]
         assert stored == in_cache

@@ -1,11 +1,11 @@
 """Read prompts and texts in parts, so that a long one delays running answers by a part at a time.
 
-reader = Reader(generator)
-reader.start(prompt)
-while reader.left > 1:
-    reader.read(min(reader.left - 1, 64))
-_, logits = reader.read(1, logits_to_keep=1)
-generator.join(prompt, SamplingParams(), key, reader.cache, logits)
+chunked = ChunkedPrefill(generator)
+chunked.start(prompt)
+while chunked.left > 1:
+    chunked.prefill(min(chunked.left - 1, 64))
+_, logits = chunked.prefill(1, logits_to_keep=1)
+generator.join(prompt, SamplingParams(), key, chunked.cache, logits)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from inference.kernels.decode import NativeModel
 from inference.kv_cache import KVCache
 
 
-class Reader:
+class ChunkedPrefill:
     """Read one text after the other into a cache of its own, as a `BatchGenerator` would read it."""
 
     def __init__(self, generator: BatchGenerator) -> None:
@@ -30,7 +30,7 @@ class Reader:
         native, cache = generator.backend, self.cache
         self._kernel = native.with_cache(cache.keys, cache.values) if isinstance(native, NativeModel) else None
         # One pass over many short texts is faster than many passes, except with the kernel, which needs no large matrices.
-        self.pads = self._kernel is None and generator.dynamic_rope_scaling is None
+        self.can_batch = self._kernel is None and generator.dynamic_rope_scaling is None
         self.start(())
 
     def start(self, tokens: Sequence[int], shared: bool = False) -> int:
@@ -55,7 +55,7 @@ class Reader:
         return len(self.tokens) - self.position
 
     @torch.inference_mode()
-    def read(self, n: int, logits_to_keep: int = 0) -> tuple[Tensor, Tensor]:
+    def prefill(self, n: int, logits_to_keep: int = 0) -> tuple[Tensor, Tensor]:
         """Read the next `n` tokens.
 
         Returns:
@@ -81,7 +81,7 @@ class Reader:
         return hidden, logits
 
     @torch.inference_mode()
-    def read_together(self, texts: Sequence[Sequence[int]], logits: bool) -> list[tuple[Tensor, Tensor]]:
+    def prefill_batch(self, texts: Sequence[Sequence[int]], logits: bool) -> list[tuple[Tensor, Tensor]]:
         """Read whole texts in one pass, if `pads`. Return for each what `read` returns, with all or no logits."""
         lengths = [len(text) for text in texts]
         # Padded on the right, where causal attention never looks.

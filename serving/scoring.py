@@ -32,7 +32,7 @@ class TextRequest:
     taken: int = 0  # texts that were read, or are being read
 
 
-class TextReading:
+class TextState:
     """A text that is being read, and what is known of its result."""
 
     def __init__(self, request: TextRequest) -> None:
