@@ -142,14 +142,14 @@ def test_gguf_of_a_mixture_of_experts(out, main, capsys):
     }  # fmt: skip
 
 
-def test_onnx(out, main, capsys):
-    main("--weights", out / "full_sft_64.pth", "--out_dir", out, "--format", "onnx")
+def test_onnx_of_a_mixture_of_experts(out, main, capsys):
+    main("--weights", out / "pretrain_64_moe.pth", "--out_dir", out, "--format", "onnx", "--tolerance", "1e-5")
     assert "largest difference of logits" in capsys.readouterr().out
-    assert names(out / "full_sft_64-onnx") == {
+    assert names(out / "pretrain_64_moe-onnx") == {
         "model.onnx", "README.md", "minimind.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     code = (
-        (out / "full_sft_64-onnx" / "README.md")
+        (out / "pretrain_64_moe-onnx" / "README.md")
         .read_text(encoding="utf-8")
         .partition("```python")[2]
         .partition("```")[0]

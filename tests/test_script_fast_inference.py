@@ -697,8 +697,13 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
         return any("rl_64.pth" in e.text for e in browser.find("[role=option]"))
 
     until(offered, "a new model in the list")
-    browser.press("ESCAPE")  # closes the list
-    browser.click(".st-key-new_chat button", en["new_chat"])
+
+    def new_chat() -> bool:
+        browser.press("ESCAPE")  # closes the list, which covers the button
+        browser.find(".st-key-new_chat button")[0].click()
+        return True
+
+    until(new_chat, "a click on New chat")
     browser.sees(".mm-empty", en["hello_base"])
     browser.has_messages(0)
 
