@@ -44,9 +44,8 @@ class ChunkedPrefill:
         # Keys of other angles are of no use to other texts.
         self._prefixes = self.generator.prefixes if shared and self._scaling is None else None
         if self._prefixes is not None:
-            self.position = self._prefixes.load(
-                tokens[:-1], self.cache
-            )  # the last token is read for what comes after it
+            # The last token is always read: its logits say what comes next.
+            self.position = self._prefixes.load(tokens[:-1], self.cache)
         return self.position
 
     @property
@@ -82,7 +81,7 @@ class ChunkedPrefill:
 
     @torch.inference_mode()
     def prefill_batch(self, texts: Sequence[Sequence[int]], logits: bool) -> list[tuple[Tensor, Tensor]]:
-        """Read whole texts in one pass, if `pads`. Return for each what `read` returns, with all or no logits."""
+        """Read whole texts in one pass, if `can_batch`. Return for each what `prefill` returns, with all or no logits."""
         lengths = [len(text) for text in texts]
         # Padded on the right, where causal attention never looks.
         ids = torch.tensor([[*text, *[0] * (max(lengths) - len(text))] for text in texts], device=self.device)

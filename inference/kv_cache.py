@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are decoded together, and of beginnings that many prompts share."""
+"""Keys and values of the sequences that are decoded together, and of prefixes that prompts share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from inference.kernels.loader import zeros
 from model.LMConfig import LMConfig
 
-BLOCK = 32  # tokens of a beginning that a `PrefixCache` stores and finds together
+BLOCK = 32  # tokens of a prefix that a `PrefixCache` stores and finds together
 
 
 class KVCache:

@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatStyle:
-    """What differs between the chat templates of the published tokenizers.
+    """Describe how a tokenizer's chat template differs from those of other published tokenizers.
 
     Attributes:
         system_header: the system message is written with <s>, header and </s> like any other.
@@ -276,7 +276,7 @@ def chat_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
     return style
 
 
-# White space at their ends tells whether a template removes it. (MiniMind-3's does, but only line ends before answers.)
+# White space at their ends shows whether a template removes it. (MiniMind-3's does, but only line ends before answers.)
 _PROBES = {"system": "\n SYSTEM-7301 \n", "user": "\n USER-7302 \n", "assistant": " ASSISTANT-7303 \n"}
 
 

@@ -195,7 +195,7 @@ def _our_name(name: str) -> str:
 
 
 def _shapes(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the fields of LMConfig that the shapes tell, and the widths of all queries and of all keys."""
+    """Return the fields of LMConfig that the shapes show, and the widths of all queries and of all keys."""
     n_experts = sum(bool(_EXPERT.fullmatch(name)) for name in state)
     first = "layers.0.feed_forward." + ("experts.0." if n_experts else "") + "w1.weight"
     keys, queries = "layers.0.attention.wk.weight", "layers.0.attention.wq.weight"

@@ -15,8 +15,15 @@ BASE_URL = os.environ["OPENAI_BASE_URL"]
 QUESTION = "Who are you?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 LENGTH = 16  # of answers, in tokens
+PARAMETERS = {"type": "object", "properties": {"word": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": PARAMETERS}}]
 # The server's words for what a model cannot do. Whoever reads them knows what to leave out of the request.
 REFUSALS = ("this model cannot be held to JSON", "this model calls no tools")
+
+
+def named(*functions: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """Return features by the names of their functions: `chat_streamed` is "chat, streamed"."""
+    return {f.__name__.replace("_streamed", ", streamed").replace("_", " "): f for f in functions}
 
 
 def run(features: dict[str, Callable[[], object]]) -> None:

@@ -1,7 +1,7 @@
 """litellm, which many gateways and agent libraries call."""
 
 import litellm
-from features import BASE_URL, LENGTH, MESSAGES, MODEL, QUESTION, is_embedding, run
+from features import BASE_URL, LENGTH, MESSAGES, MODEL, QUESTION, TOOLS, is_embedding, named, run
 from pydantic import BaseModel
 
 server = dict(model=f"openai/{MODEL}", api_base=BASE_URL, api_key="none")
@@ -40,13 +40,12 @@ def responses_streamed():
     return "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
 
-def tools():
-    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}}
-    answer = litellm.completion(messages=MESSAGES, tools=[{"type": "function", "function": function}], **greedy)
+def tools_offered():
+    answer = litellm.completion(messages=MESSAGES, tools=TOOLS, **greedy)
     return answer.choices[0].message.content
 
 
-def parse():
+def structured_output():
     return litellm.completion(messages=MESSAGES, response_format=Person, **greedy)
 
 
@@ -55,14 +54,5 @@ def embeddings():
 
 
 run(
-    {
-        "chat": chat,
-        "chat, streamed": chat_streamed,
-        "completions": completions,
-        "responses": responses,
-        "responses, streamed": responses_streamed,
-        "tools offered": tools,
-        "structured output": parse,
-        "embeddings": embeddings,
-    }
+    named(chat, chat_streamed, completions, responses, responses_streamed, tools_offered, structured_output, embeddings)
 )

@@ -1,7 +1,7 @@
 """The openai package."""
 
 import openai
-from features import LENGTH, MESSAGES, MODEL, QUESTION, is_embedding, run
+from features import LENGTH, MESSAGES, MODEL, QUESTION, TOOLS, is_embedding, named, run
 from pydantic import BaseModel
 
 client = openai.OpenAI()
@@ -38,15 +38,12 @@ def responses_streamed():
     return "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
 
-def tools():
-    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}}
-    answer = client.chat.completions.create(
-        messages=MESSAGES, tools=[{"type": "function", "function": function}], max_tokens=LENGTH, **greedy
-    )
+def tools_offered():
+    answer = client.chat.completions.create(messages=MESSAGES, tools=TOOLS, max_tokens=LENGTH, **greedy)
     return answer.choices[0].message.content
 
 
-def parse():
+def structured_output():
     return client.chat.completions.parse(messages=MESSAGES, response_format=Person, **greedy)
 
 
@@ -56,14 +53,5 @@ def embeddings():
 
 
 run(
-    {
-        "chat": chat,
-        "chat, streamed": chat_streamed,
-        "completions": completions,
-        "responses": responses,
-        "responses, streamed": responses_streamed,
-        "tools offered": tools,
-        "structured output": parse,
-        "embeddings": embeddings,
-    }
+    named(chat, chat_streamed, completions, responses, responses_streamed, tools_offered, structured_output, embeddings)
 )
