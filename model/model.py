@@ -26,6 +26,8 @@ from model.moe import FeedForward, MoEFeedForward, Router, balance_loss, is_trac
 from model.remote_code import AUTO_MAP, copy_code
 from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
 
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time with gradient checkpointing
+
 
 @dataclass
 class TransformerOutput(MoeCausalLMOutputWithPast):
@@ -138,6 +140,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _input_embed_layer = "tok_embeddings"
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # of the loss; each layer has its own
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _no_split_modules = ["TransformerBlock"]
@@ -347,6 +350,14 @@ class Transformer(PreTrainedModel, GenerationMixin):
             n_kept = min(-(-(len(ignored) - int(ignored.sum())) // 256) * 256, len(ignored))
             first = ignored.to(torch.uint8).argsort(stable=True)[:n_kept]
             hidden, targets = hidden[first], targets[first]
+        if not (self.gradient_checkpointing and self.training):
+            return self._chunk_cross_entropy(hidden, targets)
+        # The logits are the largest tensors of all: keep those of one chunk, and compute them again in the backward pass.
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        losses = (self._gradient_checkpointing_func(self._chunk_cross_entropy, *chunk) for chunk in chunks)
+        return sum(losses, hidden.new_zeros((), dtype=torch.float32))
+
+    def _chunk_cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.output(hidden).float(), targets, ignore_index=-100, reduction="sum")
 
     def _balance_loss_sum(self, routings: Sequence, metadata: AttentionMetadata, targets: Tensor) -> Tensor:

@@ -464,20 +464,26 @@ def test_gradient_reaches_every_parameter():
 
 @kinds
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_changes_nothing(kind, dropout):
+def test_gradient_checkpointing_changes_nothing(kind, dropout, monkeypatch):
+    monkeypatch.setattr("model.model.LOSS_CHUNK", 7)
     model = make(kind, dropout=dropout).train()
     ids, _, cu, labels, _ = pack([[5, 15], [20]])
     results = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        calls = []
-        hook = model.layers[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        calls = {}
+        hooks = [
+            module.register_forward_hook(lambda module, args, _, calls=calls: calls.setdefault(module, []).append(args))
+            for module in (model.layers[0].attention, model.output)
+        ]
         torch.manual_seed(0)
-        loss = model(ids, labels=labels, cu_seqlens=cu).loss
+        loss = model(ids, labels=labels, cu_seqlens=cu, loss_only=True).loss
         loss.backward()
-        hook.remove()
-        assert len(calls) == 1 + checkpointing  # it is really computed twice
+        for hook in hooks:
+            hook.remove()
+        assert len(calls[model.layers[0].attention]) == 1 + checkpointing  # it is really computed twice
+        assert {len(args[0]) for args in calls[model.output]} == ({7, 5} if checkpointing else {40})
         results.append((loss, gradients(model)))
     torch.testing.assert_close(*results)
 
