@@ -78,7 +78,7 @@ def run(name: str, place: Place, report: Report, deadline: float, environment: d
     if seconds < 5:
         report.add(name, {"result": "skipped", "detail": "no time was left: give more --minutes", "seconds": 0.0})
         return
-    command = [sys.executable, __file__, "--worker", name, "--result", result, "--folder", place.folder]
+    command = [sys.executable, __file__, f"--worker={name}", "--result", result, "--folder", place.folder]
     command += ["--device", place.device, "--processes", place.processes]
     with log.open("w") as file:
         process = subprocess.Popen(

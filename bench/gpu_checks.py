@@ -237,8 +237,9 @@ def one_process_group(place: Place) -> Figures:
 
 def launched(place: Place, *flags: object) -> Figures:
     """Train with torchrun, a process per GPU: the losses must be those of one process over the same samples."""
-    expected = train(place, "1-pretrain.py", "one process")
-    out, n = place.folder / "runs" / "launched", place.processes
+    name = re.sub(r"\W+", "_", f"launched {' '.join(map(str, flags))}")
+    expected = train(place, "1-pretrain.py", f"{name} alone")
+    out, n = place.folder / "runs" / name, place.processes
     command = command_line(place, "1-pretrain.py", out, "--batch_size", 8 // n, "--timeout", 120, *flags)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     subprocess.run([*launcher, *command], cwd=ROOT, check=True)

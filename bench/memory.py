@@ -42,8 +42,8 @@ from bench.parallel_memory import PeakMemory  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from data_pipeline.datasets import Batch  # noqa: E402
-from model.attention import _varlen_attention_cuda  # noqa: E402
 from model.architecture import PRESETS as ALL_PRESETS  # noqa: E402
+from model.attention import _varlen_attention_cuda  # noqa: E402
 from model.device import DTYPES  # noqa: E402
 from model.LMConfig import LMConfig, preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
@@ -190,19 +190,21 @@ def largest_batch(model: dict[str, Any], budget: float, gradient_checkpointing: 
     def peak(rows: int) -> int:
         return computed_peak(Step(model, rows, gradient_checkpointing))
 
-    rows, at_rows = 1, peak(1)
-    if at_rows > budget:
+    fits, used = 1, peak(1)
+    if used > budget:
         return 0
-    per_row = peak(2) - at_rows
-    while (more := int((budget - at_rows) // per_row)) > 0:
-        now = peak(rows + more)
+    while (needed := peak(2 * fits)) <= budget:
+        fits, used = 2 * fits, needed
+    too_many = 2 * fits
+    while too_many - fits > 1:  # between them the peak grows almost linearly
+        guess = fits + int((budget - used) / (needed - used) * (too_many - fits))
+        guess = min(max(guess, fits + 1), too_many - 1)
+        now = peak(guess)
         if now <= budget:
-            rows, at_rows = rows + more, now
-        else:  # with so many rows the peak is at another point of the step, and grows faster
-            per_row = -(-(now - at_rows) // more)
-    while peak(rows + 1) <= budget:
-        rows += 1
-    return rows
+            fits, used = guess, now
+        else:
+            too_many, needed = guess, now
+    return fits
 
 
 # ---- measuring on the CPU

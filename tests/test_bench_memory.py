@@ -52,11 +52,12 @@ def test_a_gpu_takes_its_own_kernels_and_a_mixture_has_no_need_of_values():
 
 
 def test_the_largest_batch_fits_and_the_next_does_not(capsys, monkeypatch):
-    for budget in (60e6, 150e6):
-        rows = largest_batch(TINY, budget, gradient_checkpointing=False)
-        assert rows > 0 and computed_peak(Step(TINY, rows)) <= budget < computed_peak(Step(TINY, rows + 1))
+    for checkpointing in (False, True):
+        rows, budget = largest_batch(TINY, 100e6, checkpointing), 100e6
+        steps = [Step(TINY, n, checkpointing) for n in (rows, rows + 1)]
+        assert rows > 0 and computed_peak(steps[0]) <= budget < computed_peak(steps[1])
     assert largest_batch(TINY, 5e6, gradient_checkpointing=False) == 0
-    flags = "--gpu_gb 1.3 --presets toy --contexts 128".split()
+    flags = "--gpu_gb 0.95 --presets toy --contexts 128".split()
     monkeypatch.setattr("sys.argv", ["memory.py", *flags])
     memory.main()
     assert "| toy | 128 | " in capsys.readouterr().out

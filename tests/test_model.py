@@ -650,16 +650,22 @@ def test_recorded_once_for_all_lengths_and_positions(kind):
         assert_logits_close(traced(ids, torch.ones_like(ids)), model(ids).logits, model.config)
 
 
-def test_a_compiled_training_step_has_the_same_loss_and_gradient():
-    """With few tokens every expert computes all of them; documents keep their balance losses."""
-    model = make("moe", n_layers=1).train()
-    ids, positions, _, labels, _ = pack([[5, 7], [3, 9]])
+@pytest.mark.parametrize(("lengths", "rate"), [([[5, 7], [3, 9]], 0.0), ([[50, 70], [30, 90]], 0.01)])
+def test_a_compiled_training_step_has_the_same_loss_and_gradient(lengths, rate):
+    """As one graph. With few tokens one expert after another computes, with many they do it in groups; documents keep
+    their balance losses."""
+    model = make("moe", n_layers=1, router_bias_rate=rate).train()
+    ids, positions, cu, labels, _ = pack(lengths)
     inputs = dict(input_ids=ids, position_ids=positions, labels=labels, use_cache=False)
-    out = model(**inputs)
+    inputs |= dict(cu_seqlens=cu) if rate else {}
+    half = torch.autocast("cpu", torch.bfloat16, enabled=bool(rate))
+    with half:
+        out = model(**inputs)
     out.loss.backward()
     gradient = gradients(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")(**inputs)
+    with half:
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")(**inputs)
     torch.testing.assert_close(compiled.loss, out.loss)
     torch.testing.assert_close(compiled.aux_loss, out.aux_loss)
     compiled.loss.backward()
