@@ -48,7 +48,7 @@ def train(flags: list[str], data_path: Path, seed: int, steps: int, folder: Path
         "--out_dir",
         out,
     ]
-    command += [*MODEL, *flags, "--seed", seed, "--max_steps", steps, "--batch_size", 8, "--learning_rate", "2e-3"]
+    command += [*MODEL, *flags, "--seed", seed, "--max_steps", steps, "--batch_size", 4, "--learning_rate", "2e-3"]
     command += ["--log_interval", 5, "--overwrite"]
     with contextlib.redirect_stdout(io.StringIO()):
         run_here(list(map(str, command)))
