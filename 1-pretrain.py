@@ -35,6 +35,10 @@ class PretrainOptions(TrainOptions):
         "texts: CSV, JSONL, JSON, Parquet or TXT, also .gz and .zst (default: dataset/pretrain_data.csv)", nargs="+",
     )  # fmt: skip
     text_field: str = flag("text", "column or key with the text")
+    batch_size: int = flag(
+        None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
+        "run, with accumulation from 32 on)"
+    )  # fmt: skip
 
 
 def main() -> None:

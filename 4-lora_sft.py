@@ -43,6 +43,7 @@ class LoraOptions(ChatOptions):
         ["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "linear layers that get an adapter (default: all)", nargs="+"
     )
     merge: bool = flag(False, "also write the full model with the adapter added")
+    optimizer: str = flag("adamw", "adamw, or muon for the matrices and AdamW for the rest", choices=["adamw", "muon"])
     learning_rate: float = flag(1e-3, "peak learning rate")
     batch_size: int = flag(8, "rows of max_seq_len tokens that go through the model at once, per process")
     weight_decay: float = flag(0.0, "weight decay of the adapter's matrices")

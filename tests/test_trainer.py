@@ -59,7 +59,7 @@ def rows(ids=range(60), seed: int = 0) -> PackedRows:
 def options(out_dir, **fields) -> TrainOptions:
     settings = dict(
         out_dir=out_dir, batch_size=4, max_steps=12, learning_rate=1e-2, device="cpu", dtype="float32", val_interval=5,
-        log_interval=3, save_interval=4, num_workers=1,
+        log_interval=3, save_interval=4, num_workers=1, optimizer="adamw",
     )  # fmt: skip
     return TrainOptions(**settings | fields)
 

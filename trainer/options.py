@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from model.LMConfig import LMConfig
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("auto", "muon", "adamw")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -58,6 +58,7 @@ class TrainOptions:
     """Flags of every training stage."""
 
     stage: ClassVar[str]  # the names of a run's files start with it; it may hold names of flags in braces
+    learning_rates: ClassVar[dict[str, float]] = {"muon": 4e-3, "adamw": 1e-3}  # where none is given
 
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
@@ -78,13 +79,13 @@ class TrainOptions:
         False, "when the device runs out of memory, halve the rows that go through the model at once and double the "
         "accumulation, as often as needed; the samples of a step stay the same",
     )  # fmt: skip
-    learning_rate: float = flag(1e-3, "peak learning rate", above=0)
+    learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)", above=0)
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)", min=0)
     weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
     optimizer: str = flag(
-        "adamw", "adamw; or muon for the matrices and AdamW for the rest, best with 4 times the learning rate",
-        choices=OPTIMIZERS,
+        "auto", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "
+        "--deepspeed", choices=OPTIMIZERS,
     )  # fmt: skip
     seed: int = flag(1337, "seed of initial weights, data order and dropout", min=0, below=2**63)
 
@@ -162,6 +163,12 @@ class TrainOptions:
         if shown and os.environ.get("RANK", "0") == "0":
             print(f"--resume: flags of {newest.parent}: {', '.join(shown)}")
         return kept | model
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "auto":
+            self.optimizer = "muon" if self.deepspeed is None else "adamw"
+        if self.learning_rate is None:
+            self.learning_rate = self.learning_rates[self.optimizer]
 
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""
