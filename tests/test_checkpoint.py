@@ -13,19 +13,27 @@ from launching import fork
 from states import read_state
 
 from common.errors import UserError
-from trainer.checkpoint import check_run, complete_states, differences, find_damage, save_state
+from trainer.checkpoint import (
+    check_run,
+    complete_states,
+    differences,
+    find_damage,
+    load_tensors,
+    save_state,
+    save_tensors,
+    tensor_layout,
+)
 from trainer.distributed import DistEnv
 from trainer.options import TrainOptions
-from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
 
 
 def steps(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in complete_states(folder)]
 
 
-def save(folder: Path, step: int, value: float = 0.0, keep: int = 2, obsolete=()) -> None:
+def save(folder: Path, step: int, value: float = 0.0, keep: int = 2, since: int = 10**9) -> None:
     tensors = {"model/w": torch.full((200,), value), "optimizer/w/step": torch.tensor(float(step))}
-    save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {"seed": 7}, DistEnv(), keep, obsolete)
+    save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {"seed": 7}, DistEnv(), keep, since)
 
 
 def value(folder: Path) -> float:
@@ -48,7 +56,7 @@ def test_round_trip_and_keep(tmp_path):
 
 def test_a_state_of_the_same_step_is_replaced(tmp_path):
     for number in (1.0, 2.0):
-        save(tmp_path, 5, number, obsolete=complete_states(tmp_path))
+        save(tmp_path, 5, number, since=0)
     assert steps(tmp_path) == [5] and value(tmp_path) == 2
 
 
@@ -154,7 +162,7 @@ def save_for_ever(folder: Path, step: int) -> None:
     while True:
         step += 1
         tensors = {"model/w": torch.full((200_000,), float(step))}
-        save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {}, DistEnv(), keep=2)  # noqa: B023
+        save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {}, DistEnv(), keep=2, since=step)  # noqa: B023
         print(step)
 
 

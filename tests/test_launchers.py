@@ -313,10 +313,10 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(data, two, tmp_pa
     with Launch([*torchrun(2, "--max_restarts", 2, "--monitor_interval", 0.1), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: list(states.glob("step_*[1-9]?/COMPLETE")))  # step 10 or later
         run.workers()[1].send_signal(signal.SIGKILL)
-        run.wait_until(lambda: "restart 1): continuing from" in run.text and "step 30/" in run.text)
+        run.wait_until(lambda: "(restart 1)" in run.text and "step 30/" in run.text)
         run.workers()[0].send_signal(signal.SIGKILL)
         assert run.end() == 0, run.text
-        found = re.findall(r"restarted by the launcher \(restart (\d)\): continuing from step_0*(\d+)", run.text)
+        found = re.findall(r"restarted by the launcher \(restart (\d)\)\nresuming after step (\d+)", run.text)
         assert [number for number, _ in found] == ["1", "2"] and 0 < int(found[0][1]) < int(found[1][1]) < 80, run.text
         assert not run.alive()
     assert bit_identical(tmp_path, two / "undisturbed")

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import signal
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from common.files import atomic_write
 from data_pipeline.datasets import Batch, BatchLoader, DataFailure, Dataset, Schedule
 from model.device import is_out_of_memory, resolve_device, resolve_dtype
 from model.LMConfig import LMConfig
+from model.model import parameter_counts
 from trainer.checkpoint import TrainingCheckpoint, find_state, hold_run, save_state
 from trainer.distributed import (
     DistEnv,
@@ -60,7 +60,6 @@ class Run:
         identity: what has to be the same to resume it, beside data and flags: tokenizer, starting weights.
         save_weights: write the weights so far for later stages; takes a description of how they were made, and the
             trained tensors with their names, one at a time.
-        active_parameters: parameters that a token passes through (for MFU); 0: unknown.
     """
 
     stage: str
@@ -68,7 +67,6 @@ class Run:
     config: LMConfig
     identity: dict
     save_weights: Callable[[dict, Iterable[tuple[str, Tensor]]], None]
-    active_parameters: int = 0
 
 
 def fit(
@@ -129,7 +127,6 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.best_loss = math.inf  # the lowest that was logged
         self.resumed_loss: float | None = None  # of the state to resume; None once the first step was compared with it
-        self.obsolete: list[Path] = []  # states of a run that this one replaces, until it has saved something
         self.loader = BatchLoader(
             self.train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
         )
@@ -137,7 +134,7 @@ class Trainer:
         self.timer = StepTimer(self.device)
         trace = options.out_dir / f"{run.name}.rank{dist_env.rank}.trace.json"
         self.profiler = make_profiler(options.profile, trace, dist_env, self.device) if options.profile else None
-        self._saved_step = 0
+        self._saved_step = 0  # of this run's newest state
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -286,7 +283,6 @@ class Trainer:
         text = None
         if failure is not None:
             error = failure.error
-            self.log.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             who = f" on rank {self.dist_env.rank}" if self.dist_env.size > 1 else ""
             text = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
@@ -308,9 +304,7 @@ class Trainer:
             bad = [i for i in mine if pool.submit(self.train.batch, [i]).exception() is not None]
         if not bad:
             return f"one of the samples {', '.join(map(str, mine))}, although each of them can be read now"
-        documents = self.train.documents(bad[:1])
-        shown = ", ".join(map(str, documents[:8])) + (" ..." if len(documents) > 8 else "")
-        return f"sample {bad[0]} (document{'s' if len(documents) > 1 else ''} {shown})"
+        return f"sample {bad[0]} (documents {', '.join(map(str, self.train.documents(bad[:1])))})"
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
@@ -320,21 +314,21 @@ class Trainer:
         options.out_dir.mkdir(parents=True, exist_ok=True)
         identity, settings = self.identity(), self.settings()
         assert_same_on_all_ranks(self.dist_env, identity | _shared_flags(options))
-        state, self.obsolete = broadcast_object(
+        state = broadcast_object(
             self.dist_env, lambda: find_state(self.folder, options, self.dist_env, identity, settings)
         )
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        active_parameters = parameter_counts(self.model)["active"]  # counted before they are sharded
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if before_training is not None:
             before_training(self.strategy.module)
         if state is not None:
             self._resume(state)
         self.metrics_logger = MetricsLogger(
-            options, self.run.name, self.dist_env, self.device,
-            total_steps=self.total_steps, steps_done=self.steps_done, config=self.run.config,
-            active_parameters=self.run.active_parameters, dtype=self.dtype, timer=self.timer, log=self.log,
+            options, self.run.name, self.dist_env, self.run.config, active_parameters, self.device, self.dtype,
+            self.total_steps, self.steps_done, self.timer, self.log,
         )  # fmt: skip
         if self.val is not None and self.steps_done < self.total_steps:
             self._validate(self.val, max_batches=2)  # a broken validation fails now, not after an hour
@@ -442,9 +436,8 @@ class Trainer:
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
         }  # fmt: skip
         save_state(
-            self.folder, self.steps_done, self.strategy.save, run, self.dist_env, self.options.keep, self.obsolete
+            self.folder, self.steps_done, self.strategy.save, run, self.dist_env, self.options.keep, self._saved_step
         )
-        self.obsolete = []
         self._saved_step = self.steps_done
         if weights:
             self._save_weights()
@@ -465,23 +458,14 @@ class Trainer:
             return
         tensors = self.strategy.full_parameters()
         if self.dist_env.is_main:
-            self.run.save_weights(self.info(), tensors)
+            info = {
+                "stage": self.run.stage, "step": self.steps_done, "total_steps": self.total_steps,
+                "tokens": self.tokens_done, "loss": self.metrics.get("loss"), "metrics": self.metrics,
+                **self.run.identity, "train_data": self.train.fingerprint, "options": self.options.describe(),
+            }  # fmt: skip
+            self.run.save_weights(info, tensors)
             self.metrics_logger.plot()
         deque(tensors, maxlen=0)  # sharded parameters are gathered by all processes together
-
-    def info(self) -> dict:
-        """Return how the weights were made, for the JSON beside them."""
-        return {
-            "stage": self.run.stage,
-            "step": self.steps_done,
-            "total_steps": self.total_steps,
-            "tokens": self.tokens_done,
-            "loss": self.metrics.get("loss"),
-            "metrics": self.metrics,
-            **self.run.identity,
-            "train_data": self.train.fingerprint,
-            "options": self.options.describe(),
-        }
 
     def _resume(self, state: TrainingCheckpoint) -> None:
         """Continue from `state`: weights, optimizer, counters."""

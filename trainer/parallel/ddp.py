@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from common.files import write_json
+from trainer.checkpoint import load_tensors, save_tensors, tensor_layout
 from trainer.distributed import DistEnv
 from trainer.optim import clip_gradients, gradient_norm, make_optimizers
 from trainer.options import TrainOptions
-from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
 
 
 class ParallelStrategy:
