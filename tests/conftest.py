@@ -14,6 +14,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOWEST = (
+    "launchers distributed script_pretrain script_fast_inference trainer app interop_lm_eval chaos script_full_sft "
+    "survival export script_openai_api"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slowest files: when the last ones are done, no worker should have been without work for long."""
+    order = {f"test_{name}": i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -324,7 +324,7 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(data, two, tmp_pa
 
 
 def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
-    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--save_interval", 100_000, "--timeout", 15)
+    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--save_interval", 100_000, "--timeout", 10)
     with Launch([*torchrun(2), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: "step 9/" in run.text)
         time.sleep(2)  # twice as long as the watch takes to write down where a process is
@@ -334,7 +334,7 @@ def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
         errors = [line for line in run.text.splitlines() if "error: " in line]
         assert len(errors) == 1, run.text
         assert re.search(
-            rf"1 of 2 processes did not respond within --timeout 15 seconds.*rank 1 \(process {workers[1].pid} on .*\), "
+            rf"1 of 2 processes did not respond within --timeout 10 seconds.*rank 1 \(process {workers[1].pid} on .*\), "
             r"last seen at .*step \d+",
             errors[0],
         ), errors[0]

@@ -39,7 +39,6 @@ from trainer.options import TrainOptions
 
 MARKER = "COMPLETE"
 _STEP = re.compile(r"step_(\d{8,})")
-_START = "start without --resume, or with --resume auto"
 _METADATA = "torch.distributed.checkpoint.metadata"
 _LAYOUT_CLASSES = {
     (_METADATA, "Metadata"), (_METADATA, "MetadataIndex"), (_METADATA, "StorageMeta"), (_METADATA, "TensorProperties"),
@@ -266,8 +265,6 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
             )
         return []
     path = folder if options.resume in ("newest", "auto") else Path(options.resume)
-    if not path.exists():
-        raise UserError(f"--resume: there is no {path}; {_START}")
     if found and folder.resolve() not in (path.resolve(), path.resolve().parent):
         raise UserError(
             f"--resume: {folder} holds a run of its own, which {path} does not belong to: give the --out_dir that it is "
@@ -275,10 +272,12 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
         )
     if not _STEP.fullmatch(path.name):
         if not (states := complete_states(path)):
-            raise UserError(f"--resume: no complete state in {path}; {_START}")
+            raise UserError(
+                f"--resume: there is no complete state in {path}; start without --resume, or with --resume auto"
+            )
         return states[::-1]
     if not (path / MARKER).exists():
-        raise UserError(f"--resume: {path} is not complete ({MARKER} is missing); {_newest_state(path.parent)}")
+        raise UserError(f"--resume: {path} is not complete (no {MARKER} in it); {_newest_state(path.parent)}")
     return [path]
 
 

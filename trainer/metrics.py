@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -59,6 +60,7 @@ class MetricsLogger:
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._validated_now = False
+        self._plotted = -math.inf
         self._bar: tqdm | None = None
         self._loggers = Loggers([])
         if self.dist_env.is_main and self.first_step < self.total_steps:
@@ -200,9 +202,11 @@ class MetricsLogger:
             parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
         return " | ".join(parts)
 
-    def plot(self) -> None:
-        """Draw the losses so far into OUT_DIR/<run>.png."""
-        if lines := read_metrics(self.path):
+    def plot(self, last: bool) -> None:
+        """Draw the losses so far into OUT_DIR/<run>.png: `last`, or if the last drawing is older than ten seconds."""
+        now = time.perf_counter()
+        if (last or now - self._plotted > 10) and (lines := read_metrics(self.path)):
+            self._plotted = now
             plot_losses(lines, self.options.out_dir / f"{self.name}.png", title=self.name)
 
     def _delete_lines_after(self, step: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import signal
 from collections import deque
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, stop_signals
-from common.files import atomic_write
+from common.files import write_json
 from data_pipeline.datasets import Batch, BatchLoader, DataFailure, Dataset, Schedule
 from model.device import is_out_of_memory, resolve_device, resolve_dtype
 from model.LMConfig import LMConfig
@@ -228,11 +227,10 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the cached blocks have the wrong sizes
         rows = self.options.batch_size * self.options.accumulation_steps
-        if self.dist_env.is_main:
-            print(
-                f"step {step + 1}: out of memory with {before} rows at once. --auto_batch continues with {now} rows and "
-                f"{-(-rows // now)} accumulation steps: each step keeps its samples"
-            )
+        print(
+            f"step {step + 1}: out of memory with {before} rows at once. --auto_batch continues with {now} rows and "
+            f"{-(-rows // now)} accumulation steps: each step keeps its samples"
+        )
         return self.loader.batches(step)
 
     def _memory_advice(self, error: RuntimeError | None) -> str:
@@ -267,10 +265,7 @@ class Trainer:
         if self.dist_env.is_main:
             metrics = {name: str(value) for name, value in result.items()}
             documents = self.train.documents(samples)
-            with atomic_write(report) as file:
-                json.dump(
-                    {"step": step + 1, "metrics": metrics, "samples": samples, "documents": documents}, file, indent=2
-                )
+            write_json(report, {"step": step + 1, "metrics": metrics, "samples": samples, "documents": documents})
         bad = ", ".join(f"{name} is {value}" for name, value in result.items() if not math.isfinite(value))
         raise UserError(
             f"step {step + 1}: {bad}; stopped before the weights changed. {self._kept()} The numbers of the samples and "
@@ -320,7 +315,7 @@ class Trainer:
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        active_parameters = parameter_counts(self.model)["active"]  # counted before they are sharded
+        active_parameters = parameter_counts(self.model)["active"]  # type: ignore[arg-type] # before they are sharded
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if before_training is not None:
             before_training(self.strategy.module)
@@ -369,8 +364,7 @@ class Trainer:
                     self.save()
             if asked_to_stop and not last:
                 logger.close()
-                if self.dist_env.is_main:
-                    print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
+                print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
                 raise SystemExit(128 + (received or [signal.SIGTERM])[0])
         return self.metrics
 
@@ -453,8 +447,7 @@ class Trainer:
             )
             if self.steps_done == self.total_steps:
                 raise UserError(f"{message}. Try a lower --learning_rate or --grad_clip")
-            if self.dist_env.is_main:
-                print(f"WARNING: {message}")
+            print(f"WARNING: {message}")
             return
         tensors = self.strategy.full_parameters()
         if self.dist_env.is_main:
@@ -464,7 +457,7 @@ class Trainer:
                 **self.run.identity, "train_data": self.train.fingerprint, "options": self.options.describe(),
             }  # fmt: skip
             self.run.save_weights(info, tensors)
-            self.metrics_logger.plot()
+            self.metrics_logger.plot(last=self.steps_done == self.total_steps)
         deque(tensors, maxlen=0)  # sharded parameters are gathered by all processes together
 
     def _resume(self, state: TrainingCheckpoint) -> None:
