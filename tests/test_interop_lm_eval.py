@@ -194,7 +194,7 @@ def evaluated(tmp_path_factory) -> Path:
         ]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", HARNESS], input=json.dumps(commands), capture_output=True, text=True,
-            env=environment, timeout=300, cwd=folder,
+            env=environment, timeout=550, cwd=folder,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
