@@ -18,7 +18,15 @@ from data_pipeline.readers import Block
 from data_pipeline.records import CHAT_COLUMNS, Preference, WrongStage, check_columns, parse_conversation
 from data_pipeline.text_files import BadLine
 from data_pipeline.tokenize import MAX_DROPPED, EncodedBlock, TokenizedDataset, cached_dataset
-from model.chat_format import ANSWER_ROLE, Message, PromptTooLong, TruncatedChat, chat_style, truncate_chat
+from model.chat_format import (
+    ANSWER_ROLE,
+    Message,
+    PromptTooLong,
+    TruncatedChat,
+    chat_style,
+    message_text,
+    truncate_chat,
+)
 from model.tokenizer import EOS_ID, encode_texts
 
 if TYPE_CHECKING:
@@ -108,9 +116,11 @@ def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: 
 
 def _answer_bytes(tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat) -> int:
     """Return the UTF-8 bytes of the answers that are trained on."""
-    if chat.answer_cut:  # then it is the only one; in a byte-level vocabulary every character of a token is one byte
-        return sum(map(len, tokenizer.convert_ids_to_tokens(chat.ids[chat.answer_start :])))
-    return sum(len(message["content"].encode("utf-8")) for message in chat.messages if message["role"] == ANSWER_ROLE)
+    answers = [message_text(message) for message in chat.messages if message["role"] == ANSWER_ROLE]
+    if chat.answer_cut:  # the last one; in a byte-level vocabulary every character of a token is one byte
+        cut = tokenizer.convert_ids_to_tokens(chat.ids[chat.answer_start :])
+        return sum(map(len, cut)) + sum(len(answer.encode("utf-8")) for answer in answers[:-1])
+    return sum(len(answer.encode("utf-8")) for answer in answers)
 
 
 def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:
