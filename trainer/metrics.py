@@ -188,8 +188,10 @@ class MetricsLogger:
         parts += [
             f"{name} {value:.4f}"
             for name, value in line.items()
-            if name not in FORMATTED and not name.startswith("val_")
+            if name not in FORMATTED and not name.startswith(("val_", "expert_"))
         ]
+        if shares := expert_shares(line):
+            parts.append(f"experts {min(shares):.0%}-{max(shares):.0%}, busiest {line['expert_max_load']:.2f}x")
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
         if self.dist_env.size > 1:
             each = "GPU" if self.device.type == "cuda" else "process"
@@ -224,20 +226,32 @@ def read_metrics(path: Path) -> list[dict]:
         return list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
 
 
+def expert_shares(line: dict) -> list[float]:
+    """Return the share of the tokens of every expert, from the metrics of a mixture; else none."""
+    return [value for name, value in line.items() if name.startswith("expert_") and name.endswith("_share")]
+
+
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
-    """Draw training and validation loss (nats per token) over optimizer steps."""
+    """Draw training and validation loss (nats per token) over optimizer steps; and for a mixture, who got the tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
     from matplotlib.figure import Figure
 
     lines = list(lines)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    shared = [(x["step"], shares) for x in lines if (shares := expert_shares(x))]
+    n_plots = 2 if shared else 1
+    figure = Figure(figsize=(7, 4 * n_plots), layout="constrained")
+    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training")
     validated = [x for x in lines if "val_loss" in x]
     if validated:
         axes.plot([x["step"] for x in validated], [x["val_loss"] for x in validated], "o-", label="validation")
     axes.grid(alpha=0.3)
     axes.legend()
+    if shared:
+        axes = figure.add_subplot(n_plots, 1, 2, xlabel="optimizer step", ylabel="share of the tokens of each expert")
+        axes.plot([step for step, _ in shared], [shares for _, shares in shared])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
     with atomic_write(image, "wb") as file:
         FigureCanvasAgg(figure).print_png(file)
 

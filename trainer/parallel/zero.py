@@ -67,7 +67,11 @@ class DeepSpeedStrategy(ParallelStrategy):
             # Processes may run different experts, in different orders. All of a layer's experts are gathered at once, so
             # that every process asks for the same parameters in the same order.
             set_z3_leaf_modules(model, [MoEFeedForward])
-        (optimizer,) = make_optimizers(model, "adamw", options.weight_decay)
+        optimizer, *others = make_optimizers(model, "adamw", options.weight_decay)
+        if others:
+            raise UserError(
+                "a model with router_bias_rate needs a second optimizer, and DeepSpeed takes one: use --fsdp"
+            )
         self.trainable_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.module: Any
         self.module, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
