@@ -42,7 +42,6 @@ class DpoOptions(TuneOptions):
     max_dropped: float = flag(
         0.1, "largest share of rows that cannot be used; more than elsewhere: long questions are common in pairs"
     )
-    optimizer: str = flag("adamw", "adamw, or muon for the matrices and AdamW for the rest", choices=["adamw", "muon"])
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")
     val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")

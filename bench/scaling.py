@@ -231,9 +231,8 @@ def _measure(folder: Path, engine: str, steps: int, dist_env: DistEnv) -> dict[s
     rows = PackedRows(TokenizedDataset(tokens, None, *documents, "random", {}), np.arange(n), 512, 0)
     torch.manual_seed(0)
     options = TrainOptions(
-        out_dir=folder, batch_size=1, max_steps=steps + 1, optimizer="adamw", device="cpu", dtype="float32",
-        fsdp=engine == "FSDP",
-    )  # fmt: skip
+        out_dir=folder, batch_size=1, max_steps=steps + 1, device="cpu", dtype="float32", fsdp=engine == "FSDP"
+    )
     run = Run("pretrain", "scaling", config, {}, lambda info, tensors: None)
     trainer = Trainer(Transformer(config), next_token_loss, rows, None, options, run, dist_env)
 

@@ -350,7 +350,7 @@ def run_loop(out_dir: Path, moe: bool, stop_after: int | None = None, targets=AL
     adapted, base = adapted_to(base_file, dropout=0.1, targets=targets)
     settings = dict(
         out_dir=out_dir, batch_size=4, max_steps=10, learning_rate=1e-2, weight_decay=0.0, device="cpu", dtype="float32",
-        save_interval=4, log_interval=5, optimizer="adamw",
+        save_interval=4, log_interval=5,
     )  # fmt: skip
     options = TrainOptions(**settings | fields)
     calls = 0

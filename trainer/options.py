@@ -58,7 +58,6 @@ class TrainOptions:
     """Flags of every training stage."""
 
     stage: ClassVar[str]  # the names of a run's files start with it; it may hold names of flags in braces
-    learning_rates: ClassVar[dict[str, float]] = {"muon": 4e-3, "adamw": 1e-3}  # where none is given
 
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
@@ -79,12 +78,12 @@ class TrainOptions:
         False, "when the device runs out of memory, halve the rows that go through the model at once and double the "
         "accumulation, as often as needed; the samples of a step stay the same",
     )  # fmt: skip
-    learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)", above=0)
+    learning_rate: float = flag(1e-3, "peak learning rate", above=0)
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)", min=0)
     weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
     optimizer: str = flag(
-        "auto", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "
+        "adamw", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "
         "--deepspeed", choices=OPTIMIZERS,
     )  # fmt: skip
     seed: int = flag(1337, "seed of initial weights, data order and dropout", min=0, below=2**63)
@@ -95,7 +94,9 @@ class TrainOptions:
         "float32 elsewhere", choices=["auto", *DTYPES],
     )  # fmt: skip
     compile: bool = flag(False, "compile the model: slower start, faster steps (on a CPU it needs a C++ compiler)")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass, and the loss in parts: less memory, slower"
+    )
     num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each batch when it is needed", min=0)
     local_rank: int = flag(0, "set by launchers, and ignored: the environment variable LOCAL_RANK is used")
     deepspeed: Path | None = flag(
@@ -167,8 +168,6 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.optimizer == "auto":
             self.optimizer = "muon" if self.deepspeed is None else "adamw"
-        if self.learning_rate is None:
-            self.learning_rate = self.learning_rates[self.optimizer]
 
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""

@@ -17,7 +17,7 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights, parameter_counts
+from model.model import Transformer, initial_weights
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import Checkpoint, build_model, save_checkpoint
 from model.weights_file import read_tensors
@@ -112,7 +112,6 @@ def weights_run(
             "origin": origin.fingerprint if origin is not None else None,
         },
         save_weights=save_weights,
-        active_parameters=parameter_counts(empty)["active"],
     )
 
 
@@ -146,7 +145,7 @@ def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int)
     """Set --batch_size, and --accumulation_steps where more than MICRO_BATCH rows are needed, from the length of the run.
 
     The longer a run, the larger the best batch: `BATCH_SCALE * tokens ** BATCH_EXPONENT` tokens in a step. The exponent is
-    that of https://arxiv.org/abs/2505.13738 (equation 5) and https://arxiv.org/abs/2401.02954; docs/recipes.md has the scale.
+    about that of https://arxiv.org/abs/2505.13738 (0.38).
     """
     seq_len = train.packing.seq_len
     if options.max_steps is None:
