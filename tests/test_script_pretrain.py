@@ -251,7 +251,7 @@ def test_bad_lines_are_skipped_counted_and_listed(tmp_path, pretrain):
 
 
 def test_wrong_flags_are_named_all_at_once(tmp_path, pretrain):
-    flags = "--epochs 0 --keep 1 --dim 30 --device cuda:99 --grad_clip inf --seed -1 --max_seq_len 1 --rope_theta 0"
+    flags = "--epochs 0 --keep 1 --dim 30 --device cuda:99 --grad_clip inf --seed -1 --max_seq_len 1 --rope_theta inf"
     result = pretrain(*flags.split(), "--out_dir", tmp_path / "out")
     assert result.returncode == 2
     for part in flags.replace(" --", "|--").split("|"):
