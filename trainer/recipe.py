@@ -17,7 +17,7 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights, parameter_counts
+from model.model import Transformer, initial_weights
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import Checkpoint, build_model, save_checkpoint
 from model.weights_file import read_tensors
@@ -25,6 +25,10 @@ from trainer.checkpoint import check_run
 from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
 from trainer.options import TrainOptions
 from trainer.trainer import Run
+
+# Of the batch that is best for a run of a given length: see `choose_batch_size`.
+BATCH_SCALE, BATCH_EXPONENT = 17.8, 0.4
+MICRO_BATCH = 32  # rows at once
 
 
 def require_files(paths: list[Path], hint: str) -> None:
@@ -108,7 +112,6 @@ def weights_run(
             "origin": origin.fingerprint if origin is not None else None,
         },
         save_weights=save_weights,
-        active_parameters=parameter_counts(empty)["active"],
     )
 
 
@@ -133,4 +136,25 @@ def packed_rows(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "
         f"({train.packing.fill:.1%} full); held out for validation: {held_out}"
     )
+    if options.batch_size is None:
+        choose_batch_size(options, train, dist_env.size)
     return train, val
+
+
+def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:
+    """Set --batch_size, and --accumulation_steps where more than MICRO_BATCH rows are needed, from the length of the run.
+
+    The longer a run, the larger the best batch: `BATCH_SCALE * tokens ** BATCH_EXPONENT` tokens in a step. The exponent is
+    about that of https://arxiv.org/abs/2505.13738 (0.38).
+    """
+    seq_len = train.packing.seq_len
+    if options.max_steps is None:
+        per_step = BATCH_SCALE * (options.epochs * train.n_tokens) ** BATCH_EXPONENT
+    else:  # the tokens are steps * per_step: solved for per_step
+        per_step = (BATCH_SCALE * options.max_steps**BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+    rows = max(round(per_step / seq_len / world_size / options.accumulation_steps), 1)  # of one process at once
+    n_parts = -(-rows // MICRO_BATCH)
+    options.batch_size = -(-rows // n_parts)
+    options.accumulation_steps *= n_parts
+    tokens = options.batch_size * options.accumulation_steps * world_size * seq_len
+    print(f"no --batch_size: {tokens:,} tokens in a step, by the length of the run")
