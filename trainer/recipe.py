@@ -19,6 +19,7 @@ from model.device import DTYPES
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights, parameter_counts
 from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.vision import model_class
 from model.weights import Checkpoint, build_model, save_checkpoint
 from model.weights_file import read_tensors
 from trainer.checkpoint import check_run
@@ -48,7 +49,7 @@ def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> Pre
 
 def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Transformer:
     """Return a model with random weights, the same for the same seed."""
-    tensors = initial_weights(config, options.seed)
+    tensors = initial_weights(config, options.seed, model_class(config))
     if options.shards_weights:
         return mapped_model(tensors, config, options, dist_env)
     return build_model(dict(tensors), config, "the new model").train()
@@ -67,7 +68,7 @@ def mapped_model(
     try:
         if dist_env.is_main:
             with torch.device("meta"):
-                empty = Transformer(config)
+                empty = model_class(config)(config)
             save_checkpoint(path, empty, info={}, tensors=tensors)
         barrier(dist_env)
         model = build_model(read_tensors(path), config, path).train()
@@ -93,7 +94,7 @@ def weights_run(
     path = options.out_dir / checkpoint_name(options.stage, config)
     check_run(path, options, dist_env)
     with torch.device("meta"):
-        empty = Transformer(config)
+        empty = model_class(config)(config)
 
     def save_weights(info: dict, tensors: Iterable[tuple[str, Tensor]]) -> None:
         # The check above was made once, at the start: from now on the file belongs to this run.
