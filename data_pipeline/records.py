@@ -176,13 +176,13 @@ def _is_dialogue(prompt: object) -> bool:
     if not isinstance(prompt, str):
         return True
     with contextlib.suppress(Malformed):
-        value = _parsed(prompt, "prompt") if prompt.lstrip().startswith("[") else None
+        value = parse_list(prompt, "prompt") if prompt.lstrip().startswith("[") else None
         return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     return False
 
 
 def _history(value: object) -> list[Message]:
-    history = _parsed(value, "history") or []
+    history = parse_list(value, "history") or []
     messages = []
     for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
@@ -199,7 +199,7 @@ def _dialogue(value: object) -> list[Message]:
 
     value: [{"role","content"}] or [{"from","value"}].
     """
-    value = _parsed(value, "dialogue")
+    value = parse_list(value, "dialogue")
     if not isinstance(value, list) or not value:
         raise Malformed("the dialogue is not a list of messages")
     messages = [_message(message) for message in value]
@@ -228,7 +228,7 @@ def _answer(data: dict, name: str) -> tuple[list[Message], str]:
     """Return the prompt that the answer under `name` repeats, if it does, and the answer."""
     value = data.get(name)
     if isinstance(value, str) and _is_dialogue(value):
-        value = _parsed(value, name)
+        value = parse_list(value, name)
     if isinstance(value, list) and value:
         *prompt, last = _dialogue(value) or [_user("")]
     elif isinstance(value, dict):
@@ -267,7 +267,7 @@ def _check_text(text: str, name: str) -> None:
         raise Malformed(f"half of a surrogate pair in {name}, which is not a character") from None
 
 
-def _parsed(value: object, name: str) -> object:
+def parse_list(value: object, name: str) -> object:
     """Return a list, given as it is, as JSON, or (in files of the original MiniMind) as a Python literal."""
     if isinstance(value, float) and value != value:  # pandas writes an empty field as NaN
         return None

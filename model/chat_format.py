@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,7 @@ FOLLOWED_BY: dict[str, tuple[str, ...]] = {
 ROLES = tuple(role for role in FOLLOWED_BY if role != START)
 SYSTEM_ROLE = "system"  # its text stands alone, without <s>, header and </s>, unless `ChatStyle.system_header`
 TURN_ROLE = "user"  # a turn is a message of this role and all that follow, up to the next one
+IMAGE = "\ufffc"  # stands for an image in a question, where a model sees: U+FFFC, "object replacement character"
 ANSWER_ROLE = "assistant"  # what the model writes: the content of these messages is trained on
 
 # The same text as render_chat, for transformers, vLLM and llama.cpp. Two things differ from the published template: the
@@ -113,6 +115,7 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
+    image_ids: Sequence[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """Return the token ids of a chat, and which of them are trained on: each answer with its closing `</s>`.
 
@@ -125,9 +128,10 @@ def render_chat(
     Args:
         add_generation_prompt: end with the header of the next answer (not if the chat ends with an answer).
         continue_final_message: leave out the end of the last message if it is an answer, so that the model continues it.
+        image_ids: what every `IMAGE` in a message becomes; none: `IMAGE` is a character like any other.
     """
     check_messages(messages)
-    rendered = _render_messages(tokenizer, messages, add_generation_prompt)
+    rendered = _render_messages(tokenizer, messages, add_generation_prompt, image_ids)
     if continue_final_message and rendered[-1].answer:
         rendered[-1] = _Rendered(rendered[-1].prefix, rendered[-1].answer[:-1], [])
     return _join(rendered)
@@ -156,7 +160,9 @@ class TruncatedChat:
     answer_cut: bool = False
 
 
-def truncate_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int) -> TruncatedChat:
+def truncate_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int, image_ids: Sequence[int] = ()
+) -> TruncatedChat:
     """Render a chat in at most `max_tokens` tokens, cut at turn boundaries: the oldest turns are left out first.
 
     A chat that waits for an answer ends with the header of that answer; it keeps its system message. A chat that is
@@ -169,7 +175,7 @@ def truncate_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message], m
     check_messages(messages)
     answered = messages[-1]["role"] == ANSWER_ROLE
     system, turns = split_turns(messages)
-    rendered = iter(_render_messages(tokenizer, messages, add_generation_prompt=True))
+    rendered = iter(_render_messages(tokenizer, messages, True, image_ids))
     system_ids = next(rendered).prefix
     *older, last = [[next(rendered) for _ in turn] for turn in turns]
     last += rendered  # the header of the next answer
@@ -219,7 +225,7 @@ class _Rendered(NamedTuple):
 
 
 def _render_messages(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], add_generation_prompt: bool, image_ids: Sequence[int]
 ) -> list[_Rendered]:
     """Render the system message of a valid chat (or what stands in its place, perhaps nothing), each other message, and
     the header of the next answer if it is asked for and one may follow.
@@ -230,7 +236,7 @@ def _render_messages(
     for message in messages:  # the content of an answer is encoded alone, without its header
         bare = message["role"] in bare_roles
         texts.append(message["content"] if bare else f"{message['role']}\n{message['content']}")
-    newline, *encoded = encode_texts(tokenizer, texts)
+    newline, *encoded = _encode(tokenizer, texts, image_ids)
     rendered = []
     if messages[0]["role"] != SYSTEM_ROLE:
         rendered.append(_Rendered([*style.default_system], [], []))
@@ -244,6 +250,17 @@ def _render_messages(
     if add_generation_prompt and ANSWER_ROLE in FOLLOWED_BY[messages[-1]["role"]]:
         rendered.append(_Rendered([*style.generation_prompt], [], []))
     return rendered
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], image_ids: Sequence[int]) -> list[list[int]]:
+    """Encode texts, with `image_ids` where an `IMAGE` stands: the texts around it are encoded alone."""
+    pieces = [text.split(IMAGE) if image_ids else [text] for text in texts]
+    ids = iter(encode_texts(tokenizer, list(itertools.chain.from_iterable(pieces))))
+    encoded = []
+    for parts in pieces:
+        first, *others = (next(ids) for _ in parts)
+        encoded.append([*first, *(i for other in others for i in (*image_ids, *other))])
+    return encoded
 
 
 def _join(rendered: list[_Rendered]) -> tuple[list[int], list[bool]]:

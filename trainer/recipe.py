@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -85,10 +86,16 @@ def weights_run(
     tokenizer: PreTrainedTokenizerFast,
     dist_env: DistEnv,
     origin: Checkpoint | None = None,
+    frozen: Sequence[tuple[str, Tensor]] = (),
+    **identity: str | None,
 ) -> Run:
     """Return a run that writes OUT_DIR/<stage>_<dim>[_moe].pth; the stage is that of the class of `options`.
 
-    origin: the checkpoint it starts from; None: random weights.
+    Args:
+        origin: the checkpoint it starts from; None: random weights.
+        frozen: the weights that are not trained, by name.
+        identity: what else has to be the same to resume it.
+
     Raises UserError if it cannot start: see `trainer.checkpoint.check_run`.
     """
     path = options.out_dir / checkpoint_name(options.stage, config)
@@ -98,6 +105,7 @@ def weights_run(
 
     def save_weights(info: dict, tensors: Iterable[tuple[str, Tensor]]) -> None:
         # The check above was made once, at the start: from now on the file belongs to this run.
+        tensors = itertools.chain(tensors, frozen)
         save_checkpoint(path, empty, dtype=DTYPES[options.save_dtype], info=info, overwrite=True, tensors=tensors)
 
     return Run(
@@ -107,6 +115,7 @@ def weights_run(
         identity={
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "origin": origin.fingerprint if origin is not None else None,
+            **identity,
         },
         save_weights=save_weights,
         active_parameters=parameter_counts(empty)["active"],
@@ -118,17 +127,20 @@ def packed_rows(
     dist_env: DistEnv,
     seq_len: int,
     tokenize: Callable[[Path], TokenizedDataset],
+    make_rows: Callable[..., PackedRows] = PackedRows,
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return training and validation rows of the data (None where --val_fraction is 0).
 
-    tokenize: return the tokens of the data from the cache in a folder, or create them there.
+    Args:
+        tokenize: return the tokens of the data from the cache in a folder, or create them there.
+        make_rows: takes what `PackedRows` takes.
     """
     with main_process_first(dist_env, "preparing tokens"):
         dataset = tokenize(options.cache_dir or options.out_dir / "cache")
     n_tokens = max(int(dataset.offsets[-1]), 1)
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
-    train = PackedRows(dataset, train_ids, seq_len, options.seed)
-    val = PackedRows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
+    train = make_rows(dataset, train_ids, seq_len, options.seed)
+    val = make_rows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
     held_out = f"{len(val_ids):,} documents, {val.n_tokens:,} tokens" if val else "nothing"
     print(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "
