@@ -18,12 +18,13 @@ is our own small one, learn to say what they see in its words.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
+from model.architecture import VisionConfig
 from trainer.options import VisionOptions
 
 
@@ -47,15 +48,25 @@ class PretrainVlmOptions(VisionOptions):
     projector: str = flag(
         "mlp", "linear as in the first MiniMind-V, or mlp as in later ones", choices=["linear", "mlp"]
     )
-    image_size: int = flag(48, "our own encoder: side of an image in pixels; others are squeezed to it", min=1)
-    patch_size: int = flag(8, "our own encoder: side of a patch in pixels", min=1)
+    image_size: int = flag(64, "our own encoder: side of an image in pixels; others are squeezed to it", min=1)
+    patch_size: int = flag(16, "our own encoder: side of a patch in pixels, a power of two", min=2)
     vision_width: int = flag(128, "our own encoder: width", min=1)
-    vision_layers: int = flag(4, "our own encoder: number of layers", min=1)
+    vision_layers: int = flag(2, "our own encoder: number of layers", min=1)
     vision_heads: int = flag(4, "our own encoder: number of heads", min=1)
 
+    def own_encoder(self) -> VisionConfig:
+        """Return what the flags say about our own encoder; the tokens that stand for an image are still to be chosen."""
+        config = VisionConfig(
+            encoder="vit", width=self.vision_width, projector=self.projector, image_size=self.image_size,
+            patch_size=self.patch_size, n_layers=self.vision_layers, n_heads=self.vision_heads,
+        )  # fmt: skip
+        return replace(config, image_ids=(0,) * max(config.n_patches, 1))
+
     def validate(self) -> list[str]:
-        alone = ["--freeze_encoder would leave a new encoder as it is, random: it is for 9-sft_vlm.py"]
-        return super().validate() + (alone if self.freeze_encoder else [])
+        found = super().validate() + self.own_encoder().errors(1)
+        if self.freeze_encoder:
+            found.append("--freeze_encoder would leave a new encoder as it is, random: it is for 9-sft_vlm.py")
+        return found
 
 
 def main() -> None:
@@ -76,7 +87,7 @@ def main() -> None:
     # Model: one that answers, with an encoder and a projector of random weights.
     tokenizer = open_tokenizer(options)
     text_model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
-    model = add_vision(text_model, new_vision_config(options, tokenizer), options.seed)
+    model = add_vision(text_model, new_vision_config(options, options.own_encoder(), tokenizer), options.seed)
     encoder = open_encoder(options, model, origin)
     frozen = freeze(model, options.freeze, encoder=False)
     print(f"it sees now: {describe_parameters(model)}")

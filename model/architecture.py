@@ -94,7 +94,7 @@ class VisionConfig:
         encoder: "pretrained": a CLIP or SigLIP folder, which is not part of the model; "vit": our own, trained with it.
         width: of the features.
         projector: "linear", or "mlp": LayerNorm, Linear, GELU, Linear.
-        image_size, patch_size: of our own encoder, in pixels.
+        image_size, patch_size: of our own encoder, in pixels; the latter is a power of two.
         n_layers, n_heads: of our own encoder.
     """
 
@@ -137,6 +137,9 @@ class VisionConfig:
             whole = self.patch_size >= 1 and size >= self.patch_size and size % self.patch_size == 0
             heads = self.n_heads >= 1 and self.width % (2 * self.n_heads) == 0
             rules |= {
+                f"patch_size {self.patch_size} is not 2, 4, 8, 16, ...": self.patch_size.bit_count()
+                == 1
+                < self.patch_size,
                 f"image_size {size} is not a multiple of patch_size {self.patch_size}": whole,
                 f"width {self.width} does not divide into {self.n_heads} heads of an even width": heads,
                 f"n_layers {self.n_layers} must be at least 1": self.n_layers >= 1,

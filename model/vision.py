@@ -14,11 +14,13 @@ the language model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -33,18 +35,43 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+class Convolution(nn.Module):
+    """Halve the sides of an image: a convolution of 3 x 3 pixels with stride 2, then RMSNorm and GELU.
+
+    It is written as the matrix product it is, so that optimizers treat its weight as the matrix it is.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_eps: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(9 * in_channels, out_channels, bias=False)
+        self.norm = RMSNorm(out_channels, norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (images, channels, side, side) -> (images, out_channels, side / 2, side / 2)."""
+        side = x.shape[-1] // 2
+        windows = F.unfold(x, kernel_size=3, stride=2, padding=1).transpose(
+            1, 2
+        )  # (images, side / 2 * side / 2, 9 * channels)
+        out = F.gelu(self.norm(self.linear(windows)))
+        return out.transpose(1, 2).unflatten(2, (side, side))
+
+
 class VisionEncoder(nn.Module):
-    """A vision Transformer: square patches become tokens, and every patch sees every other one."""
+    """A vision Transformer: square patches become tokens, and every patch sees every other one.
+
+    Convolutions make the tokens (https://arxiv.org/abs/2106.14881): a shape looks alike wherever it is, and a Transformer
+    alone needs far more images to learn that.
+    """
 
     def __init__(self, vision: VisionConfig, norm_eps: float) -> None:
         super().__init__()
-        self.patch_size = vision.patch_size
         shape: dict[str, Any] = dict(dim=vision.width, n_layers=vision.n_layers, n_heads=vision.n_heads)
         config = LMConfig(**shape, n_kv_heads=vision.n_heads)
         self.head_dim = config.head_dim
-        n_pixels = 3 * vision.patch_size**2
+        halvings = vision.patch_size.bit_length() - 1
+        channels = [3, *(max(vision.width >> i, 8) for i in reversed(range(halvings)))]
         self.patches = nn.Sequential(
-            nn.Linear(n_pixels, vision.width), nn.GELU(), nn.Linear(vision.width, vision.width)
+            *(Convolution(inner, outer, norm_eps) for inner, outer in itertools.pairwise(channels))
         )
         self.positions = nn.Embedding(vision.n_patches, vision.width)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(vision.n_layers))
@@ -52,11 +79,8 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (images, 3, size, size), 0 to 255 -> features (images, patches, width)."""
-        side = self.patch_size
-        x = pixels.to(self.norm.weight.dtype) / 127.5 - 1
-        x = x.unfold(2, side, side).unfold(3, side, side)  # (images, 3, rows, columns, side, side)
-        x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (images, patches, 3 * side * side)
-        x = self.patches(x) + self.positions.weight
+        x = self.patches(pixels.to(self.norm.weight.dtype) / 127.5 - 1)  # (images, width, rows, columns)
+        x = x.flatten(2).transpose(1, 2) + self.positions.weight  # (images, patches, width)
         n_patches = x.shape[1]
         # Position 0 everywhere: nothing is rotated, because the places of patches are not in a line.
         rope = rope_tables(torch.zeros(1, n_patches, dtype=torch.long, device=x.device), self.head_dim, 1e4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,18 +44,14 @@ def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
     return left * (n // 2) + right * (n - n // 2)
 
 
-def new_vision_config(options: Any, tokenizer: PreTrainedTokenizerFast) -> VisionConfig:
-    """Return what the flags of 8-pretrain_vlm.py ask for."""
+def new_vision_config(options: VisionOptions, own: VisionConfig, tokenizer: PreTrainedTokenizerFast) -> VisionConfig:
+    """Return `own`, or what fits the folder of --vision_encoder, with the tokens that stand for an image."""
     if options.vision_encoder is None:
-        config = VisionConfig(
-            encoder="vit", width=options.vision_width, projector=options.projector, image_size=options.image_size,
-            patch_size=options.patch_size, n_layers=options.vision_layers, n_heads=options.vision_heads,
-        )  # fmt: skip
-        return replace(config, image_ids=tuple(image_ids(tokenizer, config.n_patches)))
-    blank = Image.new("RGB", (64, 64))
-    _, n_tokens, width = PretrainedEncoder(options.vision_encoder, resolve_device(options.device))([blank]).shape
+        return replace(own, image_ids=tuple(image_ids(tokenizer, own.n_patches)))
+    encoder = PretrainedEncoder(options.vision_encoder, resolve_device(options.device))
+    _, n_tokens, width = encoder([Image.new("RGB", (64, 64))]).shape
     ids = tuple(image_ids(tokenizer, n_tokens))
-    return VisionConfig(encoder="pretrained", width=width, projector=options.projector, image_ids=ids)
+    return VisionConfig(encoder="pretrained", width=width, projector=own.projector, image_ids=ids)
 
 
 def add_vision(model: Transformer, vision: VisionConfig, seed: int) -> VisionLanguageModel:

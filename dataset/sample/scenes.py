@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-N_CAPTIONS = 4000  # pictures with a caption in each language
-N_DIALOGUES, N_TURNS = 8000, 5  # pictures with questions about them, at most so many each
+N_CAPTIONS = 8000  # pictures with a caption
+N_DIALOGUES = 8000  # pictures with questions about them
+N_TURNS = 3  # questions about each, at most
 N_HELD_OUT = 100  # questions of each kind
 SIZE, CELL = 48, 16  # pixels
 BACKGROUNDS = [(255, 255, 255), (226, 232, 240), (250, 240, 215)]
@@ -114,23 +115,22 @@ def draw(dice, things: list[Thing]) -> bytes:
     """Return the scene as a PNG of few colours; sizes and exact places are drawn too."""
     palette = [dice.choice(BACKGROUNDS), *COLOURS.values()]
     canvas = np.zeros((SIZE, SIZE), np.uint8)
-    y, x = np.arange(SIZE)[:, None], np.arange(SIZE)[None, :]
     for thing in things:
         row, column = divmod(thing.place, 3)
         radius = 5 + dice.below(3)
         slack = 7 - radius  # a thing stays in its cell
-        middle_y = row * CELL + 8 + dice.below(2 * slack + 1) - slack
-        middle_x = column * CELL + 8 + dice.below(2 * slack + 1) - slack
-        if thing.is_digit:
-            here = glyph(int(thing.form), row * CELL + 1, column * CELL + 2 + dice.below(3))
-        else:
-            here = inside(thing.form, x - middle_x, y - middle_y, radius)
-        canvas[here] = 1 + list(COLOURS).index(thing.colour)
-    image = Image.fromarray(canvas, "P")
+        down, right = (8 + dice.below(2 * slack + 1) - slack for _ in range(2))
+        cell = canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        here = glyph(int(thing.form), right // 3) if thing.is_digit else inside(thing.form, X - right, Y - down, radius)
+        cell[here] = 1 + list(COLOURS).index(thing.colour)
+    image = Image.fromarray(canvas)
     image.putpalette([value for colour in palette for value in colour])
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", bits=4)
     return buffer.getvalue()
+
+
+X, Y = np.arange(CELL)[None, :], np.arange(CELL)[:, None]  # of the pixels of a cell
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: int) -> np.ndarray:
@@ -149,11 +149,11 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: int) -> np.ndarray:
     return (np.maximum(abs(x), abs(y)) <= radius) & (np.minimum(abs(x), abs(y)) <= 1)  # a cross
 
 
-def glyph(digit: int, top: int, left: int) -> np.ndarray:
-    """Return which pixels belong to a digit of 10 x 14 pixels."""
+def glyph(digit: int, left: int) -> np.ndarray:
+    """Return which pixels of a cell belong to a digit of 10 x 14 pixels."""
     rows = [[c == "1" for c in DIGITS[10 * row + digit]] for row in range(7)]
-    here = np.zeros((SIZE, SIZE), bool)
-    here[top : top + 14, left : left + 10] = np.array(rows).repeat(2, 0).repeat(2, 1)
+    here = np.zeros((CELL, CELL), bool)
+    here[1:15, 1 + left : 11 + left] = np.array(rows).repeat(2, 0).repeat(2, 1)
     return here
 
 
@@ -218,12 +218,11 @@ def pairs_for_training() -> list[tuple[str, str]]:
 
 
 def captions(dice, n: int) -> list[dict]:
-    """Return pictures with a caption in both languages."""
+    """Return pictures with a caption in one language."""
     rows = []
     for _ in range(n):
-        things = draw_things(dice, pairs_for_training())
-        turns = [(dice.choice(CAPTION[language]), caption(things, language)) for language in dice.shuffled(LANGUAGES)]
-        rows.append(row(draw(dice, things), turns))
+        things, language = draw_things(dice, pairs_for_training()), dice.choice(LANGUAGES)
+        rows.append(row(draw(dice, things), [(dice.choice(CAPTION[language]), caption(things, language))]))
     return rows
 
 
@@ -238,8 +237,11 @@ def dialogues(dice, n: int) -> list[dict]:
     return rows
 
 
-def held_out(dice, n: int) -> list[dict]:
-    """Return pictures with one question each: `n` of every kind, and `n` about pairs that training never shows."""
+def held_out(dice, n: int, taught: set[bytes]) -> list[dict]:
+    """Return pictures with one question each: `n` of every kind, and `n` about pairs that training never shows.
+
+    taught: the pictures of the training data, none of which is among them.
+    """
     rows = []
     kinds = [*QUESTIONS, "unseen"]
     while len(rows) < n * len(kinds):
@@ -251,10 +253,10 @@ def held_out(dice, n: int) -> list[dict]:
         found = questions(things, asked, language)
         if pair is not None:
             found = [one for one in found if (one[2].colour, one[2].form) == pair]
-        if found:
+        picture = draw(dice, things)
+        if found and picture not in taught:
             template, answer, thing = dice.choice(found)
-            question = ask(dice, template, language, thing)
-            rows.append(row(draw(dice, things), [(question, answer)], kind=kind, language=language))
+            rows.append(row(picture, [(ask(dice, template, language, thing), answer)], kind=kind, language=language))
     return rows
 
 
@@ -283,8 +285,8 @@ def _same(one: dict, other: dict) -> bool:
 
 def make_tables(make_dice) -> dict[str, list[dict]]:
     """Return file name -> rows. make_dice: returns a source of random choices by its name."""
-    return {
-        "vlm_pretrain.parquet": captions(make_dice("captions"), N_CAPTIONS),
-        "vlm_sft.parquet": dialogues(make_dice("picture dialogues"), N_DIALOGUES),
-        "vlm_heldout.parquet": held_out(make_dice("held-out pictures"), N_HELD_OUT),
-    }
+    pretrain = captions(make_dice("captions"), N_CAPTIONS)
+    sft = dialogues(make_dice("picture dialogues"), N_DIALOGUES)
+    taught = {row["image_bytes"][0] for row in (*pretrain, *sft)}
+    heldout = held_out(make_dice("held-out pictures"), N_HELD_OUT, taught)
+    return {"vlm_pretrain.parquet": pretrain, "vlm_sft.parquet": sft, "vlm_heldout.parquet": heldout}
