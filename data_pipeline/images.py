@@ -79,6 +79,15 @@ def _from_data_url(url: str) -> bytes:
     return check_image(data, subtype.removeprefix("x-").lower())
 
 
+def data_url(data: bytes) -> str:
+    """Return an image as text, which `read_image` reads."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        kind = str(image.format).lower()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def check_image(data: bytes, extension: str) -> bytes:
     """Return `data` if it is one whole image of a known format and a sane size, and what its extension says.
 

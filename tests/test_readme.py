@@ -22,7 +22,7 @@ from trainer.options import TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "README_zh.md", "README_jp.md", "docs/formats.md", "docs/scaling.md", "docs/clients.md"]
-STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"]
+STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "8-pretrain_vlm.py", "9-sft_vlm.py"]
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d+) ([\w/.-]+\.py)([^`\n#]*)")
 
 

@@ -378,8 +378,8 @@ def test_answers_about_pictures_are_true(scenes, generate):
             found += [(palette[rgb], place) for rgb in colours if rgb in palette]
         answer = said_in(row)[1]["content"]
         if answer.isascii():
-            parts = [re.fullmatch(r"An? (\w+) (\w+), ([\w ]+)", part.strip()) for part in answer.split(".")[:-1]]
-            told = [(part[1], scenes.PLACES.index(part[3])) for part in parts]
+            parts = [re.fullmatch(r"([\w ]+): a (\w+) (\w+)", part.strip()) for part in answer.split(".")[:-1]]
+            told = [(part[2], scenes.PLACES.index(part[1].lower())) for part in parts]
         else:
             chinese = {text: name for name, text in scenes.CHINESE.items()}
             parts = [re.fullmatch(r"(\w+)有一个(\w\w)的(\w+)", part) for part in answer.rstrip("。").split("，")]

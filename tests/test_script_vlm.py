@@ -21,6 +21,7 @@ from tolerances import assert_logits_close, rounding
 from common.errors import UserError
 from data_pipeline.datasets import ImageRows
 from data_pipeline.image_features import Features, Pixels, cached_features
+from data_pipeline.image_records import parse_image_row
 from data_pipeline.tokenize_chats import tokenize_image_data
 from evaluation.vlm import ImageQuestion, evaluate, is_right, wrong_images
 from inference.generator import Images, generate_text
@@ -355,3 +356,48 @@ def test_eval_vlm_writes_a_summary_and_a_sheet(trained, tmp_path, capsys):
     assert Image.open(trained / "vlm" / "sheet.png").size[0] > 500
     out = capsys.readouterr().out
     assert "wrong image" in out and "letter" in out
+
+
+# ---- 2-eval.py
+
+
+def test_chat_about_images(trained, tmp_path, capsys, monkeypatch):
+    """Images with the flag and with /image; what is saved is what 9-sft_vlm.py reads; only what fits is shown."""
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "liar.png").write_bytes(b"GIF89a")
+    lines = ["first?", f"/image {tmp_path / '1.png'}", "/image", f"/image {tmp_path / 'liar.png'}", "second?"]
+    lines += [f"/save {tmp_path / 'kept.jsonl'}", "/clear", "third?", f"/save {tmp_path / 'text.jsonl'}"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8"))
+    flags = ["--out_dir", trained, "--device", "cpu", "--temperature", "0", "--max_new_tokens", "8"]
+    run("2-eval.py", *flags, "--image", tmp_path / "0.png")
+    said = capsys.readouterr()
+    assert "/image FILE" in said.out and "1.png: with the next question" in said.out
+    assert "no image: name a file: /image FILE" in said.err and "no image: " in said.err.splitlines()[-1]
+    saved = json.loads((tmp_path / "kept.jsonl").read_text(encoding="utf-8"))
+    assert [m["content"] for m in saved["messages"] if m["role"] == "user"] == ["<image>\nfirst?", "<image>\nsecond?"]
+    messages, images = parse_image_row(saved, None)
+    assert images == [png(0), png(1)]
+    checkpoint = load_checkpoint(trained / "sft_vlm_32.pth")
+    prepare, tokenizer = ImagePreparer.for_checkpoint(checkpoint), load_tokenizer()
+    ids = truncate_chat(tokenizer, messages[:-1], 88, checkpoint.model.vision.image_ids).ids
+    seen = prepare([Image.open(io.BytesIO(data)) for data in images])
+    expected = generate_text(checkpoint.model, tokenizer, [ids], SamplingParams(max_new_tokens=8), images=[seen])
+    assert messages[-1]["content"] == expected[0]
+    text = json.loads((tmp_path / "text.jsonl").read_text(encoding="utf-8"))
+    assert text.keys() == {"messages"} and text["messages"][0]["content"] == "third?"
+
+
+def test_images_for_a_model_of_text_are_refused(trained, tmp_path, capsys):
+    (tmp_path / "0.png").write_bytes(png(0))
+    with pytest.raises(AssertionError, match="exited with"):
+        run("2-eval.py", "--weights", trained / "full_sft_32.pth", "--image", tmp_path / "0.png", "--device", "cpu")
+    assert "full_sft_32.pth does not see images" in capsys.readouterr().err
+
+
+def test_the_built_in_questions_about_an_image(trained, tmp_path, capsys):
+    (tmp_path / "0.png").write_bytes(png(0))
+    flags = ["--auto", "--image", tmp_path / "0.png", "--max_new_tokens", "3"]
+    run("2-eval.py", "--out_dir", trained, "--device", "cpu", *flags)
+    assert "> Describe this picture." in (out := capsys.readouterr().out)
+    assert out.count(" tokens/s]") == 4

@@ -167,8 +167,7 @@ def caption(things: list[Thing], language: str) -> str:
         if language == "zh":
             parts.append(f"{place}有一个{thing.name(language)}")
         else:
-            article = "An" if thing.name(language)[0] in "aeiou" else "A"
-            parts.append(f"{article} {thing.name(language)}, {place}.")
+            parts.append(f"{place.capitalize()}: a {thing.name(language)}.")
     return "，".join(parts) + "。" if language == "zh" else " ".join(parts)
 
 
