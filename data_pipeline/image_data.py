@@ -70,7 +70,7 @@ def convert_images(inputs: list[Path], output: Path, image_dir: Path | None, num
         )
         pool = ThreadPoolExecutor(max(num_workers, 1), thread_name_prefix="images")
         convert = partial(_convert, image_dir=image_dir)
-        with pool, atomic_write(output, "wb", encoding=None) as file, _Writer(file) as writer:
+        with pool, atomic_write(output, "wb", encoding=None) as file, _ParquetFile(file) as writer:
             work = ((path, (path, block)) for path, block in blocks)
             for path, result in map_blocks(pool, convert, work, max(num_workers, 1)):
                 for kind, bad in result.bad:
@@ -113,7 +113,7 @@ def _convert(source: tuple[Path, Block], image_dir: Path | None) -> _Rows:
     return result
 
 
-class _Writer:
+class _ParquetFile:
     """Write rows in groups of about GROUP_BYTES."""
 
     def __init__(self, file) -> None:
@@ -127,7 +127,7 @@ class _Writer:
         self.rows: list[dict] = []
         self.size = 0
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> _ParquetFile:
         return self
 
     def __exit__(self, *exc: object) -> None:

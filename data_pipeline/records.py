@@ -131,7 +131,9 @@ def check_stage(data: dict) -> None:
 
 def _check_text_only(data: dict) -> None:
     if name := next((name for name in _MEDIA if data.get(name) and data[name] != "[]"), None):
-        raise WrongStage(f"it has {name}, and a model of text would learn the text that stands for them")
+        raise WrongStage(
+            f"it has {name}, and a model of text would learn the text that stands for them: see 9-sft_vlm.py"
+        )
 
 
 def text_of(data: dict, name: str, required: bool = False) -> str:

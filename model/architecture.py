@@ -86,7 +86,7 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """What makes a MiniMind see: see `model.vision`. The defaults are those of the first published MiniMind-V.
+    """Describe how a MiniMind sees, for `model.vision`. The defaults are those of the first published MiniMind-V.
 
     Args:
         image_ids: the tokens that stand for an image in a prompt, as many as it has features. They are one token, repeated,

@@ -103,7 +103,7 @@ def open_encoder(
         raise UserError(
             "these weights need the image encoder they were trained with: name its folder with --vision_encoder"
         )
-    options.vision_encoder = folder  # written beside the weights, for the next stage
+    options.vision_encoder = folder.resolve()  # written beside the weights, for the next stage
     return PretrainedEncoder(folder, resolve_device(options.device))
 
 
