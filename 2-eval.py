@@ -134,7 +134,9 @@ class ImageChat(LocalChat):
 
     def ask(self, question: str) -> bool:
         answered = super().ask(f"{IMAGE}\n" * self.n_waiting + question.replace(IMAGE, ""))
-        self.n_waiting = 0 if answered else self.n_waiting
+        if answered:
+            self.n_waiting = 0
+            self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")
         return answered
 
     def prompt(self, question: str, image_ids: Sequence[int] = ()) -> Prompt:

@@ -26,7 +26,7 @@ from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
 from common.files import ROOT, atomic_folder, exclusive, recover_folder
 
-SMALLEST_VOCAB = 3 + 256  # the special tokens and the bytes
+SMALLEST_VOCAB = 3 + 16 + 256  # special tokens, tags of the chat format, bytes
 FILES = ("tokenizer_config.json", "training.json", "tokenizer.json")
 KEPT_FILES = ("README.md",)  # may stand in a tokenizer folder that is replaced
 
@@ -102,7 +102,7 @@ def train(options: Options) -> None:
     """Train, check and report the tokenizer; `out_dir` changes only when all of it succeeded."""
     # After the command line was read: these load transformers.
     from data_pipeline import bpe
-    from data_pipeline.tokenizer_data import file_label, read_data
+    from data_pipeline.tokenizer_data import file_labels, read_data
     from model.tokenizer import load_tokenizer, tokenizer_hash
 
     sample, held_out = read_data(
@@ -124,7 +124,8 @@ def train(options: Options) -> None:
             "give more text, a smaller --vocab_size or --min_frequency 1"
         )
     training: dict = {name: getattr(options, name) for name in ("vocab_size", "min_frequency", "held_out")}
-    training["files"] = dict(Counter(map(file_label, options.data_path)))  # name: how many, or how often
+    labels = file_labels([*options.data_path, *options.eval_path])
+    training["files"] = dict(Counter(map(labels.__getitem__, options.data_path)))  # name: how many, or how often
     training |= {"texts": len(sample), "bytes": sample.n_bytes}
     with atomic_folder(options.out_dir) as folder:
         # The report is about the files that others will load, not about the object in memory.

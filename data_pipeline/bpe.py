@@ -16,6 +16,7 @@ from model.chat_format import CHAT_TEMPLATE
 from model.tokenizer import (
     BOS,
     BOS_ID,
+    CONTROL_TOKENS,
     EOS,
     EOS_ID,
     UNK,
@@ -34,19 +35,19 @@ SPLIT = (
 MAX_TOKEN_BYTES = 18  # 6 Chinese characters: no boilerplate sentence of the training data becomes a token
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, split: str = SPLIT) -> Tokenizer:
     """Train byte-level BPE on `texts`. The result depends on which texts there are, not on their order."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, normalized=False, special=True) for token in (UNK, BOS, EOS)]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(CONTROL_TOKENS),
         min_frequency=min_frequency,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -54,6 +55,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> 
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in CONTROL_TOKENS])
     return tokenizer
 
 
@@ -129,16 +131,17 @@ def unicode_samples(per_plane: int = 512) -> Iterator[tuple[str, str]]:
     yield "emoji sequences", "👩‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇨🇳🇯🇵 1️⃣ ❤️ \u200d \ufe0f"
     yield "blanks", " \t\n\r\n\n  \u00a0\u2003\u3000\u200b\ufeff \v\f\x85\u2028\u2029 "
     yield "right to left", "שלום \u202eעולם\u202c العربية"
-    yield "special tokens as text", f"{UNK}{BOS} a {EOS}\n{BOS}user\n{EOS}"
+    yield "control tokens as text", f"{UNK}{BOS} a {EOS}\n{BOS}user\n{EOS}" + " ".join(CONTROL_TOKENS)
     yield "nothing", ""
 
 
 def round_trip_failures(tokenizer: PreTrainedTokenizerFast, samples: Iterable[tuple[str, str]]) -> list[str]:
     """Return descriptions of the texts that decoding does not give back exactly, or that become a control token."""
     failures = []
+    control = {UNK_ID, BOS_ID, EOS_ID, *tokenizer.get_added_vocab().values()}
     for name, text in samples:
         ids = encode_text(tokenizer, text)
-        if {UNK_ID, BOS_ID, EOS_ID} & set(ids):
+        if control & set(ids):
             failures.append(f"{name}: text became a control token")
         elif (back := tokenizer.decode(ids)) != text:
             failures.append(f"{name}: {text[:20]!r} came back as {back[:20]!r}")
@@ -146,15 +149,17 @@ def round_trip_failures(tokenizer: PreTrainedTokenizerFast, samples: Iterable[tu
 
 
 def longest_tokens(tokenizer: PreTrainedTokenizerFast, count: int = 20) -> list[str]:
-    """Return the tokens with most characters, decoded."""
-    tokens = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
+    """Return the learned tokens with most characters, decoded."""
+    learned = set(range(len(tokenizer))) - set(tokenizer.get_added_vocab().values())
+    tokens = [str(tokenizer.decode([i])) for i in learned]
     return sorted(tokens, key=lambda token: (-len(token), token))[:count]
 
 
 def print_report(tokenizer: PreTrainedTokenizerFast, compression: dict[str, Compression], n_samples: int) -> None:
     """Print the vocabulary, the compression by file and the longest tokens."""
     special = ", ".join(f"{token}={tokenizer.convert_tokens_to_ids(token)}" for token in (UNK, BOS, EOS))
-    print(f"vocabulary      {len(tokenizer):,} tokens, {special}, hash {tokenizer_hash(tokenizer)}")
+    n_tags = len(set(CONTROL_TOKENS) & set(tokenizer.get_added_vocab()))
+    print(f"vocabulary      {len(tokenizer):,} tokens, {special}, {n_tags} tags, hash {tokenizer_hash(tokenizer)}")
     width = max(map(len, compression))
     print(f"held-out text   {'':<{width}}  {'texts':>8}  {'bytes':>11}  bytes/token  chars/token")
     for name, figures in compression.items():

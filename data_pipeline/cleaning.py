@@ -41,7 +41,7 @@ from data_pipeline.records import (
     text_of,
 )
 from data_pipeline.text_files import BadLine, BadLineLog, total_bytes
-from model.chat_format import check_messages, split_turns
+from model.chat_format import Message, check_messages, message_parts, split_turns
 
 BYTES_PER_WORKER = 4 << 20  # below this a process costs more to start than it saves
 
@@ -136,6 +136,8 @@ def sft_row(data: dict, options: CleaningOptions) -> Row:
 def dpo_row(data: dict, options: CleaningOptions) -> Row:
     """Return an object of a JSON list, from a prompt with a chosen and a rejected answer (`parse_preference`)."""
     prompt, chosen, rejected = parse_preference(data)
+    if _has_more_than_text(prompt):
+        raise Malformed("tools or thinking in the prompt: train on this file itself")
     messages = [(message["role"], message["content"].strip()) for message in prompt]
     chosen, rejected = chosen.strip(), rejected.strip()
     for name, text in (("question", messages[-1][1]), ("answer", chosen), ("answer", rejected)):
@@ -175,10 +177,16 @@ def _turns(data: dict) -> list[tuple[str, str]]:
     """Return the (question, answer) turns of an SFT row, in order, stripped."""
     check_stage(data)
     messages = read_messages(data)
-    if messages[:1] and messages[0]["role"] == "system":
-        raise Malformed("a system message, for which history,q,a has no place: train on this file itself")
     check_messages(messages, answered=True)
+    if messages[0]["role"] == "system" or _has_more_than_text(messages):
+        raise Malformed(
+            "a system message, tools or thinking, for which history,q,a has no place: train on this file itself"
+        )
     return [(question["content"].strip(), answer["content"].strip()) for question, answer in split_turns(messages)[1]]
+
+
+def _has_more_than_text(messages: list[Message]) -> bool:
+    return any(len(message_parts(message)) > 1 for message in messages)
 
 
 def _check_length(text: str, name: str, options: CleaningOptions) -> None:

@@ -4,8 +4,9 @@
 
 A chat is a row of `history,q,a` (or another pair of names, see QUESTION_ANSWER), {"messages": [{"role","content"}]},
 {"conversations": [{"from","value"}]} or {"instruction","input","output","history"}; a pair has a prompt, `chosen` and
-`rejected`. Roles are read, never guessed from the place: a row in which they are unknown or out of order is reported with
-its line, and nothing is trained on it.
+`rejected`. Thinking, tools and calls are read as OpenAI, LLaMA-Factory and the original MiniMind write them, and become what
+model/chat_format.py describes. Roles are read, never guessed from the place: a row in which they are unknown or out of order
+is reported with its line, and nothing is trained on it.
 
 Texts are left as they are, to the last blank.
 """
@@ -22,14 +23,17 @@ from pathlib import Path
 from common.errors import UserError
 from data_pipeline.readers import columns, field_names, file_format, iter_records
 from data_pipeline.text_files import BadLine
-from model.chat_format import Message, check_messages
+from model.chat_format import Message, check_messages, message_text, with_tools
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES |= {"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"}
 QUESTION_ANSWER = (("q", "a"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
 # A CSV or Parquet file needs all columns of one of these.
 CHAT_COLUMNS = (*QUESTION_ANSWER, ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
 PREFERENCE_COLUMNS = (("chosen", "rejected"),)
 _IS_PREFERENCE = "preference pairs (chosen, rejected) are for 5-dpo_train.py"
+# Types of the parts of a content, and where in it they stand; `_part_text` finds their text.
+_PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -69,8 +73,7 @@ def parse_conversation(data: dict) -> list[Message]:
     check_stage(data)
     messages = read_messages(data)
     for message in messages:
-        if not message["content"].strip():
-            raise Malformed(f"an empty {message['role']} message")
+        _check_not_empty(message)
     check_messages(messages, answered=True)
     return messages
 
@@ -98,7 +101,7 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
         if given and _stripped(given) != _stripped(messages):
             raise Malformed("the answers repeat another prompt than the row's")
     check_messages(messages, answered=False)
-    if not messages[-1]["content"].strip():
+    if not message_text(messages[-1]).strip():
         raise Malformed("the prompt is empty")
     if chosen.strip() == rejected.strip():
         raise Malformed("chosen and rejected are the same")
@@ -164,13 +167,18 @@ def _user(text: str) -> Message:
 
 
 def _with_system(data: dict, messages: list[Message]) -> list[Message]:
-    """Return the messages, after the row's own `system` field if it has one."""
+    """Return the messages, after the row's own `system` field if it has one, and with the row's `tools`."""
     system = _text(data, "system")
-    return [{"role": "system", "content": system}, *messages] if system.strip() else messages
+    if system.strip():
+        messages = [{"role": "system", "content": system}, *messages]
+    tools = _tools(data.get("tools"))
+    if tools and any(message.get("tools") for message in messages):
+        raise Malformed("tools are listed twice: by the row and by a message")
+    return with_tools(messages, tools)
 
 
 def _stripped(messages: list[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in messages]
+    return [(message["role"], message_text(message).strip()) for message in messages]
 
 
 def _is_dialogue(prompt: object) -> bool:
@@ -206,9 +214,17 @@ def _dialogue(value: object) -> list[Message]:
         raise Malformed("the dialogue is not a list of messages")
     messages = [_message(message) for message in value]
     for i, message in enumerate(messages):
-        if not message["content"].strip() and (message["role"] != "system" or i > 0):
-            raise Malformed(f"an empty {message['role']} message")
-    return messages if messages[0]["content"].strip() else messages[1:]
+        if message["role"] != "system" or i > 0:
+            _check_not_empty(message)
+    return messages if messages[0]["content"].strip() or messages[0].get("tools") else messages[1:]
+
+
+def _check_not_empty(message: Message) -> None:
+    """Raise Malformed for a message that says nothing. A tool may return nothing, and an answer may only call tools."""
+    if not (
+        message["content"].strip() or message["role"] == "tool" or message.get("tool_calls") or message.get("tools")
+    ):
+        raise Malformed(f"an empty {message['role']} message")
 
 
 def _message(message: object) -> Message:
@@ -218,12 +234,75 @@ def _message(message: object) -> Message:
     name = message.get(role)
     if not isinstance(name, str) or name not in ROLES:
         raise Malformed(f"unknown role {name!r:.80}; known are {', '.join(ROLES)}")
+    found: Message = {"role": ROLES[name], "content": ""}
+    calls: list[dict] = []
     parts = message.get(content)
-    if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):  # as OpenAI's API has them
-        if other := next((part.get("type") for part in parts if part.get("type") != "text"), None):
-            raise WrongStage(f"a message has a part of type {other}, and a model of text cannot read it")
-        message = {content: "".join(_text(part, "text", required=True) for part in parts)}
-    return {"role": ROLES[name], "content": _text(message, content, required=True)}
+    if name == "function_call":
+        calls = _calls(parts)
+    elif isinstance(parts, list) and all(isinstance(part, dict) for part in parts):  # as OpenAI's API has them
+        calls = _read_parts(parts, found)
+    else:
+        found["content"] = _text(message, content, required="tool_calls" not in message)
+    thoughts = [message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None]
+    if thoughts and (thoughts[0] or found["role"] == "assistant"):  # "" belongs to a table in which some messages think
+        _check_text(str(thoughts[0]), "reasoning_content")
+        found["reasoning_content"] = thoughts[0]
+    if calls := calls + _calls(message.get("tool_calls") or message.get("function_call")):
+        found["tool_calls"] = calls
+    if tools := _tools(message.get("tools")):
+        found["tools"] = tools
+    return found
+
+
+def _read_parts(parts: list[dict], message: Message) -> list[dict]:
+    """Put a content of typed parts, thinking, texts and calls in this order, into a message; return its calls."""
+    calls: list[dict] = []
+    reached = 0
+    for part in parts:
+        kind = part.get("type")
+        if kind not in _PARTS:
+            raise WrongStage(f"a message has a part of type {kind}, and a model of text cannot read it")
+        if _PARTS[kind] < reached:
+            raise Malformed(f"a part of type {kind} behind the text or the calls of a message")
+        reached = _PARTS[kind]
+        key = next((key for key in ("value", kind) if key in part), "text")
+        if kind == "tool_call":
+            calls += _calls(part.get(key))
+        else:
+            field = "content" if kind == "text" else "reasoning_content"
+            message[field] = message.get(field, "") + _text(part, key, required=True)
+    return calls
+
+
+def _calls(value: object) -> list[dict]:
+    """Return calls as OpenAI writes them, with their arguments as an object.
+
+    value: a call or a list of calls, {"name","arguments"} or OpenAI's {"function": {…}}, perhaps as JSON; so may be the
+    arguments.
+    """
+    value = _parsed(value, "a tool call")
+    calls = []
+    for call in value if isinstance(value, list) else [value] if value else []:
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+            raise Malformed(f"a tool call has no name: {call!r:.80}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, f"the argument list of {function['name']}")
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise Malformed(f"the arguments of {function['name']} are no object: {arguments!r:.80}")
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _tools(value: object) -> list[dict]:
+    """Return the tools of a row or a message: a list of functions, bare or as OpenAI wraps them, perhaps as JSON."""
+    tools = _parsed(value, "tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Malformed("tools is not a list of functions")
+    return tools
 
 
 def _answer(data: dict, name: str) -> tuple[list[Message], str]:
@@ -239,6 +318,8 @@ def _answer(data: dict, name: str) -> tuple[list[Message], str]:
         prompt, last = [], {"role": "assistant", "content": _text(data, name, required=True)}
     if last["role"] != "assistant":
         raise Malformed(f"{name} is a {last['role']} message, not an assistant's")
+    if last.get("tool_calls") or last.get("reasoning_content"):
+        raise WrongStage(f"{name} thinks or calls a tool, and preference training compares texts")
     if not last["content"].strip():
         raise Malformed(f"{name} is empty")
     return prompt, last["content"]

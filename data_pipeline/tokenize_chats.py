@@ -21,7 +21,16 @@ from data_pipeline.readers import Block
 from data_pipeline.records import CHAT_COLUMNS, Malformed, Preference, WrongStage, check_columns, parse_conversation
 from data_pipeline.text_files import BadLine
 from data_pipeline.tokenize import MAX_DROPPED, EncodedBlock, TokenizedDataset, cached_dataset
-from model.chat_format import ANSWER_ROLE, IMAGE, Message, PromptTooLong, TruncatedChat, chat_style, truncate_chat
+from model.chat_format import (
+    ANSWER_ROLE,
+    Message,
+    PromptTooLong,
+    TruncatedChat,
+    chat_style,
+    count_images,
+    message_text,
+    truncate_chat,
+)
 from model.tokenizer import EOS_ID, encode_texts
 
 if TYPE_CHECKING:
@@ -112,7 +121,7 @@ def _truncate(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int, image_ids: Sequence[int] = ()
 ) -> TruncatedChat:
     try:
-        return truncate_chat(tokenizer, messages, max_tokens, image_ids)
+        return truncate_chat(tokenizer, messages, max_tokens, image_ids=image_ids)
     except PromptTooLong:
         raise NothingToTrainOn(QUESTION_TOO_LONG) from None
 
@@ -153,7 +162,7 @@ def _encode_image_chats(
         except NothingToTrainOn as reason:
             encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
         else:
-            kept = sum(message["content"].count(IMAGE) for message in chat.messages)
+            kept = count_images(chat.messages)
             images = images[len(images) - kept :]  # those of the oldest turns were cut with them
             content = json.dumps([messages, [hashlib.sha256(image).hexdigest() for image in images]])
             encoded.add(chat.ids, content.encode(), _answer_bytes(tokenizer, chat))
@@ -171,7 +180,7 @@ def _check_places(chat: TruncatedChat, image_ids: Sequence[int]) -> None:
     while at + n <= len(chat.ids):
         here = chat.ids[at : at + n] == pattern
         found, at = found + here, at + (n if here else 1)
-    places = sum(message["content"].count(IMAGE) for message in chat.messages)
+    places = count_images(chat.messages)
     stray = len(set(pattern)) == 1 and chat.ids.count(pattern[0]) != places * n
     if found != places or stray:
         raise Malformed("a text has the tokens that stand for an image")
@@ -179,9 +188,11 @@ def _check_places(chat: TruncatedChat, image_ids: Sequence[int]) -> None:
 
 def _answer_bytes(tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat) -> int:
     """Return the UTF-8 bytes of the answers that are trained on."""
-    if chat.answer_cut:  # then it is the only one; in a byte-level vocabulary every character of a token is one byte
-        return sum(map(len, tokenizer.convert_ids_to_tokens(chat.ids[chat.answer_start :])))
-    return sum(len(message["content"].encode("utf-8")) for message in chat.messages if message["role"] == ANSWER_ROLE)
+    answers = [message_text(message) for message in chat.messages if message["role"] == ANSWER_ROLE]
+    if chat.answer_cut:  # the last one; in a byte-level vocabulary every character of a token is one byte
+        cut = tokenizer.convert_ids_to_tokens(chat.ids[chat.answer_start :])
+        return sum(map(len, cut)) + sum(len(answer.encode("utf-8")) for answer in answers[:-1])
+    return sum(len(answer.encode("utf-8")) for answer in answers)
 
 
 def show_sample(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> None:

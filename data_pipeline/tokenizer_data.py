@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from common.progress import Progress
 from data_pipeline.readers import field_names, iter_records
 from data_pipeline.records import CHAT_COLUMNS, Malformed, read_messages
 from data_pipeline.text_files import BadLine, BadLineLog, check_readable, total_bytes
+from model.chat_format import message_parts
 
 SOURCE_SUFFIXES = {".py", ".md", ".sh"}
 MEASURED_BYTES = 16_000_000  # of held-out text per file: enough for four digits
@@ -27,7 +29,8 @@ def row_text(data: dict[str, Any], text_field: str = "text") -> str:
         if not isinstance(text, str):
             raise Malformed(f"{text_field} is not a text but {type(text).__name__}")
     elif any(data.keys() >= set(names) for names in CHAT_COLUMNS):
-        text = "\n".join(message["content"] for message in read_messages(data) if message["content"])
+        pieces = (piece for message in read_messages(data) for piece in message_parts(message)[::2])  # without tags
+        text = "\n".join(piece for piece in pieces if piece)
     else:
         raise Malformed(f"no field {text_field!r}; the fields are {field_names(data)}: use --text_field")
     if not text.strip():
@@ -114,10 +117,11 @@ def read_data(
     measured: dict[str, HeldOut] = {}
     skipped = BadLineLog()
     read_before: set[Path] = set()
+    labels = file_labels([*data_path, *eval_path])
     with Progress("reading", sum(map(total_bytes, [*data_path, *eval_path]))) as progress:
         for number, path in enumerate([*data_path, *eval_path]):
             trained = number < len(data_path)
-            measured_here = measured.setdefault(file_label(path), HeldOut())
+            measured_here = measured.setdefault(labels[path], HeldOut())
             bad = BadLineLog()
             # The bad lines of a file that is named twice are reported once.
             logs = [bad] if path in read_before else [bad, skipped]
@@ -148,6 +152,15 @@ def read_data(
     return sample, measured
 
 
-def file_label(path: Path) -> str:
-    """Return the name a file is reported by; source files are many and small, so they count together."""
-    return f"*{path.suffix.lower()}" if path.suffix.lower() in SOURCE_SUFFIXES else path.name
+def file_labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return the names that files are reported by: with their folder where two have the same name.
+
+    Source files are many and small, so they count together.
+    """
+    names = Counter(path.name for path in set(paths))
+    return {
+        path: f"*{path.suffix.lower()}" if path.suffix.lower() in SOURCE_SUFFIXES
+        else path.name if names[path.name] == 1
+        else f"{path.absolute().parent.name}/{path.name}"
+        for path in paths
+    }  # fmt: skip

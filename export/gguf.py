@@ -179,7 +179,9 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, conf
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # the chat template writes it
     writer.add_add_eos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
+    # llama-cpp-python cannot parse the marks of what is trained on, and a prompt needs none.
+    template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    writer.add_chat_template(template)
 
 
 def check_splitting(content: dict) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from model.chat_format import IMAGE, Message, split_turns, truncate_chat
+from model.chat_format import Message, count_images, split_turns, truncate_chat
 from model.tokenizer import BOS_ID, encode_text
 
 
@@ -52,8 +52,8 @@ def chat_prompt(
     history = earlier[-history_turns:] if history_turns else []
     room = context - min(max_new_tokens, context // 2)
     messages = [*first, *(message for turn in history for message in turn), {"role": "user", "content": question}]
-    chat = truncate_chat(tokenizer, messages, room, image_ids)
-    n_images = sum(message["content"].count(IMAGE) for message in chat.messages) if image_ids else 0
+    chat = truncate_chat(tokenizer, messages, room, image_ids=image_ids)
+    n_images = count_images(chat.messages) if image_ids else 0
     seen = len(history) - chat.dropped_turns
     return Prompt(chat.ids, turns_seen=seen, turns_left_out=chat.dropped_turns, n_images=n_images)
 

@@ -3,54 +3,95 @@
     ids, loss_mask = render_chat(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
     prompt = truncate_chat(tokenizer, [*dialogue, {"role": "user", "content": "and now?"}], max_tokens=512).ids
 
-A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. The tokenizers of
-later MiniMinds differ a little: see `ChatStyle`. Data readers, training, the server and the web page all use this module,
-which imports neither torch nor transformers.
+A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. It may list
+tools; an answer may begin with its thinking and end with calls of tools; and what a tool returns is a message, too:
+
+    {"role": "system", "content": "…", "tools": [{"name", "description", "parameters"}]}  …\\n<tools>{"name": …}</tools>
+    {"role": "assistant", "content": "…", "reasoning_content": "…"}                       <think>…</think>…
+    {"role": "assistant", "content": "…", "tool_calls": [{"name", "arguments"}]}          …<tool_call>{"name": …}</tool_call>
+    {"role": "tool", "content": "…"}                                                      <tool_response>…</tool_response>
+
+Tools and calls may also be wrapped as OpenAI does, {"type": "function", "function": {…}}. The tokenizers of later MiniMinds
+differ a little: see `ChatStyle`. Data readers, training, the server and the web page all use this module, which imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import UserError
-from model.tokenizer import BOS_ID, EOS_ID, check_unicode, encode_texts
+from model.tokenizer import BOS_ID, EOS_ID, TAGS, check_unicode, encode_text, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Message = dict[str, str]  # {"role", "content"}
+Message = dict[str, Any]  # {"role", "content"}, and perhaps tools, reasoning_content or tool_calls
 
 START, END = "", "the end"
+CALLS = "tool_calls"  # in the grammar: an answer that calls tools
 # The grammar: which roles may follow a role. Everything that depends on the order of messages uses this table.
 FOLLOWED_BY: dict[str, tuple[str, ...]] = {
     START: ("system", "user"),
     "system": ("user",),
     "user": ("assistant", END),
     "assistant": ("user", END),
+    CALLS: ("tool", END),
+    "tool": ("tool", "assistant", END),
 }
-ROLES = tuple(role for role in FOLLOWED_BY if role != START)
+ROLES = tuple(role for role in FOLLOWED_BY if role not in (START, CALLS))
 SYSTEM_ROLE = "system"  # its text stands alone, without <s>, header and </s>, unless `ChatStyle.system_header`
 TURN_ROLE = "user"  # a turn is a message of this role and all that follow, up to the next one
 IMAGE = "\ufffc"  # stands for an image in a question, where a model sees: U+FFFC, "object replacement character"
 ANSWER_ROLE = "assistant"  # what the model writes: the content of these messages is trained on
+OPTIONAL_FIELDS = {"tools": SYSTEM_ROLE, "reasoning_content": ANSWER_ROLE, "tool_calls": ANSWER_ROLE}
+TOOL_FIELDS = ("name", "description", "parameters")  # what the model sees of a tool
 
 # The same text as render_chat, for transformers, vLLM and llama.cpp. Two things differ from the published template: the
 # header of the next answer depends on add_generation_prompt, and a role out of order is an error instead of dropped.
+# {% generation %} marks what is trained on.
 CHAT_TEMPLATE = (
-    "{% if messages and messages[0]['role'] == 'system' %}"
-    "{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
-    "{% else %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
-    "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
-    "{{ raise_exception('roles must be: perhaps system, then user and assistant in turn; found ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}"
+    f"{{% set followed_by = { ({role: [n for n in after if n != END] for role, after in FOLLOWED_BY.items()})!r} %}}"
+    "{% set ns = namespace(last='') %}"
+    "{% set system = messages[0] if messages and messages[0]['role'] == 'system' else {'content': ''} %}"
+    "{% set tools = tools or system['tools'] %}"
+    "{{ system['content'] or '' }}"
+    "{% if tools %}"
+    "{{ ('\n' if system['content'] else '') + '<tools>' }}"
+    "{% for tool in tools %}{% set tool = tool['function'] or tool %}"
+    "{{ ('' if loop.first else '\n') + '{\"name\": ' + tool['name'] | tojson }}"
+    "{% if tool['description'] %}{{ ', \"description\": ' + tool['description'] | tojson }}{% endif %}"
+    "{% if tool['parameters'] %}{{ ', \"parameters\": ' + tool['parameters'] | tojson }}{% endif %}"
+    "{{ '}' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt and turns and turns[-1]['role'] == 'user' %}{{ '<s>assistant\\n' }}{% endif %}"
+    "{{ '</tools>' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% set role = message['role'] %}{% set content = message['content'] or '' %}"
+    "{% if role not in followed_by[ns.last] %}"
+    "{{ raise_exception('roles out of order: ' + role + ' cannot follow ' + (ns.last or 'the start')) }}"
+    "{% endif %}"
+    "{% if role == 'user' %}{{ '<s>user\n' + content + '</s>\n' }}"
+    "{% elif role == 'tool' %}{{ '<s>tool\n<tool_response>' + content + '</tool_response></s>\n' }}"
+    "{% elif role == 'assistant' %}{{ '<s>assistant\n' }}{% generation %}"
+    "{% if message['reasoning_content'] is string %}{{ '<think>' + message['reasoning_content'] + '</think>' }}{% endif %}"
+    "{{ content }}"
+    "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
+    "{{ '<tool_call>{\"name\": ' + call['name'] | tojson + ', \"arguments\": ' }}"
+    "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}{{ '}</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '</s>' }}{% endgeneration %}{{ '\n' }}"
+    "{% endif %}"
+    "{% set ns.last = 'tool_calls' if message['tool_calls'] else role %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt and 'assistant' in followed_by[ns.last] %}{{ '<s>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -63,12 +104,16 @@ class ChatStyle:
         default_system: token ids of the system message that is written in front of a chat without one; perhaps none.
         answer_header: token ids in front of an answer; a template may write more than the role, as an empty <think>.
         generation_prompt: token ids in front of the answer that is asked for.
+        no_thinking_prompt: the same for an answer without thinking.
+        tags: token ids of <think>, </think>, <tools> and so on; none if the template writes thinking and tools otherwise.
     """
 
     system_header: bool
     default_system: tuple[int, ...]
     answer_header: tuple[int, ...]
     generation_prompt: tuple[int, ...]
+    no_thinking_prompt: tuple[int, ...]
+    tags: dict[str, tuple[int, ...]]
 
 
 class PromptTooLong(UserError):
@@ -76,7 +121,7 @@ class PromptTooLong(UserError):
 
 
 def check_messages(messages: list[Message], *, answered: bool | None = None) -> None:
-    """Raise UserError, naming the index of the message, unless the roles follow the grammar and all contents are text.
+    """Raise UserError, naming the index of the message, unless the roles follow the grammar and all fields are sound.
 
     answered: True: the last message must be an answer; False: it must wait for one; None: either.
     """
@@ -86,20 +131,85 @@ def check_messages(messages: list[Message], *, answered: bool | None = None) -> 
             raise UserError(f"messages[{i}] is not an object with a role and a text as content: {message!r:.80}")
         if message["role"] not in ROLES:
             raise UserError(f"messages[{i}] has the unknown role {message['role']!r}; use {' or '.join(ROLES)}")
-        check_unicode(message["content"], f"messages[{i}] ({message['role']})")
-        roles.append(message["role"])
+        _check_fields(message, f"messages[{i}] ({message['role']})")
+        roles.append(CALLS if message.get("tool_calls") else message["role"])
     steps = itertools.pairwise([START, *roles, END])
-    wrong = next((i for i, (role, following) in enumerate(steps) if following not in FOLLOWED_BY[role]), None)
+    wrong = next((i for i, (role, following) in enumerate(steps) if _role(following) not in FOLLOWED_BY[role]), None)
     asking = [role for role, following in FOLLOWED_BY.items() if ANSWER_ROLE in following]
     if wrong is not None:
         found, where = roles[: wrong + 1], f"messages[{wrong}]"
         expected = [role for role in FOLLOWED_BY[roles[wrong - 1] if wrong else START] if role != END]
-    elif answered is not None and answered != (roles[-1] == ANSWER_ROLE):
+    elif answered is not None and answered != (_role(roles[-1]) == ANSWER_ROLE):
         found, where, expected = roles, "the last", [ANSWER_ROLE] if answered else asking
     else:
         return
     shown = ("... " if len(found) > 8 else "") + " ".join(found[-8:]) if found else "no messages"
-    raise UserError(f"roles out of order: {shown}; {where} must be {' or '.join(expected)}")
+    why = "; a tool message must follow an answer with tool_calls" if found[-1:] == ["tool"] else ""
+    raise UserError(f"roles out of order: {shown}; {where} must be {' or '.join(expected)}{why}")
+
+
+def _role(kind: str) -> str:
+    return ANSWER_ROLE if kind == CALLS else kind
+
+
+def _check_fields(message: Message, where: str) -> None:
+    for field, role in OPTIONAL_FIELDS.items():
+        if message.get(field) and message["role"] != role:
+            raise UserError(f"{where} has {field}, which belong to {role} messages")
+    if not isinstance(message.get("reasoning_content"), str | None):
+        raise UserError(f"{where}: reasoning_content is not a text: {message['reasoning_content']!r:.80}")
+    for field, needed in (("tools", {"name": str}), ("tool_calls", {"name": str, "arguments": dict})):
+        listed = message.get(field) or []
+        for item in listed if isinstance(listed, list) else [listed]:
+            function = _function(item)
+            if not all(isinstance(function.get(name), kind) for name, kind in needed.items()):
+                names = " and ".join(f"{name} ({kind.__name__})" for name, kind in needed.items())
+                raise UserError(f"{where}: {field} is not a list of functions with {names}: {item!r:.80}")
+    check_unicode(message_text(message), where)
+
+
+def _function(item: object) -> dict[str, Any]:
+    """Return what is in OpenAI's wrapping {"type": "function", "function": {…}}, or the item itself."""
+    function = (item.get("function") or item) if isinstance(item, dict) else {}
+    return function if isinstance(function, dict) else {}
+
+
+def message_parts(message: Message) -> list[str]:
+    """Return the text of a message in pieces: texts at even places, perhaps empty, and tags at odd ones."""
+    content = message["content"]
+    if message["role"] == "tool":
+        return ["", "<tool_response>", content, "</tool_response>", ""]
+    if tools := message.get("tools"):
+        functions = [
+            {name: function[name] for name in TOOL_FIELDS if name == "name" or function.get(name)}
+            for function in map(_function, tools)
+        ]
+        return [content and content + "\n", "<tools>", "\n".join(map(_json, functions)), "</tools>", ""]
+    parts = [content]
+    if message.get("reasoning_content") is not None:
+        parts = ["", "<think>", message["reasoning_content"], "</think>", content]
+    for call in message.get("tool_calls") or []:
+        function = {name: _function(call)[name] for name in ("name", "arguments")}
+        parts += ["<tool_call>", _json(function), "</tool_call>", ""]
+    return parts
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)  # as transformers' tojson
+
+
+def message_text(message: Message) -> str:
+    """Return the text of a message with its tags, without the header of its role."""
+    return "".join(message_parts(message))
+
+
+def with_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    """Return the messages with these tools (if any) in the system message; there is one then."""
+    if not tools:
+        return messages
+    has_system = bool(messages) and messages[0]["role"] == SYSTEM_ROLE
+    system = messages[0] if has_system else {"role": SYSTEM_ROLE, "content": ""}
+    return [{**system, "tools": tools}, *messages[has_system:]]
 
 
 def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -109,17 +219,24 @@ def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Messa
     return messages[:first], [messages[i:j] for i, j in itertools.pairwise([*starts, len(messages)])]
 
 
+def count_images(messages: list[Message]) -> int:
+    """Return how many images stand in the questions of a chat."""
+    return sum(message["content"].count(IMAGE) for message in messages if message["role"] == TURN_ROLE)
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerFast,
     messages: list[Message],
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
+    enable_thinking: bool | None = None,
     image_ids: Sequence[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """Return the token ids of a chat, and which of them are trained on: each answer with its closing `</s>`.
 
-    Each piece is encoded alone. So the mask is exact, the content of a message cannot pose as a control token, and an
+    Thinking and calls are parts of an answer; what tools return is not trained on. Each piece is encoded alone. So the mask
+    is exact, the content of a message cannot pose as a control token, and an
     answer has the same ids in training as the model has to produce when it is asked. These are also the ids of
     `tokenizer.apply_chat_template`, with two exceptions beside literal control tokens: where an answer begins with a
     blank line, the template merges the line end of the header with it ("\\n\\n" is one token) or leaves it out, and
@@ -128,10 +245,13 @@ def render_chat(
     Args:
         add_generation_prompt: end with the header of the next answer (not if the chat ends with an answer).
         continue_final_message: leave out the end of the last message if it is an answer, so that the model continues it.
+        enable_thinking: False: the next answer shall not think: an empty <think></think> stands before it.
         image_ids: what every `IMAGE` in a message becomes; none: `IMAGE` is a character like any other.
+
+    Raises UserError for messages out of order, and for thinking and tools that the tokenizer's template writes otherwise.
     """
     check_messages(messages)
-    rendered = _render_messages(tokenizer, messages, add_generation_prompt, image_ids)
+    rendered = _render_messages(tokenizer, messages, add_generation_prompt, enable_thinking, image_ids)
     if continue_final_message and rendered[-1].answer:
         rendered[-1] = _Rendered(rendered[-1].prefix, rendered[-1].answer[:-1], [])
     return _join(rendered)
@@ -161,21 +281,27 @@ class TruncatedChat:
 
 
 def truncate_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int, image_ids: Sequence[int] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    max_tokens: int,
+    *,
+    enable_thinking: bool | None = None,
+    image_ids: Sequence[int] = (),
 ) -> TruncatedChat:
     """Render a chat in at most `max_tokens` tokens, cut at turn boundaries: the oldest turns are left out first.
 
     A chat that waits for an answer ends with the header of that answer; it keeps its system message. A chat that is
-    answered loses its system message if the last turn does not fit beside it, and then the end of its last answer: no
-    `</s>` is trained on there, because the answer does not end there.
+    answered loses its system message if the last turn does not fit beside it (unless that lists tools), and then the end of
+    its last answer: no `</s>` is trained on there, because the answer does not end there.
 
-    Raises PromptTooLong if the last question (with the system message of a chat that waits for an answer) does not fit,
-    or leaves no room for a single token of the answer that is there.
+    enable_thinking, image_ids: as in `render_chat`.
+    Raises PromptTooLong if the last question (with a system message that stays) does not fit, or leaves no room for a single
+    token of the answer that is there.
     """
     check_messages(messages)
     answered = messages[-1]["role"] == ANSWER_ROLE
     system, turns = split_turns(messages)
-    rendered = iter(_render_messages(tokenizer, messages, True, image_ids))
+    rendered = iter(_render_messages(tokenizer, messages, True, enable_thinking, image_ids))
     system_ids = next(rendered).prefix
     *older, last = [[next(rendered) for _ in turn] for turn in turns]
     last += rendered  # the header of the next answer
@@ -184,17 +310,19 @@ def truncate_chat(
     needed = len(last_ids) - len(last[-1].suffix)
     prompt_len = needed - len(last[-1].answer)
 
-    n_question = prompt_len if answered else len(system_ids) + prompt_len
+    keeps_system = not answered or bool(system and system[0].get("tools"))
+    n_question = prompt_len + len(system_ids) * keeps_system
     limit = max_tokens - 1 if answered else max_tokens
     if n_question > limit:
-        both = system_ids and not answered
+        both = system_ids and keeps_system
         what = "the system message and the last question have" if both else "the last question has"
         raise PromptTooLong(f"{what} {n_question} tokens, and {limit} is the limit: shorten it")
     room = max_tokens - needed
-    dropped_system = bool(system or system_ids) and len(system_ids) > room
+    dropped_system = not keeps_system and bool(system or system_ids) and len(system_ids) > room
     if dropped_system:
         system, system_ids = [], []
     room -= len(system_ids)
+    answer_cut = room < 0
     ids, loss_mask = last_ids, last_mask
     kept = 1
     for turn in reversed(older):
@@ -212,7 +340,7 @@ def truncate_chat(
         messages=[*system, *(message for turn in turns[-kept:] for message in turn)],
         dropped_turns=len(turns) - kept,
         dropped_system=dropped_system,
-        answer_cut=needed > max_tokens,
+        answer_cut=answer_cut,
     )
 
 
@@ -225,22 +353,35 @@ class _Rendered(NamedTuple):
 
 
 def _render_messages(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], add_generation_prompt: bool, image_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    enable_thinking: bool | None,
+    image_ids: Sequence[int],
 ) -> list[_Rendered]:
     """Render the system message of a valid chat (or what stands in its place, perhaps nothing), each other message, and
     the header of the next answer if it is asked for and one may follow.
     """
     style = chat_style(tokenizer)
     bare_roles = (ANSWER_ROLE,) if style.system_header else (ANSWER_ROLE, SYSTEM_ROLE)
-    texts = ["\n"]
-    for message in messages:  # the content of an answer is encoded alone, without its header
-        bare = message["role"] in bare_roles
-        texts.append(message["content"] if bare else f"{message['role']}\n{message['content']}")
-    newline, *encoded = _encode(tokenizer, texts, image_ids)
+    parts_of = [message_parts(message) for message in messages]
+    if not style.tags and any(len(parts) > 1 for parts in parts_of):
+        raise UserError(
+            f"the chat template in {tokenizer.name_or_path or 'the tokenizer'} writes thinking, tools and calls in another "
+            "way than this toolkit; use a tokenizer of train_tokenizer.py for such dialogues"
+        )
+    for message, parts in zip(messages, parts_of, strict=True):
+        if message["role"] not in bare_roles:  # an answer is encoded alone, without its header
+            parts[0] = f"{message['role']}\n{parts[0]}"
+    newline, *encoded = _encode(tokenizer, ["\n", *(text for parts in parts_of for text in parts[::2])], image_ids)
+    texts = iter(encoded)
     rendered = []
     if messages[0]["role"] != SYSTEM_ROLE:
         rendered.append(_Rendered([*style.default_system], [], []))
-    for message, ids in zip(messages, encoded, strict=True):
+    for message, parts in zip(messages, parts_of, strict=True):
+        ids = [*next(texts)]
+        for tag in parts[1::2]:
+            ids += [*style.tags[tag], *next(texts)]
         if message["role"] == ANSWER_ROLE:
             rendered.append(_Rendered([*style.answer_header], [*ids, EOS_ID], newline))
         elif message["role"] in bare_roles:
@@ -248,7 +389,8 @@ def _render_messages(
         else:
             rendered.append(_Rendered([BOS_ID, *ids, EOS_ID, *newline], [], []))
     if add_generation_prompt and ANSWER_ROLE in FOLLOWED_BY[messages[-1]["role"]]:
-        rendered.append(_Rendered([*style.generation_prompt], [], []))
+        prompt = style.no_thinking_prompt if enable_thinking is False else style.generation_prompt
+        rendered.append(_Rendered([*prompt], [], []))
     return rendered
 
 
@@ -301,10 +443,10 @@ def _read_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
     """Read the style off short chats; raise an exception if longer ones are not written in the same way."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
 
-    def render(*roles: str) -> str:
+    def render(*roles: str, **options: Any) -> str:
         messages = [{"role": role, "content": _PROBES[role]} for role in roles]
         prompt = roles[-1] != ANSWER_ROLE
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False, **options))
 
     def split(text: str, separator: str, n: int) -> list[str]:
         parts = text.split(separator)
@@ -329,7 +471,52 @@ def _read_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
     ):
         if render(*roles) != expected:
             raise ValueError(f"{', '.join(roles)}: {render(*roles)!r} instead of {expected!r}")
-    texts = [default, header + before_answer, header + prompt]
-    # These are the template's own texts: what is a control token in them becomes one.
-    ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    return ChatStyle(system == with_header, *ids)
+
+    def encode(text: str) -> tuple[int, ...]:
+        """These are the template's own texts: what is a control token in them becomes one."""
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+    tags = _tags(tokenizer)
+    no_thinking = encode(header + split(render("user", enable_thinking=False), question, 2)[1])
+    if no_thinking == encode(header + prompt) and tags:  # of a time when no model thought
+        no_thinking += tags["<think>"] + tags["</think>"]
+    return ChatStyle(
+        system == with_header,
+        encode(default),
+        encode(header + before_answer),
+        encode(header + prompt),
+        no_thinking,
+        tags,
+    )
+
+
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+_TOOL_PROBE: list[Message] = [
+    {"role": "system", "content": "system", "tools": [_TOOL, _TOOL]},
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "words", "reasoning_content": "thought", "tool_calls": [_CALL, _CALL]},
+    {"role": "tool", "content": "one"},
+    {"role": "tool", "content": "two"},
+    {"role": "assistant", "content": "answer", "reasoning_content": ""},
+]
+
+
+def _tags(tokenizer: PreTrainedTokenizerFast) -> dict[str, tuple[int, ...]]:
+    """Return the token ids of the tags: those of their text where they are no control tokens.
+
+    A template that knows no tools and no thinking, as the first ones, leaves them to this module; for one that writes them
+    otherwise, as Qwen's, there are no tags.
+    """
+    template = str(tokenizer.chat_template)
+    if any(word in template for word in ("tool", "think")):
+        texts = [f"<s>{message['role']}\n{message_text(message)}</s>\n" for message in _TOOL_PROBE[1:]]
+        try:
+            found = tokenizer.apply_chat_template(_TOOL_PROBE, tools=_TOOL_PROBE[0]["tools"], tokenize=False)
+        except Exception:  # the template is a program: it can raise anything
+            return {}
+        if found != message_text(_TOOL_PROBE[0]) + "".join(texts):
+            return {}
+    added = tokenizer.get_added_vocab()
+    names = [tag for name in TAGS for tag in (f"<{name}>", f"</{name}>")]
+    return {tag: (added[tag],) if tag in added else tuple(encode_text(tokenizer, tag)) for tag in names}

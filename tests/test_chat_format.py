@@ -19,34 +19,112 @@ from common.errors import UserError
 from common.files import ROOT
 from data_pipeline.tokenize_chats import tokenize_chat_data
 from evaluation.evaluated_model import EvaluatedModel
-from model.chat_format import CHAT_TEMPLATE, PromptTooLong, check_messages, render_chat, split_turns, truncate_chat
-from model.tokenizer import BOS_ID, EOS_ID, TOKENIZER_DIR, check_special_tokens, encode_text, load_tokenizer
+from model.chat_format import (
+    CHAT_TEMPLATE,
+    PromptTooLong,
+    check_messages,
+    render_chat,
+    split_turns,
+    truncate_chat,
+    with_tools,
+)
+from model.tokenizer import (
+    BOS_ID,
+    CONTROL_TOKENS,
+    EOS_ID,
+    TOKENIZER_DIR,
+    check_special_tokens,
+    encode_text,
+    load_tokenizer,
+)
 
 TOKENIZER = load_tokenizer()
 
+TAGS = CONTROL_TOKENS[:8]
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
 # Hypothesis alone would hardly ever write these.
 awkward = st.lists(
-    st.sampled_from(["<s>", "</s>", "<unk>", "user\n", "assistant\n", "\n", "\r\n", " ", "\t", "，我们", "12", "a"])
+    st.sampled_from(
+        ["<s>", "</s>", "<unk>", "user\n", "assistant\n", "\n", "\r\n", " ", "\t", "，我们", "12", "a", '"', "{", *TAGS]
+    )
 ).map("".join)
 text = unicode_text | awkward
 
 
 @st.composite
-def chats(draw, content=text):
+def chats(draw, content=text, tools=True):
+    """Valid chats; with `tools`, answers may think and call tools, which are listed in the system message or not."""
+    values = st.none() | st.booleans() | st.integers() | content
+    maps = st.dictionaries(
+        content, values | st.lists(values, max_size=2) | st.dictionaries(content, values, max_size=2), max_size=2
+    )
+
+    def wrapped(items):
+        return items | items.map(lambda item: {"type": "function", "function": item})
+
     messages = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
-    for i in range(draw(st.integers(1, 5))):
-        messages.append({"role": "assistant" if i % 2 else "user", "content": draw(content)})
+    if messages and tools and draw(st.booleans()):
+        functions = st.fixed_dictionaries(
+            {"name": content}, optional={"description": content, "parameters": maps, "strict": values}
+        )
+        messages[0]["tools"] = draw(st.lists(wrapped(functions), min_size=1, max_size=2))
+    n_messages = len(messages) + draw(st.integers(1, 5))
+    role = "user"
+    while len(messages) < n_messages:
+        message = {"role": role, "content": draw(content)}
+        if role == "assistant" and tools:
+            message["reasoning_content"] = draw(st.none() | content)
+            calls = st.fixed_dictionaries({"name": content, "arguments": maps})
+            message["tool_calls"] = draw(st.lists(wrapped(calls), max_size=2))
+        messages.append(message)
+        if role == "assistant":
+            role = "tool" if message.get("tool_calls") else "user"
+        elif role == "tool":
+            role = draw(st.sampled_from(["tool", "assistant"]))
+        else:
+            role = "assistant"
     return messages
+
+
+def answer_text(message: dict) -> str:
+    thought, calls = message.get("reasoning_content"), message.get("tool_calls") or []
+    written = "" if thought is None else f"<think>{thought}</think>"
+    written += message["content"]
+    for call in calls:
+        call = call.get("function", call)
+        name, arguments = (json.dumps(call[key], ensure_ascii=False) for key in ("name", "arguments"))
+        written += f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
+    return written
+
+
+def system_text(message: dict) -> str:
+    written = message["content"]
+    if message.get("tools"):
+        functions = [tool.get("function", tool) for tool in message["tools"]]
+        fields = [
+            {k: f[k] for k in ("name", "description", "parameters") if k == "name" or f.get(k)} for f in functions
+        ]
+        listed = "\n".join(json.dumps(one, ensure_ascii=False) for one in fields)
+        written += ("\n" if written else "") + f"<tools>{listed}</tools>"
+    return written
 
 
 def as_text(messages: list[dict], add_generation_prompt: bool) -> str:
     """The chat format, written down a second time."""
-    system, turns = "", messages
-    if messages[0]["role"] == "system":
-        system, turns = messages[0]["content"], messages[1:]
-    whole = system + "".join(f"<s>{turn['role']}\n{turn['content']}</s>\n" for turn in turns)
-    return whole + ("<s>assistant\n" if add_generation_prompt and turns[-1]["role"] == "user" else "")
+    whole = ""
+    for message in messages:
+        if message["role"] == "system":
+            whole += system_text(message)
+        elif message["role"] == "tool":
+            whole += f"<s>tool\n<tool_response>{message['content']}</tool_response></s>\n"
+        else:
+            content = answer_text(message) if message["role"] == "assistant" else message["content"]
+            whole += f"<s>{message['role']}\n{content}</s>\n"
+    return whole + ("<s>assistant\n" if add_generation_prompt and messages[-1]["role"] in ("user", "tool") else "")
+
+
+def answer_texts(messages: list[dict]) -> list[str]:
+    return [answer_text(message) for message in messages if message["role"] == "assistant"]
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict]:
@@ -67,12 +145,12 @@ def test_the_format_of_the_published_models():
     assert TOKENIZER.decode(ids) == "S<s>user\nU</s>\n<s>assistant\nA</s>\n<s>user\nV</s>\n"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(chats(), st.booleans())
 def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prompt):
     ids, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
     assert len(ids) == len(loss_mask)
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers = answer_texts(messages)
     masked = [i for i, target in zip(ids, loss_mask, strict=True) if target]
     assert TOKENIZER.decode(masked) == "".join(f"{answer}</s>" for answer in answers)
     assert TOKENIZER.decode(ids) == as_text(messages, prompt)
@@ -80,16 +158,31 @@ def test_the_mask_is_the_answers_with_their_ends_and_nothing_else(messages, prom
     assert masked.count(EOS_ID) == len(answers)
     turns = sum(message["role"] != "system" for message in messages)
     assert ids.count(EOS_ID) == turns
-    assert ids.count(BOS_ID) == turns + (prompt and messages[-1]["role"] == "user")
+    assert ids.count(BOS_ID) == turns + (prompt and messages[-1]["role"] in ("user", "tool"))
+    counts = [
+        sum(message.get("reasoning_content") is not None for message in messages),
+        sum(bool(message.get("tools")) for message in messages),
+        sum(len(message.get("tool_calls") or []) for message in messages),
+        sum(message["role"] == "tool" for message in messages),
+    ]
+    found = [ids.count(token) for token in TOKENIZER.convert_tokens_to_ids(list(TAGS))]
+    assert found == [count for count in counts for _ in ("begin", "end")]
 
 
-@settings(max_examples=300, deadline=None)
-@given(chats(), text)
-def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, answer):
+@settings(max_examples=150, deadline=None)
+@given(chats(), text, st.booleans())
+def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, answer, think):
     if messages[-1]["role"] == "assistant":
-        messages = [*messages, {"role": "user", "content": "go on"}]
+        role = "tool" if messages[-1].get("tool_calls") else "user"
+        messages = [*messages, {"role": role, "content": "go on"}]
     prompt, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=True)
-    whole, whole_target = render_chat(TOKENIZER, [*messages, {"role": "assistant", "content": answer}])
+    message = {"role": "assistant", "content": answer}
+    if not think:  # an empty thought is learned like any other, and given where none is wanted
+        message["reasoning_content"] = ""
+        ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=True, enable_thinking=False)
+        assert ids == prompt + TOKENIZER.convert_tokens_to_ids(["<think>", "</think>"])
+        prompt, loss_mask = ids, [*loss_mask, True, True]
+    whole, whole_target = render_chat(TOKENIZER, [*messages, message])
     answer_ids = [*encode_text(TOKENIZER, answer), EOS_ID]
     n = len(prompt) + len(answer_ids)
     assert whole[:n] == prompt + answer_ids
@@ -97,7 +190,7 @@ def test_an_answer_has_the_same_ids_in_training_as_behind_the_prompt(messages, a
 
 
 def without_control_tokens(text: str) -> bool:
-    return not any(token in text for token in ("<s>", "</s>", "<unk>"))
+    return not any(token in text for token in ("<s>", "</s>", "<unk>", *TAGS))
 
 
 def begins_with_blank_line(text: str) -> bool:
@@ -105,15 +198,42 @@ def begins_with_blank_line(text: str) -> bool:
     return "\n" in blanks or "\r" in blanks
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(chats(text.filter(without_control_tokens)), st.booleans())
-def test_transformers_renders_the_same_ids(messages, prompt):
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    rendered = TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    assert rendered == as_text(messages, prompt)
-    ids, _ = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
-    if not any(map(begins_with_blank_line, answers)):
-        assert ids == TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+def test_transformers_renders_the_same_ids_and_the_same_mask(messages, prompt):
+    options = {"add_generation_prompt": prompt, "tools": messages[0].get("tools")}
+    assert TOKENIZER.apply_chat_template(messages, tokenize=False, **options) == as_text(messages, prompt)
+    ids, loss_mask = render_chat(TOKENIZER, messages, add_generation_prompt=prompt)
+    if not any(map(begins_with_blank_line, answer_texts(messages))):
+        theirs = TOKENIZER.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
+        assert theirs["input_ids"] == ids
+        assert list(map(bool, theirs["assistant_masks"])) == loss_mask
+
+
+@pytest.mark.parametrize("enable_thinking", [None, True, False])
+def test_transformers_has_the_same_thinking_switch(enable_thinking):
+    options = {"add_generation_prompt": True, "enable_thinking": enable_thinking}
+    for messages in ([U], [U, CALL, T]):
+        ids, _ = render_chat(TOKENIZER, messages, **options)
+        assert truncate_chat(TOKENIZER, messages, 99, enable_thinking=enable_thinking).ids == ids
+        assert TOKENIZER.apply_chat_template(messages, return_dict=False, **options) == ids
+        assert TOKENIZER.decode(ids).endswith("<think></think>") == (enable_thinking is False)
+
+
+def test_tools_are_found_where_engines_and_data_put_them():
+    """As an argument, with and without a system message, and in that message; arguments as JSON, no content at all."""
+    tool, arguments = {"name": "f", "description": None, "parameters": {}}, '{"x": "é"}'
+    wrapped = {"type": "function", "function": tool}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    theirs = [U, {"role": "assistant", "content": None, "tool_calls": [call]}, T]
+    ours = [U, {**CALL, "content": "", "tool_calls": [{"name": "f", "arguments": json.loads(arguments)}]}, T]
+    for system in ([], [S]):
+        ids, _ = render_chat(TOKENIZER, with_tools([*system, *ours], [tool]))
+        for tools in ([tool], [wrapped]):
+            assert TOKENIZER.apply_chat_template([*system, *theirs], tools=tools, return_dict=False) == ids
+            inside = with_tools([*system, *theirs], tools)
+            assert TOKENIZER.apply_chat_template(inside, return_dict=False) == ids
+    assert with_tools([U], []) == [U]
 
 
 def test_the_documented_difference_to_transformers_is_one_line_end():
@@ -124,7 +244,8 @@ def test_the_documented_difference_to_transformers_is_one_line_end():
     assert TOKENIZER.decode(ids) == TOKENIZER.decode(theirs)
 
 
-U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+U, A, S, T = ({"role": role, "content": "x"} for role in ("user", "assistant", "system", "tool"))
+CALL = {**A, "tool_calls": [{"name": "f", "arguments": {}}]}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +260,35 @@ U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "sys
         ([U, U], r"order: user user; messages\[1\] must be assistant$"),
         ([U, A, A], r"order: user assistant assistant; messages\[2\] must be user$"),
         ([U, A] * 5 + [A], r"order: \.\.\. (assistant user ){3}assistant assistant; messages\[10\] must be user$"),
-        ([U, {"role": "tool", "content": "x"}], r"messages\[1\] has the unknown role 'tool'; use system or user or"),
+        (
+            [U, T],
+            r"order: user tool; messages\[1\] must be assistant; a tool message must follow an answer with tool_calls$",
+        ),
+        (
+            [U, A, T],
+            r"order: user assistant tool; messages\[2\] must be user; a tool message must follow an answer with",
+        ),
+        ([U, CALL, U], r"order: user tool_calls user; messages\[2\] must be tool$"),
+        ([U, CALL, T, U], r"order: user tool_calls tool user; messages\[3\] must be tool or assistant$"),
+        (
+            [U, {"role": "function", "content": "x"}],
+            r"messages\[1\] has the unknown role 'function'; use system or user or",
+        ),
+        ([{**U, "tools": [{"name": "f"}]}], r"messages\[0\] .user. has tools, which belong to system messages"),
+        ([{**U, "tool_calls": CALL["tool_calls"]}], "has tool_calls, which belong to assistant messages"),
+        ([U, CALL, {**T, "reasoning_content": "hm"}], "has reasoning_content, which belong to assistant messages"),
+        ([U, {**A, "reasoning_content": 1}], "reasoning_content is not a text: 1"),
+        ([{**S, "tools": [{"type": "function"}]}, U], r"tools is not a list of functions with name .str.: {'type'"),
+        ([{**S, "tools": "[]"}, U], "tools is not a list of functions"),
+        (
+            [U, {**A, "tool_calls": [{"name": "f", "arguments": "{}"}]}],
+            r"functions with name .str. and arguments .dict.:",
+        ),
+        (
+            [U, {**A, "tool_calls": [{"function": "f"}]}],
+            r"messages\[1\] .assistant.: tool_calls is not a list of functions",
+        ),
+        ([U, {**A, "reasoning_content": "\udfff"}], r"messages\[1\] .assistant. is not Unicode"),
         ([{"role": "user"}], r"messages\[0\] is not an object with a role and a text"),
         (["hi"], r"messages\[0\] is not an object with a role and a text"),
         ([{"role": "user", "content": None}], r"messages\[0\] is not an object with a role and a text.*None"),
@@ -154,15 +303,15 @@ def test_wrong_chats_are_refused_by_index(messages, error):
 
 
 def test_who_may_speak_last():
-    for messages, answered in (([U, A], True), ([S, U, A, U], False)):
+    for messages, answered in (([U, A], True), ([U, CALL], True), ([S, U, A, U], False), ([U, CALL, T], False)):
         check_messages(messages, answered=answered)
-        with pytest.raises(UserError, match="; the last must be (assistant|user)$"):
+        with pytest.raises(UserError, match="; the last must be (assistant|user or tool)"):
             check_messages(messages, answered=not answered)
 
 
-@pytest.mark.parametrize("messages", [[A], [U, U], [U, S], [{"role": "tool", "content": "x"}]])
+@pytest.mark.parametrize("messages", [[A], [U, U], [U, S], [T], [U, A, T], [U, CALL, U], [{**U, "role": "bot"}]])
 def test_the_template_refuses_roles_out_of_order(messages):
-    with pytest.raises(TemplateError, match="roles must be"):
+    with pytest.raises(TemplateError, match="roles out of order: .* cannot follow"):
         TOKENIZER.apply_chat_template(messages)
 
 
@@ -220,6 +369,7 @@ def tokenizer_of(release: str) -> PreTrainedTokenizerFast:
     names, template, _ = RELEASES[release]
     content = json.loads((TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8"))
     new = dict(zip(V1_NAMES, names, strict=True))
+    content["added_tokens"] = content["added_tokens"][:3]  # they had no tags
     for token in content["added_tokens"]:
         token["content"] = new.get(token["content"], token["content"])
     bpe = content["model"]
@@ -238,12 +388,12 @@ def tokenizer_of(release: str) -> PreTrainedTokenizerFast:
 
 
 def plain(text: str) -> bool:
-    return not any(token in text for token in (*V1_NAMES, *CHATML_NAMES, THINK, END_THINK))
+    return not any(token in text for token in (*V1_NAMES, *CHATML_NAMES, *TAGS))
 
 
 @releases
 @settings(max_examples=60, deadline=None)
-@given(messages=chats(text.filter(plain)))
+@given(messages=chats(text.filter(plain), tools=False))
 def test_the_ids_are_those_of_the_template_of_the_release(release, messages):
     tokenizer = tokenizer_of(release)
     if any(begins_with_blank_line(message["content"]) for message in messages if message["role"] == "assistant"):
@@ -281,6 +431,25 @@ def test_control_tokens_come_from_the_template_and_not_from_texts(release):
         assert masked == [*encode_text(tokenizer, attack), EOS_ID]
     header, _ = render_chat(tokenizer, chat("a"))
     assert default in tokenizer.decode(header)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chats(), st.booleans())
+def test_tags_are_text_in_a_tokenizer_without_them(messages, prompt):
+    tokenizer = tokenizer_of("v1")
+    ids, loss_mask = render_chat(tokenizer, messages, add_generation_prompt=prompt)
+    assert tokenizer.decode(ids) == as_text(messages, prompt)
+    masked = [token for token, target in zip(ids, loss_mask, strict=True) if target]
+    assert tokenizer.decode(masked) == "".join(f"{answer}</s>" for answer in answer_texts(messages))
+
+
+def test_thinking_and_tools_are_refused_where_the_template_writes_them_otherwise():
+    tokenizer = tokenizer_of("MiniMind-3")
+    for message in ({**A, "reasoning_content": ""}, CALL):
+        with pytest.raises(UserError, match="writes thinking, tools and calls in another way than this toolkit"):
+            render_chat(tokenizer, [U, message])
+    ids, _ = render_chat(tokenizer, [U], add_generation_prompt=True)
+    assert render_chat(tokenizer, [U], add_generation_prompt=True, enable_thinking=False)[0] == ids  # it never thinks
 
 
 def test_the_system_message_of_the_template_is_cut_like_any_other():
@@ -402,6 +571,28 @@ def test_targets_are_the_answers_however_a_chat_is_cut(system, turns, max_tokens
         assert len(render_chat(TOKENIZER, more)[0]) - 1 > max_tokens
 
 
+def test_a_turn_with_calls_is_cut_as_one_and_keeps_its_tools():
+    first = {**S, "tools": [{"name": "f"}]}
+    turn = [U, {**CALL, "reasoning_content": "hm"}, T, {**A, "content": "春眠不觉晓，处处闻啼鸟"}]
+    whole = [first, *turn, *turn]
+    ids, loss_mask = render_chat(TOKENIZER, whole)
+    assert truncate_chat(TOKENIZER, whole, len(ids)).ids == ids
+    last, last_mask = render_chat(TOKENIZER, [first, *turn])
+    for n_tokens in (len(ids) - 2, len(last)):
+        cut = truncate_chat(TOKENIZER, whole, n_tokens)
+        assert (cut.ids, cut.loss_mask, cut.dropped_turns) == (last, last_mask, 1)
+        assert cut.messages == [first, *turn]
+    # The answer is cut before the tools are left out: a call of what is not listed shall not be learned.
+    cut = truncate_chat(TOKENIZER, whole, len(last) - 4)
+    assert (cut.ids, cut.loss_mask) == (last[:-4], last_mask[:-4])
+    assert cut.answer_cut and not cut.dropped_system
+    n_question = cut.answer_start
+    with pytest.raises(PromptTooLong, match=f"the system message and the last question have {n_question} tokens"):
+        truncate_chat(TOKENIZER, whole, n_question)
+    prompt = truncate_chat(TOKENIZER, whole[:-1], n_question)
+    assert prompt.ids == last[:n_question] and prompt.messages == [first, *turn[:-1]]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=15), min_size=1, max_size=9), st.none() | st.text(max_size=9), st.integers(1, 150))
 def test_prompts_are_cut_at_turn_boundaries_and_keep_their_system_message(contents, system, limit):
@@ -428,6 +619,7 @@ def test_prompts_are_cut_at_turn_boundaries_and_keep_their_system_message(conten
 def test_turns_begin_at_user_messages():
     assert split_turns([S, U, A, U]) == ([S], [[U, A], [U]])
     assert split_turns([U, A]) == ([], [[U, A]])
+    assert split_turns([U, CALL, T, A, U]) == ([], [[U, CALL, T, A], [U]])
     assert split_turns([]) == ([], []) and split_turns([S]) == ([S], [])
 
 
@@ -435,11 +627,12 @@ def test_turns_begin_at_user_messages():
 @given(chats())
 def test_the_final_answer_can_be_continued(messages):
     open_end = render_chat(TOKENIZER, messages, add_generation_prompt=True, continue_final_message=True)[0]
-    if messages[-1]["role"] == "user":
+    if messages[-1]["role"] != "assistant":
         assert open_end == render_chat(TOKENIZER, messages, add_generation_prompt=True)[0]
         return
     before = render_chat(TOKENIZER, messages[:-1], add_generation_prompt=True)[0]
-    assert open_end == before + encode_text(TOKENIZER, messages[-1]["content"])
+    assert open_end[: len(before)] == before
+    assert TOKENIZER.decode(open_end[len(before) :]) == answer_text(messages[-1])
 
 
 def test_the_grammar_needs_neither_torch_nor_transformers():

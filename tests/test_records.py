@@ -1,12 +1,15 @@
 """data_pipeline/records.py: every format becomes the same messages, and nothing unsound gets through."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from data_pipeline.readers import iter_records
 from data_pipeline.records import (
     CHAT_COLUMNS,
     WrongStage,
@@ -15,6 +18,9 @@ from data_pipeline.records import (
     parse_conversation,
     parse_preference,
 )
+from model.chat_format import check_messages, message_text
+
+DATA = Path(os.environ.get("MINIMIND_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def chat(*texts, roles=("user", "assistant"), system=None):
@@ -98,7 +104,11 @@ def test_no_history(history):
         ({"messages": [{"role": "system", "content": ""}]}, "out of order: no messages"),
         ({"messages": chat("q", "a"), "system": "s", "q": 1}, None),
         ({"messages": chat("q", "a", system="s"), "system": "t"}, "out of order: system system"),
-        ({"messages": chat("q", "a", roles=("user", "tool"))}, "unknown role 'tool'"),
+        ({"messages": chat("q", "a", roles=("user", "bot"))}, "unknown role 'bot'"),
+        (
+            {"messages": chat("q", "a", roles=("user", "tool"))},
+            r"order: user tool; messages\[1\] must be assistant; a tool",
+        ),
         ({"messages": [{"role": ["user"], "content": "q"}]}, "unknown role"),
         ({"messages": [{"role": None, "content": "q"}]}, "unknown role None"),
         ({"messages": [{"content": "q"}]}, "unknown role None"),
@@ -165,24 +175,191 @@ def test_rows_for_another_kind_of_training(more, reason):
             parse_preference(pair | {"images": ["cat.jpg"]})
 
 
+TOOL = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"x": i}}} for i in (1, 2)]
+TOOL_CHAT = [
+    {"role": "system", "content": "s", "tools": [TOOL]},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": CALLS},
+    {"role": "tool", "content": "[3]"},
+    {"role": "tool", "content": ""},
+    {"role": "assistant", "content": "a", "reasoning_content": ""},
+]
+
+
+def openai(chat):
+    """As its API has it: a tools field, arguments as JSON, null for no content, ids."""
+    (system, *turns), tools = chat, [{"type": "function", "function": TOOL}]
+    messages = [{"role": "system", "content": system["content"]}]
+    for message in turns:
+        calls = [
+            {
+                "id": "c",
+                "type": "function",
+                "function": {"name": "add", "arguments": json.dumps(call["function"]["arguments"])},
+            }
+            for call in message.get("tool_calls", [])
+        ]
+        messages.append(
+            message
+            | ({"tool_calls": calls} if calls else {})
+            | ({"tool_call_id": "c"} if message["role"] == "tool" else {})
+        )
+    return {"messages": messages, "tools": tools}
+
+
+def original(chat):
+    """As the original MiniMind: tools in the system message and calls as JSON, and every message has all fields."""
+    fields = {"content": "", "reasoning_content": None, "tools": None, "tool_calls": None}
+    messages = [
+        fields | {key: json.dumps(value) if key in ("tools", "tool_calls") else value for key, value in message.items()}
+        for message in chat
+    ]
+    return {"conversations": messages}
+
+
+def typed_parts(chat):
+    (system, *turns), messages = chat, []
+    for message in turns:
+        parts = []
+        if "reasoning_content" in message:
+            parts.append({"type": "reasoning", "value": message["reasoning_content"]})
+        parts.append({"type": "text", "value": message["content"]})
+        parts += [
+            {"type": "tool_call", "value": json.dumps(call["function"])} for call in message.get("tool_calls", [])
+        ]
+        messages.append({"role": message["role"], "content": parts})
+    return {"system": system["content"], "messages": messages, "tools": json.dumps([TOOL])}
+
+
+def unwrapped(messages):
+    """Without OpenAI's wrapping of tools, which says nothing."""
+    if messages[0].get("tools"):
+        tools = [tool.get("function", tool) for tool in messages[0]["tools"]]
+        messages = [messages[0] | {"tools": tools}, *messages[1:]]
+    return messages
+
+
+@pytest.mark.parametrize("form", [openai, original, typed_parts])
+def test_thinking_and_tools_in_every_form(form):
+    assert unwrapped(parse_conversation(form(TOOL_CHAT))) == TOOL_CHAT
+
+
+@pytest.mark.parametrize("calls", [CALLS, CALLS[:1]])
+def test_function_call_and_observation(calls):
+    """LLaMA-Factory's: a turn of its own for a call or a list of calls, and the tools as JSON."""
+    values = [call["function"] for call in calls]
+    turns = [("human", "q"), ("function_call", json.dumps(values if len(values) > 1 else values[0]))]
+    turns += [("observation", "[3]"), ("gpt", "a")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in turns], "tools": json.dumps([TOOL])}
+    assert parse_conversation(row) == [
+        {"role": "system", "content": "", "tools": [TOOL]},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "[3]"},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
+def asked(message, **more):
+    return {"messages": [*chat("q"), {"role": "assistant", "content": ""} | message], **more}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"conversations": [*sharegpt(chat("q", "a")), {"from": "observation", "value": "3"}]},
+         "order: user assistant tool; .* a tool message must follow an answer with tool_calls"),
+        (asked({"tool_calls": CALLS}, messages=[*chat("q"), {"role": "assistant", "tool_calls": CALLS}, *chat("r", "a")]),
+         r"order: user tool_calls user; messages\[2\] must be tool"),
+        (asked({"content": "a", "tool_calls": "add(1)"}), "a tool call is neither JSON nor a Python list"),
+        (asked({"tool_calls": [{"function": {"arguments": {}}}]}), "a tool call has no name: {'function'"),
+        (asked({"tool_calls": [{"name": " "}]}), "a tool call has no name"),
+        (asked({"tool_calls": ["add"]}), "a tool call has no name: 'add'"),
+        (asked({"tool_calls": [{"name": "add", "arguments": "x=1"}]}), "the argument list of add is neither JSON"),
+        (asked({"tool_calls": [{"name": "add", "arguments": "[1]"}]}), r"the arguments of add are no object: \[1\]"),
+        (asked({"reasoning_content": "hm"}), "an empty assistant message"),
+        (asked({"content": "a", "reasoning_content": 1}), "reasoning_content is not a text: 1"),
+        (asked({"content": "a", "reasoning_content": "\0"}), "a NUL character in reasoning_content"),
+        (asked({"content": [{"type": "text", "text": "a"}, {"type": "reasoning", "value": "hm"}]}),
+         "a part of type reasoning behind the text or the calls"),
+        (asked({"content": [{"type": "tool_call", "value": "{"}]}), "a tool call is neither JSON"),
+        (asked({"content": "a"}, tools="[1]"), "tools is not a list of functions"),
+        (asked({"content": "a"}, tools={"name": "add"}), "tools is not a list of functions"),
+        (asked({"content": "a"}, tools=[{"type": "function"}]), r"messages\[0\] .system.: tools is not a list of functions"),
+        ({"messages": TOOL_CHAT, "tools": [TOOL]}, "tools are listed twice"),
+        ({"messages": [chat("q")[0] | {"tools": [TOOL]}, *chat("q", "a")[1:]]}, "has tools, which belong to system"),
+        ({"messages": [chat("q")[0] | {"reasoning_content": "hm"}, *chat("q", "a")[1:]]}, "has reasoning_content"),
+    ],
+)  # fmt: skip
+def test_unsound_thinking_and_tools(data, reason):
+    with pytest.raises(UserError, match=reason):
+        parse_conversation(data)
+
+
+def test_tools_in_preference_pairs():
+    prompt = TOOL_CHAT[:-1]
+    row = {"prompt": prompt[1:], "system": "s", "tools": [TOOL], "chosen": "a", "rejected": "b"}
+    assert parse_preference(row) == (prompt, "a", "b")
+    for answer in ({"role": "assistant", "content": "", "tool_calls": CALLS}, TOOL_CHAT[2]):
+        with pytest.raises(WrongStage, match="chosen thinks or calls a tool, and preference training compares texts"):
+            parse_preference({"prompt": "q", "chosen": answer, "rejected": "b"})
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("glaive_toolcall_en_demo.json", {}),
+        (
+            "glaive_toolcall_zh_demo.json",
+            {198: "order: system user assistant tool; messages[3] must be user; a tool message"},
+        ),
+        ("reason_tool_use_demo.jsonl", {}),
+    ],
+)
+def test_real_tool_data(name, refused):
+    path = DATA / "tools" / name
+    if not path.is_file():
+        pytest.skip("needs the real data")
+    found, n_calls = {}, 0
+    for record in iter_records(path, lambda bad: found.update({bad.line: bad.reason})):
+        try:
+            n_calls += sum(bool(message.get("tool_calls")) for message in parse_conversation(record.data))
+        except UserError as error:
+            found[record.line] = str(error)
+    assert n_calls > 30
+    assert found.keys() == refused.keys()
+    assert all(refused[line] in reason for line, reason in found.items())
+
+
 def test_a_content_in_parts_is_joined():
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert parse_conversation({"messages": chat(parts, "c")}) == chat("a b", "c")
 
 
+KEYS = [
+    "role",
+    "content",
+    "from",
+    "value",
+    "type",
+    "name",
+    "arguments",
+    "function",
+    "tools",
+    "tool_calls",
+    "reasoning_content",
+]
 junk = st.recursive(
     st.none()
     | st.booleans()
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from(["user", "assistant", "[1]", "[{}]"]),
-    lambda values: (
-        st.lists(values, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), values, max_size=2)
-    ),
+    | st.sampled_from(["user", "assistant", "tool", "function_call", "[1]", "[{}]", '{"name": "f"}']),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(KEYS), values, max_size=3),
     max_leaves=8,
 )
-names = ["messages", "conversations", "history", "q", "a", "instruction", "input", "output", "system"]
+names = ["messages", "conversations", "history", "q", "a", "instruction", "input", "output", "system", "tools"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -194,10 +371,8 @@ def test_any_row_is_sound_or_malformed(data):
         except UserError:
             continue
         messages = result if parse is parse_conversation else result[0]
-        turns = [m["role"] for m in messages if m["role"] != "system"]
-        assert turns == (["user", "assistant"] * len(turns))[: len(turns)]
-        assert turns[-1] == ("assistant" if parse is parse_conversation else "user")
-        assert all(m["content"].strip() for m in messages)
+        check_messages(messages, answered=parse is parse_conversation)
+        assert all(message_text(m).strip() for m in messages)
 
 
 def test_unusable_files(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -145,15 +147,26 @@ TEN = [  # (history, question, answer): short and long, several turns, both lang
 ]
 
 
+ADD = {"name": "add", "arguments": {"x": 2, "y": 4}}
+TOOL_CHAT = [
+    {"role": "system", "content": "", "tools": [{"name": "add"}]},
+    {"role": "user", "content": "2 + 4 = ?"},
+    {"role": "assistant", "content": "", "reasoning_content": "A sum.", "tool_calls": [ADD]},
+    {"role": "tool", "content": "6"},
+    {"role": "assistant", "content": "It is 6."},
+]
+
+
 def test_ten_samples_are_learned_by_heart_and_every_answer_stops(run, tmp_path, tokenizer):
     """The masks, the chat format and the end token together: any of them wrong, and greedy decoding goes on or astray."""
     out, data = tmp_path / "out", write_csv(tmp_path / "sft_data.csv", TEN)
+    tools = write_jsonl(tmp_path / "tools.jsonl", [{"messages": TOOL_CHAT}])
     write_base(out / "pretrain_64.pth", tokenizer, dim=64, max_seq_len=128)
-    flags = "--max_steps 80 --learning_rate 6e-3 --batch_size 3 --weight_decay 0 --show_sample --log_interval 10"
-    result = run(*QUICK, *flags.split(), "--data_path", data, "--out_dir", out)
+    flags = "--max_steps 120 --learning_rate 6e-3 --batch_size 3 --weight_decay 0 --show_sample --log_interval 10"
+    result = run(*QUICK, *flags.split(), "--data_path", data, tools, "--out_dir", out)
     assert result.code == 0, result.err
     assert "starting from " in result.out and "pretrain_64.pth (pretrain, step 7)" in result.out
-    assert "10 dialogues" in result.out and "skipped:" not in result.out
+    assert "11 dialogues" in result.out and "skipped:" not in result.out
     # What is learned is shown marked: the first answer with its end, and nothing else.
     assert "<s>user\nWhat is the capital of France?</s>\n<s>assistant\n»Paris.</s>«\n" in result.out
 
@@ -162,16 +175,31 @@ def test_ten_samples_are_learned_by_heart_and_every_answer_stops(run, tmp_path, 
     samples = [(read_history(history), question, answer) for history, question, answer in TEN]
     # The answers within the histories were learned too.
     samples += [([], "My name is Ada.", "Hello Ada!"), ([["Pick a number.", "17"]], "Add one.", "18")]
-    prompts = []
-    for history, question, _ in samples:
-        messages = turns(*[text for pair in history for text in pair], question)
-        prompts.append(render_chat(tokenizer, messages, add_generation_prompt=True)[0])
+    chats = [(turns(*itertools.chain(*history), question), answer) for history, question, answer in samples]
+    call = '<think>A sum.</think><tool_call>{"name": "add", "arguments": {"x": 2, "y": 4}}</tool_call>'
+    chats += [(TOOL_CHAT[:2], call), (TOOL_CHAT[:4], "It is 6.")]
+    prompts = [render_chat(tokenizer, messages, add_generation_prompt=True)[0] for messages, _ in chats]
     answers, reasons = [""] * len(prompts), [None] * len(prompts)
     for event in generate(checkpoint.model, prompts, SamplingParams(max_new_tokens=60), tokenizer=tokenizer):
         answers[event.key] += event.text
         reasons[event.key] = event.finish or reasons[event.key]
-    assert answers == [answer for _, _, answer in samples]
+    assert answers == [answer for _, answer in chats]
     assert set(reasons) == {"stop"}
+
+
+def test_real_tool_dialogues_train(run, tmp_path, tokenizer):
+    folder = Path(os.environ.get("MINIMIND_DATA", ROOT.parent / "shared" / "data")) / "tools"
+    if not folder.is_dir():
+        pytest.skip("needs the real data")
+    out = tmp_path / "out"
+    write_base(out / "pretrain_32.pth", tokenizer, max_seq_len=8192)
+    names = ["glaive_toolcall_en_demo.json", "glaive_toolcall_zh_demo.json", "reason_tool_use_demo.jsonl"]
+    flags = [*QUICK, "--batch_size", 1, "--out_dir", out]
+    result = run(*flags, "--data_path", *(folder / name for name in names))
+    assert result.code == 0, result.err
+    assert "424 dialogues" in result.out and "1 not a valid dialogue" in result.out
+    assert f"{names[1]}:198: roles out of order: system user assistant tool; messages[3] must be user" in result.out
+    assert (out / "full_sft_32.pth").is_file()
 
 
 def read_history(history: str) -> list:

@@ -32,7 +32,7 @@ from data_pipeline.bpe import (
 )
 from data_pipeline.records import Malformed
 from data_pipeline.tokenizer_data import Sample, is_held_out, row_text
-from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.tokenizer import CONTROL_TOKENS, load_tokenizer, tokenizer_hash
 from train_tokenizer import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +81,7 @@ def test_the_command_writes_a_tokenizer_and_a_report(tmp_path, data):
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(out)
     assert len(tokenizer) == 600
+    assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [*range(584, 600)]
     assert sorted(path.name for path in out.iterdir()) == sorted(train_tokenizer.FILES)
     assert sorted(path.name for path in out.parent.iterdir()) == [
         ".tokenizer.lock",
@@ -89,10 +90,10 @@ def test_the_command_writes_a_tokenizer_and_a_report(tmp_path, data):
     training = json.loads((out / "training.json").read_text(encoding="utf-8"))
     assert training["tokenizer_hash"] == tokenizer_hash(tokenizer) == tokenizer_hash(AutoTokenizer.from_pretrained(out))
     assert training["files"] == {"data.jsonl": 1}
-    for said in ("<unk>=0, <s>=1, </s>=2", "bytes/token", "17 Unicode planes come back", "longest tokens"):
+    for said in ("<unk>=0, <s>=1, </s>=2, 16 tags", "bytes/token", "17 Unicode planes come back", "longest tokens"):
         assert said in done.stdout
     figures = training["held_out_compression"]["data.jsonl"]
-    assert f"{figures['bytes_per_token']:.3f}" in done.stdout
+    assert f"{figures['n_bytes'] / figures['tokens']:.3f}" in done.stdout
     # Without --overwrite a second run does nothing, and says so in one line.
     before = folder_content(out)
     again = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", cwd=tmp_path)
@@ -132,6 +133,17 @@ def test_a_file_named_twice_counts_twice(tmp_path, data):
     n_trained = sum(not is_held_out(f"zyxwv qqqq {i}", 0.01) for i in range(200))
     n_first = sum(not is_held_out(json.loads(line)["text"], 0.01) for line in data.open(encoding="utf-8"))
     assert training["texts"] == n_first + 2 * n_trained
+
+
+def test_files_of_one_name_are_reported_apart(tmp_path, data):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"龘龘龘 {i}"} for i in range(500)])
+    (tmp_path / "more").mkdir()
+    other = other.rename(tmp_path / "more" / data.name)
+    run([data], tmp_path / "out", "--eval_path", str(other), "--held_out", "0.1")
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    first = f"{tmp_path.name}/data.jsonl"
+    assert training["files"] == {first: 1}
+    assert list(training["held_out_compression"]) == [first, "more/data.jsonl"]
 
 
 def test_eval_files_are_not_trained_on(tmp_path, data):

@@ -265,7 +265,7 @@ def test_the_tokens_of_an_image_stand_where_its_place_is(tokenizer):
     at = ids.index(30)
     assert ids[at : at + 12] == pattern * 2
     assert ids[:at] == around[0][:at]
-    assert truncate_chat(tokenizer, chat, 96, pattern).ids == ids
+    assert truncate_chat(tokenizer, chat, 96, image_ids=pattern).ids == ids
     plain = render_chat(tokenizer, chat, add_generation_prompt=True)[0]  # for a model of text it is a character
     assert tokenizer.decode(plain).count(IMAGE) == 2
 
@@ -380,7 +380,7 @@ def test_chat_about_images(trained, tmp_path, capsys, monkeypatch):
     assert images == [png(0), png(1)]
     checkpoint = load_checkpoint(trained / "sft_vlm_32.pth")
     prepare, tokenizer = ImagePreparer.for_checkpoint(checkpoint), load_tokenizer()
-    ids = truncate_chat(tokenizer, messages[:-1], 88, checkpoint.model.vision.image_ids).ids
+    ids = truncate_chat(tokenizer, messages[:-1], 88, image_ids=checkpoint.model.vision.image_ids).ids
     seen = prepare([Image.open(io.BytesIO(data)) for data in images])
     expected = generate_text(checkpoint.model, tokenizer, [ids], SamplingParams(max_new_tokens=8), images=[seen])
     assert messages[-1]["content"] == expected[0]
