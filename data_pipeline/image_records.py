@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.images import read_image
-from data_pipeline.records import Malformed, parse_list, read_messages
+from data_pipeline.records import Malformed, check_not_empty, parse_value, read_messages
 from model.chat_format import IMAGE, TURN_ROLE, Message, check_messages
 
 PLACE = "<image>"
@@ -32,13 +32,12 @@ def parse_image_row(data: dict, image_dir: Path | None) -> tuple[list[Message], 
     if name is None:
         raise Malformed(f"no conversations or messages; the fields are {', '.join(map(str, list(data)[:8])) or 'none'}")
     sources = _listed(next((data[field] for field in FIELDS if data.get(field)), []))
-    dialogue, inline = _without_parts(parse_list(data[name], name))
+    dialogue, inline = _without_parts(parse_value(data[name], name))
     messages = read_messages({name: dialogue, "system": data.get("system")})
     for message in messages:
         if IMAGE in message["content"]:
             raise Malformed("the character U+FFFC, which stands for an image here")
-        if not message["content"].strip():
-            raise Malformed(f"an empty {message['role']} message")
+        check_not_empty(message)
     check_messages(messages, answered=True)
     if inline and sources:
         raise Malformed("images in fields and in the messages: only one of them can be")

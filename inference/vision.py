@@ -1,8 +1,9 @@
-"""Images for a model that sees: from bytes to what it takes, and prompts with places for them.
+"""Images for a model that sees: from pictures to what it takes.
 
 prepare = ImagePreparer.for_checkpoint(checkpoint)
-ids = image_prompt(tokenizer, model, [{"role": "user", "content": f"{IMAGE}\\nWhat is this?"}])
-generate_text(model, tokenizer, [ids], images=[prepare([image])])
+chat = [{"role": "user", "content": f"{IMAGE}\\nWhat is this?"}]
+ids, _ = render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=prepare.model.vision.image_ids)
+generate_text(prepare.model, tokenizer, [ids], images=[prepare([image])])
 """
 
 from __future__ import annotations
