@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import runpy
@@ -30,7 +31,7 @@ from inference.vision import ImagePreparer
 from model.chat_format import IMAGE, render_chat, truncate_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.tokenizer import encode_text, load_tokenizer, tokenizer_hash
 from model.vision import VisionLanguageModel
 from model.weights import load_checkpoint, save_checkpoint
 from trainer.losses import next_token_loss
@@ -199,9 +200,9 @@ def test_packed_equals_unpacked(model, tokenizer, data, tmp_path):
         alone = ImageRows(rows.dataset, np.array([i]), 96, 1, rows.images, rows.name).batch([0])
         assert len(alone.inputs["pixel_values"]) == (1, 1, 2, 0)[i % 4]
         loss, one, _ = next_token_loss(model, alone)
-        total, count = total + float(loss), count + one
+        total, count = total + float(loss.detach()), count + one
     assert n == count
-    assert float(packed) == pytest.approx(total, rel=rounding(terms=model.config.vocab_size, depth=20))
+    assert float(packed.detach()) == pytest.approx(total, rel=rounding(terms=model.config.vocab_size, depth=20))
 
 
 def test_cached_equals_uncached(model, tokenizer, data, tmp_path):
@@ -219,7 +220,7 @@ def test_cached_equals_uncached(model, tokenizer, data, tmp_path):
     assert sum(calls) == int(uncached.dataset.n_images.sum()) == 16
     for i in range(len(uncached)):
         expected, found = (next_token_loss(model, rows.batch([i]))[0] for rows in (uncached, cached))
-        assert float(found) == pytest.approx(float(expected), rel=rounding(torch.float16, depth=20))
+        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=rounding(torch.float16, depth=20))
     make_rows(model, tokenizer, data, tmp_path, 96, load)
     assert sum(calls) == 16
     expected = cached.images([3])
@@ -271,9 +272,9 @@ def test_the_tokens_of_an_image_stand_where_its_place_is(tokenizer):
 
 
 def test_a_text_with_the_tokens_of_an_image_is_not_trained_on(tokenizer, tmp_path):
-    if len(set(ids := image_ids(tokenizer, 8))) == 1:
-        pytest.skip("no text becomes the token of an image")
-    chat = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "<" * 4 + ">" * 4}]
+    text = "What a strange sentence"
+    ids = encode_text(tokenizer, text)  # as the first MiniMind-V took 25 times < and 25 times >
+    chat = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": text}]
     rows = [row(1), {"image_bytes": [png(1)], "conversations": json.dumps(chat)}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     dataset = tokenize_image_data(
@@ -401,3 +402,12 @@ def test_the_built_in_questions_about_an_image(trained, tmp_path, capsys):
     run("2-eval.py", "--out_dir", trained, "--device", "cpu", *flags)
     assert "> Describe this picture." in (out := capsys.readouterr().out)
     assert out.count(" tokens/s]") == 4
+
+
+def test_which_tokens_stand_for_an_image(tokenizer):
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    assert image_ids(tokenizer, 3) == [token] * 3 and tokenizer.decode([token]) == "<image>"
+    published = copy.deepcopy(tokenizer)
+    published.get_added_vocab = dict
+    left, right = (encode_text(tokenizer, text)[0] for text in "<>")
+    assert image_ids(published, 5) == [left] * 2 + [right] * 3
