@@ -18,7 +18,7 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights, parameter_counts
+from model.model import Transformer, initial_weights
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.vision import model_class
 from model.weights import Checkpoint, build_model, save_checkpoint
@@ -118,7 +118,6 @@ def weights_run(
             **identity,
         },
         save_weights=save_weights,
-        active_parameters=parameter_counts(empty)["active"],
     )
 
 
