@@ -48,7 +48,7 @@ class PretrainVlmOptions(VisionOptions):
     projector: str = flag(
         "mlp", "linear as in the first MiniMind-V, or mlp as in later ones", choices=["linear", "mlp"]
     )
-    image_size: int = flag(64, "our own encoder: side of an image in pixels; others are squeezed to it", min=1)
+    image_size: int = flag(48, "our own encoder: side of an image in pixels; others are squeezed to it", min=1)
     patch_size: int = flag(16, "our own encoder: side of a patch in pixels, a power of two", min=2)
     vision_width: int = flag(128, "our own encoder: width", min=1)
     vision_layers: int = flag(2, "our own encoder: number of layers", min=1)

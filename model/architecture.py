@@ -106,8 +106,8 @@ class VisionConfig:
     width: int = 768
     projector: str = "linear"
     image_size: int = 48
-    patch_size: int = 8
-    n_layers: int = 4
+    patch_size: int = 16
+    n_layers: int = 2
     n_heads: int = 4
 
     def __post_init__(self) -> None:

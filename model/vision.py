@@ -1,7 +1,7 @@
 """MiniMind-V: a MiniMind that sees. An encoder makes features of an image, a projector makes them as wide as embeddings,
 and they take the place of the image's tokens in the prompt; for the Transformer nothing else changes.
 
-    config = LMConfig(vision_config={"encoder": "vit", "image_ids": [5] * 36, "width": 128})
+    config = LMConfig(vision_config={"encoder": "vit", "image_ids": [5] * 9, "width": 128})
     model = VisionLanguageModel(config)
     model(input_ids=ids, pixel_values=pixels)        # (images, 3, 48, 48), in the order of the prompts
     model(input_ids=ids, image_features=features)    # (images, tokens, width), from an encoder outside of the model
@@ -49,11 +49,13 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (images, channels, side, side) -> (images, out_channels, side / 2, side / 2)."""
         side = x.shape[-1] // 2
-        windows = F.unfold(x, kernel_size=3, stride=2, padding=1).transpose(
-            1, 2
-        )  # (images, side / 2 * side / 2, 9 * channels)
-        out = F.gelu(self.norm(self.linear(windows)))
+        windows = F.unfold(x, kernel_size=3, stride=2, padding=1)  # (images, 9 * channels, side / 2 * side / 2)
+        out = F.gelu(self.norm(self.linear(windows.transpose(1, 2))))
         return out.transpose(1, 2).unflatten(2, (side, side))
+
+
+class PatchPositions(nn.Embedding):
+    """What is added to a patch for its place; as large as the patch itself from the start, or places are learned late."""
 
 
 class VisionEncoder(nn.Module):
@@ -73,7 +75,7 @@ class VisionEncoder(nn.Module):
         self.patches = nn.Sequential(
             *(Convolution(inner, outer, norm_eps) for inner, outer in itertools.pairwise(channels))
         )
-        self.positions = nn.Embedding(vision.n_patches, vision.width)
+        self.positions = PatchPositions(vision.n_patches, vision.width)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(vision.n_layers))
         self.norm = RMSNorm(vision.width, norm_eps)
 
@@ -91,12 +93,20 @@ class VisionEncoder(nn.Module):
         return self.norm(x)
 
 
+class Projection(nn.Linear):
+    """A linear layer whose outputs are as large as its inputs from the start.
+
+    Embeddings of text may be small: they are few, and known. What is new in every image must not be drowned by what the
+    first layers of the language model add to it.
+    """
+
+
 class LinearProjector(nn.Module):
     """One linear layer, as in the first releases of MiniMind-V."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(width, dim))
+        self.vision_proj = nn.Sequential(Projection(width, dim))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.vision_proj(features)
@@ -107,7 +117,7 @@ class MLPProjector(nn.Module):
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), Projection(width, dim), nn.GELU(), Projection(dim, dim))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.mlp(features)
@@ -138,6 +148,10 @@ class VisionLanguageModel(Transformer):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw weights as a Transformer does; biases start at 0."""
         super()._init_weights(module)
+        if isinstance(module, PatchPositions):
+            init.normal_(module.weight, std=1.0)
+        if isinstance(module, Projection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
         if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:

@@ -124,7 +124,8 @@ def image_rows(
     encode: Encoder | None = encoder
     identity = encoder.fingerprint if encoder is not None else ""
     if encoder is None and options.freeze_encoder:
-        encode, identity = _own_encoder(model, options), origin.fingerprint if origin is not None else ""
+        assert origin is not None  # a new encoder is not frozen
+        encode, identity = _own_encoder(model, options), origin.fingerprint
 
     loaders: dict[str, Pixels | Features] = {}  # one for training and validation
 
