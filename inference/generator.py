@@ -314,24 +314,32 @@ class BatchGenerator:
         kinds: dict[tuple, list[int]] = {}
         for i, row in enumerate(self.rows[first:]):
             kinds.setdefault(row.kind, []).append(i)
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
-        for kind, members in kinds.items():
-            rows = [self.rows[first + i] for i in members]
-            key = (kind, first, len(self.rows))
-            if key not in self._params:
-                self._params[key] = BatchedSamplingParams([row.sampling for row in rows], self.device)
-            params = self._params[key]
-            index = slice(None) if len(kinds) == 1 else torch.tensor(members, device=self.device)
-            uniform = counts = in_prompt = None
-            if not params.greedy:
-                uniform = torch.tensor([row.random.random() for row in rows], device=self.device)
-            if params.has_penalties:
-                part = slice(first, len(self.rows))
-                counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
-            tokens[index] = sample_next(logits[index], params, uniform, counts, in_prompt)
-            if params.has_penalties:
-                self._counts[torch.tensor(members, device=self.device) + first, tokens[index]] += 1
+        if len(kinds) == 1:  # as a rule: nothing has to be picked and put back
+            tokens = self._sample_kind(logits, [*range(len(logits))], slice(None), first)
+        else:
+            tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
+            for members in kinds.values():
+                index = torch.tensor(members, device=self.device)
+                tokens[index] = self._sample_kind(logits[index], members, index, first)
         return self._outputs(tokens, first, self._log_probabilities(logits, tokens, first))
+
+    def _sample_kind(self, logits: Tensor, members: list[int], index: slice | Tensor, first: int) -> Tensor:
+        """Choose the next tokens of rows with the same kind of sampling, counted from `first` on: `members`, or `index`."""
+        rows = [self.rows[first + i] for i in members]
+        key = (rows[0].kind, first, len(self.rows))
+        if key not in self._params:
+            self._params[key] = BatchedSamplingParams([row.sampling for row in rows], self.device)
+        params = self._params[key]
+        uniform = counts = in_prompt = None
+        if not params.greedy:
+            uniform = torch.tensor([row.random.random() for row in rows], device=self.device)
+        if params.has_penalties:
+            part = slice(first, len(self.rows))
+            counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
+        tokens = sample_next(logits, params, uniform, counts, in_prompt)
+        if params.has_penalties:
+            self._counts[torch.tensor(members, device=self.device) + first, tokens] += 1
+        return tokens
 
     def _log_probabilities(self, logits: Tensor, tokens: Tensor, first: int) -> dict[int, tuple[float, tuple]]:
         """Return `logprob` and `top_logprobs` of the rows from `first` on that ask for them; compute nothing if none does.

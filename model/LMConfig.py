@@ -169,6 +169,8 @@ class LMConfig(Architecture, PreTrainedConfig):
             shown = shown if self.head_dim * self.n_heads == self.dim else f"head_dim={self.head_dim}"
             found.append(f"{shown} must be even: RoPE rotates pairs")
         require("n_heads", self.n_heads % self.n_kv_heads == 0, f"is not divisible by n_kv_heads={self.n_kv_heads}")
+        for name in ("norm_eps", "rope_theta", "initializer_range", "aux_loss_alpha"):
+            require(name, getattr(self, name) != math.inf, "must be a finite number")
         require("norm_eps", self.norm_eps > 0, "must be more than 0")
         require("rope_theta", self.rope_theta > 0, "must be more than 0")
         if self.rope_scaling is not None:

@@ -28,6 +28,10 @@ from trainer.distributed import DistEnv, barrier, broadcast_object, main_process
 from trainer.options import TrainOptions
 from trainer.trainer import Run
 
+# Of the batch that is best for a run of a given length: see `choose_batch_size`.
+BATCH_SCALE, BATCH_EXPONENT = 17.8, 0.4
+MICRO_BATCH = 32  # rows at once
+
 
 def require_files(paths: list[Path], hint: str) -> None:
     """Raise UserError if one of the paths is not a file; name them all."""
@@ -145,4 +149,25 @@ def packed_rows(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "
         f"({train.packing.fill:.1%} full); held out for validation: {held_out}"
     )
+    if options.batch_size is None:
+        choose_batch_size(options, train, dist_env.size)
     return train, val
+
+
+def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:
+    """Set --batch_size, and --accumulation_steps where more than MICRO_BATCH rows are needed, from the length of the run.
+
+    The longer a run, the larger the best batch: `BATCH_SCALE * tokens ** BATCH_EXPONENT` tokens in a step. The exponent is
+    about that of https://arxiv.org/abs/2505.13738 (0.38).
+    """
+    seq_len = train.packing.seq_len
+    if options.max_steps is None:
+        per_step = BATCH_SCALE * (options.epochs * train.n_tokens) ** BATCH_EXPONENT
+    else:  # the tokens are steps * per_step: solved for per_step
+        per_step = (BATCH_SCALE * options.max_steps**BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+    rows = max(round(per_step / seq_len / world_size / options.accumulation_steps), 1)  # of one process at once
+    n_parts = -(-rows // MICRO_BATCH)
+    options.batch_size = -(-rows // n_parts)
+    options.accumulation_steps *= n_parts
+    tokens = options.batch_size * options.accumulation_steps * world_size * seq_len
+    print(f"no --batch_size: {tokens:,} tokens in a step, by the length of the run")
