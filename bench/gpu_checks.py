@@ -7,6 +7,7 @@ another. Without a GPU they run at toy size: the same code, figures without mean
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import re
@@ -196,6 +197,8 @@ def little_memory(place: Place, room: float) -> Iterator[None]:
         with mock.patch.object(Transformer, "forward", fails):
             yield
         return
+    gc.collect()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(int(free - room), dtype=torch.uint8, device="cuda")
     yield
@@ -478,6 +481,8 @@ def memory(place: Place, preset: str) -> Figures:
         measured = torch.cuda.max_memory_allocated()
         figures["measured / computed"] = ratio = measured / computed
         expect(0.9 < ratio < 1.1, f"{label}: {measured / 1e9:.3g} GB instead of {computed / 1e9:.3g}")
+        del strategy, batch
+        gc.collect()
     return figures
 
 
@@ -577,9 +582,9 @@ CHECKS: dict[str, Check] = {
     "torchrun --fsdp --compile": Check(lambda place: launched(place, "--fsdp", "--compile")),
     **{f"torchrun --deepspeed zero{n}": Check(partial(deepspeed, stage=n)) for n in (2, 3)},
     "decoding: compiled equals eager": Check(cuda_graphs),
+    **{f"memory {name}": Check(partial(memory, preset=name)) for name in PRESETS},
     "--auto_batch": Check(auto_batch, alone=True),
     "matrix product": Check(matrix_peak, alone=True),
     **{f"decoding {name}": Check(partial(decoding, name=name), alone=True) for name in PRESETS[:2]},
-    **{f"memory {name}": Check(partial(memory, preset=name)) for name in PRESETS},
     **{f"mfu {name}": Check(partial(mfu, preset=name), alone=True, timeout=240) for name in PRESETS},
 }

@@ -73,7 +73,7 @@ def parse_conversation(data: dict) -> list[Message]:
     check_stage(data)
     messages = read_messages(data)
     for message in messages:
-        _check_not_empty(message)
+        check_not_empty(message)
     check_messages(messages, answered=True)
     return messages
 
@@ -134,7 +134,9 @@ def check_stage(data: dict) -> None:
 
 def _check_text_only(data: dict) -> None:
     if name := next((name for name in _MEDIA if data.get(name) and data[name] != "[]"), None):
-        raise WrongStage(f"it has {name}, and a model of text would learn the text that stands for them")
+        raise WrongStage(
+            f"it has {name}, and a model of text would learn the text that stands for them: see 9-sft_vlm.py"
+        )
 
 
 def text_of(data: dict, name: str, required: bool = False) -> str:
@@ -184,13 +186,13 @@ def _is_dialogue(prompt: object) -> bool:
     if not isinstance(prompt, str):
         return True
     with contextlib.suppress(Malformed):
-        value = _parsed(prompt, "prompt") if prompt.lstrip().startswith("[") else None
+        value = parse_value(prompt, "prompt") if prompt.lstrip().startswith("[") else None
         return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     return False
 
 
 def _history(value: object) -> list[Message]:
-    history = _parsed(value, "history") or []
+    history = parse_value(value, "history") or []
     messages = []
     for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
@@ -207,17 +209,17 @@ def _dialogue(value: object) -> list[Message]:
 
     value: [{"role","content"}] or [{"from","value"}].
     """
-    value = _parsed(value, "dialogue")
+    value = parse_value(value, "dialogue")
     if not isinstance(value, list) or not value:
         raise Malformed("the dialogue is not a list of messages")
     messages = [_message(message) for message in value]
     for i, message in enumerate(messages):
         if message["role"] != "system" or i > 0:
-            _check_not_empty(message)
+            check_not_empty(message)
     return messages if messages[0]["content"].strip() or messages[0].get("tools") else messages[1:]
 
 
-def _check_not_empty(message: Message) -> None:
+def check_not_empty(message: Message) -> None:
     """Raise Malformed for a message that says nothing. A tool may return nothing, and an answer may only call tools."""
     if not (
         message["content"].strip() or message["role"] == "tool" or message.get("tool_calls") or message.get("tools")
@@ -278,7 +280,7 @@ def _calls(value: object) -> list[dict]:
     value: a call or a list of calls, {"name","arguments"} or OpenAI's {"function": {…}}, perhaps as JSON; so may be the
     arguments.
     """
-    value = _parsed(value, "a tool call")
+    value = parse_value(value, "a tool call")
     calls = []
     for call in value if isinstance(value, list) else [value] if value else []:
         function = (call.get("function") or call) if isinstance(call, dict) else None
@@ -286,7 +288,7 @@ def _calls(value: object) -> list[dict]:
             raise Malformed(f"a tool call has no name: {call!r:.80}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"the argument list of {function['name']}")
+            arguments = parse_value(arguments, f"the argument list of {function['name']}")
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):
@@ -297,7 +299,7 @@ def _calls(value: object) -> list[dict]:
 
 def _tools(value: object) -> list[dict]:
     """Return the tools of a row or a message: a list of functions, bare or as OpenAI wraps them, perhaps as JSON."""
-    tools = _parsed(value, "tools") or []
+    tools = parse_value(value, "tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Malformed("tools is not a list of functions")
     return tools
@@ -307,7 +309,7 @@ def _answer(data: dict, name: str) -> tuple[list[Message], str]:
     """Return the prompt that the answer under `name` repeats, if it does, and the answer."""
     value = data.get(name)
     if isinstance(value, str) and _is_dialogue(value):
-        value = _parsed(value, name)
+        value = parse_value(value, name)
     if isinstance(value, list) and value:
         *prompt, last = _dialogue(value) or [_user("")]
     elif isinstance(value, dict):
@@ -348,7 +350,7 @@ def _check_text(text: str, name: str) -> None:
         raise Malformed(f"half of a surrogate pair in {name}, which is not a character") from None
 
 
-def _parsed(value: object, name: str) -> object:
+def parse_value(value: object, name: str) -> object:
     """Return a list, given as it is, as JSON, or (in files of the original MiniMind) as a Python literal."""
     if isinstance(value, float) and value != value:  # pandas writes an empty field as NaN
         return None

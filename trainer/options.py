@@ -253,6 +253,30 @@ class ChatOptions(TuneOptions):
     show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
 
 
+@dataclass
+class VisionOptions(ChatOptions):
+    """Flags of the stages that learn from images."""
+
+    freeze: str = flag(
+        "none", "what of the language model stays as it is: language: all of it; middle: all but its first and last layer; "
+        "none", choices=["language", "middle", "none"],
+    )  # fmt: skip
+    freeze_encoder: bool = flag(
+        False, "do not train our own image encoder; its features are then computed once (one of --vision_encoder is always "
+        "frozen)",
+    )  # fmt: skip
+    vision_encoder: Path | None = flag(
+        None, "folder of a CLIP or SigLIP that makes features of the images (default: that of the weights it starts "
+        "from)", metavar="FOLDER",
+    )  # fmt: skip
+
+    def validate(self) -> list[str]:
+        found = super().validate()
+        if self.fsdp or self.deepspeed is not None:
+            found.append("--fsdp and --deepspeed are not for models that see: leave them out; torchrun alone is")
+        return found
+
+
 # ---- the JSON file of --deepspeed
 #
 # What a flag decides belongs on the command line only: in the file it may be missing or "auto", because of two values one
