@@ -280,6 +280,8 @@ CALL = {**A, "tool_calls": [{"name": "f", "arguments": {}}]}
         ([U, {**A, "reasoning_content": 1}], "reasoning_content is not a text: 1"),
         ([{**S, "tools": [{"type": "function"}]}, U], r"tools is not a list of functions with name .str.: {'type'"),
         ([{**S, "tools": "[]"}, U], "tools is not a list of functions"),
+        ([{**S, "tools": {"name": "f"}}, U], "tools is not a list of functions"),
+        ([U, {**CALL, "tool_calls": CALL["tool_calls"][0]}], "tool_calls is not a list of functions"),
         (
             [U, {**A, "tool_calls": [{"name": "f", "arguments": "{}"}]}],
             r"functions with name .str. and arguments .dict.:",
