@@ -67,7 +67,6 @@ def main() -> None:
     from model.architecture import checkpoint_name
     from model.device import DTYPES, resolve_device
     from model.lora import add_adapter, load_adapter, save_adapter, trainable_share
-    from model.model import parameter_counts
     from model.tokenizer import tokenizer_hash
     from model.weights import save_checkpoint
     from trainer.checkpoint import check_run
@@ -100,8 +99,7 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"--target_modules: {error}") from error
     print(trainable_share(adapted))
-    active = parameter_counts(adapted.get_base_model())["active"]
-    run = Run("lora", folder.name, base.config, identity, partial(save_adapter, folder, adapted, base), active)
+    run = Run("lora", folder.name, base.config, identity, partial(save_adapter, folder, adapted, base))
 
     # Data: dialogues.
     train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)

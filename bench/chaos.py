@@ -48,8 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import Parser  # noqa: E402
-from trainer.checkpoint import complete_states, find_damage  # noqa: E402
-from trainer.state_tensors import load_tensors, tensor_layout  # noqa: E402
+from trainer.checkpoint import complete_states, find_damage, load_tensors, tensor_layout  # noqa: E402
 
 NAME = "pretrain_64"
 MODEL = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --dropout 0.1"

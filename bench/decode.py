@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from bench.throughput import dense_equal
 from common.cli import Parser  # noqa: E402
 from common.errors import run_script
 from export.gguf import write_gguf
@@ -201,12 +202,6 @@ def compare(title: str, config: LMConfig, rows: int, args: argparse.Namespace) -
 def ratio(own: list[float], base: list[float]) -> float:
     """Return the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(own, base, strict=True))
-
-
-def dense_equal(config: LMConfig) -> LMConfig:
-    """Return a dense model with as many active parameters as this mixture of experts."""
-    width = config.hidden_dim * (config.n_shared_experts + config.num_experts_per_tok)
-    return LMConfig(**(config.own_fields() | dict(use_moe=False, hidden_dim=width)))
 
 
 def main() -> None:

@@ -3,6 +3,9 @@
     python bench/pretrain_throughput.py --data_path dataset/pretrain_data.csv
     python bench/pretrain_throughput.py --preset minimind-v1-moe --seconds 30
 
+For a mixture of experts the first scheme has the original MiniMind's loop over them, and the last is a dense model with
+as many active parameters.
+
 Useful tokens are those that are not padding. All schemes train the same model on the same texts of --data_path, in turns in
 one process, and the table gives ratios to the padded scheme: machines are noisy, and ratios of neighbouring measurements
 less so.
@@ -18,7 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from bench.throughput import PaddedRows, Scheme, add_flags, compare, describe, packed_loss, padded_loss
+from bench.throughput import (
+    PaddedRows,
+    Scheme,
+    add_flags,
+    compare,
+    dense_equal,
+    describe,
+    original_model,
+    packed_loss,
+    padded_loss,
+)
 from common.cli import Parser  # noqa: E402
 from common.errors import run_script
 from common.files import ROOT
@@ -45,12 +58,20 @@ def main() -> None:
         return Transformer(config)
 
     schemes = [
-        Scheme("padded, float32, eager", padded, padded_loss, make_model, args, torch.float32),
+        Scheme("padded, float32, eager", padded, padded_loss, lambda: original_model(config), args, torch.float32),
         Scheme("packed, float32, eager", packed, packed_loss, make_model, args, torch.float32),
         Scheme(f"packed, {name}, eager", packed, packed_loss, make_model, args, half),
         Scheme(f"packed, {name}, compiled", packed, packed_loss, make_model, args, half, compiled=True),
     ]
-    print(describe_parameters(schemes[0].model))
+    if config.use_moe:
+        dense = dense_equal(config)
+        schemes.append(
+            Scheme(
+                f"dense, {name}, compiled", packed, packed_loss, lambda: Transformer(dense), args, half, compiled=True
+            )
+        )
+    for model in (schemes[0].model, *([schemes[-1].model] if config.use_moe else [])):
+        print(describe_parameters(model))
     print(describe(packed, config.max_seq_len, device))
     compare(schemes, args, half)
 

@@ -19,9 +19,11 @@ from common.files import ROOT
 from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.packing import sample_order
 from data_pipeline.tokenize import TokenizedDataset
+from model.architecture import PRESETS
 from model.device import peak_flops, resolve_device
-from model.LMConfig import PRESETS
+from model.LMConfig import LMConfig
 from model.model import Transformer, parameter_counts, training_flops
+from model.moe import MoEFeedForward
 from trainer.losses import next_token_loss
 from trainer.optim import make_optimizers
 
@@ -35,6 +37,34 @@ def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
     parser.add_argument("--seconds", type=float, default=15, help="seconds per scheme and round (default: 15)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every scheme (default: 3)")
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "out" / "cache")
+
+
+def dense_equal(config: LMConfig) -> LMConfig:
+    """Return a dense model with as many active parameters as this mixture of experts (less the routers')."""
+    width = config.hidden_dim * (config.n_shared_experts + config.num_experts_per_tok)
+    return LMConfig(**(config.own_fields() | dict(use_moe=False, hidden_dim=width)))
+
+
+class MaskedExperts(MoEFeedForward):
+    """Experts one after another, each with a mask over all pairs of token and choice, as in the original MiniMind."""
+
+    def _route(
+        self, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, _: torch.Tensor
+    ) -> torch.Tensor:
+        pairs = tokens.repeat_interleave(chosen.shape[1], dim=0)  # (tokens * k, dim)
+        out, expert_of = torch.empty_like(pairs), chosen.flatten()
+        for i, expert in enumerate(self.experts):
+            out[expert_of == i] = expert(pairs[expert_of == i])
+        return (out.unflatten(0, weights.shape) * weights[..., None]).sum(dim=1)
+
+
+def original_model(config: LMConfig) -> Transformer:
+    """Return a model whose experts, if it has any, compute as the original's."""
+    model = Transformer(config)
+    for layer in model.layers:
+        if isinstance(layer.feed_forward, MoEFeedForward):
+            layer.feed_forward.__class__ = MaskedExperts
+    return model
 
 
 class PaddedRows:

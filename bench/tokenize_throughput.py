@@ -44,21 +44,14 @@ def take_texts(path: Path, n_bytes: int) -> list[str]:
     return texts
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--data_path", type=Path, default=ROOT / "dataset" / "pretrain_data.csv", help="file with the field text")
-    add("--mb", type=float, default=16, help="megabytes of text to use (default: 16)")
-    add("--rounds", type=int, default=3, help="rounds of each (default: 3)")
-    args = parser.parse_args()
-
-    texts = take_texts(args.data_path, int(args.mb * 1e6))
+def compare(texts: list[str], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return MB/s by the clock, and CPU seconds per MB of all threads, of ours and of the library, in every round."""
     n_bytes = sum(len(text.encode()) for text in texts)
     tokenizer = load_tokenizer()
     library = Tokenizer.from_file(str(TOKENIZER_DIR / "tokenizer.json"))
     os.environ.pop("TOKENIZERS_PARALLELISM", None)
-    rates: dict[str, list[float]] = {"ours": [], "library": []}  # MB/s, by the clock
-    costs: dict[str, list[float]] = {"ours": [], "library": []}  # CPU seconds per MB, of all threads
+    rates: dict[str, list[float]] = {"ours": [], "library": []}
+    costs: dict[str, list[float]] = {"ours": [], "library": []}
 
     def measure(name: str, work: Callable[[], object]) -> None:
         started, cpu = time.perf_counter(), time.process_time()
@@ -73,10 +66,23 @@ def main() -> None:
         source = Path(folder) / "texts.csv"
         with source.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["text"], *([text] for text in texts)])
-        for i in range(args.rounds):
+        for i in range(rounds):
             cache = Path(folder) / str(i)
             measure("ours", functools.partial(tokenize_pretrain_data, [source], tokenizer, cache, log=quiet))
             measure("library", functools.partial(library.encode_batch_fast, texts, add_special_tokens=False))
+    return rates, costs
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--data_path", type=Path, default=ROOT / "dataset" / "pretrain_data.csv", help="file with the field text")
+    add("--mb", type=float, default=16, help="megabytes of text to use (default: 16)")
+    add("--rounds", type=int, default=3, help="rounds of each (default: 3)")
+    args = parser.parse_args()
+    texts = take_texts(args.data_path, int(args.mb * 1e6))
+    rates, costs = compare(texts, args.rounds)
+    n_bytes = sum(len(text.encode()) for text in texts)
     print(f"{len(texts):,} texts, {n_bytes / 1e6:.1f} MB, {os.cpu_count()} CPUs, {args.rounds} rounds")
     print("| tokenising | best MB/s | ratio | CPU seconds per MB, least | ratio |")
     print("|---|---|---|---|---|")

@@ -62,14 +62,14 @@ def pack(documents: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) ->
     start = (np.arange(len(document)) - first) * step
     length = np.minimum(np.repeat(lengths, n_pieces) - start, seq_len).astype(np.int32)
 
-    row_of = np.empty(len(document), np.int64)
+    row_of, by_row = np.empty(len(document), np.int64), np.empty(len(document), np.int64)
     n_rows = 0
     for begin in range(0, len(document), WINDOW):
         window = slice(begin, begin + WINDOW)
         rows, used = _best_fit(length[window], seq_len)
         row_of[window] = rows + n_rows
+        by_row[window] = np.argsort(rows.astype(np.uint16), kind="stable") + begin
         n_rows += used
-    by_row = np.argsort(row_of, kind="stable")
     bounds = np.zeros(n_rows + 1, np.int64)
     np.cumsum(np.bincount(row_of, minlength=n_rows), out=bounds[1:])
     return Packing(seq_len, document[by_row], start[by_row], length[by_row], bounds)
@@ -79,29 +79,40 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     """Return the row of each piece, and how many rows are used: longest piece first, each into the fullest row it fits.
 
     Open rows are kept by the room they have left, and bit r of `rooms` says that there is a row with room r: the best
-    row is found by one bit trick instead of a search.
+    row is found by one bit trick instead of a search. Pieces of one length are placed together: many rows with the same
+    room take one each, or a row with much room takes several.
     """
-    row_of = np.empty(len(lengths), np.int64)
+    order = np.argsort((seq_len - lengths).astype(np.min_scalar_type(seq_len)), kind="stable")  # 16 bits: linear time
+    row_of = np.empty(len(lengths), np.int64)  # in that order
     open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]
     rooms = 0
     used = 0
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                rooms ^= 1 << room
-        else:
-            room, row = seq_len, used
-            used += 1
-        row_of[i] = row
-        left = room - length
-        if left:
-            open_rows[left].append(row)
-            rooms |= 1 << left
-    return row_of, used
+    ends = [*(np.flatnonzero(np.diff(lengths[order])) + 1).tolist(), len(lengths)]
+    at = 0
+    for end in ends:
+        size = int(lengths[order[at]])
+        while at < end:
+            fitting = rooms >> size
+            room = size + (fitting & -fitting).bit_length() - 1 if fitting else seq_len
+            in_row = min(room // size, end - at)  # a row with room for several is the fullest one until it is full
+            n = min(end - at, len(open_rows[room]) if fitting else end - at) if in_row == 1 else 1
+            if fitting:
+                stack = open_rows[room]
+                rows = stack[: -n - 1 : -1]
+                del stack[-n:]
+                if not stack:
+                    rooms ^= 1 << room
+            else:
+                rows = [*range(used, used + n)]
+                used += n
+            row_of[at : at + n * in_row] = rows[0] if in_row > 1 else rows
+            at += n * in_row
+            if left := room - in_row * size:
+                open_rows[left] += rows
+                rooms |= 1 << left
+    placed = np.empty_like(row_of)
+    placed[order] = row_of
+    return placed, used
 
 
 def sample_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:

@@ -55,6 +55,8 @@ def gguf_architecture(config: LMConfig) -> str:
         )
     if not config.use_moe:
         return "llama"
+    if config.router_bias_rate:
+        raise UserError("a model with router_bias_rate is not exported to GGUF; use --format llama or minimind")
     if config.renormalizes_top_k:
         return "ernie4_5-moe"
     if config.n_shared_experts:

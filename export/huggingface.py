@@ -45,7 +45,8 @@ from model.weights_file import read_tensors
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's; ours has none, so we write zeros
+ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's: zeros if ours has none
+OUR_ROUTER_BIAS = "layers.{}.feed_forward.gate.bias"
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -81,11 +82,10 @@ def stock_architecture(config: LMConfig) -> str:
         return "qwen3" if config.qk_norm else "llama"
     if not config.qk_norm:
         return "ernie4_5_moe"
-    if config.n_shared_experts:
-        shared = f"n_shared_experts={config.n_shared_experts}"
-        raise UserError(
-            f"transformers has no architecture with qk_norm and shared experts ({shared}); use --format minimind"
-        )
+    if config.n_shared_experts or config.router_bias_rate:
+        other = f"shared experts (n_shared_experts={config.n_shared_experts})"
+        other = other if config.n_shared_experts else f"biases of routers (router_bias_rate={config.router_bias_rate})"
+        raise UserError(f"transformers has no architecture with qk_norm and {other}; use --format minimind")
     return "qwen3_moe"
 
 
@@ -97,8 +97,9 @@ def to_llama_state(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tens
         theirs: to_halves(state[ours], heads[ours]) if ours in heads else state[ours] for ours, theirs in names.items()
     }
     if kind == "ernie4_5_moe":
-        bias = torch.zeros(1, config.n_routed_experts)
-        new |= {ROUTER_BIAS.format(i): bias.clone() for i in range(config.n_layers)}
+        none = torch.zeros(config.n_routed_experts)
+        biases = [state.get(OUR_ROUTER_BIAS.format(i), none) for i in range(config.n_layers)]
+        new |= {ROUTER_BIAS.format(i): bias[None].clone() for i, bias in enumerate(biases)}
     return new
 
 
@@ -108,9 +109,15 @@ def from_stock_state(state: dict[str, Tensor], config: LMConfig, where: Path | s
         return from_llama_state(state, config, where)
     state = dict(state)
     biases = [state.pop(ROUTER_BIAS.format(i), None) for i in range(config.n_layers)]
+    ours = from_llama_state(state, config, where, halves=False)
+    if config.router_bias_rate:
+        return ours | {OUR_ROUTER_BIAS.format(i): bias[0] for i, bias in enumerate(biases) if bias is not None}
     if any(bias is not None and bias.any() for bias in biases):
-        raise UserError(f"{where}: the routers have biases (e_score_correction_bias), which a MiniMind does not have")
-    return from_llama_state(state, config, where, halves=False)
+        raise UserError(
+            f"{where}: the routers have biases (e_score_correction_bias), and a MiniMind has some only with "
+            "router_bias_rate above 0"
+        )
+    return ours
 
 
 def llama_config(config: LMConfig, dtype: torch.dtype) -> dict:
@@ -353,6 +360,7 @@ def read_folder(folder: Path | str) -> Checkpoint:
         described = _own_config(description["config"], folder / DESCRIPTION)
         # Where it makes no difference (top-1 is rarely renormalised) a stock configuration does not have the fields.
         if config.use_moe and config.renormalizes_top_k == described.renormalizes_top_k:
+            config.router_bias_rate = described.router_bias_rate
             config.norm_topk_prob, config.norm_top1_prob = described.norm_topk_prob, described.norm_top1_prob
         if differences := architecture_differences(config, described):
             raise UserError(f"{folder}: {CONFIG} and {DESCRIPTION} differ: {', '.join(differences)}")

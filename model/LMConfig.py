@@ -36,7 +36,7 @@ class LMConfig(Architecture, PreTrainedConfig):
         "max_position_embeddings": "max_seq_len",
         "rms_norm_eps": "norm_eps",
     }
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "last_hidden_state"]
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "last_hidden_state", "expert_load"]
 
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -173,6 +173,7 @@ class LMConfig(Architecture, PreTrainedConfig):
             in_range = 1 <= self.num_experts_per_tok <= max(experts, 1)
             require("num_experts_per_tok", in_range, f"must be between 1 and n_routed_experts={experts}")
             require("n_shared_experts", self.n_shared_experts >= 0, "must not be negative")
+            require("router_bias_rate", 0 <= self.router_bias_rate < 1, "must be at least 0 and below 1")
             require("aux_loss_alpha", self.aux_loss_alpha >= 0, "must not be negative")
         return found
 
@@ -208,7 +209,8 @@ class LMConfig(Architecture, PreTrainedConfig):
         names += ["rope_scaling", "head_dim", "qk_norm", "tie_word_embeddings"]
         if self.use_moe:
             names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "norm_top1_prob"]
-        return {"use_moe": self.use_moe} | {name: getattr(self, name) for name in names}
+        fields = {"use_moe": self.use_moe, "router_bias": self.use_moe and self.router_bias_rate > 0}
+        return fields | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -53,6 +53,8 @@ class Architecture:
         n_routed_experts: number of experts the gate chooses from.
         n_shared_experts: width, in units of `hidden_dim`, of the MLP that every token passes; 0 for none.
         aux_loss_alpha: weight of the sequence-level load-balancing loss; 0 switches it off.
+        router_bias_rate: balance the experts by a bias on each one's score, by which the router chooses and which moves by
+            this much in every step (DeepSeek-V3's 0.001), instead of or beside the loss; 0: no biases.
         norm_topk_prob: renormalise the top-k gate weights to sum 1 (top-1: only with `norm_top1_prob`).
         norm_top1_prob: renormalise also the one weight of top-1, to the constant 1, as MiniMind-3 does; the router then
             learns from the load-balancing loss alone.
@@ -79,6 +81,7 @@ class Architecture:
     n_routed_experts: int = 4
     n_shared_experts: int = 2
     aux_loss_alpha: float = 0.01
+    router_bias_rate: float = 0.0
     norm_topk_prob: bool = True
     norm_top1_prob: bool = False
     initializer_range: float = 0.02

@@ -22,16 +22,22 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from model.attention import attention, cu_seqlens_from_positions, document_ids, varlen_attention
 from model.LMConfig import LMConfig
-from model.moe import FeedForward, MoEFeedForward, Router, balance_loss, is_tracing, residual_projection
+from model.moe import FeedForward, MoEFeedForward, Router, Routing, balance_loss, is_tracing, residual_projection
 from model.remote_code import AUTO_MAP, copy_code
 from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
+
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time with gradient checkpointing
 
 
 @dataclass
 class TransformerOutput(MoeCausalLMOutputWithPast):
-    """Hugging Face's output, and `last_hidden_state` (batch, time, dim), the input of `output`."""
+    """Hugging Face's output, `last_hidden_state` (batch, time, dim), the input of `output`, and the experts' load.
+
+    `expert_load` (layers, experts): how many tokens each expert got.
+    """
 
     last_hidden_state: Tensor | None = None
+    expert_load: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -118,8 +124,8 @@ class TransformerBlock(GradientCheckpointingLayer):
 
     def forward(
         self, x: Tensor, metadata: AttentionMetadata, past_key_values: Any = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x (batch, time, dim) -> the same shape, and the router's (probabilities, choices) if there is one."""
+    ) -> tuple[Tensor, Routing | None]:
+        """x (batch, time, dim) -> the same shape, and what the router did if there is one."""
         x = x + self.attention(self.attention_norm(x), metadata, past_key_values)
         hidden = self.ffn_norm(x)
         if isinstance(self.feed_forward, MoEFeedForward):
@@ -138,6 +144,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _input_embed_layer = "tok_embeddings"
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # of the loss; each layer has its own
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _no_split_modules = ["TransformerBlock"]
@@ -167,6 +174,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, (nn.Embedding, Router)):
             init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, Router) and module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
 
@@ -260,9 +269,13 @@ class Transformer(PreTrainedModel, GenerationMixin):
             if self.config.use_moe and self.config.aux_loss_alpha:
                 aux_loss = self._balance_loss_sum(routings, metadata, targets) / n_targets
                 loss = loss + aux_loss if self.training else loss
+            for routing in routings:  # with `router_bias_rate`, in training: zeros that have a gradient
+                if routing is not None and routing.bias_loss is not None:
+                    loss = loss + routing.bias_loss / n_targets
         output = TransformerOutput(
             loss=loss,
             aux_loss=aux_loss,
+            expert_load=torch.stack([r.load for r in routings]) if self.config.use_moe and labels is not None else None,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
@@ -347,6 +360,14 @@ class Transformer(PreTrainedModel, GenerationMixin):
             n_kept = min(-(-(len(ignored) - int(ignored.sum())) // 256) * 256, len(ignored))
             first = ignored.to(torch.uint8).argsort(stable=True)[:n_kept]
             hidden, targets = hidden[first], targets[first]
+        if not (self.gradient_checkpointing and self.training):
+            return self._chunk_cross_entropy(hidden, targets)
+        # The logits are the largest tensors of all: keep those of one chunk, and compute them again in the backward pass.
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        losses = (self._gradient_checkpointing_func(self._chunk_cross_entropy, *chunk) for chunk in chunks)
+        return sum(losses, hidden.new_zeros((), dtype=torch.float32))
+
+    def _chunk_cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.output(hidden).float(), targets, ignore_index=-100, reduction="sum")
 
     def _balance_loss_sum(self, routings: Sequence, metadata: AttentionMetadata, targets: Tensor) -> Tensor:
@@ -368,7 +389,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 document = document * time + metadata.document.flatten()
         loss_mask = (targets.flatten() != -100).float()
         weight = loss_mask.new_zeros(n_documents).index_add(0, document, loss_mask)
-        losses = (balance_loss(probabilities, chosen, document, n_documents) for probabilities, chosen in routings)
+        losses = (balance_loss(r.probabilities, r.chosen, document, n_documents) for r in routings)
         per_document = sum(losses, torch.zeros_like(weight))
         return self.config.aux_loss_alpha * (per_document * weight).sum()
 

@@ -5,7 +5,7 @@ The design is DeepSeekMoE's (https://arxiv.org/abs/2401.06066); names and mathem
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,30 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+class Routing(NamedTuple):
+    """How one layer has routed its tokens: for the balance loss, the biases and the log.
+
+    `probabilities` (tokens, experts) of the router, `chosen` (tokens, k) expert indices, which are the number of experts for
+    padding; `load` (experts,) float32, the tokens that chose each. `bias_loss`: see `Router.bias_loss`.
+    """
+
+    probabilities: Tensor
+    chosen: Tensor
+    load: Tensor
+    bias_loss: Tensor | None = None
+
+
+# What multiplies the gradient of a router's bias: only its sign counts, and it must not count in the norm that is clipped.
+BIAS_GRADIENT = 1e-6
+
+
 class Router(nn.Module):
-    """Choose `num_experts_per_tok` experts for every token, with their mixing weights."""
+    """Choose `num_experts_per_tok` experts for every token, with their mixing weights.
+
+    With `router_bias_rate` the choice is by probability plus a bias, the weights are not (https://arxiv.org/abs/2408.15664):
+    an expert with too many tokens loses bias in every step, so the load is balanced without a loss that disturbs the
+    others. In the training loop such a step is one of sign descent: see `bias_loss` and `trainer.optim`.
+    """
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -50,16 +72,34 @@ class Router(nn.Module):
         # by default the raw probability is kept there.
         self.renormalise = config.renormalizes_top_k
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
+        self.bias = nn.Parameter(torch.zeros(config.n_routed_experts)) if config.router_bias_rate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (tokens, dim) -> mixing weights (tokens, k), expert indices (tokens, k), probabilities (tokens, experts)."""
         # Routing is a comparison of close numbers; rounding them to bfloat16 would flip choices at random.
         with torch.autocast(x.device.type, enabled=False):
             probabilities = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.bias is None:
+            weights, experts = probabilities.topk(self.top_k, dim=-1)
+        else:
+            experts = (probabilities + self.bias.float()).topk(self.top_k, dim=-1).indices
+            weights = probabilities.gather(-1, experts)
+            weights = weights + 0.0 * self.bias.sum()  # a gradient of zero, not none, where a loss has no `bias_loss`
         if self.renormalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights, experts, probabilities
+
+    def bias_loss(self, load: Tensor) -> Tensor | None:
+        """Return 0, with a gradient for the bias: positive for the experts with more than the mean load.
+
+        As part of the loss it adds up over micro-batches and processes like any other gradient.
+
+        load: (experts,) tokens that chose each expert.
+        """
+        if self.bias is None or not self.training:
+            return None
+        term = BIAS_GRADIENT * (self.bias.float() * (load - load.mean())).sum()
+        return term - term.detach()
 
 
 class MoEFeedForward(nn.Module):
@@ -74,7 +114,7 @@ class MoEFeedForward(nn.Module):
         shared_dim = config.hidden_dim * config.n_shared_experts
         self.shared_experts = FeedForward(config.dim, shared_dim, config.dropout) if shared_dim else None
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Mix the experts' outputs.
 
         Args:
@@ -82,25 +122,25 @@ class MoEFeedForward(nn.Module):
             valid: (batch, time) bool; False for padding, which is sent to no routed expert. None: all valid.
 
         Returns:
-            (batch, time, dim), and what `balance_loss` needs: (probabilities, expert indices), each (batch*time, ...).
+            (batch, time, dim), and how the tokens (batch * time) were routed.
         """
         tokens = x.flatten(0, 1)  # (tokens, dim)
         weights, chosen, probabilities = self.gate(tokens)
         if valid is not None:
             # The index after the last expert means "none": it is sorted to the end, and nothing is computed for it.
             chosen = chosen.masked_fill(~valid.flatten()[:, None], len(self.experts))
-        out = self._route(tokens, weights, chosen).view_as(x)
+        pairs = torch.ones_like(chosen).flatten()
+        counts = chosen.new_zeros(len(self.experts) + 1).index_add(0, chosen.flatten(), pairs)
+        out = self._route(tokens, weights, chosen, counts).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        return out, (probabilities, chosen)
+        load = counts[:-1].float()
+        return out, Routing(probabilities, chosen, load, self.gate.bias_loss(load))
 
-    def _route(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _route(self, tokens: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
         """Sort (token, choice) pairs by expert, so that each expert runs once on a contiguous slice; then sort back."""
         top_k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (tokens * k,) pairs, grouped by expert
-        counts = chosen.new_zeros(len(self.experts) + 1).index_add(
-            0, chosen.flatten(), torch.ones_like(chosen).flatten()
-        )
         x = tokens[order // top_k]  # (tokens * k, dim)
         can_group = self._can_group(x)
         if not can_group and not self.training and is_tracing():
@@ -145,7 +185,8 @@ class MoEFeedForward(nn.Module):
             return False
         if x.device.type == "cuda":
             return dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 8
-        return x.device.type == "cpu"
+        # While compiling, torch has the shape of its result for bfloat16 only.
+        return x.device.type == "cpu" and (dtype is torch.bfloat16 or not is_tracing())
 
     def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """One grouped matrix product for all experts; sizes stay on the device, so nothing waits for the counts."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.state_tensors import load_tensors, tensor_layout
+from trainer.checkpoint import load_tensors, tensor_layout
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import errno
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import fork
 from states import read_state
 
 from common.errors import UserError
-from trainer.checkpoint import check_run, complete_states, differences, find_damage, save_state
+from trainer.checkpoint import (
+    check_run,
+    complete_states,
+    differences,
+    find_damage,
+    load_tensors,
+    save_state,
+    save_tensors,
+    tensor_layout,
+)
 from trainer.distributed import DistEnv
 from trainer.options import TrainOptions
-from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def steps(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in complete_states(folder)]
 
 
-def save(folder: Path, step: int, value: float = 0.0, keep: int = 2, obsolete=()) -> None:
+def save(folder: Path, step: int, value: float = 0.0, keep: int = 2, since: int = 10**9) -> None:
     tensors = {"model/w": torch.full((200,), value), "optimizer/w/step": torch.tensor(float(step))}
-    save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {"seed": 7}, DistEnv(), keep, obsolete)
+    save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {"seed": 7}, DistEnv(), keep, since)
 
 
 def value(folder: Path) -> float:
@@ -51,7 +56,7 @@ def test_round_trip_and_keep(tmp_path):
 
 def test_a_state_of_the_same_step_is_replaced(tmp_path):
     for number in (1.0, 2.0):
-        save(tmp_path, 5, number, obsolete=complete_states(tmp_path))
+        save(tmp_path, 5, number, since=0)
     assert steps(tmp_path) == [5] and value(tmp_path) == 2
 
 
@@ -153,38 +158,29 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
+def save_for_ever(folder: Path, step: int) -> None:
+    while True:
+        step += 1
+        tensors = {"model/w": torch.full((200_000,), float(step))}
+        save_state(folder, step, lambda tmp: save_tensors(tmp, tensors), {}, DistEnv(), keep=2, since=step)  # noqa: B023
+        print(step)
+
+
 def test_killed_while_writing_leaves_a_loadable_state(tmp_path):
     """SIGKILL at a random moment of an endless series of saves: the newest complete state reads back whole."""
-    script = """
-import sys, torch
-from pathlib import Path
-from trainer.checkpoint import save_state
-from trainer.distributed import DistEnv
-from trainer.state_tensors import save_tensors
-step = int(sys.argv[2])
-while True:
-    step += 1
-    tensors = {"model/w": torch.full((200_000,), float(step))}
-    save_state(Path(sys.argv[1]), step, lambda folder: save_tensors(folder, tensors), {}, DistEnv(), keep=2)
-    print(step, flush=True)
-"""
-    done = 0
+    folder, done = tmp_path / "states", 0
     for kill in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), str(done)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(kill + 2):
-            done = int(process.stdout.readline())
-        try:
-            process.wait(timeout=0.003 * kill)
-        except subprocess.TimeoutExpired:
-            pass
+        output = tmp_path / f"output{kill}"
+        process = fork(save_for_ever, folder, done, output=output)
+        while not output.exists() or output.read_text().count("\n") < kill + 2:
+            assert process.is_alive(), output.read_text()
+        process.join(timeout=0.003 * kill)
         process.kill()
-        rest = process.communicate()[0].split()
-        done = int(rest[-1]) if rest else done
-        found = steps(tmp_path)[-1]
-        assert found in (done, done + 1) and find_damage(complete_states(tmp_path)[-1]) is None
-        assert torch.equal(read_state(complete_states(tmp_path)[-1])[0]["w"], torch.full((200_000,), float(found)))
+        process.join()
+        done = int(output.read_text().split()[-1])
+        found = steps(folder)[-1]
+        assert found in (done, done + 1) and find_damage(complete_states(folder)[-1]) is None
+        assert torch.equal(read_state(complete_states(folder)[-1])[0]["w"], torch.full((200_000,), float(found)))
         done = found
 
 

@@ -22,7 +22,7 @@ from tolerances import assert_moments_alike, assert_trained_alike, rounding, sha
 from common.errors import UserError
 from model.model import Transformer
 from trainer.distributed import DistEnv
-from trainer.parallel.zero import only_tensors
+from trainer.parallel.zero import load_only_tensors
 from trainer.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,11 @@ ENGINES = {
     "zero3_offload": {"deepspeed": str(CONFIGS / "zero3_offload.json")},
 }
 MODELS = {"dense": {}, "moe": {"use_moe": True}}
+# Where the optimizer lies does not depend on the model, nor does what half precision is for on the sharding of gradients.
+TRAINED = [(engine, model) for engine in ENGINES for model in MODELS if model == "dense" or "offload" not in engine]
+HALF = ["plain", "fsdp", "zero1", "zero3_offload"]
+# A norm that is infinite is found as one that is not a number is: by one strategy of PyTorch, and one of DeepSpeed.
+SPOILED = [*((engine, "nan") for engine in ENGINES), ("plain", "inf"), ("zero2", "inf")]
 STEPS = {"max_steps": 6, "save_interval": 3, "log_interval": 1}
 ONE = STEPS | {"batch_size": 4, "accumulation_steps": 2}  # 8 samples a step
 TWO = STEPS | {"batch_size": 2, "accumulation_steps": 2}
@@ -80,23 +85,24 @@ def trained(tmp_path_factory) -> Path:
         (deepspeed(2), ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]),
     ):
         cases = [
-            {"out_dir": str(folder / f"{engine}_{model}"), "options": TWO | engines[engine], "model": fields}
-            for model, fields in MODELS.items()
-            for engine in group
+            {"out_dir": str(folder / f"{engine}_{model}"), "options": TWO | engines[engine], "model": MODELS[model]}
+            for engine, model in TRAINED
+            if engine in group
         ]
         for source, engine in RESUMED:
             if engine in group:
                 settings = TWO | engines[engine] | {"resume": halfway(folder / f"{source}_dense")}
                 cases.append({"out_dir": str(folder / f"{engine}_after_{source}"), "options": settings})
-        for engine in group:
-            for kind in ("nan", "inf"):
+        for engine, kind in SPOILED:
+            if engine in group:
                 case = {"out_dir": str(folder / f"{engine}_{kind}"), "options": TWO | engines[engine]}
                 cases.append(case | {"spoil": [kind, 7], "fails": True})  # the seventh of two batches a step
-        for engine in group:  # last: DeepSpeed remembers the precision for the whole process
-            settings = TWO | engines[engine] | {"dtype": "bfloat16"}
-            cases.append(
-                {"out_dir": str(folder / f"{engine}_bfloat16"), "options": settings, "model": {"use_moe": True}}
-            )
+        for engine in HALF:  # last: DeepSpeed remembers the precision for the whole process
+            if engine in group:
+                settings = TWO | engines[engine] | {"dtype": "bfloat16"}
+                cases.append(
+                    {"out_dir": str(folder / f"{engine}_bfloat16"), "options": settings, "model": MODELS["moe"]}
+                )
         if "fsdp" in group:
             settings = TWO | {"fsdp": True, "optimizer": "muon"}
             cases.append({"out_dir": str(folder / "fsdp_muon"), "options": settings})
@@ -124,8 +130,7 @@ def assert_same_end(found: tuple, expected: tuple) -> None:
         assert_moments_alike(found[1], expected[1], ROUNDING)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine, model", TRAINED)
 def test_two_processes_train_what_one_trains(trained, engine, model):
     expected, found = results(trained / f"one_{model}"), results(trained / f"{engine}_{model}")
     assert_same_end(found, expected)
@@ -138,7 +143,7 @@ def test_two_processes_train_what_one_trains(trained, engine, model):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=ROUNDING if a["step"] == 1 else later)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", HALF)
 def test_half_precision_is_for_the_computation_only(trained, engine):
     expected, found = results(trained / "one_bfloat16"), results(trained / f"{engine}_bfloat16")
     exact = results(trained / "one_moe")
@@ -188,8 +193,7 @@ def test_one_process_ends_what_two_began(trained, source, tmp_path):
     assert_same_end(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine, kind", SPOILED)
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight(trained, engine, kind):
     folder = trained / f"{engine}_{kind}"
     errors = [(folder / f"error.rank{rank}.txt").read_text() for rank in (0, 1)]
@@ -270,7 +274,8 @@ def test_files_of_deepspeed_cannot_run_code(tmp_path):
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
 
     torch.save({"module": Bomb()}, tmp_path / "mp_rank_00_model_states.pt")
-    with only_tensors(), pytest.raises(pickle.UnpicklingError):
+    load_only_tensors()
+    with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "mp_rank_00_model_states.pt", weights_only=False)
     assert not (tmp_path / "ran").exists()
 
@@ -309,29 +314,44 @@ def test_a_deepspeed_file_that_decides_what_a_flag_decides_is_refused_by_name(tm
     assert "stage" in options(tmp_path, deepspeed=path).validate()[0]
 
 
-def test_a_stopped_process_is_named_where_none_is_behind(monkeypatch):
-    """All wait for the same thing and have made the same calls, but one of them shows no life any more."""
+@pytest.fixture
+def watchdog(monkeypatch) -> Watchdog:
+    """A watchdog that has not started; it keeps the error that would end its process, as `reported`."""
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
-    watchdog = Watchdog(0, 2, timeout=2.0, attempt=0)
-    watchdog.heartbeat("waiting for rank 0")
-    watchdog._store.set("1", json.dumps([1, "waiting for rank 0", "elsewhere", 7, 5]))
-    assert "1 of 2 processes did not respond" in watchdog._report()
-    assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in watchdog._report()
-
-
-def test_a_stopped_process_is_named_while_the_others_may_take_any_time(monkeypatch):
-    """Rank 1 was stopped while rank 0 read data: rank 0 would wait for it forever."""
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
-    reported = []
-    monkeypatch.setattr("trainer.watchdog.fail", lambda text: reported.append(text) or watchdog._stopped.set())
     watchdog = Watchdog(0, 3, timeout=1.0, attempt=0)
+    watchdog.reported = ""
+
+    def fail(text: str) -> None:
+        watchdog.reported = watchdog.reported or text
+        watchdog._stopped.set()
+
+    monkeypatch.setattr("trainer.watchdog.fail", fail)
+    return watchdog
+
+
+def wait_for_report(watchdog: Watchdog) -> str:
+    """What it reports while rank 1 publishes nothing new, and rank 2 does."""
     watchdog._store.set("1", json.dumps([1, "waiting for rank 0", "elsewhere", 7, 5]))
-    with watchdog.suspend("reading data"):
-        watchdog.start()
-        for i in range(100):  # rank 2 lives
-            watchdog._store.set("2", json.dumps([1, "waiting for rank 0", "elsewhere", 8, i]))
-            if watchdog._stopped.wait(0.05):
-                break
+    watchdog.start()
+    for i in range(200):
+        watchdog._store.set("2", json.dumps([1, "waiting for rank 0", "elsewhere", 8, i]))
+        if watchdog._stopped.wait(0.05):
+            break
     watchdog.stop()
-    assert "1 of 3 processes did not respond within --timeout 1 seconds" in reported[0]
-    assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in reported[0]
+    return watchdog.reported
+
+
+def test_a_stopped_process_is_named_where_none_is_behind(watchdog):
+    """All wait for the same thing and have made the same calls, but one of them shows no life any more."""
+    watchdog.heartbeat("waiting for rank 0")
+    found = wait_for_report(watchdog)
+    assert "1 of 3 processes did not respond within --timeout 1 seconds" in found
+    assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in found
+
+
+def test_a_stopped_process_is_named_while_the_others_may_take_any_time(watchdog):
+    """Rank 1 was stopped while rank 0 read data: rank 0 would wait for it forever."""
+    with watchdog.suspend("reading data"):
+        found = wait_for_report(watchdog)
+    assert "1 of 3 processes did not respond within --timeout 1 seconds" in found
+    assert "rank 1 (process 7 on elsewhere), last seen at waiting for rank 0" in found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
-import time
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,26 +56,32 @@ DOCS = [
 ]
 
 
-def lm_eval(tmp_path: Path, *args: str, docs: list[dict] = DOCS) -> tuple[dict, list[dict]]:
-    """Run the harness on a local task, with no hub in reach: its results, and its samples in the order of `docs`."""
-    tasks, out = tmp_path / "tasks", tmp_path / "results"
-    tasks.mkdir()
-    data = tasks / "data.jsonl"
+# The harness takes long to import: one process does all evaluations. Each is a command line.
+HARNESS = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+for flags in json.load(sys.stdin):
+    sys.argv = ["lm_eval", *flags]
+    cli_evaluate()
+"""
+
+
+def prepare(folder: Path, *args: object, docs: list[dict] = DOCS) -> list[str]:
+    """Return the command line that evaluates a local task of `docs` into `folder`/results."""
+    folder.mkdir()
+    data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs), encoding="utf-8")
-    (tasks / "task.yaml").write_text(TASK.format(data=data.as_posix()), encoding="utf-8")
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OPENAI_API_KEY": "none",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "lm_eval", *args, "--tasks", "minimind_local", "--include_path", str(tasks),
-        "--output_path", str(out), "--log_samples",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = out.rglob("results_*.json")
-    (samples,) = out.rglob("samples_*.jsonl")
+    (folder / "task.yaml").write_text(TASK.format(data=data.as_posix()), encoding="utf-8")
+    task = ["--tasks", "minimind_local", "--include_path", folder, "--output_path", folder / "results", "--log_samples"]
+    return [str(arg) for arg in (*args, *task)]
+
+
+def results(folder: Path) -> tuple[dict, list[dict]]:
+    """Return the harness' scores, and its samples in the order of the documents."""
+    (found,) = (folder / "results").rglob("results_*.json")
+    (samples,) = (folder / "results").rglob("samples_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    scores = json.loads(results.read_text(encoding="utf-8"))["results"]["minimind_local"]
+    scores = json.loads(found.read_text(encoding="utf-8"))["results"]["minimind_local"]
     return scores, sorted(rows, key=lambda row: row["doc_id"])
 
 
@@ -118,20 +124,12 @@ def export(folder: Path, model: Transformer) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_exported_folder(moe, tmp_path):
-    model = make(moe)
-    arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=True"
-    found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "4")
-    check(*found, our_scores(model, [BOS_ID]), model)
-
-
-def test_ceval(tmp_path):
-    """Our C-Eval gives the harness' numbers for the same texts, chat and plain, without a description or a delimiter.
+def ceval_items(model: Transformer) -> tuple[list[dict], list[MultipleChoice]]:
+    """Return C-Eval questions as the harness' documents and as our items, chat and plain.
 
     The harness moves blanks from the end of a question to the choices, and cuts between tokens, where "：A" is one.
     """
-    model, folder = make(), ROOT / "dataset" / "sample" / "ceval"
+    folder = ROOT / "dataset" / "sample" / "ceval"
     questions = read_questions(folder, "val", answers=True)[::20]
     examples = read_examples(folder, [question.subject for question in questions], 1)
     evaluated, docs, items = EvaluatedModel(model, load_tokenizer(), "", 256), [], []
@@ -147,47 +145,74 @@ def test_ceval(tmp_path):
         items.append(item)
         choices, answer = [end + letter for letter in LETTERS], LETTERS.index(question.answer)
         docs.append({"question": text.removesuffix(end), "choices": choices, "answer": answer})
-    arguments = f"pretrained={export(tmp_path / 'export', model)},dtype=float32,add_bos_token=False"
-    found = lm_eval(tmp_path, "--model", "hf", "--model_args", arguments, "--device", "cpu", docs=docs)
-    check(*found, score(model, items), model, docs)
+    return docs, items
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The running API server with the model of `make`: its address and the name of the model there."""
-    if not (ROOT / "my_openai_api.py").is_file():
-        pytest.skip("no server in this version")
-    path = tmp_path / "full_sft_64.pth"
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The running API server with the model of `make`: its address."""
+    path = folder / "full_sft_64.pth"
     save_checkpoint(path, make(), info={})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "my_openai_api.py", "--weights", path, "--dtype", "float32", "--port", port]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+    command = [sys.executable, ROOT / "my_openai_api.py", "--weights", path, "--dtype", "float32", "--port", 0]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            url = f"http://127.0.0.1:{port}"
-            for _ in range(600):
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                try:
-                    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
-                        yield url, json.load(answer)["data"][0]["id"]
-                        break
-                except OSError:  # not there yet, or too busy to answer
-                    time.sleep(0.2)
-            else:
-                pytest.fail("the server did not start")
+            for line in process.stdout:
+                if found := re.match(r"serving .* at (http://127.0.0.1:\d+)/v1", line):
+                    break
+            yield found[1]
         finally:
-            process.terminate()
-            process.wait(60)
+            process.kill()
 
 
-def test_running_server(server, tmp_path):
-    url, name = server
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> Path:
+    """A folder of the results of the harness, with no hub in reach."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    dense, moe = export(folder / "dense_export", make()), export(folder / "moe_export", make(moe=True))
+    on_folder = ("--model", "hf", "--device", "cpu", "--model_args")
+    tokens = "tokenizer_backend=huggingface,tokenized_requests=True"
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OPENAI_API_KEY": "none",
+    }  # fmt: skip
+    with serving(folder) as url:
+        client = f"model=full_sft_64,base_url={url}/v1/completions,tokenizer={dense},{tokens}"
+        commands = [
+            *(
+                prepare(
+                    folder / name, *on_folder, f"pretrained={path},dtype=float32,add_bos_token=True", "--batch_size", 4
+                )
+                for name, path in (("dense", dense), ("moe", moe))
+            ),
+            prepare(
+                folder / "ceval", *on_folder, f"pretrained={dense},dtype=float32,add_bos_token=False",
+                docs=ceval_items(make())[0],
+            ),
+            prepare(
+                folder / "server", "--model", "local-completions", "--batch_size", 2, "--model_args",
+                f"{client},num_concurrent=2,max_retries=1,max_length=256",
+            ),
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", HARNESS], input=json.dumps(commands), capture_output=True, text=True,
+            env=environment, timeout=550, cwd=folder,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_exported_folder(evaluated, kind):
+    model = make(moe=kind == "moe")
+    check(*results(evaluated / kind), our_scores(model, [BOS_ID]), model)
+
+
+def test_ceval(evaluated):
+    """Our C-Eval gives the harness' numbers for the same texts, chat and plain, without a description or a delimiter."""
     model = make()
-    arguments = (
-        f"model={name},base_url={url}/v1/completions,tokenizer={export(tmp_path / 'export', model)},"
-        "tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent=2,max_retries=1,max_length=256"
-    )
-    found = lm_eval(tmp_path, "--model", "local-completions", "--model_args", arguments, "--batch_size", "2")
-    check(*found, our_scores(model, []), model)
+    docs, items = ceval_items(model)
+    check(*results(evaluated / "ceval"), score(model, items), model, docs)
+
+
+def test_running_server(evaluated):
+    model = make()
+    check(*results(evaluated / "server"), our_scores(model, []), model)

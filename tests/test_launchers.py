@@ -8,6 +8,7 @@ import math
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,10 +153,63 @@ def one(data) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data) -> Path:
-    """1-pretrain.py for many steps in two processes, saved often."""
-    launch(*torchrun(2), "1-pretrain.py", *pretrain_flags(data, data / "undisturbed", *LONG))
-    return data / "undisturbed"
+def stages(data) -> Path:
+    """A folder of later stages in one process, 4 rows a step, each in a folder with the script's name."""
+    for script in STAGES:
+        alone(script, *stage_flags(data, script), "--batch_size", 4, "--out_dir", data / script)
+    return data
+
+
+def stage_flags(data: Path, script: str) -> list:
+    file, _, more = STAGES[script]
+    places = ["--init_from", data / "base.pth", "--data_path", data / file, "--cache_dir", data / "cache"]
+    return [*COMMON, *more, *places]
+
+
+def launch_stages(folder: Path, command: list[str], cases: list[tuple]) -> str:
+    """Run stages one after the other in the processes of one launcher."""
+    path = folder / "cases.json"
+    path.write_text(json.dumps([list(map(str, case)) for case in cases]))
+    return launch(*command, ROOT / "tests" / "stage_worker.py", path)
+
+
+@pytest.fixture(scope="module")
+def two(data) -> Path:
+    """A folder of what two processes do that torchrun started."""
+    folder = data / "two"
+    folder.mkdir()
+    cases: list[tuple] = [
+        ("1-pretrain.py", *pretrain_flags(data, folder / "undisturbed", *LONG)),
+        *(
+            (script, *stage_flags(data, script), *flags, "--batch_size", 2, "--out_dir", folder / how / script)
+            for how, flags in (("together", []), ("fsdp", ["--fsdp"]))
+            for script in STAGES
+        ),
+        ("1-pretrain.py", *pretrain_flags(data, folder / "compiled", "--batch_size", 2, "--compile")),
+    ]
+    launch_stages(folder, torchrun(2), cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_by_deepspeed(data) -> Path:
+    """A folder of what a process alone began with DeepSpeed, and of what two do that its launcher started."""
+    folder = data / "two_by_deepspeed"
+    zero1, zero3 = (["--deepspeed", ROOT / "configs" / name] for name in ("zero1.json", "zero3_offload.json"))
+    flags = pretrain_flags(data, folder / "begun_by_one", *zero1)
+    launch(sys.executable, "1-pretrain.py", *flags, "--batch_size", 4, "--save_interval", 4)
+    shutil.copytree(folder / "begun_by_one", folder / "one")
+    state = folder / "begun_by_one" / "pretrain_32.resume" / "step_00000004"
+    cases: list[tuple] = [
+        ("1-pretrain.py", *flags, "--batch_size", 2, "--resume", state),
+        ("1-pretrain.py", *pretrain_flags(data, folder / "without_a_file", "--batch_size", 2)),
+        *(
+            (script, *stage_flags(data, script), *zero3, "--batch_size", 2, "--out_dir", folder / "zero3" / script)
+            for script in list(STAGES)[1:]
+        ),
+    ]
+    launch_stages(folder, deepspeed(2), cases)
+    return folder
 
 
 LONG = ["--batch_size", 2, "--max_steps", 80, "--save_interval", 5, "--dropout", 0.1]
@@ -202,28 +256,34 @@ def test_deepspeed_as_the_readme_writes_it(data, one, tmp_path):
     assert_same_run(tmp_path, one)
 
 
-def test_deepspeed_in_one_process_needs_no_launcher(data, one, tmp_path):
+def test_deepspeed_in_one_process_needs_no_launcher(one, two_by_deepspeed):
     """And its state is continued by two, which the launcher starts."""
-    flags = pretrain_flags(data, tmp_path, "--deepspeed", ROOT / "configs" / "zero1.json")
-    launch(sys.executable, "1-pretrain.py", *flags, "--batch_size", 4, "--save_interval", 4)
-    assert_same_run(tmp_path, one)
-    state = tmp_path / "pretrain_32.resume" / "step_00000004"
-    launch(*deepspeed(2), "1-pretrain.py", *flags, "--batch_size", 2, "--resume", state)
-    assert_same_run(tmp_path, one)
-    assert sorted(path.name for path in state.parent.iterdir()) == ["step_00000004", "step_00000008"]
+    assert_same_run(two_by_deepspeed / "one", one)
+    assert_same_run(two_by_deepspeed / "begun_by_one", one)
+    states = (two_by_deepspeed / "begun_by_one" / "pretrain_32.resume").iterdir()
+    assert sorted(path.name for path in states) == ["step_00000004", "step_00000008"]
 
 
-def test_deepspeed_without_a_file_is_data_parallel(data, one, tmp_path):
-    launch(*deepspeed(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2))
-    assert_same_run(tmp_path, one)
+def test_deepspeed_without_a_file_is_data_parallel(one, two_by_deepspeed):
+    assert_same_run(two_by_deepspeed / "without_a_file", one)
 
 
-def test_compiled_in_two_processes(data, one, tmp_path):
+def test_compiled_in_two_processes(one, two):
     """The number of documents in a batch is dynamic, which PyTorch's cutting of graphs at DDP's buckets cannot take."""
-    launch(*torchrun(2), "1-pretrain.py", *pretrain_flags(data, tmp_path, "--batch_size", 2, "--compile"))
-    for compiled, eager in zip(metrics(tmp_path), metrics(one), strict=True):
+    for compiled, eager in zip(metrics(two / "compiled"), metrics(one), strict=True):
         later = compiled["step"] > 1  # follows the weights, see tolerances.assert_trained_alike
         assert compiled["loss"] == pytest.approx(eager["loss"], rel=math.sqrt(ROUNDING) if later else ROUNDING)
+
+
+@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("how", ["together", "fsdp"])
+def test_a_later_stage_in_two_processes(stages, two, script, how):
+    assert_same_run(two / how / script, stages / script, STAGES[script][1])
+
+
+@pytest.mark.parametrize("script", list(STAGES)[1:])
+def test_a_later_stage_with_zero3(stages, two_by_deepspeed, script):
+    assert_same_run(two_by_deepspeed / "zero3" / script, stages / script, STAGES[script][1])
 
 
 def test_fsdp_ends_by_itself(data, one, tmp_path):
@@ -232,30 +292,6 @@ def test_fsdp_ends_by_itself(data, one, tmp_path):
         assert run.end() == 0, run.text
         assert not run.alive() and "Error" not in run.text and "destroy_process_group" not in run.text
     assert_same_run(tmp_path, one)
-
-
-SPREAD = {
-    "together": (torchrun, []),
-    "fsdp": (torchrun, ["--fsdp"]),
-    "zero3": (deepspeed, ["--deepspeed", ROOT / "configs" / "zero3_offload.json"]),
-}
-
-
-@pytest.mark.parametrize(
-    "script, how",
-    [
-        ("3-full_sft.py", "together"),
-        *((script, how) for script in ("4-lora_sft.py", "5-dpo_train.py") for how in SPREAD),
-    ],
-)
-def test_a_later_stage_in_two_processes(data, tmp_path, script, how):
-    file, name, more = STAGES[script]
-    places = ["--init_from", data / "base.pth", "--data_path", data / file, "--cache_dir", data / "cache"]
-    launcher, spread = SPREAD[how]
-    flags = [*COMMON, *more, *places]
-    alone(script, *flags, "--batch_size", 4, "--out_dir", tmp_path / "one")
-    launch(*launcher(2), script, *flags, *spread, "--batch_size", 2, "--out_dir", tmp_path / "two")
-    assert_same_run(tmp_path / "two", tmp_path / "one", name)
 
 
 def test_two_machines(data, one, tmp_path):
@@ -271,24 +307,24 @@ def test_two_machines(data, one, tmp_path):
     assert_same_run(tmp_path, one)
 
 
-def test_a_process_that_is_killed_is_started_again_and_goes_on(data, undisturbed, tmp_path):
+def test_a_process_that_is_killed_is_started_again_and_goes_on(data, two, tmp_path):
     states = tmp_path / "pretrain_32.resume"
     flags = pretrain_flags(data, tmp_path, *LONG)
     with Launch([*torchrun(2, "--max_restarts", 2, "--monitor_interval", 0.1), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: list(states.glob("step_*[1-9]?/COMPLETE")))  # step 10 or later
         run.workers()[1].send_signal(signal.SIGKILL)
-        run.wait_until(lambda: "restart 1): continuing from" in run.text and "step 30/" in run.text)
+        run.wait_until(lambda: "(restart 1)" in run.text and "step 30/" in run.text)
         run.workers()[0].send_signal(signal.SIGKILL)
         assert run.end() == 0, run.text
-        found = re.findall(r"restarted by the launcher \(restart (\d)\): continuing from step_0*(\d+)", run.text)
+        found = re.findall(r"restarted by the launcher \(restart (\d)\)\nresuming after step (\d+)", run.text)
         assert [number for number, _ in found] == ["1", "2"] and 0 < int(found[0][1]) < int(found[1][1]) < 80, run.text
         assert not run.alive()
-    assert bit_identical(tmp_path, undisturbed)
+    assert bit_identical(tmp_path, two / "undisturbed")
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 81))
 
 
 def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
-    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--save_interval", 100_000, "--timeout", 15)
+    flags = pretrain_flags(data, tmp_path, *LONG, "--max_steps", 100_000, "--save_interval", 100_000, "--timeout", 10)
     with Launch([*torchrun(2), "1-pretrain.py", *flags]) as run:
         run.wait_until(lambda: "step 9/" in run.text)
         time.sleep(2)  # twice as long as the watch takes to write down where a process is
@@ -298,7 +334,7 @@ def test_a_process_that_hangs_is_named_and_all_end(data, tmp_path):
         errors = [line for line in run.text.splitlines() if "error: " in line]
         assert len(errors) == 1, run.text
         assert re.search(
-            rf"1 of 2 processes did not respond within --timeout 15 seconds.*rank 1 \(process {workers[1].pid} on .*\), "
+            rf"1 of 2 processes did not respond within --timeout 10 seconds.*rank 1 \(process {workers[1].pid} on .*\), "
             r"last seen at .*step \d+",
             errors[0],
         ), errors[0]

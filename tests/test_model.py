@@ -464,20 +464,26 @@ def test_gradient_reaches_every_parameter():
 
 @kinds
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_changes_nothing(kind, dropout):
+def test_gradient_checkpointing_changes_nothing(kind, dropout, monkeypatch):
+    monkeypatch.setattr("model.model.LOSS_CHUNK", 7)
     model = make(kind, dropout=dropout).train()
     ids, _, cu, labels, _ = pack([[5, 15], [20]])
     results = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        calls = []
-        hook = model.layers[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        calls = {}
+        hooks = [
+            module.register_forward_hook(lambda module, args, _, calls=calls: calls.setdefault(module, []).append(args))
+            for module in (model.layers[0].attention, model.output)
+        ]
         torch.manual_seed(0)
-        loss = model(ids, labels=labels, cu_seqlens=cu).loss
+        loss = model(ids, labels=labels, cu_seqlens=cu, loss_only=True).loss
         loss.backward()
-        hook.remove()
-        assert len(calls) == 1 + checkpointing  # it is really computed twice
+        for hook in hooks:
+            hook.remove()
+        assert len(calls[model.layers[0].attention]) == 1 + checkpointing  # it is really computed twice
+        assert {len(args[0]) for args in calls[model.output]} == ({7, 5} if checkpointing else {40})
         results.append((loss, gradients(model)))
     torch.testing.assert_close(*results)
 
@@ -644,16 +650,22 @@ def test_recorded_once_for_all_lengths_and_positions(kind):
         assert_logits_close(traced(ids, torch.ones_like(ids)), model(ids).logits, model.config)
 
 
-def test_a_compiled_training_step_has_the_same_loss_and_gradient():
-    """With few tokens every expert computes all of them; documents keep their balance losses."""
-    model = make("moe", n_layers=1).train()
-    ids, positions, _, labels, _ = pack([[5, 7], [3, 9]])
+@pytest.mark.parametrize(("lengths", "rate"), [([[5, 7], [3, 9]], 0.0), ([[50, 70], [30, 90]], 0.01)])
+def test_a_compiled_training_step_has_the_same_loss_and_gradient(lengths, rate):
+    """As one graph. With few tokens one expert after another computes, with many they do it in groups; documents keep
+    their balance losses."""
+    model = make("moe", n_layers=1, router_bias_rate=rate).train()
+    ids, positions, cu, labels, _ = pack(lengths)
     inputs = dict(input_ids=ids, position_ids=positions, labels=labels, use_cache=False)
-    out = model(**inputs)
+    inputs |= dict(cu_seqlens=cu) if rate else {}
+    half = torch.autocast("cpu", torch.bfloat16, enabled=bool(rate))
+    with half:
+        out = model(**inputs)
     out.loss.backward()
     gradient = gradients(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")(**inputs)
+    with half:
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")(**inputs)
     torch.testing.assert_close(compiled.loss, out.loss)
     torch.testing.assert_close(compiled.aux_loss, out.aux_loss)
     compiled.loss.backward()

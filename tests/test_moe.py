@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from tolerances import close_to
+from tolerances import close_to, shape_of
 from torch import nn
 
+from bench.throughput import MaskedExperts, original_model
 from model.LMConfig import LMConfig
+from model.model import Transformer
 from model.moe import FeedForward, MoEFeedForward, balance_loss
+from trainer.losses import expert_shares
+from trainer.optim import make_optimizers
 
 SIZES = dict(dim=32, n_heads=4, n_kv_heads=2, vocab_size=50, n_layers=1, use_moe=True)
 
@@ -19,6 +23,9 @@ def make(**fields) -> MoEFeedForward:
     return moe
 
 
+BIASED = dict(router_bias_rate=0.01)
+
+
 def plain(moe: MoEFeedForward, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Token by token: what the layer is meant to compute. x (tokens, dim)."""
     rows = []
@@ -26,7 +33,8 @@ def plain(moe: MoEFeedForward, x: torch.Tensor, valid: torch.Tensor) -> torch.Te
         out = torch.zeros_like(token)
         if is_valid:
             probabilities = (moe.gate.weight @ token).softmax(-1)
-            best = probabilities.argsort(descending=True)[: moe.gate.top_k]
+            scores = probabilities if moe.gate.bias is None else probabilities + moe.gate.bias
+            best = scores.argsort(descending=True)[: moe.gate.top_k]
             total = probabilities[best].sum() if len(best) > 1 and moe.gate.renormalise else 1.0
             for expert in best.tolist():
                 out = out + probabilities[expert] / total * moe.experts[expert](token)
@@ -43,15 +51,17 @@ def use_path(moe: MoEFeedForward, monkeypatch, grouped: bool) -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("fields", [
     {}, dict(num_experts_per_tok=1, n_shared_experts=0), dict(num_experts_per_tok=4), dict(norm_topk_prob=False),
+    BIASED,
 ])  # fmt: skip
 def test_both_paths_compute_the_definition(fields, grouped, monkeypatch):
     moe = make(**fields).train()
     use_path(moe, monkeypatch, grouped)
     x = torch.randn(3, 20, 32, requires_grad=True)
     valid = torch.rand(3, 20) > 0.3
-    out, (_, chosen) = moe(x, valid)
+    out, routing = moe(x, valid)
     out.square().sum().backward()
     got = [x.grad, *(p.grad for p in moe.parameters())]
+    chosen = routing.chosen
     x.grad = None
     moe.zero_grad()
 
@@ -59,9 +69,13 @@ def test_both_paths_compute_the_definition(fields, grouped, monkeypatch):
     # One after the other: the router, two matrix products, the sum of the experts.
     torch.testing.assert_close(out, expected, **close_to(expected, terms=moe.experts[0].w1.out_features, depth=4))
     expected.square().sum().backward()
+    if moe.gate.bias is not None:  # it chooses and does not weigh; its gradient comes from `bias_loss`
+        assert moe.gate.bias.grad is None
+        moe.gate.bias.grad = torch.zeros(4)
     for found, gradient in zip(got, [x.grad, *(p.grad for p in moe.parameters())], strict=True):
         torch.testing.assert_close(found, gradient, **close_to(gradient, terms=x.numel(), depth=12))
     assert (chosen[~valid.flatten()] == 4).all() and (chosen[valid.flatten()] < 4).all()
+    assert routing.load.tolist() == [(chosen == i).sum() for i in range(4)]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -71,8 +85,8 @@ def test_experts_without_tokens_get_a_zero_gradient_not_none(grouped, monkeypatc
     x = torch.rand(2, 16, 32)
     with torch.no_grad():
         moe.gate.weight[2] = 10.0  # everything goes to expert 2
-    out, (_, chosen) = moe(x)
-    assert (chosen == 2).all()
+    out, routing = moe(x)
+    assert (routing.chosen == 2).all() and routing.load.tolist() == [0, 0, 32, 0]
     out.sum().backward()
     for i, expert in enumerate(moe.experts):
         for parameter in expert.parameters():
@@ -99,9 +113,10 @@ def test_training_path_equals_evaluation_path():
     bound = dict(terms=moe.experts[0].w1.out_features, depth=4)
     torch.testing.assert_close(moe.train()(x)[0], expected, **close_to(expected, **bound))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        trained, (p, chosen) = moe.train()(x)
-        evaluated, (q, also_chosen) = moe.eval()(x)
-    assert p.dtype == torch.float32 and torch.equal(p, q) and torch.equal(chosen, also_chosen)
+        trained, a = moe.train()(x)
+        evaluated, b = moe.eval()(x)
+    assert a.probabilities.dtype == torch.float32 and torch.equal(a.probabilities, b.probabilities)
+    assert torch.equal(a.chosen, b.chosen)
     torch.testing.assert_close(trained, evaluated, **close_to(evaluated, depth=4, dtype=torch.bfloat16))
 
 
@@ -158,6 +173,77 @@ def test_shared_experts_are_one_mlp_of_their_joint_width():
     assert make(n_shared_experts=3, hidden_dim=64).shared_experts.w1.weight.shape == (192, 32)
     assert make(n_shared_experts=0).shared_experts is None
     assert isinstance(make(n_shared_experts=1).shared_experts, FeedForward)
+
+
+# ---- balancing by bias
+
+
+def tiny_model(**fields) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(LMConfig(**(SIZES | BIASED | fields))).train()
+
+
+def test_a_bias_has_the_gradient_of_the_load_and_the_loss_does_not_change():
+    model, plain_model = tiny_model(aux_loss_alpha=0.0), tiny_model(aux_loss_alpha=0.0, router_bias_rate=0.0)
+    ids = torch.randint(0, 50, (4, 16))
+    out, plain_out = (m(ids, labels=ids) for m in (model, plain_model))
+    assert out.loss == plain_out.loss and torch.equal(out.expert_load, plain_out.expert_load)
+    out.loss.backward()
+    bias, load = model.layers[0].feed_forward.gate.bias, out.expert_load[0]
+    assert torch.equal(bias.grad.sign(), (load - load.mean()).sign()) and load.sum() == 4 * 16 * 2
+    plain_out.loss.backward()
+    others = {name: p.grad for name, p in model.named_parameters() if not name.endswith("gate.bias")}
+    assert all(torch.equal(gradient, plain_model.get_parameter(name).grad) for name, gradient in others.items())
+    # It must not count in the norm of all gradients, which is clipped.
+    assert bias.grad.norm() < 1e-5 * torch.cat([gradient.flatten() for gradient in others.values()]).norm()
+    # Two micro-batches add up.
+    whole = bias.grad.clone()
+    model.zero_grad()
+    for half in ids.split(2):
+        model(half, labels=half, num_items_in_batch=4 * 15).loss.backward()
+    torch.testing.assert_close(bias.grad, whole)
+
+
+def test_biases_alone_balance_the_load():
+    model = tiny_model(aux_loss_alpha=0.0, n_routed_experts=6, router_bias_rate=0.002)
+    gate = model.layers[0].feed_forward.gate
+    with torch.no_grad():
+        gate.bias[:2] = 0.1  # every token goes to these two
+    optimizers = make_optimizers(model, "adamw", 0.0)
+    for group in optimizers[0].param_groups + optimizers[1].param_groups:
+        group["lr"] = 0.0
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ids = torch.randint(0, 50, (4, 64))
+    uneven = []
+    for _ in range(40):
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        uneven.append(expert_shares(out.expert_load)["expert_max_load"].item())
+    assert uneven[0] == 3 and max(uneven[-5:]) < 1.25
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == {
+        "layers.0.feed_forward.gate.bias"
+    }
+
+
+def test_the_loop_that_the_benchmark_compares_with_computes_the_same():
+    torch.manual_seed(0)
+    loop = original_model(LMConfig(**SIZES)).train()
+    assert type(loop.layers[0].feed_forward) is MaskedExperts
+    model = Transformer(LMConfig(**SIZES)).train()
+    model.load_state_dict(loop.state_dict())
+    ids = torch.randint(0, 50, (4, 64))
+    a, b = (m(ids).logits for m in (model, loop))
+    torch.testing.assert_close(a, b, **close_to(b, **shape_of(model.config)))
+
+
+def test_shares_of_the_experts():
+    shares = expert_shares(torch.tensor([[30.0, 10.0], [0.0, 40.0]]))
+    assert {name: float(value) for name, value in shares.items()} == {
+        "expert_0_share": 0.375, "expert_1_share": 0.625, "expert_max_load": 2.0,
+    }  # fmt: skip
 
 
 # ---- balance loss

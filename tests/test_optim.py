@@ -32,7 +32,9 @@ def test_schedule_of_a_single_step_is_the_peak():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_moe": True}, {"tie_word_embeddings": False}], ids=["dense", "moe", "untied"]
+    "fields",
+    [{}, {"use_moe": True, "router_bias_rate": 0.001}, {"tie_word_embeddings": False}],
+    ids=["dense", "moe", "untied"],
 )
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(fields, name):
@@ -42,14 +44,15 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(fields, name):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 assert id(parameter) not in decay
-                decay[id(parameter)] = (type(optimizer).__name__, group["weight_decay"])
+                decay[id(parameter)] = (type(optimizer).__name__, group.get("weight_decay", 0.0))
     named = dict(model.named_parameters())
     assert set(decay) == {id(p) for p in named.values()}
     for parameter_name, parameter in named.items():
         kind, value = decay[id(parameter)]
         decays = parameter.dim() == 2 and not {"tok_embeddings", "output"} & set(parameter_name.split("."))
         assert value == (0.1 if decays else 0.0), parameter_name
-        assert kind == ("Muon" if name == "muon" and decays and "gate" not in parameter_name else "AdamW")
+        expected = "Muon" if name == "muon" and decays and "gate" not in parameter_name else "AdamW"
+        assert kind == ("SignDescent" if parameter_name.endswith("gate.bias") else expected)
 
 
 def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error():

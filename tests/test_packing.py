@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import pack, sample_order
+from data_pipeline.packing import _best_fit, pack, sample_order
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=0, max_size=60)
 
@@ -24,6 +24,24 @@ def test_every_target_stands_in_exactly_one_piece(lengths, seq_len, seed):
     assert packing.bounds[0] == 0 and packing.bounds[-1] == len(packing.document)
     for begin, end in zip(packing.bounds, packing.bounds[1:], strict=False):
         assert 0 < packing.length[begin:end].sum() <= seq_len
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(2, 24), min_size=1, max_size=80), st.integers(24, 60))
+def test_pieces_go_where_the_definition_puts_them(lengths, seq_len):
+    """Longest first, each into the row with the least room that has enough; of several the one that got it last."""
+    expected, rooms, changed = {}, [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [row for row, room in enumerate(rooms) if room >= lengths[i]]
+        if not fitting:
+            fitting = [len(rooms)]
+            rooms.append(seq_len)
+            changed.append(0)
+        expected[i] = row = min(fitting, key=lambda row: (rooms[row], -changed[row]))
+        rooms[row] -= lengths[i]
+        changed[row] = len(expected)
+    found, used = _best_fit(np.array(lengths, np.int32), seq_len)
+    assert found.tolist() == [expected[i] for i in range(len(lengths))] and used == len(rooms)
 
 
 def test_packing_is_a_pure_function_of_its_arguments():

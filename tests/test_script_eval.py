@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, run
 
 from export.exporter import export_folder
 from export.options import ExportOptions
@@ -26,29 +27,15 @@ from model.model import Transformer
 from model.tokenizer import load_tokenizer
 from model.weights import load_checkpoint, save_checkpoint
 
-SCRIPT = Path(__file__).resolve().parents[1] / "2-eval.py"
+SCRIPT = "2-eval.py"
 TOKENIZER = load_tokenizer()
 CPU = ["--device", "cpu", "--dtype", "float32"]
 GREEDY = [*CPU, "--temperature", "0", "--max_new_tokens", "12"]
 
 
-def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, **kwargs)
-
-
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Like `run`, without the seconds that a process of its own takes to start."""
-
-    def inside(*args, input: str = "") -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
-
-    return inside
+def call(run_here) -> Callable[..., subprocess.CompletedProcess]:
+    return functools.partial(run_here, SCRIPT)
 
 
 def message(result: subprocess.CompletedProcess, lines: int = 1, code: int = 1) -> str:
@@ -89,7 +76,10 @@ def test_chat_model(out, tmp_path):
     questions = ["你好", "why?", "/help me?"]
     flags = ["--out_dir", out, *GREEDY, "--history_turns", 1, "--system", "简短。"]
     result = run(
-        *flags, input="\n".join(["before", "/clear", *questions, f"/save {saved}", "/exit", "after"]), cwd=tmp_path
+        SCRIPT,
+        *flags,
+        input="\n".join(["before", "/clear", *questions, f"/save {saved}", "/exit", "after"]),
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert f"; --weights names another\n{out / 'rl_64.pth'} (rl)\n" in result.stdout
@@ -167,7 +157,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(out, tmp_path):
     with torch.no_grad():
         model.output.weight[2] = 0  # </s> is never the likeliest token: this model writes until it is stopped
     save_checkpoint(tmp_path / "endless.pth", model, info={"stage": "full_sft"})
-    command = [sys.executable, str(SCRIPT), "--weights", tmp_path / "endless.pth", *CPU, "--temperature", 0]
+    command = [sys.executable, str(ROOT / SCRIPT), "--weights", tmp_path / "endless.pth", *CPU, "--temperature", 0]
     command += ["--max_new_tokens", 10**5, "--max_seq_len", 10**5]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([str(part) for part in command], **pipes)
@@ -213,11 +203,11 @@ def test_adapter(out, tmp_path, call):
 
 
 def test_wrong_input_is_one_clear_line(out, tmp_path, call):
-    assert "no checkpoint" in message(run("--weights", out / "none.pth"))
 
     def fails(*args) -> str:
         return message(call(*args))
 
+    assert "no checkpoint" in fails("--weights", out / "none.pth")
     assert f"no full_sft_*.pth, rl_*.pth, lora_* in {tmp_path}: run 3-full_sft.py" in fails("--out_dir", tmp_path)
     assert "is not an adapter" in fails("--lora", tmp_path / "none")
     wrong = message(call("--min_p", 3, "--history_turns", -1, "--max_seq_len", 1), lines=3, code=2)

@@ -1,15 +1,17 @@
 """eval_ceval.py as users run it, and the arithmetic behind its tables."""
 
 import csv
+import functools
 import json
 import math
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from launching import ROOT, error_of, run
 from tolerances import rounding
 
 from common.errors import UserError
@@ -23,22 +25,15 @@ from model.model import Transformer
 from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "eval_ceval.py"
 HEADER = "id,question,A,B,C,D,answer\n"
 Q = Question("law", "0", "1+1=?", ("2", "3", "4", "5"), "A")
 EXAMPLE = Question("law", "0", "天为何色？", ("红", "蓝", "绿", "黄"), "B")
 
 
-def run(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "eval_ceval.py"), "--device", "cpu", *map(str, args)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8")
-
-
-def fails(*args) -> str:
-    result = run(*args)
-    assert result.returncode == 1, result.stderr
-    assert result.stderr.startswith("error: "), result.stderr
-    return result.stderr
+@pytest.fixture
+def ceval(run_here) -> Callable[..., subprocess.CompletedProcess]:
+    return functools.partial(run_here, SCRIPT, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +251,9 @@ def results(out: Path, subject: str) -> list[dict]:
 
 
 def test_answers_are_those_of_the_model(weights, quiz, tmp_path):
+    """In a process of its own."""
     out = tmp_path / "out"
-    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out)
+    ran = run(SCRIPT, "--device", "cpu", "--weights", weights, "--data_dir", quiz, "--out_dir", out)
     assert ran.returncode == 0, ran.stderr
     assert "guessing: 25.0%" in ran.stdout and "law 法学" in ran.stdout and "warning" not in ran.stdout
     assert sorted(p.name for p in out.iterdir()) == [
@@ -283,13 +279,13 @@ def test_answers_are_those_of_the_model(weights, quiz, tmp_path):
     assert (summary["overall"]["correct"], summary["overall"]["questions"]) == (correct, 12)
 
 
-def test_examples_and_cutting(weights, quiz, tmp_path):
+def test_examples_and_cutting(weights, quiz, tmp_path, ceval):
     """Examples that do not fit are left out and counted, then the question is cut from the left and counted."""
     with open(quiz / "val" / "law_val.csv", "a", encoding="utf-8") as file:
         file.write(f"6,{'很长的题目' * 60},甲,乙,丙,丁,A\n")
     out = tmp_path / "out"
     flags = ["--plain", "--score", "text", "--shots", "5", "--subjects", "law", "--dtype", "float32"]
-    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out, *flags)
+    ran = ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out, *flags)
     assert ran.returncode == 0, ran.stderr
     assert "warning: 1 of 7 questions are longer than 96 tokens: cut from the left" in ran.stdout
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -297,9 +293,9 @@ def test_examples_and_cutting(weights, quiz, tmp_path):
     assert (summary["shots"], summary["score"], summary["format"], summary["dtype"]) == (5, "text", "plain", "float32")
 
 
-def test_submission(weights, quiz, tmp_path):
+def test_submission(weights, quiz, tmp_path, ceval):
     out = tmp_path / "out"
-    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--test")
+    ran = ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--test")
     assert ran.returncode == 0, ran.stderr
     assert [p.name for p in out.iterdir()] == ["submission.json"]
     submission = json.loads((out / "submission.json").read_text(encoding="utf-8"))
@@ -307,17 +303,17 @@ def test_submission(weights, quiz, tmp_path):
     assert set(submission["law"].values()) <= set("ABCD")
 
 
-def test_bad_input_leaves_nothing_behind(weights, quiz, tmp_path):
+def test_bad_input_leaves_nothing_behind(weights, quiz, tmp_path, ceval):
     out, broken = tmp_path / "out", tmp_path / "broken.pth"
     broken.write_bytes(weights.read_bytes()[:5000])
-    assert "broken.pth " in fails("--weights", broken, "--data_dir", quiz, "--out_dir", out)
-    assert "no config.json" in fails("--hf", tmp_path, "--data_dir", quiz, "--out_dir", out)
+    assert "broken.pth " in error_of(ceval("--weights", broken, "--data_dir", quiz, "--out_dir", out))
+    assert "no config.json" in error_of(ceval("--hf", tmp_path, "--data_dir", quiz, "--out_dir", out))
     rows = HEADER + "0,一？,甲,,丙,丁,A\n"
     (quiz / "val" / "law_val.csv").write_text(rows, encoding="utf-8")
-    message = fails("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--score", "text")
+    message = error_of(ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--score", "text"))
     assert "law_val.csv, line 2: an option is empty" in message
     assert not out.exists()
-    ran = run("--weights", weights, "--data_dir", quiz, "--out_dir", out)  # letters can be compared, and it is said
+    ran = ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out)  # letters can be compared, and it is said
     assert ran.returncode == 0 and "warning: 1 of 7 questions have an empty option, the first: " in ran.stdout
     assert "law_val.csv, line 2\n" in ran.stdout
 
@@ -339,7 +335,7 @@ def test_chart_of_subjects_in_chinese(there, tmp_path, monkeypatch, capsys, recw
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-def test_other_model_of_transformers(quiz, tmp_path):
+def test_other_model_of_transformers(quiz, tmp_path, ceval):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder, out = tmp_path / "llama", tmp_path / "out"
@@ -349,27 +345,27 @@ def test_other_model_of_transformers(quiz, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     load_tokenizer().save_pretrained(folder)
-    ran = run("--hf", folder, "--data_dir", quiz, "--out_dir", out, "--subjects", "law")
+    ran = ceval("--hf", folder, "--data_dir", quiz, "--out_dir", out, "--subjects", "law")
     assert ran.returncode == 0, ran.stderr
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
 
 
-def test_a_subject_named_twice_counts_once_and_old_results_go(weights, quiz, tmp_path):
+def test_a_subject_named_twice_counts_once_and_old_results_go(weights, quiz, tmp_path, ceval):
     out = tmp_path / "out"
-    assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out).returncode == 0
+    assert ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out).returncode == 0
     (out / "my_result.csv").write_text("not,one,of,ours\n")
-    assert run("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--subjects", "law", "law").returncode == 0
+    assert ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out, "--subjects", "law", "law").returncode == 0
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["overall"]["questions"] == 6
     assert sorted(path.name for path in out.glob("*.csv")) == ["law_result.csv", "my_result.csv"]
 
 
-def test_one_model_at_a_time(weights, quiz, tmp_path):
-    result = run("--weights", weights, "--hf", tmp_path, "--data_dir", quiz, "--out_dir", tmp_path / "out")
+def test_one_model_at_a_time(weights, quiz, tmp_path, ceval):
+    result = ceval("--weights", weights, "--hf", tmp_path, "--data_dir", quiz, "--out_dir", tmp_path / "out")
     assert result.returncode == 2 and "--weights and --hf name different models" in result.stderr
 
 
-def test_an_out_dir_that_cannot_be_is_found_before_any_work(weights, quiz, tmp_path):
+def test_an_out_dir_that_cannot_be_is_found_before_any_work(weights, quiz, tmp_path, ceval):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        result = run("--weights", weights, "--data_dir", quiz, "--out_dir", out)
+        result = ceval("--weights", weights, "--data_dir", quiz, "--out_dir", out)
         assert result.returncode == 2 and result.stdout == "" and result.stderr.startswith(f"error: --out_dir {out}: ")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import os
 import re
-import runpy
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run
 
 from inference.generator import generate_text
 from inference.options import SamplingParams
@@ -21,28 +21,14 @@ from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint, save_checkpoint
 
-SCRIPT = Path(__file__).resolve().parents[1] / "0-eval_pretrain.py"
+SCRIPT = "0-eval_pretrain.py"
 TOKENIZER = load_tokenizer()
 CPU = ["--device", "cpu", "--dtype", "float32"]
 
 
-def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, **kwargs)
-
-
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Like `run`, without the seconds that a process of its own takes to start."""
-
-    def inside(*args, input: str = "") -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
-
-    return inside
+def call(run_here) -> Callable[..., subprocess.CompletedProcess]:
+    return functools.partial(run_here, SCRIPT)
 
 
 def message(result: subprocess.CompletedProcess, lines: int = 1, code: int = 1) -> str:
@@ -76,7 +62,7 @@ def expected(path: Path, text: str, sampling: SamplingParams, max_len: int | Non
 
 
 def test_built_in_prompts_on_the_newest_checkpoint(out, tmp_path):
-    result = run("--out_dir", out, "--max_new_tokens", 4, cwd=tmp_path)
+    result = run(SCRIPT, "--out_dir", out, "--max_new_tokens", 4, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"; --weights names another\n{out / 'pretrain_32.pth'}\n" in result.stdout
     assert "no JSON beside it, read from the shapes: dim 32" in result.stdout and "M parameters" in result.stdout
@@ -85,10 +71,10 @@ def test_built_in_prompts_on_the_newest_checkpoint(out, tmp_path):
     assert len(re.findall(r"\[cut off: --max_new_tokens 4\]\n\[4 tokens, [\d.]+ tokens/s\]", result.stdout)) > 5
 
 
-def test_prompts_flags_and_text(out):
+def test_prompts_flags_and_text(out, call):
     weights = out / "pretrain_64.pth"
     flags = "--max_new_tokens 20 --temperature 0.9 --top_k 50 --repetition_penalty 1.1 --seed 3 --top_p 1".split()
-    result = run("--weights", weights, *CPU, *flags, "--prompt", "春天", "--prompt", "a literal </s>")
+    result = call("--weights", weights, *CPU, *flags, "--prompt", "春天", "--prompt", "a literal </s>")
     assert result.returncode == 0, result.stderr
     assert "(pretrain, step 12, loss 8.7)" in result.stdout and "float32 on cpu" in result.stdout
     sampling = SamplingParams(max_new_tokens=20, temperature=0.9, top_k=50, repetition_penalty=1.1, seed=3)
@@ -152,19 +138,21 @@ def test_longer_than_trained(out, call):
         assert wrong in message(call(*flags, "--rope_scaling", *given))
 
 
-def test_interactive(out):
-    result = run("--out_dir", out, *CPU, "--interactive", "--max_new_tokens", 3, input="从前\nonce\n\nnot read\n")
+def test_interactive(out, call):
+    result = call("--out_dir", out, *CPU, "--interactive", "--max_new_tokens", 3, input="从前\nonce\n\nnot read\n")
     assert result.returncode == 0, result.stderr
     assert "> 从前" in result.stdout and "> once" in result.stdout and "not read" not in result.stdout
 
 
 def test_wrong_input_is_one_clear_line(out, tmp_path, call):
-    assert "no checkpoint" in message(run("--weights", out / "none.pth"))
-    assert "is not Unicode" in message(run("--out_dir", out, "--prompt", b"\xff".decode("utf-8", "surrogateescape")))
+    assert "is not Unicode" in message(
+        run(SCRIPT, "--out_dir", out, "--prompt", b"\xff".decode("utf-8", "surrogateescape"))
+    )
 
     def fails(*args) -> str:
         return message(call(*args))
 
+    assert "no checkpoint" in fails("--weights", out / "none.pth")
     assert f"no pretrain_*.pth in {tmp_path}: run 1-pretrain.py" in fails("--out_dir", tmp_path)
     (tmp_path / "text.pth").write_text("hello")
     assert "text.pth is" in fails("--weights", tmp_path / "text.pth")

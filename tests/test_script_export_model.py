@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import another_process_holds
+from launching import ROOT, another_process_holds, run
 
 import export_model
 from common.errors import UserError
@@ -23,26 +23,8 @@ from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "export_model.py"
+SCRIPT = "export_model.py"
 TINY = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, max_seq_len=128, initializer_range=0.15)
-
-
-def run(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300)
-
-
-def succeeded(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def failed(result: subprocess.CompletedProcess) -> str:
-    """The message of a run that failed as it should: one line, no traceback."""
-    assert result.returncode not in (0, None), result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
-    return line
 
 
 def make(path: Path, seed: int = 0, **fields) -> Path:
@@ -81,7 +63,9 @@ def out(tmp_path_factory) -> Path:
 def test_to_llama_and_back_bit_for_bit(out, tmp_path, main):
     text = tmp_path / "text.txt"
     text.write_text("你好，世界。\n\nA paragraph of text.\n", encoding="utf-8")
-    message = succeeded(run("--out_dir", out, "--text", text))
+    result = run(SCRIPT, "--out_dir", out, "--text", text)
+    assert result.returncode == 0, result.stderr
+    message = result.stdout
     assert "largest difference of logits over" in message and "(allowed: 0.0001)" in message
     folder = out / "full_sft_64-llama"  # the newest checkpoint but no stage was named
     assert names(folder) >= {
@@ -98,7 +82,8 @@ def test_to_llama_and_back_bit_for_bit(out, tmp_path, main):
     assert after.fingerprint == before.fingerprint  # of the contents of the files
     assert after.info == before.info and after.config.own_fields() == before.config.own_fields()
 
-    assert "exists; replace it with --overwrite" in failed(run("--out_dir", out))
+    with pytest.raises(UserError, match="exists; replace it with --overwrite"):
+        main("--out_dir", out)
     with pytest.raises(UserError, match="back.pth exists; replace it with --overwrite"):
         main("--format", "pth", "--weights", folder, "--output", tmp_path / "back.pth")
     main("--out_dir", out, "--overwrite")

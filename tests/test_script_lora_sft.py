@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import runpy
 import shutil
 import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
+import launching
 import pytest
 import torch
+from launching import error_of
 from peft import PeftModel
 from tolerances import close_to, shape_of
 
@@ -21,43 +22,16 @@ from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "4-lora_sft.py"
+SCRIPT = "4-lora_sft.py"
 QUICK = (
     "--device cpu --dtype float32 --max_steps 4 --batch_size 2 --log_interval 1 --val_fraction 0 --lora_name me".split()
 )
 IDS = torch.tensor([[1, 300, 400, 2, 201, 1, 500, 600]])
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    def error(self) -> str:
-        """The message of a run that failed as it should: one line."""
-        assert self.code not in (0, None), self.out
-        lines = [line for line in self.err.splitlines() if line.startswith("error:")]
-        assert len(lines) == 1, self.err
-        return lines[0]
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the script with these arguments in this process: the same code, without the seconds of a fresh start."""
-
-    def call(*args) -> Result:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        code = 0
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return call
+def run(run_here) -> Callable[..., subprocess.CompletedProcess]:
+    return functools.partial(run_here, SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +80,11 @@ def test_adapter_merged_file_and_peft_are_one_model(run, tmp_path, chats, tokeni
     base = write_base(tmp_path / f"full_sft_{name}.pth", tokenizer, use_moe=moe)
     before = base.read_bytes()
     result = run(*QUICK, "--data_path", chats, "--out_dir", tmp_path, "--merge", "--show_sample")
-    assert result.code == 0, result.err
-    assert "parameters are trained (" in result.out and "»I am Mini.</s>«" in result.out
-    assert "step 4/4 100%" in result.out and f"python 2-eval.py --lora {tmp_path / f'lora_me_{name}'}" in result.out
+    assert result.returncode == 0, result.stderr
+    assert "parameters are trained (" in result.stdout and "»I am Mini.</s>«" in result.stdout
+    assert (
+        "step 4/4 100%" in result.stdout and f"python 2-eval.py --lora {tmp_path / f'lora_me_{name}'}" in result.stdout
+    )
     lines = [json.loads(line) for line in (tmp_path / f"lora_me_{name}.metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert base.read_bytes() == before
@@ -132,8 +108,7 @@ def test_adapter_merged_file_and_peft_are_one_model(run, tmp_path, chats, tokeni
 
 def test_in_a_process_of_its_own_with_chosen_settings(out, chats, tmp_path):
     flags = "--rank 2 --alpha 4 --lora_dropout 0.1 --target_modules wq wv".split()
-    command = [sys.executable, SCRIPT, *QUICK, *flags, "--data_path", chats, "--out_dir", out]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    result = launching.run(SCRIPT, *QUICK, *flags, "--data_path", chats, "--out_dir", out, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     config = json.loads((out / "lora_me_32" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4, 0.1)
@@ -144,9 +119,9 @@ def test_in_a_process_of_its_own_with_chosen_settings(out, chats, tmp_path):
 def test_any_checkpoint_can_be_the_base(run, tmp_path, chats, tokenizer):
     base = write_base(tmp_path / "elsewhere" / "rl_32.pth", tokenizer)
     flags = [*QUICK, "--data_path", chats, "--out_dir", tmp_path / "out"]
-    message = run(*flags).error()
+    message = error_of(run(*flags))
     assert "no full_sft or rl checkpoint in" in message and "--init_from" in message
-    assert run(*flags, "--init_from", base).code == 0
+    assert run(*flags, "--init_from", base).returncode == 0
     assert load_adapter(tmp_path / "out" / "lora_me_32", base=base).info["base"] == "rl_32.pth"
     with pytest.raises(ValueError, match="rl_32.pth does not exist"):
         load_adapter(tmp_path / "out" / "lora_me_32")
@@ -154,29 +129,29 @@ def test_any_checkpoint_can_be_the_base(run, tmp_path, chats, tokenizer):
 
 def test_stopped_and_resumed_and_never_onto_another_base(run, out, chats, tokenizer):
     flags = [*QUICK, "--data_path", chats, "--batch_size", 1, "--max_steps", 6, "--lora_dropout", 0.1, "--out_dir", out]
-    assert run(*flags, "--save_interval", 2).code == 0
+    assert run(*flags, "--save_interval", 2).returncode == 0
     whole = adapter_bytes(out / "lora_me_32")
     result = run(*flags, "--resume", out / "lora_me_32.resume" / "step_00000004")
-    assert result.code == 0 and "resuming after step 4" in result.out
+    assert result.returncode == 0 and "resuming after step 4" in result.stdout
     assert adapter_bytes(out / "lora_me_32") == whole
-    assert "adapter.r: 8 -> 4" in run(*flags, "--resume", "--rank", 4).error()
+    assert "adapter.r: 8 -> 4" in error_of(run(*flags, "--resume", "--rank", 4))
     write_base(out / "full_sft_32.pth", tokenizer, seed=1)
-    assert "this is a different run: origin: " in run(*flags, "--resume").error()
+    assert "this is a different run: origin: " in error_of(run(*flags, "--resume"))
     assert adapter_bytes(out / "lora_me_32") == whole
 
 
 def test_an_adapter_is_replaced_only_when_asked(run, out, chats, tokenizer):
     flags = [*QUICK, "--data_path", chats, "--out_dir", out]
-    assert run(*flags).code == 0
+    assert run(*flags).returncode == 0
     before = adapter_bytes(out / "lora_me_32")
-    message = run(*flags).error()
+    message = error_of(run(*flags))
     assert "lora_me_32.resume holds a finished run of 4 steps: replace it with --overwrite" in message
     shutil.rmtree(out / "lora_me_32.resume")  # the adapter alone is reason enough
-    assert f"{out / 'lora_me_32'} exists: replace it with --overwrite" in run(*flags).error()
+    assert f"{out / 'lora_me_32'} exists: replace it with --overwrite" in error_of(run(*flags))
     assert adapter_bytes(out / "lora_me_32") == before
     write_base(out / "full_sft_32.pth", tokenizer, n_layers=3)
     result = run(*flags, "--overwrite")
-    assert result.code == 0, result.err
+    assert result.returncode == 0, result.stderr
     assert load_adapter(out / "lora_me_32", tokenizer=tokenizer).model.config.n_layers == 3
 
 
@@ -184,28 +159,28 @@ def test_a_merged_file_is_not_replaced_unasked(run, out, chats, tokenizer):
     write_base(out / "lora_me_32.pth", tokenizer)
     before = (out / "lora_me_32.pth").read_bytes()
     flags = [*QUICK, "--data_path", chats, "--out_dir", out]
-    assert "lora_me_32.pth exists: replace it with --overwrite" in run(*flags, "--merge").error()
+    assert "lora_me_32.pth exists: replace it with --overwrite" in error_of(run(*flags, "--merge"))
     assert not (out / "lora_me_32").exists()  # refused before training
-    assert run(*flags).code == 0  # which without --merge does not touch the file
+    assert run(*flags).returncode == 0  # which without --merge does not touch the file
     assert (out / "lora_me_32.pth").read_bytes() == before
 
 
 def test_wrong_flags_are_named_all_at_once(run, out, chats):
     flags = ["--lora_name", "a/b", "--rank", 0, "--alpha", 0, "--lora_dropout", 1, "--init_from", "none", "--epochs", 0]
     result = run(*flags, "--out_dir", out)
-    assert result.code == 2
+    assert result.returncode == 2
     for part in ("--lora_name 'a/b'", "--rank 0", "--alpha 0", "--lora_dropout 1", "--init_from none", "--epochs 0"):
-        assert part in result.err, part
-    message = run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "wq", "q_proj").error()
+        assert part in result.stderr, part
+    message = error_of(run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "wq", "q_proj"))
     assert "--target_modules" in message and "q_proj; there are w1, w2, w3, wk" in message
-    message = run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "output").error()
+    message = error_of(run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "output"))
     assert "--target_modules" in message
 
 
 def test_what_is_missing_is_named(run, out, tmp_path, chats):
     flags = [*QUICK, "--data_path", chats]
-    assert "full_sft_48.pth" in run(*flags, "--out_dir", out, "--init_from", out / "full_sft_48.pth").error()
-    assert "none.jsonl" in run(*QUICK, "--data_path", tmp_path / "none.jsonl", "--out_dir", out).error()
+    assert "full_sft_48.pth" in error_of(run(*flags, "--out_dir", out, "--init_from", out / "full_sft_48.pth"))
+    assert "none.jsonl" in error_of(run(*QUICK, "--data_path", tmp_path / "none.jsonl", "--out_dir", out))
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert str(blocked) in run(*flags, "--out_dir", blocked, "--init_from", out / "full_sft_32.pth").error()
+    assert str(blocked) in error_of(run(*flags, "--out_dir", blocked, "--init_from", out / "full_sft_32.pth"))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-import io
 import json
 import re
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,17 +193,9 @@ def test_wrong_flags_and_a_taken_port(monkeypatch, capsys):
 
 
 @pytest.fixture
-def chat(monkeypatch, capsys):
-    """Run the client on lines of input, without the seconds that a process of its own takes to start."""
-
-    def inside(*args, input: str = "") -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", ["chat_openai_api.py", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "chat_openai_api.py"), run_name="__main__")
-        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
-
-    return inside
+def chat(run_here) -> Callable[..., subprocess.CompletedProcess]:
+    """Run the client on lines of input."""
+    return functools.partial(run_here, "chat_openai_api.py")
 
 
 @pytest.fixture(scope="module")

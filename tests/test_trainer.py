@@ -7,6 +7,7 @@ import json
 import math
 import signal
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -255,7 +256,9 @@ def test_every_sample_once_an_epoch_in_the_same_order_for_every_world(
     ],
     ids=["adamw", "muon", "bf16", "fp16", "accumulated"],
 )
-@pytest.mark.parametrize("model_fields", [(("dropout", 0.1),), (("use_moe", True),)], ids=["dropout", "moe"])
+@pytest.mark.parametrize(
+    "model_fields", [(("dropout", 0.1),), (("use_moe", True), ("router_bias_rate", 0.01))], ids=["dropout", "moe"]
+)
 def test_stopped_and_resumed_is_bit_identical(tmp_path, fields, model_fields):
     whole, _ = train(options(tmp_path / "a", **fields), model_fields=model_fields, val=rows(range(5)))
     micro = fields.get("accumulation_steps", 1)
@@ -412,10 +415,18 @@ def test_validation_is_tried_before_the_first_step(tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_a_balance_loss_is_optimised_and_logged_apart(tmp_path):
+def test_a_balance_loss_is_optimised_and_logged_apart_with_the_share_of_every_expert(tmp_path, capsys):
     fields = [("use_moe", True), ("aux_loss_alpha", 0.5)]
     _, metrics = train(options(tmp_path), model_fields=fields)
     assert metrics["balance_loss"] >= 0.5 * 2 * 0.99  # alpha * layers, when experts are used evenly
+    shares = [metrics[f"expert_{i}_share"] for i in range(4)]
+    assert sum(shares) == pytest.approx(1) and max(shares) <= metrics["expert_max_load"] / 4
+    line = f"experts {min(shares):.0%}-{max(shares):.0%}, busiest {metrics['expert_max_load']:.2f}x"
+    assert line in capsys.readouterr().out
+    plain = tmp_path / "dense"
+    train(options(plain))
+    heights = [matplotlib.image.imread(folder / "tiny.png").shape[0] for folder in (tmp_path, plain)]
+    assert heights[0] == 2 * heights[1]  # the shares have a plot of their own
     with_loss = gradient(options(tmp_path / "a"), [0, 1], fields)
     without = gradient(options(tmp_path / "b"), [0, 1], [("use_moe", True), ("aux_loss_alpha", 0.0)])
     gate = "layers.0.feed_forward.gate.weight"

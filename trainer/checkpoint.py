@@ -1,11 +1,12 @@
 """Training state: what a run needs to continue as if it had never stopped, and which state a new run may continue.
 
-    out/pretrain_512.resume/step_00000200/*.distcp   weights (float32) and optimizer, written by each process
+    out/pretrain_512.resume/step_00000200/*.distcp   weights (float32) and optimizer: what each process has of them
                                          /.metadata  which part of which tensor is in which file
                                          /run.json   what the run was: configuration, data, seed, counters, ...
                                          /COMPLETE   a checksum of every file; a folder without it does not exist
 
-(`--deepspeed` writes DeepSpeed's own files instead of the first two.) A state is written into a temporary folder, flushed
+The first two are those of `torch.distributed.checkpoint` (DCP); any number of processes reads them back. (`--deepspeed`
+writes DeepSpeed's own instead.) A state is written into a temporary folder, flushed
 to the disk and renamed: whenever a process dies, the states written before are still there. (The weights for use,
 `out/pretrain_512.pth`, are something else: see `model.weights`.)
 """
@@ -14,14 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from common.errors import UserError
 from common.files import atomic_folder, checksum, exclusive, explain_write_errors, recover_folder, write_json
@@ -30,7 +39,15 @@ from trainer.options import TrainOptions
 
 MARKER = "COMPLETE"
 _STEP = re.compile(r"step_(\d{8,})")
-_START = "start without --resume, or with --resume auto"
+_METADATA = "torch.distributed.checkpoint.metadata"
+_LAYOUT_CLASSES = {
+    (_METADATA, "Metadata"), (_METADATA, "MetadataIndex"), (_METADATA, "StorageMeta"), (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"), (_METADATA, "ChunkStorageMetadata"), (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
+    ("torch", "Size"), ("torch", "float32"), ("torch", "float64"), ("torch", "bfloat16"), ("torch", "int64"),
+    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+}  # fmt: skip
 
 
 @dataclass
@@ -63,8 +80,8 @@ def save_state(
     run: dict,
     dist_env: DistEnv,
     keep: int,
-    obsolete: Sequence[Path] = (),
-) -> Path:
+    since: int,
+) -> None:
     """Write the state after `step` optimizer steps to `folder`; then delete all but the newest `keep` states.
 
     Every process calls it, and each has to see the same `folder`. A state of the same step is replaced. If writing fails
@@ -72,7 +89,7 @@ def save_state(
 
     Args:
         write: writes this process's part into a folder.
-        obsolete: states to delete too, once this one is complete.
+        since: the step of this run's state before this one; later states are those of a run that it replaces, and go.
     """
     target = folder / f"step_{step:08d}"
     if dist_env.is_main:
@@ -95,12 +112,11 @@ def save_state(
             write_json(tmp / "run.json", run | {"step": step})
             write_json(tmp / MARKER, checksums | {"run.json": checksum(tmp / "run.json")})
     if dist_env.is_main:
-        for old in obsolete:
-            if old != target:
+        for old in complete_states(folder):
+            if step_of(old) > since and old != target:
                 delete_state(old)
         for old in complete_states(folder)[:-keep]:
             delete_state(old)
-    return target
 
 
 def _checksums(folder: Path, dist_env: DistEnv) -> dict[str, int]:
@@ -158,6 +174,59 @@ def _newest_state(folder: Path) -> str:
     return f"the newest complete state is {states[-1]}" if states else "there is no complete state yet"
 
 
+# ---- the tensors of a state
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` (whole, or DTensors) into `folder`. Every process has to call it.
+
+    Raises the error of the process that failed, for example OSError, on every process.
+    """
+    with _plain_errors():
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read from `folder` into `tensors`, in place. Every process has to call it, for the same names."""
+    with _plain_errors():
+        dcp.load(tensors, storage_reader=_Reader(folder))
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the error of the process that failed instead of DCP's summary; no warning that there is only one process."""
+    with warnings.catch_warnings(action=None if dist.is_initialized() else "ignore", category=UserWarning):
+        try:
+            yield
+        except CheckpointException as error:
+            failure, _trace = next(iter(error.failures.values()))
+            raise failure from error
+
+
+def tensor_layout(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return shape and dtype of every tensor in `folder`, by name."""
+    entries = _Reader(folder).read_metadata().state_dict_metadata
+    return {name: (x.size, x.properties.dtype) for name, x in entries.items() if isinstance(x, TensorStorageMetadata)}
+
+
+class _LayoutUnpickler(pickle.Unpickler):
+    """DCP keeps the layout of its files as a pickle, which could run code: only the classes of a layout are loaded."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _LAYOUT_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _LayoutUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 # ---- what a run may continue or replace
 
 
@@ -196,8 +265,6 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
             )
         return []
     path = folder if options.resume in ("newest", "auto") else Path(options.resume)
-    if not path.exists():
-        raise UserError(f"--resume: there is no {path}; {_START}")
     if found and folder.resolve() not in (path.resolve(), path.resolve().parent):
         raise UserError(
             f"--resume: {folder} holds a run of its own, which {path} does not belong to: give the --out_dir that it is "
@@ -205,17 +272,19 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
         )
     if not _STEP.fullmatch(path.name):
         if not (states := complete_states(path)):
-            raise UserError(f"--resume: no complete state in {path}; {_START}")
+            raise UserError(
+                f"--resume: there is no complete state in {path}; start without --resume, or with --resume auto"
+            )
         return states[::-1]
     if not (path / MARKER).exists():
-        raise UserError(f"--resume: {path} is not complete ({MARKER} is missing); {_newest_state(path.parent)}")
+        raise UserError(f"--resume: {path} is not complete (no {MARKER} in it); {_newest_state(path.parent)}")
     return [path]
 
 
 def find_state(
     folder: Path, options: TrainOptions, dist_env: DistEnv, identity: dict, settings: dict
-) -> tuple[TrainingCheckpoint | None, list[Path]]:
-    """Return the state to resume (None: start), and the states to delete once the run has saved one of its own.
+) -> TrainingCheckpoint | None:
+    """Return the state to resume; None: start from the beginning.
 
     Args:
         identity: what has to be the same as in the state.
@@ -223,19 +292,13 @@ def find_state(
 
     Raises UserError if there is nothing to resume, it is damaged, or belongs to a different run.
     """
-    found = complete_states(folder)
     candidates = _candidates(folder, options, dist_env)
     if dist_env.restart_count:
-        where = (
-            f"continuing from {candidates[0].name}"
-            if candidates
-            else "nothing was saved yet, starting from the beginning"
-        )
-        print(f"restarted by the launcher (restart {dist_env.restart_count}): {where}")
+        print(f"restarted by the launcher (restart {dist_env.restart_count})")
     if not candidates:
-        if options.resume == "auto":
+        if options.resume == "auto" or dist_env.restart_count:
             print(f"nothing to resume in {folder}: starting from the beginning")
-        return None, found
+        return None
     for path in candidates:
         if (path / "state.pt").exists():
             raise UserError(
@@ -265,16 +328,14 @@ def find_state(
         saved = "with" if state.run["format"] == "deepspeed" else "without"
         raise UserError(f"cannot resume {path}: it was saved {saved} --deepspeed, and can only be continued so")
     print(f"resuming after step {state.step} from {path}")
-    obsolete = []
-    if path.parent.resolve() == folder.resolve():
-        obsolete = [later for later in found if step_of(later) > state.step]
-        for later in obsolete:
+    for later in complete_states(folder):
+        if step_of(later) > state.step:
             print(f"{later.name} will be deleted at the next save: this run continues from an earlier step")
     if changed := differences(settings, state.run["settings"]):
         print(f"note: changed since then, so the result will differ from an uninterrupted run: {'; '.join(changed)}")
     if state.step >= settings["total_steps"]:
         print(f"the run is finished: it has done {state.step} steps, and {settings['total_steps']} were asked for")
-    return state, obsolete
+    return state
 
 
 def differences(now: dict, then: dict) -> list[str]:

@@ -112,13 +112,11 @@ def _open_wandb(options: TrainOptions, run_name: str) -> Logger | None:
         except Exception as error:
             if not _is_outage(error):
                 raise
-            if attempt == "online":
-                _warn(
-                    f"wandb cannot be reached ({_first_line(error)}): logging offline to {folder}, upload it with "
-                    "`wandb sync`"
-                )
-            else:
-                _warn(f"wandb cannot be used ({_first_line(error)}): training without it")
+            offline = f"logging offline to {folder}, upload it with `wandb sync`"
+            _warn(
+                f"wandb cannot be {'reached' if attempt == 'online' else 'used'} ({_first_line(error)}): "
+                f"{offline if attempt == 'online' else 'training without it'}"
+            )
     return None
 
 

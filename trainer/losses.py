@@ -28,11 +28,25 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[s
     # num_items_in_batch=1: the model returns the sum.
     out = model(**batch.inputs, num_items_in_batch=1, loss_only=True, use_cache=False)
     n_targets = batch.n_targets
-    if out.aux_loss is None:
-        return out.loss, n_targets, {"loss": out.loss.detach()}
-    balance = out.aux_loss.detach()
-    language = out.loss.detach() - balance if model.training else out.loss.detach()
-    return out.loss, n_targets, {"loss": language, "balance_loss": balance}
+    extras = {"loss": out.loss.detach()}
+    if out.aux_loss is not None:
+        balance = out.aux_loss.detach()
+        extras = {"loss": extras["loss"] - balance if model.training else extras["loss"], "balance_loss": balance}
+    if out.expert_load is not None and model.training:
+        extras |= {name: share * n_targets for name, share in expert_shares(out.expert_load).items()}
+    return out.loss, n_targets, extras
+
+
+def expert_shares(load: Tensor) -> dict[str, Tensor]:
+    """Return the share of the routed tokens that each expert got, averaged over layers; and how uneven the layers are.
+
+    `expert_max_load` is the load of the busiest expert of all layers, relative to the mean: 1 where all are equal.
+
+    load: (layers, experts) tokens.
+    """
+    shares = load / load.sum(dim=1, keepdim=True).clamp_min(1)
+    found = {f"expert_{i}_share": share for i, share in enumerate(shares.mean(dim=0))}
+    return found | {"expert_max_load": shares.max() * load.shape[1]}
 
 
 def sequence_logps(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

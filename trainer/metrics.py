@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jsonlines
@@ -29,32 +31,39 @@ FORMATTED = {
 }  # fmt: skip
 
 
+@dataclass
 class MetricsLogger:
     """Collect the sums of each step and report them; only rank 0 prints and writes.
 
-    Args:
+    Attributes:
         name: of the run.
-        steps_done: steps before this process started (a resumed run).
-        config, active_parameters, dtype: of the model, for MFU; active_parameters 0: unknown.
-        timer, log: those of this process.
+        config, active_parameters: of the model; the parameters are those that a token passes through.
+        first_step: steps before this process started (a resumed run).
+        timer, rank_log: those of this process.
     """
 
-    def __init__(
-        self, options: TrainOptions, name: str, dist_env: DistEnv, device: torch.device, *, total_steps: int,
-        steps_done: int, config: LMConfig, active_parameters: int, dtype: torch.dtype, timer: StepTimer, log: RankLog,
-    ) -> None:  # fmt: skip
-        self.options, self.name, self.dist_env, self.device = options, name, dist_env, device
-        self.total_steps, self.first_step = total_steps, steps_done
-        self.config, self.active_parameters = config, active_parameters
-        self.timer, self.rank_log = timer, log
-        self.path: Path = options.out_dir / f"{name}.metrics.jsonl"
-        self.peak = peak_flops(device, dtype)
+    options: TrainOptions
+    name: str
+    dist_env: DistEnv
+    config: LMConfig
+    active_parameters: int
+    device: torch.device
+    dtype: torch.dtype
+    total_steps: int
+    first_step: int
+    timer: StepTimer
+    rank_log: RankLog
+
+    def __post_init__(self) -> None:
+        self.path: Path = self.options.out_dir / f"{self.name}.metrics.jsonl"
+        self.peak = peak_flops(self.device, self.dtype)
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._validated_now = False
+        self._plotted = -math.inf
         self._bar: tqdm | None = None
         self._loggers = Loggers([])
-        if dist_env.is_main and steps_done < total_steps:
+        if self.dist_env.is_main and self.first_step < self.total_steps:
             print(self._plan(), flush=True)  # a first step can take minutes, and nothing else is printed before its end
 
     def _plan(self) -> str:
@@ -141,10 +150,10 @@ class MetricsLogger:
         line["tokens"] = tokens_done
         line["tokens_per_second"] = tokens / seconds
         line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
-        if self.peak and self.active_parameters:
+        if self.peak:
             flops = training_flops(self.config, self.active_parameters, tokens, pairs)
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
-        line |= self._skew(steps)
+        line |= self._skew()
         line["memory_gb"] = _memory_gb(self.device)
         # The first step also allocates and compiles: it says how long the others take only where that hardly counts.
         if step > self.first_step + 1:
@@ -160,20 +169,14 @@ class MetricsLogger:
         self._validated_now = False
         return line
 
-    def _skew(self, steps: float) -> dict[str, float]:
+    def _skew(self) -> dict[str, float]:
         """Compare the processes: the slowest one's seconds of work in a step, divided by the mean of all (1: equal)."""
         mine, size = self.timer.take(), self.dist_env.size
         if size == 1:
-            self.rank_log.write(f"the last {int(steps)} steps: {mine:.4f} s of work")
             return {}
         each = all_reduce_sum(self.dist_env, [mine * (rank == self.dist_env.rank) for rank in range(size)], self.device)
         mean = sum(each) / size
-        slowest = each.index(max(each))
-        self.rank_log.write(
-            f"the last {int(steps)} steps: {mine:.4f} s of work here, {mean:.4f} s on average, {max(each):.4f} s on rank "
-            f"{slowest}, the slowest"
-        )
-        return {"skew": max(each) / mean if mean else 1.0, "slowest_rank": slowest}
+        return {"skew": max(each) / mean if mean else 1.0, "slowest_rank": each.index(max(each))}
 
     def _format(self, line: dict[str, float]) -> str:
         step = int(line["step"])
@@ -185,8 +188,10 @@ class MetricsLogger:
         parts += [
             f"{name} {value:.4f}"
             for name, value in line.items()
-            if name not in FORMATTED and not name.startswith("val_")
+            if name not in FORMATTED and not name.startswith(("val_", "expert_"))
         ]
+        if shares := expert_shares(line):
+            parts.append(f"experts {min(shares):.0%}-{max(shares):.0%}, busiest {line['expert_max_load']:.2f}x")
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
         if self.dist_env.size > 1:
             each = "GPU" if self.device.type == "cuda" else "process"
@@ -199,9 +204,11 @@ class MetricsLogger:
             parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
         return " | ".join(parts)
 
-    def plot(self) -> None:
-        """Draw the losses so far into OUT_DIR/<run>.png."""
-        if lines := read_metrics(self.path):
+    def plot(self, last: bool) -> None:
+        """Draw the losses so far into OUT_DIR/<run>.png: `last`, or if the last drawing is older than ten seconds."""
+        now = time.perf_counter()
+        if (last or now - self._plotted > 10) and (lines := read_metrics(self.path)):
+            self._plotted = now
             plot_losses(lines, self.options.out_dir / f"{self.name}.png", title=self.name)
 
     def _delete_lines_after(self, step: int) -> None:
@@ -219,20 +226,32 @@ def read_metrics(path: Path) -> list[dict]:
         return list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
 
 
+def expert_shares(line: dict) -> list[float]:
+    """Return the share of the tokens of every expert, from the metrics of a mixture; else none."""
+    return [value for name, value in line.items() if name.startswith("expert_") and name.endswith("_share")]
+
+
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
-    """Draw training and validation loss (nats per token) over optimizer steps."""
+    """Draw training and validation loss (nats per token) over optimizer steps; and for a mixture, who got the tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
     from matplotlib.figure import Figure
 
     lines = list(lines)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    shared = [(x["step"], shares) for x in lines if (shares := expert_shares(x))]
+    n_plots = 2 if shared else 1
+    figure = Figure(figsize=(7, 4 * n_plots), layout="constrained")
+    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training")
     validated = [x for x in lines if "val_loss" in x]
     if validated:
         axes.plot([x["step"] for x in validated], [x["val_loss"] for x in validated], "o-", label="validation")
     axes.grid(alpha=0.3)
     axes.legend()
+    if shared:
+        axes = figure.add_subplot(n_plots, 1, 2, xlabel="optimizer step", ylabel="share of the tokens of each expert")
+        axes.plot([step for step, _ in shared], [shares for _, shares in shared])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
     with atomic_write(image, "wb") as file:
         FigureCanvasAgg(figure).print_png(file)
 

@@ -30,9 +30,12 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
 
     "matrices" are the weights of linear layers: they decay, and Muon can update them. "embeddings" and "vectors" (norms)
     do not decay: a rare token's row would shrink between its occurrences, and a norm's weight has no reason to be near 0.
-    The gates of experts decay, but Muon does not update them: the rows of a gate are independent classifiers.
+    The gates of experts decay, but Muon does not update them: the rows of a gate are independent classifiers. Their
+    "biases", if they have any, only follow the load of the experts: see `SignDescent`.
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "gates": [], "embeddings": [], "vectors": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {
+        name: [] for name in ("matrices", "gates", "embeddings", "vectors", "biases")
+    }
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     if isinstance(model, PreTrainedModel) and (output := model.get_output_embeddings()) is not None:
         embeddings.add(id(output.weight))  # a row for each token, too, where it is not tied to the embedding
@@ -41,6 +44,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
             continue
         if id(parameter) in embeddings:
             groups["embeddings"].append((name, parameter))
+        elif name.endswith(".gate.bias"):
+            groups["biases"].append((name, parameter))
         elif parameter.dim() < 2:
             groups["vectors"].append((name, parameter))
         elif ".gate." in name:
@@ -56,6 +61,23 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     return groups
 
 
+class SignDescent(torch.optim.Optimizer):
+    """Move every number by `rate` against the sign of its gradient, whatever the learning rate is.
+
+    For the biases of routers (`model.moe.Router.bias_loss`), as DeepSeek-V3 moves them.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float) -> None:
+        super().__init__(parameters, {"rate": rate})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["rate"])
+
+
 def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Return the optimizer(s) that together update every trainable parameter; the loop sets their learning rate.
 
@@ -68,6 +90,8 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
     groups = {key: [parameter for _, parameter in pairs] for key, pairs in parameter_groups(model).items()}
     matrices = groups.pop("matrices")
     optimizers: list[torch.optim.Optimizer] = []
+    if biases := groups.pop("biases"):
+        optimizers.append(SignDescent(biases, model.config.router_bias_rate))  # type: ignore[union-attr, arg-type]
     rest: list[dict] = [
         {"params": groups["gates"], "weight_decay": weight_decay},
         {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0},

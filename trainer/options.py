@@ -94,7 +94,9 @@ class TrainOptions:
         "float32 elsewhere", choices=["auto", *DTYPES],
     )  # fmt: skip
     compile: bool = flag(False, "compile the model: slower start, faster steps (on a CPU it needs a C++ compiler)")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass, and the loss in parts: less memory, slower"
+    )
     num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each batch when it is needed", min=0)
     local_rank: int = flag(0, "set by launchers, and ignored: the environment variable LOCAL_RANK is used")
     deepspeed: Path | None = flag(

@@ -17,7 +17,7 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights, parameter_counts
+from model.model import Transformer, initial_weights
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import Checkpoint, build_model, save_checkpoint
 from model.weights_file import read_tensors
@@ -108,7 +108,6 @@ def weights_run(
             "origin": origin.fingerprint if origin is not None else None,
         },
         save_weights=save_weights,
-        active_parameters=parameter_counts(empty)["active"],
     )
 
 

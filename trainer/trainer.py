@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import signal
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, stop_signals
-from common.files import atomic_write
+from common.files import write_json
 from data_pipeline.datasets import Batch, BatchLoader, DataFailure, Dataset, Schedule
 from model.device import is_out_of_memory, resolve_device, resolve_dtype
 from model.LMConfig import LMConfig
+from model.model import parameter_counts
 from trainer.checkpoint import TrainingCheckpoint, find_state, hold_run, save_state
 from trainer.distributed import (
     DistEnv,
@@ -60,7 +59,6 @@ class Run:
         identity: what has to be the same to resume it, beside data and flags: tokenizer, starting weights.
         save_weights: write the weights so far for later stages; takes a description of how they were made, and the
             trained tensors with their names, one at a time.
-        active_parameters: parameters that a token passes through (for MFU); 0: unknown.
     """
 
     stage: str
@@ -68,7 +66,6 @@ class Run:
     config: LMConfig
     identity: dict
     save_weights: Callable[[dict, Iterable[tuple[str, Tensor]]], None]
-    active_parameters: int = 0
 
 
 def fit(
@@ -129,7 +126,6 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.best_loss = math.inf  # the lowest that was logged
         self.resumed_loss: float | None = None  # of the state to resume; None once the first step was compared with it
-        self.obsolete: list[Path] = []  # states of a run that this one replaces, until it has saved something
         self.loader = BatchLoader(
             self.train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
         )
@@ -137,7 +133,7 @@ class Trainer:
         self.timer = StepTimer(self.device)
         trace = options.out_dir / f"{run.name}.rank{dist_env.rank}.trace.json"
         self.profiler = make_profiler(options.profile, trace, dist_env, self.device) if options.profile else None
-        self._saved_step = 0
+        self._saved_step = 0  # of this run's newest state
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -231,11 +227,10 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the cached blocks have the wrong sizes
         rows = self.options.batch_size * self.options.accumulation_steps
-        if self.dist_env.is_main:
-            print(
-                f"step {step + 1}: out of memory with {before} rows at once. --auto_batch continues with {now} rows and "
-                f"{-(-rows // now)} accumulation steps: each step keeps its samples"
-            )
+        print(
+            f"step {step + 1}: out of memory with {before} rows at once. --auto_batch continues with {now} rows and "
+            f"{-(-rows // now)} accumulation steps: each step keeps its samples"
+        )
         return self.loader.batches(step)
 
     def _memory_advice(self, error: RuntimeError | None) -> str:
@@ -270,10 +265,7 @@ class Trainer:
         if self.dist_env.is_main:
             metrics = {name: str(value) for name, value in result.items()}
             documents = self.train.documents(samples)
-            with atomic_write(report) as file:
-                json.dump(
-                    {"step": step + 1, "metrics": metrics, "samples": samples, "documents": documents}, file, indent=2
-                )
+            write_json(report, {"step": step + 1, "metrics": metrics, "samples": samples, "documents": documents})
         bad = ", ".join(f"{name} is {value}" for name, value in result.items() if not math.isfinite(value))
         raise UserError(
             f"step {step + 1}: {bad}; stopped before the weights changed. {self._kept()} The numbers of the samples and "
@@ -286,7 +278,6 @@ class Trainer:
         text = None
         if failure is not None:
             error = failure.error
-            self.log.write("ERROR " + "".join(traceback.format_exception(error)).rstrip())
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             who = f" on rank {self.dist_env.rank}" if self.dist_env.size > 1 else ""
             text = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
@@ -308,9 +299,7 @@ class Trainer:
             bad = [i for i in mine if pool.submit(self.train.batch, [i]).exception() is not None]
         if not bad:
             return f"one of the samples {', '.join(map(str, mine))}, although each of them can be read now"
-        documents = self.train.documents(bad[:1])
-        shown = ", ".join(map(str, documents[:8])) + (" ..." if len(documents) > 8 else "")
-        return f"sample {bad[0]} (document{'s' if len(documents) > 1 else ''} {shown})"
+        return f"sample {bad[0]} (documents {', '.join(map(str, self.train.documents(bad[:1])))})"
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
@@ -320,21 +309,21 @@ class Trainer:
         options.out_dir.mkdir(parents=True, exist_ok=True)
         identity, settings = self.identity(), self.settings()
         assert_same_on_all_ranks(self.dist_env, identity | _shared_flags(options))
-        state, self.obsolete = broadcast_object(
+        state = broadcast_object(
             self.dist_env, lambda: find_state(self.folder, options, self.dist_env, identity, settings)
         )
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        active_parameters = parameter_counts(self.model)["active"]  # type: ignore[arg-type] # before they are sharded
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if before_training is not None:
             before_training(self.strategy.module)
         if state is not None:
             self._resume(state)
         self.metrics_logger = MetricsLogger(
-            options, self.run.name, self.dist_env, self.device,
-            total_steps=self.total_steps, steps_done=self.steps_done, config=self.run.config,
-            active_parameters=self.run.active_parameters, dtype=self.dtype, timer=self.timer, log=self.log,
+            options, self.run.name, self.dist_env, self.run.config, active_parameters, self.device, self.dtype,
+            self.total_steps, self.steps_done, self.timer, self.log,
         )  # fmt: skip
         if self.val is not None and self.steps_done < self.total_steps:
             self._validate(self.val, max_batches=2)  # a broken validation fails now, not after an hour
@@ -375,8 +364,7 @@ class Trainer:
                     self.save()
             if asked_to_stop and not last:
                 logger.close()
-                if self.dist_env.is_main:
-                    print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
+                print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
                 raise SystemExit(128 + (received or [signal.SIGTERM])[0])
         return self.metrics
 
@@ -442,9 +430,8 @@ class Trainer:
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
         }  # fmt: skip
         save_state(
-            self.folder, self.steps_done, self.strategy.save, run, self.dist_env, self.options.keep, self.obsolete
+            self.folder, self.steps_done, self.strategy.save, run, self.dist_env, self.options.keep, self._saved_step
         )
-        self.obsolete = []
         self._saved_step = self.steps_done
         if weights:
             self._save_weights()
@@ -460,28 +447,18 @@ class Trainer:
             )
             if self.steps_done == self.total_steps:
                 raise UserError(f"{message}. Try a lower --learning_rate or --grad_clip")
-            if self.dist_env.is_main:
-                print(f"WARNING: {message}")
+            print(f"WARNING: {message}")
             return
         tensors = self.strategy.full_parameters()
         if self.dist_env.is_main:
-            self.run.save_weights(self.info(), tensors)
-            self.metrics_logger.plot()
+            info = {
+                "stage": self.run.stage, "step": self.steps_done, "total_steps": self.total_steps,
+                "tokens": self.tokens_done, "loss": self.metrics.get("loss"), "metrics": self.metrics,
+                **self.run.identity, "train_data": self.train.fingerprint, "options": self.options.describe(),
+            }  # fmt: skip
+            self.run.save_weights(info, tensors)
+            self.metrics_logger.plot(last=self.steps_done == self.total_steps)
         deque(tensors, maxlen=0)  # sharded parameters are gathered by all processes together
-
-    def info(self) -> dict:
-        """Return how the weights were made, for the JSON beside them."""
-        return {
-            "stage": self.run.stage,
-            "step": self.steps_done,
-            "total_steps": self.total_steps,
-            "tokens": self.tokens_done,
-            "loss": self.metrics.get("loss"),
-            "metrics": self.metrics,
-            **self.run.identity,
-            "train_data": self.train.fingerprint,
-            "options": self.options.describe(),
-        }
 
     def _resume(self, state: TrainingCheckpoint) -> None:
         """Continue from `state`: weights, optimizer, counters."""

@@ -22,9 +22,9 @@ class Watchdog(threading.Thread):
 
     Where processes wait for each other, one that does not respond blocks all the others until the process group's own
     timeout, whose error does not say which one it was. So each counts its heartbeats (all make the same calls) and
-    publishes the count in the launcher's store. A process that had no heartbeat for `timeout` seconds looks there which
-    one is behind, or publishes nothing any more: it was stopped. Where a process may take any time (`suspend`), it looks
-    only for those that have published nothing for `timeout` seconds.
+    publishes the count in the launcher's store, again and again. One that publishes nothing any more was stopped. A
+    process that had no heartbeat for `timeout` seconds also looks there which one is behind, except where it may take any
+    time (`suspend`).
 
     attempt: a number that grows when the launcher restarts the processes, because its store lives on.
     """
@@ -66,10 +66,10 @@ class Watchdog(threading.Thread):
             wait = self._interval
             try:
                 self._publish()
-                if self._suspended:
-                    self._look_for_stopped()
-                elif time.monotonic() - self.since > self.timeout:
-                    fail(self._report())
+                now = time.monotonic()
+                stuck = not self._suspended and now - self.since > self.timeout
+                if stuck or now - self._looked > self.timeout / 4:  # each look asks the store for every process
+                    self._look(now, stuck)
             except RuntimeError:  # the store is gone, and with it rank 0, which has printed its own message
                 os._exit(1)
 
@@ -78,48 +78,36 @@ class Watchdog(threading.Thread):
         position = [self.heartbeats, self.doing, socket.gethostname(), os.getpid(), self._published]
         self._store.set(str(self.rank), json.dumps(position))
 
-    def _positions(self) -> list[list]:
-        keys = [str(rank) for rank in range(self.size)]
-        unknown = [0, "starting", "an unknown host", 0, 0]
-        return [json.loads(self._store.get(key)) if self._store.check([key]) else unknown for key in keys]
-
-    def _look_for_stopped(self) -> None:
-        """End this process if others have published nothing for `timeout` seconds."""
-        now = time.monotonic()
-        if now - self._looked < self.timeout / 4:  # each look asks the store for every process
-            return
+    def _look(self, now: float, stuck: bool) -> None:
+        """End this process if others publish nothing any more, or if it is stuck."""
         self._looked = now
-        positions = self._positions()
+        unknown = [0, "starting", "an unknown host", 0, 0]
+        keys = [str(rank) for rank in range(self.size)]
+        positions = [json.loads(self._store.get(key)) if self._store.check([key]) else unknown for key in keys]
         for rank, position in enumerate(positions):
             if self._changes.get(rank, ([], 0.0))[0] != position:
                 self._changes[rank] = position, now
-        late = [rank for rank, (_, since) in self._changes.items() if now - since > self.timeout]
+        furthest = max(positions)
+        silence = (
+            self.timeout / 2 if stuck else self.timeout
+        )  # one that was stopped has blocked this process only later
+        late = [
+            rank
+            for rank, (position, since) in self._changes.items()
+            if now - since > silence or (stuck and position[0] < furthest[0])
+        ]
         if late:
-            fail(self._not_responding(late, positions))
-
-    def _not_responding(self, late: list[int], positions: list[list]) -> str:
-        waiting = max(positions)[1]  # what the furthest is doing
-        return (
-            f"{len(late)} of {self.size} processes did not respond within --timeout {self.timeout:g} seconds, and the "
-            f"others wait for them ({waiting}): {_names(late, positions)}. Check what is wrong there, then continue with "
-            "--resume"
-        )
-
-    def _report(self) -> str:
-        before = self._positions()
-        for _ in range(4):  # a process that arrived at the same moment has published it by then
-            time.sleep(self._interval / 2)
-            self._publish()
-        positions = self._positions()
-        furthest = max(count for count, *_ in positions)
-        late = [rank for rank, now in enumerate(positions) if now[0] < furthest or now == before[rank]]
-        if late:
-            return self._not_responding(late, positions)
-        return (
-            f"no process made progress for --timeout {self.timeout:g} seconds, and none is behind the others: "
-            f"{_names(range(self.size), positions)}. If a step takes so long, use a longer --timeout; otherwise continue "
-            "with --resume"
-        )
+            fail(
+                f"{len(late)} of {self.size} processes did not respond within --timeout {self.timeout:g} seconds, and the "
+                f"others wait for them ({furthest[1]}): {_names(late, positions)}. Check what is wrong there, then "
+                "continue with --resume"
+            )
+        if stuck:
+            fail(
+                f"no process made progress for --timeout {self.timeout:g} seconds, and none is behind the others: "
+                f"{_names(range(self.size), positions)}. If a step takes so long, use a longer --timeout; otherwise "
+                "continue with --resume"
+            )
 
 
 def _names(ranks: Iterable[int], positions: list[list]) -> str:

@@ -134,4 +134,5 @@ class DecodeWeights:
         ]
         found = [self.embedding, *(m.weight for m in matrices), *(m.scale for m in matrices)]
         found += [module.weight for module in modules if module is not None]
+        found += [layer.router.bias for layer in self.layers if layer.router is not None]
         return [tensor for tensor in found if tensor is not None]

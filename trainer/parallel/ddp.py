@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from common.files import write_json
+from trainer.checkpoint import load_tensors, save_tensors, tensor_layout
 from trainer.distributed import DistEnv
 from trainer.optim import clip_gradients, gradient_norm, make_optimizers
 from trainer.options import TrainOptions
-from trainer.state_tensors import load_tensors, save_tensors, tensor_layout
 
 
 class ParallelStrategy:
@@ -39,8 +39,10 @@ class ParallelStrategy:
     """
 
     format = "torch"  # of the files of a training state
+    dist_env: DistEnv
     module: nn.Module
     optimizers: list[torch.optim.Optimizer]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)  # only float16 needs one
     trainable_parameters: dict[str, Any]
 
     def train(self, mode: bool) -> None:
@@ -67,16 +69,30 @@ class ParallelStrategy:
 
     def step(self, max_norm: float) -> float:
         """Clip the gradients and update the weights; return the norm. If it is not finite, the weights stay."""
-        raise NotImplementedError
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        gradients = [local(p.grad) for p in self.trainable_parameters.values() if p.grad is not None]
+        norm = self._norm(gradients)
+        clip_gradients(gradients, norm, max_norm)
+        if self.scaler.is_enabled() or math.isfinite(norm):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self.zero_grad()
+        return norm
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        return float(gradient_norm(gradients))
 
     def may_skip_step(self) -> bool:
         """Return whether a norm that is not finite is normal (float16, until the scale cannot be lowered further)."""
-        return False
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of the trainable parameters, one at a time. Every process has to take them all."""
         for name, parameter in self.trainable_parameters.items():
-            yield name, parameter.detach()
+            tensor = parameter.detach()
+            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def non_finite(self) -> list[str]:
         """Return the names of the parameters in which this process sees a value that is not finite."""
@@ -85,6 +101,8 @@ class ParallelStrategy:
     def save(self, folder: Path) -> None:
         """Write this process's part of the training state into `folder`. Every process has to call it."""
         save_tensors(folder, self._state())
+        if self.dist_env.is_main and self.scaler.is_enabled():
+            write_json(folder / "scaler.json", self.scaler.state_dict())
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote, with the same or another number of processes. Every process has to call it."""
@@ -105,6 +123,8 @@ class ParallelStrategy:
                     else torch.zeros(shape, dtype=dtype, device=parameter.device)
                 )
         load_tensors(folder, self._state())
+        if self.scaler.is_enabled() and (file := folder / "scaler.json").exists():  # not if it was another precision
+            self.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def _state(self) -> dict[str, Tensor]:
         """Return the tensors of the training state: model/NAME and optimizer/NAME/exp_avg, ..."""
@@ -141,32 +161,6 @@ class DDPStrategy(ParallelStrategy):
     def backward(self, loss: Tensor) -> None:
         # DDP takes the mean over processes; ours is a sum.
         self.scaler.scale(loss * self.dist_env.size).backward()
-
-    def step(self, max_norm: float) -> float:
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self.trainable_parameters.values() if p.grad is not None]
-        norm = float(gradient_norm(gradients))
-        clip_gradients(gradients, norm, max_norm)
-        if self.scaler.is_enabled() or math.isfinite(norm):
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
-        self.zero_grad()
-        return norm
-
-    def may_skip_step(self) -> bool:
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        if self.dist_env.is_main and self.scaler.is_enabled():
-            write_json(folder / "scaler.json", self.scaler.state_dict())
-
-    def load(self, folder: Path) -> None:
-        super().load(folder)
-        if self.scaler.is_enabled() and (file := folder / "scaler.json").exists():  # not if it was another precision
-            self.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ right after; gradients are summed and sharded in one operation (reduce-scatter).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from model.model import TransformerBlock
 from trainer.distributed import DistEnv, all_reduce_sum
-from trainer.optim import clip_gradients, gradient_norm, make_optimizers
+from trainer.optim import make_optimizers
 from trainer.options import TrainOptions
-from trainer.parallel.ddp import ParallelStrategy, local
+from trainer.parallel.ddp import ParallelStrategy
 
 
 class FSDPStrategy(ParallelStrategy):
@@ -52,16 +51,5 @@ class FSDPStrategy(ParallelStrategy):
         # gradients until then.
         loss.backward()
 
-    def step(self, max_norm: float) -> float:
-        shards = [local(p.grad) for p in self.trainable_parameters.values() if p.grad is not None]
-        norm = math.sqrt(all_reduce_sum(self.dist_env, [float(gradient_norm(shards)) ** 2], self.device)[0])
-        clip_gradients(shards, norm, max_norm)
-        if math.isfinite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-        self.zero_grad()
-        return norm
-
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.trainable_parameters.items():
-            yield name, parameter.detach().full_tensor()
+    def _norm(self, shards: list[Tensor]) -> float:
+        return math.sqrt(all_reduce_sum(self.dist_env, [super()._norm(shards) ** 2], self.device)[0])

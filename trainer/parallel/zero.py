@@ -67,7 +67,11 @@ class DeepSpeedStrategy(ParallelStrategy):
             # Processes may run different experts, in different orders. All of a layer's experts are gathered at once, so
             # that every process asks for the same parameters in the same order.
             set_z3_leaf_modules(model, [MoEFeedForward])
-        (optimizer,) = make_optimizers(model, "adamw", options.weight_decay)
+        optimizer, *others = make_optimizers(model, "adamw", options.weight_decay)
+        if others:
+            raise UserError(
+                "a model with router_bias_rate needs a second optimizer, and DeepSpeed takes one: use --fsdp"
+            )
         self.trainable_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.module: Any
         self.module, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -107,14 +111,14 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def load(self, folder: Path) -> None:
         tag = TAG
-        with only_tensors():
-            if self.universal:
-                tag = f".universal_{folder.name}"
-                with main_process_first(self.dist_env, "converting the state"):
-                    if self.dist_env.is_main:
-                        _convert_to_universal(folder / TAG, folder.parent / tag)
-                folder = folder.parent
-            path, _ = self.module.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        load_only_tensors()
+        if self.universal:
+            tag = f".universal_{folder.name}"
+            with main_process_first(self.dist_env, "converting the state"):
+                if self.dist_env.is_main:
+                    _convert_to_universal(folder / TAG, folder.parent / tag)
+            folder = folder.parent
+        path, _ = self.module.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise UserError(f"cannot resume {folder}: DeepSpeed finds no state in it")
         barrier(self.dist_env)
@@ -141,22 +145,14 @@ def _convert_to_universal(source: Path, target: Path) -> None:
         )  # fmt: skip
 
 
-@contextlib.contextmanager
-def only_tensors() -> Iterator[None]:
-    """Let DeepSpeed load files that hold nothing but tensors and its own plain classes: others could run code."""
+def load_only_tensors() -> None:
+    """Let this process load files that hold nothing but tensors and DeepSpeed's plain classes: others could run code."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        del os.environ[name]
-        os.environ |= {name: before} if before is not None else {}
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for anything
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 def complete_zero_config(options: TrainOptions, dtype: torch.dtype, world_size: int) -> dict:
