@@ -52,7 +52,8 @@ TOOL_FIELDS = ("name", "description", "parameters")  # what the model sees of a 
 
 # The same text as render_chat, for transformers, vLLM and llama.cpp. Two things differ from the published template: the
 # header of the next answer depends on add_generation_prompt, and a role out of order is an error instead of dropped.
-# {% generation %} marks what is trained on.
+# {% generation %} marks what is trained on. What tojson returns is never joined with "+": Jinja without transformers would
+# write the other text as HTML then.
 CHAT_TEMPLATE = (
     f"{{% set followed_by = { ({role: [n for n in after if n != END] for role, after in FOLLOWED_BY.items()})!r} %}}"
     "{% set ns = namespace(last='') %}"
@@ -62,9 +63,9 @@ CHAT_TEMPLATE = (
     "{% if tools %}"
     "{{ ('\n' if system['content'] else '') + '<tools>' }}"
     "{% for tool in tools %}{% set tool = tool['function'] or tool %}"
-    "{{ ('' if loop.first else '\n') + '{\"name\": ' + tool['name'] | tojson }}"
-    "{% if tool['description'] %}{{ ', \"description\": ' + tool['description'] | tojson }}{% endif %}"
-    "{% if tool['parameters'] %}{{ ', \"parameters\": ' + tool['parameters'] | tojson }}{% endif %}"
+    "{{ ('' if loop.first else '\n') + '{\"name\": ' }}{{ tool['name'] | tojson }}"
+    "{% if tool['description'] %}{{ ', \"description\": ' }}{{ tool['description'] | tojson }}{% endif %}"
+    "{% if tool['parameters'] %}{{ ', \"parameters\": ' }}{{ tool['parameters'] | tojson }}{% endif %}"
     "{{ '}' }}"
     "{% endfor %}"
     "{{ '</tools>' }}"
@@ -80,7 +81,7 @@ CHAT_TEMPLATE = (
     "{% if message['reasoning_content'] is string %}{{ '<think>' + message['reasoning_content'] + '</think>' }}{% endif %}"
     "{{ content }}"
     "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
-    "{{ '<tool_call>{\"name\": ' + call['name'] | tojson + ', \"arguments\": ' }}"
+    "{{ '<tool_call>{\"name\": ' }}{{ call['name'] | tojson }}{{ ', \"arguments\": ' }}"
     "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}{{ '}</tool_call>' }}"
     "{% endfor %}"
     "{{ '</s>' }}{% endgeneration %}{{ '\n' }}"
