@@ -23,7 +23,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from trainer.options import TrainOptions
+from trainer.options import OPTIMIZERS, TrainOptions
 
 
 @dataclass
@@ -35,6 +35,17 @@ class PretrainOptions(TrainOptions):
         "texts: CSV, JSONL, JSON, Parquet or TXT, also .gz and .zst (default: dataset/pretrain_data.csv)", nargs="+",
     )  # fmt: skip
     text_field: str = flag("text", "column or key with the text")
+    optimizer: str = flag("auto", "as in the other stages; auto: muon, but adamw with --deepspeed", choices=OPTIMIZERS)
+    learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
+    batch_size: int = flag(
+        None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
+        "run; more than 32 are accumulated)"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 4e-3 if self.optimizer == "muon" else 1e-3
 
 
 def main() -> None:

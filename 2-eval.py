@@ -5,10 +5,12 @@
     python 2-eval.py --weights out/full_sft_512.pth --system "Answer in one sentence." --history_turns 3
     python 2-eval.py --lora out/lora_identity_512
     python 2-eval.py --weights out/rl_512-llama                 # an exported folder
+    python 2-eval.py --image cat.png                            # a model that sees, the newest out/sft_vlm_*
 
 In:  a .pth file, the folder of an adapter, or an exported folder (--weights); an adapter on a base of your choice (--lora
      with --weights)
-Out: the conversation on the terminal; /save FILE keeps it in the format that 3-full_sft.py trains on
+Out: the conversation on the terminal; /save FILE keeps it in the format that 3-full_sft.py (with images: 9-sft_vlm.py)
+     trains on
 
 The model sees `<s>user\\n…</s>\\n<s>assistant\\n` and generates the answer up to its own `</s>`. It remembers only what is
 in its prompt: --history_turns says how many earlier questions and answers are.
@@ -16,6 +18,8 @@ in its prompt: --history_turns says how many earlier questions and answers are.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +28,13 @@ from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import Chat, print_answer, use_utf8
+from model.chat_format import IMAGE
 
 if TYPE_CHECKING:
+    from inference.generator import TokenOutput
     from inference.model_loader import TextGenerator
+    from inference.prompts import Prompt
+    from inference.vision import ImagePreparer
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -40,10 +48,26 @@ QUESTIONS = [
     "Tell me a short story about a cat.",
 ]
 
+IMAGE_QUESTIONS = [
+    "描述这张图片。",
+    "Describe this picture.",
+    "图里有什么颜色？",
+    "How many things are there?",
+]  # with --image
+IMAGE_HELP = "  /image FILE  show an image with the next question; repeatable\n"
+
 
 @dataclass
 class Options(ChatOptions):
     auto: bool = flag(False, "answer a built-in list of questions, each without the others", action="store_true")
+    image: list[Path] = flag(
+        [], "show these images with the first question (--auto: with each)", nargs="+", metavar="FILE"
+    )
+    vision_encoder: Path | None = flag(
+        None,
+        "folder of the image encoder, for a model without its own (default: that of its training)",
+        metavar="FOLDER",
+    )
     lora: Path | None = flag(
         None, "a LoRA adapter, on the base it was trained on (beside it, or named by --weights)", metavar="FOLDER"
     )
@@ -59,17 +83,84 @@ class LocalChat(Chat):
         self.generator, self.sampling = generator, options.sampling
 
     def reply(self, question: str) -> str:
-        from inference.prompts import chat_prompt
-
+        prompt = self.prompt(question)
         context, length = self.generator.context, self.sampling.max_new_tokens
-        prompt = chat_prompt(
-            self.generator.tokenizer, self.turns, question, history_turns=self.history_turns,
-            system=self.system[0]["content"] if self.system else None, context=context, max_new_tokens=length,
-        )  # fmt: skip
         if left_out := prompt.turns_left_out:
             turns = left_out + prompt.turns_seen
             print(f"[context of {context} tokens: {left_out} of {turns} earlier turns left out]")
-        return print_answer(self.generator.generate(prompt.ids, self.sampling), length, context)[0]
+        return print_answer(self.generate(prompt), length, context)[0]
+
+    def prompt(self, question: str, image_ids: Sequence[int] = ()) -> Prompt:
+        from inference.prompts import chat_prompt
+
+        return chat_prompt(
+            self.generator.tokenizer, self.turns, question, history_turns=self.history_turns,
+            system=self.system[0]["content"] if self.system else None, context=self.generator.context,
+            max_new_tokens=self.sampling.max_new_tokens, image_ids=image_ids,
+        )  # fmt: skip
+
+    def generate(self, prompt: Prompt) -> Iterator[TokenOutput]:
+        return self.generator.generate(prompt.ids, self.sampling)
+
+
+class ImageChat(LocalChat):
+    """A conversation with a model that sees. An image is the character `IMAGE` in a turn, and its bytes are in `images`."""
+
+    def __init__(self, generator: TextGenerator, options: Options, prepare: ImagePreparer) -> None:
+        super().__init__(generator, options)
+        self.prepare = prepare
+        self.images: list[bytes] = []  # of all turns, and then of the next question
+        self.n_waiting = 0  # of the next question
+        self.help = IMAGE_HELP + self.help
+
+    def attach(self, path: Path) -> None:
+        """Show an image with the next question. Raises UserError for one that cannot be used."""
+        from data_pipeline.images import read_image
+
+        self.images.append(read_image(path.name, path.expanduser().absolute().parent))
+        self.n_waiting += 1
+
+    def run_command(self, command: str, argument: str) -> bool:
+        if command != "/image":
+            return False
+        try:
+            if not argument:
+                raise UserError("name a file: /image FILE")
+            self.attach(Path(argument))
+            print(f"{argument}: with the next question")
+        except UserError as error:
+            print(f"no image: {error}", file=sys.stderr, flush=True)
+        return True
+
+    def ask(self, question: str) -> bool:
+        answered = super().ask(f"{IMAGE}\n" * self.n_waiting + question.replace(IMAGE, ""))
+        if answered:
+            self.n_waiting = 0
+            self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")
+        return answered
+
+    def prompt(self, question: str, image_ids: Sequence[int] = ()) -> Prompt:
+        return super().prompt(question, self.prepare.model.vision.image_ids)
+
+    def generate(self, prompt: Prompt) -> Iterator[TokenOutput]:
+        from data_pipeline.images import open_image
+
+        seen = self.images[len(self.images) - prompt.n_images :]  # those of turns that were left out are the first ones
+        return self.generator.generate(prompt.ids, self.sampling, self.prepare([open_image(data) for data in seen]))
+
+    def clear(self) -> None:
+        super().clear()
+        self.images.clear()
+        self.n_waiting = 0
+
+    def record(self) -> dict:
+        from data_pipeline.images import data_url
+
+        shown = self.images[: len(self.images) - self.n_waiting]
+        if not shown:
+            return super().record()
+        turns = [turn | {"content": turn["content"].replace(IMAGE, "<image>")} for turn in self.turns]
+        return {"messages": [*self.system, *turns], "images": [data_url(data) for data in shown]}
 
 
 def main() -> None:
@@ -77,24 +168,40 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     from inference.model_finder import CHAT_STAGES, require_model  # torch and transformers take seconds to import
     from inference.model_loader import load_text_generator
+    from inference.vision import ImagePreparer
+    from model.vision import VisionLanguageModel
 
     path = options.model.weights
     if path is None and options.lora is None:
-        path = require_model(options.model.out_dir, CHAT_STAGES, "3-full_sft.py")
+        stages, script = (CHAT_STAGES, "3-full_sft.py") if not options.image else (("sft_vlm",), "9-sft_vlm.py")
+        path = require_model(options.model.out_dir, stages, script)
     generator = load_text_generator(path, options.model, options.lora)
     if generator.checkpoint.info.get("stage") == "pretrain":
         print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
-    chat = LocalChat(generator, options)
+    if options.image or isinstance(generator.checkpoint.model, VisionLanguageModel):
+        prepare = ImagePreparer.for_checkpoint(generator.checkpoint, options.vision_encoder)
+        chat: LocalChat = ImageChat(generator, options, prepare)
+    else:
+        chat = LocalChat(generator, options)
     if not options.auto:
+        show(chat, options.image)
         chat.run()
         return
     answered = 0
-    for question in QUESTIONS:
+    for question in IMAGE_QUESTIONS if options.image else QUESTIONS:
         print(f"> {question}")
-        chat.turns.clear()
+        chat.clear()
+        show(chat, options.image)
         answered += chat.ask(question)
     if not answered:
         raise UserError("no question was answered; the lines above say why")
+
+
+def show(chat: LocalChat, images: list[Path]) -> None:
+    """Show images with the next question; only a chat with a model that sees gets any."""
+    for path in images:
+        assert isinstance(chat, ImageChat)
+        chat.attach(path)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main() -> int:
     add("--only", nargs="+", metavar="WORD", help="run the checks whose names contain one of these words")
     add("--list", action="store_true", help="print the names of the checks and exit")
     add("--minutes", type=float, default=8.5, help="stop starting checks after this time (default: 8.5)")
-    add("--jobs", type=int, help="checks that run side by side (default: 4; 1 on a CPU)")
+    add("--jobs", type=int, help="checks that run side by side (default: 8; 1 on a CPU)")
     add("--output", type=Path, default=ROOT / "out" / "gpu_check.json", help="default: out/gpu_check.json")
     for name, kind in {"worker": str, "result": Path, "folder": Path, "processes": int}.items():
         add(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -175,7 +175,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder), device, processes)
         run(FIRST, place, report, deadline, {})
-        with ThreadPoolExecutor(args.jobs or (1 if device == "cpu" else 4)) as pool:
+        with ThreadPoolExecutor(args.jobs or (1 if device == "cpu" else 8)) as pool:
             side_by_side = [name for name in chosen if not CHECKS[name].alone]
             futures = [pool.submit(run, name, place, report, deadline, ONE_THREAD) for name in side_by_side]
             for future in futures:

@@ -7,6 +7,7 @@ another. Without a GPU they run at toy size: the same code, figures without mean
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import re
@@ -196,6 +197,8 @@ def little_memory(place: Place, room: float) -> Iterator[None]:
         with mock.patch.object(Transformer, "forward", fails):
             yield
         return
+    gc.collect()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(int(free - room), dtype=torch.uint8, device="cuda")
     yield
@@ -235,12 +238,13 @@ def one_process_group(place: Place) -> Figures:
     return {"backend": backend} | close(wrapped, plain, torch.bfloat16)
 
 
-def launched(place: Place, *flags: object) -> Figures:
+def launched(place: Place, *flags: object, optimizer: str = "muon") -> Figures:
     """Train with torchrun, a process per GPU: the losses must be those of one process over the same samples."""
     name = re.sub(r"\W+", "_", f"launched {' '.join(map(str, flags))}")
-    expected = train(place, "1-pretrain.py", f"{name} alone")
+    expected = train(place, "1-pretrain.py", f"{name} alone", "--optimizer", optimizer)
     out, n = place.folder / "runs" / name, place.processes
     command = command_line(place, "1-pretrain.py", out, "--batch_size", 8 // n, "--timeout", 120, *flags)
+    command += ["--optimizer", optimizer]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     subprocess.run([*launcher, *command], cwd=ROOT, check=True)
     return {"processes": n} | same_losses(metrics(out), expected)
@@ -249,7 +253,7 @@ def launched(place: Place, *flags: object) -> Figures:
 def deepspeed(place: Place, stage: int) -> Figures:
     if importlib.util.find_spec("deepspeed") is None:
         raise Skipped("deepspeed is not installed")
-    return launched(place, "--deepspeed", ROOT / "configs" / f"zero{stage}.json")
+    return launched(place, "--deepspeed", ROOT / "configs" / f"zero{stage}.json", optimizer="adamw")
 
 
 # ---- kernels against their references
@@ -478,6 +482,8 @@ def memory(place: Place, preset: str) -> Figures:
         measured = torch.cuda.max_memory_allocated()
         figures["measured / computed"] = ratio = measured / computed
         expect(0.9 < ratio < 1.1, f"{label}: {measured / 1e9:.3g} GB instead of {computed / 1e9:.3g}")
+        del strategy, batch
+        gc.collect()
     return figures
 
 
@@ -568,7 +574,7 @@ CHECKS: dict[str, Check] = {
     },
     "pretrain moe bfloat16": Check(lambda place: mixture(place, "--dtype", "bfloat16")),
     "pretrain moe float16": Check(lambda place: mixture(place, "--dtype", "float16")),
-    "pretrain --optimizer muon": Check(lambda place: stage(place, "1-pretrain.py", "--optimizer", "muon")),
+    "pretrain --optimizer adamw": Check(lambda place: stage(place, "1-pretrain.py", "--optimizer", "adamw")),
     "pretrain --gradient_checkpointing": Check(lambda place: stage(place, "1-pretrain.py", "--gradient_checkpointing")),
     "resume": Check(resume),
     "process group, DDP": Check(one_process_group),
@@ -577,9 +583,9 @@ CHECKS: dict[str, Check] = {
     "torchrun --fsdp --compile": Check(lambda place: launched(place, "--fsdp", "--compile")),
     **{f"torchrun --deepspeed zero{n}": Check(partial(deepspeed, stage=n)) for n in (2, 3)},
     "decoding: compiled equals eager": Check(cuda_graphs),
+    **{f"memory {name}": Check(partial(memory, preset=name)) for name in PRESETS},
     "--auto_batch": Check(auto_batch, alone=True),
     "matrix product": Check(matrix_peak, alone=True),
     **{f"decoding {name}": Check(partial(decoding, name=name), alone=True) for name in PRESETS[:2]},
-    **{f"memory {name}": Check(partial(memory, preset=name)) for name in PRESETS},
     **{f"mfu {name}": Check(partial(mfu, preset=name), alone=True, timeout=240) for name in PRESETS},
 }

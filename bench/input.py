@@ -68,16 +68,16 @@ def cached_dataset(folder: Path, n_documents: int, random_tokens: bool) -> Token
     return tokenize_pretrain_data([source], tokenizer, cache, log=lambda _: None)
 
 
-def seconds_to_start(folder: Path, n_documents: int) -> float:
-    """Return the seconds from opening a cached dataset to its first batch."""
+def seconds_to_start(folder: Path, n_documents: int) -> tuple[float, float]:
+    """Return the seconds from opening a cached dataset to its first batch, by the clock and of CPU time."""
     cached_dataset(folder, n_documents, random_tokens=False)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     dataset = cached_dataset(folder, n_documents, random_tokens=False)
     train, val = (PackedRows(dataset, documents, SEQ_LEN, seed=0) for documents in dataset.split(0.0001))
     schedule = Schedule(len(train), ROWS, len(train), seed=0)
     assert len(val) and schedule.total_steps
     next(BatchLoader(train, schedule, 0, 1, ROWS, num_workers=1).prefetch(0))
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def loader_rate(folder: Path, n_documents: int, seconds: float) -> float:
@@ -108,7 +108,9 @@ def main() -> None:
         loader = loader_rate(Path(small), min(args.documents, 1_000_000), args.seconds)
     print("| | figure | goal |\n|---|---|---|")
     print(f"| tokenising, relative to the library alone ({library:.2f} MB/s) | {ours / library:.2f} | 0.85 |")
-    print(f"| start on {args.documents:,} cached documents, s | {start:.2f} | 5 for 10,000,000 |")
+    print(
+        f"| start on {args.documents:,} cached documents, s | {start[0]:.2f} (CPU {start[1]:.2f}) | 5 for 10,000,000 |"
+    )
     print(f"| loader, one thread, tokens/s | {loader:,.0f} | 2,000,000 |")
 
 

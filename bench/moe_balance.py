@@ -11,9 +11,10 @@ everything), and the shares of the least and the most popular expert are means o
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,15 +22,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.gpu_checks import run_here  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import run_script  # noqa: E402
 
-MODEL = "--preset toy --use_moe --n_routed_experts 8 --n_shared_experts 1 --hidden_dim 256 --max_seq_len 256".split()
+SHAPE = "--dim 96 --n_layers 3 --n_heads 6 --n_kv_heads 3 --hidden_dim 96 --max_seq_len 128"
+MODEL = f"{SHAPE} --use_moe --n_routed_experts 8 --n_shared_experts 1".split()
 WAYS = {
     "nothing": ["--aux_loss_alpha", "0"],
     "loss, 0.01": [],
     "biases, 0.001": ["--aux_loss_alpha", "0", "--router_bias_rate", "0.001"],
-    "biases, 0.01": ["--aux_loss_alpha", "0", "--router_bias_rate", "0.01"],
+    "biases, 0.003": ["--aux_loss_alpha", "0", "--router_bias_rate", "0.003"],
 }
 
 
@@ -37,7 +40,6 @@ def train(flags: list[str], data_path: Path, seed: int, steps: int, folder: Path
     """Train one model; return its validation loss, and its load in the last quarter of the steps."""
     out = folder / "run"
     command = [
-        sys.executable,
         "1-pretrain.py",
         "--data_path",
         data_path,
@@ -46,9 +48,10 @@ def train(flags: list[str], data_path: Path, seed: int, steps: int, folder: Path
         "--out_dir",
         out,
     ]
-    command += [*MODEL, *flags, "--seed", seed, "--max_steps", steps, "--batch_size", 8, "--learning_rate", "2e-3"]
+    command += [*MODEL, *flags, "--seed", seed, "--max_steps", steps, "--batch_size", 4, "--learning_rate", "2e-3"]
     command += ["--log_interval", 5, "--overwrite"]
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_here(list(map(str, command)))
     lines = [json.loads(line) for line in next(out.glob("*.metrics.jsonl")).read_text().splitlines()]
     late = [line for line in lines if line["step"] > 0.75 * steps]
     shares = [[line[f"expert_{i}_share"] for i in range(8)] for line in late]

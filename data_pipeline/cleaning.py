@@ -267,7 +267,7 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
         if stack.enter_context(exclusive(outputs[0].parent, outputs[0].name, busy)):
             for path in [*outputs[1:], rejects]:
                 delete_leftovers(path.parent, path.name)  # of a process that was killed
-        stack.enter_context(_rejects_file(rejects, summary))
+        stack.enter_context(rejects_file(rejects, summary))
         files = [stack.enter_context(_output_file(path, stage, summary)) for path in outputs]
         seen = stack.enter_context(KeySet(out_dir)) if options.dedupe else None
         progress = stack.enter_context(Progress(stage.name, size))
@@ -345,7 +345,7 @@ def _output_file(path: Path, stage: Stage, summary: Summary) -> Iterator[_Output
 
 
 @contextlib.contextmanager
-def _rejects_file(path: Path, summary: Summary) -> Iterator[None]:
+def rejects_file(path: Path, summary: Summary) -> Iterator[None]:
     """Let `summary.bad` write to `path`, which exists afterwards only if there were bad lines."""
     with contextlib.suppress(_NothingToWrite), atomic_write(path) as file:
         summary.bad = BadLineLog(file)
@@ -390,15 +390,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def summary_table(stage: Stage, summary: Summary) -> str:
+def summary_table(name: str, summary: Summary) -> str:
     """Return a table of the rows that were kept and dropped (by reason), and the files that were written."""
     total = summary.kept + summary.dropped.total()
     rows = [("rows read", total), ("kept", summary.kept)]
     rows += [(f"dropped: {reason}", count) for reason, count in summary.dropped.most_common()]
-    width = max(len(name) for name, _ in rows)
+    width = max(len(what) for what, _ in rows)
     rate = summary.n_bytes / 1e6 / max(summary.seconds, 1e-9)
-    lines = [f"{stage.name}: {summary.n_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s, {rate:.1f} MB/s"]
-    lines += [f"  {name:<{width}}  {count:>13,}  {count / total:6.1%}" for name, count in rows]
+    lines = [f"{name}: {summary.n_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s, {rate:.1f} MB/s"]
+    lines += [f"  {what:<{width}}  {count:>13,}  {count / total:6.1%}" for what, count in rows]
     if summary.bad.count:
         lines += [f"  bad lines ({len(summary.bad.first)} of {summary.bad.count:,}; all are in {summary.rejects}):"]
         lines += [f"    {bad}" for bad in summary.bad.first]

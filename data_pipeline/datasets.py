@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -142,6 +142,37 @@ class PackedRows:
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors["cu_seqlens"] = torch.tensor(boundaries, dtype=torch.int32)
         return Batch(tensors, int((labels != -100).sum()), ids.size - n_padding, int((lengths**2).sum()))
+
+
+class ImageRows(PackedRows):
+    """Rows of packed dialogues with their images. No dialogue may be longer than a row.
+
+    Args:
+        images: returns the images of these numbers as one tensor, in the order of the numbers.
+        name: of that tensor among the inputs of the model.
+    """
+
+    def __init__(
+        self, dataset: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int,
+        images: Callable[[list[int]], Tensor], name: str,
+    ) -> None:  # fmt: skip
+        super().__init__(dataset, documents, seq_len, seed)
+        if dataset.n_images is None:
+            raise ValueError("this dataset has no images")
+        if self.packing.start.any():
+            raise ValueError(f"a dialogue is longer than the rows of {seq_len} tokens: tokenize with that length")
+        self.images, self.name = images, name
+        self.first_image = np.cumsum(dataset.n_images) - dataset.n_images
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return rows as `PackedRows.batch` does, and the images in the order in which they stand in the rows."""
+        batch = super().batch(indices)
+        numbers: list[int] = []
+        for row in indices:
+            for document in self.packing.document[self.packing.bounds[row] : self.packing.bounds[row + 1]]:
+                first = int(self.first_image[document])
+                numbers += range(first, first + int(self.dataset.n_images[document]))  # type: ignore[index]
+        return dataclasses.replace(batch, inputs=batch.inputs | {self.name: self.images(numbers)})
 
 
 @dataclass(frozen=True)

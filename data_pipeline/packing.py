@@ -83,21 +83,25 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     room take one each, or a row with much room takes several.
     """
     order = np.argsort((seq_len - lengths).astype(np.min_scalar_type(seq_len)), kind="stable")  # 16 bits: linear time
-    row_of = np.empty(len(lengths), np.int64)  # in that order
+    row_of: list[int] = []  # in that order
     open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]
     rooms = 0
     used = 0
-    ends = [*(np.flatnonzero(np.diff(lengths[order])) + 1).tolist(), len(lengths)]
-    at = 0
-    for end in ends:
-        size = int(lengths[order[at]])
-        while at < end:
+    sizes, counts = np.unique(lengths, return_counts=True)
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
             fitting = rooms >> size
             room = size + (fitting & -fitting).bit_length() - 1 if fitting else seq_len
-            in_row = min(room // size, end - at)  # a row with room for several is the fullest one until it is full
-            n = min(end - at, len(open_rows[room]) if fitting else end - at) if in_row == 1 else 1
+            stack = open_rows[room]
+            if room < 2 * size or count == 1:  # many rows take one each
+                in_row, n = 1, count
+                if fitting and n > len(stack):
+                    n = len(stack)
+            else:  # a row with room for several is the fullest one until it is full
+                in_row, n = room // size, 1
+                if in_row > count:
+                    in_row = count
             if fitting:
-                stack = open_rows[room]
                 rows = stack[: -n - 1 : -1]
                 del stack[-n:]
                 if not stack:
@@ -105,12 +109,12 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
             else:
                 rows = [*range(used, used + n)]
                 used += n
-            row_of[at : at + n * in_row] = rows[0] if in_row > 1 else rows
-            at += n * in_row
+            row_of += rows * in_row
+            count -= n * in_row
             if left := room - in_row * size:
                 open_rows[left] += rows
                 rooms |= 1 << left
-    placed = np.empty_like(row_of)
+    placed = np.empty(len(lengths), np.int64)
     placed[order] = row_of
     return placed, used
 

@@ -126,11 +126,12 @@ def parse_block(block: Block) -> Iterator[Record | BadLine]:
             yield BadLine(number, str(error))
 
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def map_blocks(
-    pool: Executor, work: Callable[[Block], Result], blocks: Iterable[tuple[Path, Block]], num_workers: int
+    pool: Executor, work: Callable[[Item], Result], blocks: Iterable[tuple[Path, Item]], num_workers: int
 ) -> Iterator[tuple[Path, Result]]:
     """Apply `work` to blocks in the workers of `pool`; yield (file, result) in the order of the blocks.
 

@@ -25,14 +25,16 @@ from data_pipeline.readers import columns, field_names, file_format, iter_record
 from data_pipeline.text_files import BadLine
 from model.chat_format import Message, check_messages, message_text, with_tools
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES |= {"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"}
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function": "tool",
+}  # fmt: skip
 QUESTION_ANSWER = (("q", "a"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
 # A CSV or Parquet file needs all columns of one of these.
 CHAT_COLUMNS = (*QUESTION_ANSWER, ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
 PREFERENCE_COLUMNS = (("chosen", "rejected"),)
 _IS_PREFERENCE = "preference pairs (chosen, rejected) are for 5-dpo_train.py"
-# Types of the parts of a content, and where in it they stand; `_part_text` finds their text.
+# Types of the parts of a content, and their order in it.
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -73,7 +75,7 @@ def parse_conversation(data: dict) -> list[Message]:
     check_stage(data)
     messages = read_messages(data)
     for message in messages:
-        _check_not_empty(message)
+        check_not_empty(message)
     check_messages(messages, answered=True)
     return messages
 
@@ -124,17 +126,24 @@ def read_messages(data: dict) -> list[Message]:
 
 
 def check_stage(data: dict) -> None:
-    """Raise WrongStage if the answers of a row are not what a model should learn to say."""
+    """Raise WrongStage if the answers of a row are not what a model of text should learn to say."""
+    check_answers(data)
+    _check_text_only(data)
+
+
+def check_answers(data: dict) -> None:
+    """Raise WrongStage if the answers of a row are not all to be learned."""
     if data.get("chosen") and data.get("rejected"):
         raise WrongStage(_IS_PREFERENCE)
     if name := next((name for name in ("label", "kto_tag") if str(data.get(name)).lower() in ("false", "0")), None):
         raise WrongStage(f"{name} is false: an example of what not to answer (KTO)")
-    _check_text_only(data)
 
 
 def _check_text_only(data: dict) -> None:
     if name := next((name for name in _MEDIA if data.get(name) and data[name] != "[]"), None):
-        raise WrongStage(f"it has {name}, and a model of text would learn the text that stands for them")
+        raise WrongStage(
+            f"it has {name}, and a model of text would learn the text that stands for them: see 9-sft_vlm.py"
+        )
 
 
 def text_of(data: dict, name: str, required: bool = False) -> str:
@@ -184,13 +193,13 @@ def _is_dialogue(prompt: object) -> bool:
     if not isinstance(prompt, str):
         return True
     with contextlib.suppress(Malformed):
-        value = _parsed(prompt, "prompt") if prompt.lstrip().startswith("[") else None
+        value = parse_value(prompt, "prompt") if prompt.lstrip().startswith("[") else None
         return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     return False
 
 
 def _history(value: object) -> list[Message]:
-    history = _parsed(value, "history") or []
+    history = parse_value(value, "history") or []
     messages = []
     for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
@@ -207,17 +216,19 @@ def _dialogue(value: object) -> list[Message]:
 
     value: [{"role","content"}] or [{"from","value"}].
     """
-    value = _parsed(value, "dialogue")
+    value = parse_value(value, "dialogue")
     if not isinstance(value, list) or not value:
         raise Malformed("the dialogue is not a list of messages")
     messages = [_message(message) for message in value]
-    for i, message in enumerate(messages):
-        if message["role"] != "system" or i > 0:
-            _check_not_empty(message)
-    return messages if messages[0]["content"].strip() or messages[0].get("tools") else messages[1:]
+    first = messages[0]
+    if first["role"] == "system" and not (first["content"].strip() or first.get("tools")):
+        messages = messages[1:]
+    for message in messages:
+        check_not_empty(message)
+    return messages
 
 
-def _check_not_empty(message: Message) -> None:
+def check_not_empty(message: Message) -> None:
     """Raise Malformed for a message that says nothing. A tool may return nothing, and an answer may only call tools."""
     if not (
         message["content"].strip() or message["role"] == "tool" or message.get("tool_calls") or message.get("tools")
@@ -243,7 +254,9 @@ def _message(message: object) -> Message:
         found["content"] = _text(message, content, required="tool_calls" not in message)
     thoughts = [message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None]
     if thoughts and (thoughts[0] or found["role"] == "assistant"):  # "" belongs to a table in which some messages think
-        _check_text(str(thoughts[0]), "reasoning_content")
+        if not isinstance(thoughts[0], str):
+            raise Malformed(f"reasoning_content is not a text: {thoughts[0]!r:.80}")
+        _check_text(thoughts[0], "reasoning_content")
         found["reasoning_content"] = thoughts[0]
     if calls := calls + _calls(message.get("tool_calls") or message.get("function_call")):
         found["tool_calls"] = calls
@@ -278,7 +291,7 @@ def _calls(value: object) -> list[dict]:
     value: a call or a list of calls, {"name","arguments"} or OpenAI's {"function": {…}}, perhaps as JSON; so may be the
     arguments.
     """
-    value = _parsed(value, "a tool call")
+    value = parse_value(value, "a tool call")
     calls = []
     for call in value if isinstance(value, list) else [value] if value else []:
         function = (call.get("function") or call) if isinstance(call, dict) else None
@@ -286,7 +299,7 @@ def _calls(value: object) -> list[dict]:
             raise Malformed(f"a tool call has no name: {call!r:.80}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"the argument list of {function['name']}")
+            arguments = parse_value(arguments, f"the argument list of {function['name']}")
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):
@@ -297,9 +310,13 @@ def _calls(value: object) -> list[dict]:
 
 def _tools(value: object) -> list[dict]:
     """Return the tools of a row or a message: a list of functions, bare or as OpenAI wraps them, perhaps as JSON."""
-    tools = _parsed(value, "tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    tools = parse_value(value, "tools") or []
+    if not isinstance(tools, list):
         raise Malformed("tools is not a list of functions")
+    for tool in tools:
+        function = (tool.get("function") or tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed(f"tools is not a list of functions with a name: {tool!r:.80}")
     return tools
 
 
@@ -307,7 +324,7 @@ def _answer(data: dict, name: str) -> tuple[list[Message], str]:
     """Return the prompt that the answer under `name` repeats, if it does, and the answer."""
     value = data.get(name)
     if isinstance(value, str) and _is_dialogue(value):
-        value = _parsed(value, name)
+        value = parse_value(value, name)
     if isinstance(value, list) and value:
         *prompt, last = _dialogue(value) or [_user("")]
     elif isinstance(value, dict):
@@ -348,7 +365,7 @@ def _check_text(text: str, name: str) -> None:
         raise Malformed(f"half of a surrogate pair in {name}, which is not a character") from None
 
 
-def _parsed(value: object, name: str) -> object:
+def parse_value(value: object, name: str) -> object:
     """Return a list, given as it is, as JSON, or (in files of the original MiniMind) as a Python literal."""
     if isinstance(value, float) and value != value:  # pandas writes an empty field as NaN
         return None

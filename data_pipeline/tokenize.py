@@ -8,6 +8,9 @@ A tokenized dataset is a folder of plain arrays:
 
     tokens.bin          uint16  all documents, one after another
     loss_mask.bin       bool    which tokens are trained on (dialogues only)
+    n_images.bin        int64   how many images each document has (dialogues about images only, as the next two)
+    image_offsets.bin   int64   where each image starts in image_bytes.bin, and where the last one ends
+    image_bytes.bin     uint8   all images, as PNG, JPEG, ..., in the order of the documents
     offsets.bin         int64   where each document starts, and where the last one ends
     n_bytes.bin         int64   UTF-8 bytes of each document's text (of a dialogue: of the text that is trained on)
     content_hashes.bin  uint64  hash of each document's content
@@ -56,7 +59,12 @@ DTYPES = {
     "offsets": np.int64,
     "n_bytes": np.int64,
     "content_hashes": np.uint64,
+    "n_images": np.int64,
+    "image_offsets": np.int64,
+    "image_bytes": np.uint8,
 }
+# The arrays that not every kind of dataset has.
+EXTRA = {"pretrain": (), "chat": ("loss_mask",), "image": ("loss_mask", "n_images", "image_offsets", "image_bytes")}
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class TokenizedDataset:
         content_hashes: (documents,) uint64, the same for duplicates.
         fingerprint: identifies the content of the data, the tokenizer and the settings.
         info: counts, skipped rows by reason, names of the sources.
+        n_images: (documents,) int64, how many images each has; None: documents of this kind have none.
+        image_offsets, image_bytes: (images + 1,) int64 and uint8; image i is image_bytes[offsets[i]:offsets[i + 1]].
     """
 
     tokens: np.ndarray
@@ -80,6 +90,9 @@ class TokenizedDataset:
     content_hashes: np.ndarray
     fingerprint: str
     info: dict[str, Any]
+    n_images: np.ndarray | None = None
+    image_offsets: np.ndarray | None = None
+    image_bytes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.content_hashes)
@@ -165,6 +178,7 @@ class EncodedBlock:
     lengths: list[int] = field(default_factory=list)
     n_bytes: list[int] = field(default_factory=list)
     content_hashes: list[bytes] = field(default_factory=list)
+    images: list[list[bytes]] = field(default_factory=list)  # of each document
     n_rows: int = 0
     cut: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, BadLine]] = field(default_factory=list)  # (why, for the summary; the row and its reason)
@@ -225,7 +239,7 @@ def cached_dataset(
     """Return the dataset from `cache_dir`, built first if it is not there.
 
     Args:
-        kind: "pretrain" or "chat"; only dialogues have a loss mask.
+        kind: one of `EXTRA`: which arrays there are.
         settings: all that `encode` depends on beside the tokenizer.
         max_dropped: see `check_dropped`. The tokens are kept whatever it is, so that trying another one costs nothing.
     """
@@ -272,7 +286,7 @@ def _build(
     before = [file_state(path) for path in paths]
     rows: Counter[Path] = Counter()
     with contextlib.ExitStack() as stack:
-        writer = _ArrayWriter(folder, kind == "chat", stack)
+        writer = _ArrayWriter(folder, kind, stack)
         progress = stack.enter_context(Progress("tokens", sum(map(total_bytes, paths))))
         blocks = ((path, block) for path in paths for block in iter_blocks(path, on_bytes=progress.update))
         for path, encoded in _encode_in_threads(encode, blocks, num_workers):
@@ -327,15 +341,17 @@ def check_dropped(
 class _ArrayWriter:
     """The files of a dataset, appended to block by block; only counters stay in memory."""
 
-    def __init__(self, folder: Path, has_loss_mask: bool, stack: contextlib.ExitStack) -> None:
-        names = [name for name in DTYPES if has_loss_mask or name != "loss_mask"]
+    def __init__(self, folder: Path, kind: str, stack: contextlib.ExitStack) -> None:
+        left_out = {name for extra in EXTRA.values() for name in extra} - set(EXTRA[kind])
+        names = [name for name in DTYPES if name not in left_out]
         self.files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names}
         listed = stack.enter_context(atomic_write(folder / "skipped.jsonl"))
         self.skipped_rows = BadLineLog(listed)
-        self.documents = self.tokens = self.n_targets = self.n_bytes = 0
+        self.documents = self.tokens = self.n_targets = self.n_bytes = self.images = self.image_bytes = 0
         self.skipped: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
-        self.files["offsets"].write(np.zeros(1, np.int64).tobytes())
+        for name in {"offsets", "image_offsets"} & self.files.keys():
+            self.files[name].write(np.zeros(1, np.int64).tobytes())
 
     def add(self, path: Path, encoded: EncodedBlock) -> None:
         lengths = np.array(encoded.lengths, np.int64)
@@ -347,6 +363,8 @@ class _ArrayWriter:
         self.files["offsets"].write((self.tokens + np.cumsum(lengths)).tobytes())
         self.files["n_bytes"].write(np.array(encoded.n_bytes, np.int64).tobytes())
         self.files["content_hashes"].write(b"".join(encoded.content_hashes))
+        if "n_images" in self.files:
+            self._add_images(encoded.images)
         self.documents += len(lengths)
         self.tokens += int(lengths.sum())
         self.n_bytes += sum(encoded.n_bytes)
@@ -355,12 +373,22 @@ class _ArrayWriter:
             self.skipped[kind] += 1
             self.skipped_rows.add(path, bad)
 
+    def _add_images(self, documents: list[list[bytes]]) -> None:
+        images = [image for document in documents for image in document]
+        sizes = np.array([len(image) for image in images], np.int64)
+        self.files["n_images"].write(np.array([len(document) for document in documents], np.int64).tobytes())
+        self.files["image_offsets"].write((self.image_bytes + np.cumsum(sizes)).tobytes())
+        self.files["image_bytes"].write(b"".join(images))
+        self.images += len(images)
+        self.image_bytes += int(sizes.sum())
+
     def info(self) -> dict[str, Any]:
         return {
             "documents": self.documents,
             "tokens": self.tokens,
             "targets": self.n_targets if "loss_mask" in self.files else self.tokens - self.documents,
             "bytes": self.n_bytes,
+            **({"images": self.images} if "n_images" in self.files else {}),
             "skipped": dict(self.skipped.most_common()),  # rows that are not in the dataset
             "first_skipped": self.skipped_rows.first,
             "incomplete": self.skipped_rows.incomplete,
@@ -426,8 +454,10 @@ def _numbers(counts: Mapping[str, int]) -> str:
 
 
 def _counts(info: dict[str, Any]) -> str:
-    noun = "dialogues" if info["kind"] == "chat" else "documents"
-    trained = f", {info['targets'] / info['tokens']:.0%} of them are trained on" if info["kind"] == "chat" else ""
+    is_chat = info["kind"] != "pretrain"
+    noun = "dialogues" if is_chat else "documents"
+    noun += f" with {info['images']:,} images" if "images" in info else ""
+    trained = f", {info['targets'] / info['tokens']:.0%} of them are trained on" if is_chat else ""
     return f"{info['documents']:,} {noun}, {info['tokens']:,} tokens{trained}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError
+from data_pipeline.image_records import IMAGE_COLUMNS, parse_image_row
+from data_pipeline.images import BadImage
 from data_pipeline.readers import Block
-from data_pipeline.records import CHAT_COLUMNS, Preference, WrongStage, check_columns, parse_conversation
+from data_pipeline.records import CHAT_COLUMNS, Malformed, Preference, WrongStage, check_columns, parse_conversation
 from data_pipeline.text_files import BadLine
 from data_pipeline.tokenize import MAX_DROPPED, EncodedBlock, TokenizedDataset, cached_dataset
 from model.chat_format import (
@@ -24,6 +27,7 @@ from model.chat_format import (
     PromptTooLong,
     TruncatedChat,
     chat_style,
+    count_images,
     message_text,
     truncate_chat,
 )
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 # What was cut, after the number of dialogues.
 TURNS_CUT, SYSTEM_CUT, ANSWER_CUT = "without the oldest turns", "without the system message", "with a cut answer"
 NOT_A_DIALOGUE, WRONG_STAGE = "not a valid dialogue", "not for this stage"
+BAD_IMAGE = "with a bad image"
 QUESTION_TOO_LONG = "too long: the last question leaves no room for an answer"
 SAME_AFTER_CUT = "too long: the answers are the same as far as there is room"
 
@@ -68,6 +73,31 @@ def tokenize_chat_data(
     return cached_dataset("chat", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
 
 
+def tokenize_image_data(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    *,
+    image_ids: Sequence[int],
+    max_tokens: int,
+    max_dropped: float = MAX_DROPPED,
+    num_workers: int | None = None,
+    log: Callable[[str], object] = print,
+) -> TokenizedDataset:
+    """Return dialogues about images (data_pipeline/image_records.py) as documents, with their images.
+
+    The rows hold their images: a file that is only named could change, and the cache would not know.
+
+    image_ids: the tokens that stand for an image. Other arguments and errors as `tokenize_chat_data`.
+    """
+    chat_style(tokenizer)
+    for path in paths:
+        check_columns(path, IMAGE_COLUMNS)
+    encode = functools.partial(_encode_image_chats, tokenizer=tokenizer, image_ids=image_ids, max_tokens=max_tokens)
+    settings = {"max_tokens": max_tokens, "image_ids": list(image_ids)}
+    return cached_dataset("image", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
+
+
 def encode_preference(
     tokenizer: PreTrainedTokenizerFast, preference: Preference, max_tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
@@ -87,9 +117,11 @@ def encode_preference(
     return chat.ids[: chat.answer_start], chosen[:room], rejected[:room]
 
 
-def _truncate(tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int) -> TruncatedChat:
+def _truncate(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], max_tokens: int, image_ids: Sequence[int] = ()
+) -> TruncatedChat:
     try:
-        return truncate_chat(tokenizer, messages, max_tokens)
+        return truncate_chat(tokenizer, messages, max_tokens, image_ids=image_ids)
     except PromptTooLong:
         raise NothingToTrainOn(QUESTION_TOO_LONG) from None
 
@@ -112,6 +144,46 @@ def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: 
             encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
             encoded.cut[ANSWER_CUT] += chat.answer_cut
     return encoded
+
+
+def _encode_image_chats(
+    block: Block, tokenizer: PreTrainedTokenizerFast, image_ids: Sequence[int], max_tokens: int
+) -> EncodedBlock:
+    encoded = EncodedBlock()
+    for line, data in encoded.rows_of(block):
+        try:
+            messages, images = parse_image_row(data, None)
+            chat = _truncate(tokenizer, messages, max_tokens, image_ids)
+            _check_places(chat, image_ids)
+        except BadImage as reason:
+            encoded.skipped.append((BAD_IMAGE, BadLine(line, str(reason))))
+        except UserError as reason:
+            encoded.skipped.append((NOT_A_DIALOGUE, BadLine(line, str(reason))))
+        except NothingToTrainOn as reason:
+            encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
+        else:
+            kept = count_images(chat.messages)
+            images = images[len(images) - kept :]  # those of the oldest turns were cut with them
+            content = json.dumps([messages, [hashlib.sha256(image).hexdigest() for image in images]])
+            encoded.add(chat.ids, content.encode(), _answer_bytes(tokenizer, chat))
+            encoded.loss_mask.append(bytes(chat.loss_mask))
+            encoded.images.append(images)
+            encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
+            encoded.cut[ANSWER_CUT] += chat.answer_cut
+    return encoded
+
+
+def _check_places(chat: TruncatedChat, image_ids: Sequence[int]) -> None:
+    """Raise UserError if text happens to have the tokens that stand for an image."""
+    n, pattern = len(image_ids), list(image_ids)
+    found, at = 0, 0
+    while at + n <= len(chat.ids):
+        here = chat.ids[at : at + n] == pattern
+        found, at = found + here, at + (n if here else 1)
+    places = count_images(chat.messages)
+    stray = len(set(pattern)) == 1 and chat.ids.count(pattern[0]) != places * n
+    if found != places or stray:
+        raise Malformed("a text has the tokens that stand for an image")
 
 
 def _answer_bytes(tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat) -> int:

@@ -40,6 +40,8 @@ def export_folder(
     source: Checkpoint, tokenizer: PreTrainedTokenizerFast, options: ExportOptions
 ) -> tuple[Path, Agreement]:
     """Export `source` to a folder for other programs. Raises UserError if the export does not compute the same."""
+    if source.config.vision_config is not None:
+        raise UserError(f"{source.path} sees images, which no format of an export holds; use the .pth file itself")
     ceval = read_ceval(options.ceval)
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = options.output or options.out_dir / f"{name}-{options.format}"

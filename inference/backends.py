@@ -18,6 +18,7 @@ from inference.kernels.decode_weights import DecodeLayer, DecodeWeights
 from inference.options import COMPILE
 from model.model import Transformer
 from model.rope import apply_rope
+from model.vision import MODEL_CLASSES
 
 VISIBLE = 64  # attention looks at a multiple of this many slots: one CUDA graph for each
 
@@ -35,11 +36,12 @@ def choose_backend(model: Transformer, compile: str = "auto", quantize: str = "n
     """
     if compile not in COMPILE:
         raise ValueError(f"unknown value {compile!r} of compile; known: {', '.join(COMPILE)}")
+    is_plain = type(model) in MODEL_CLASSES.values()
     on_cpu = model.tok_embeddings.weight.device.type == "cpu"
     optional = compile == "auto" and quantize == "none"  # asked for nothing: the model itself will do
-    if (compile == "off" and quantize == "none") or (optional and not (on_cpu and type(model) is Transformer)):
+    if (compile == "off" and quantize == "none") or (optional and not (on_cpu and is_plain)):
         return None
-    if type(model) is not Transformer:
+    if not is_plain:
         raise ValueError(
             "fast decoding is for a plain model, and this one has an adapter: merge it into the weights first"
         )

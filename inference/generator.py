@@ -45,6 +45,24 @@ class TokenOutput:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of one prompt: pixels (images, 3, size, size) for a model with its own encoder, or else features."""
+
+    pixel_values: Tensor | None = None
+    image_features: Tensor | None = None  # (images, tokens, width)
+
+    @staticmethod
+    def join(several: Sequence[Images | None]) -> dict[str, Tensor]:
+        """Return the arguments of the model for prompts that stand in a batch in this order."""
+        given = [images for images in several if images is not None]
+        tensors = {name: [x for images in given if (x := getattr(images, name)) is not None] for name in _IMAGES}
+        return {name: torch.cat(found) for name, found in tensors.items() if found}
+
+
+_IMAGES = ("pixel_values", "image_features")
+
+
 @dataclass
 class _Row:
     """A sequence that is being decoded."""
@@ -56,6 +74,7 @@ class _Row:
     detokenizer: Detokenizer | None
     factor: float = 1.0  # by which its positions are scaled: see `model.rope.DynamicRopeScaling`
     num_generated: int = 0
+    images: Images | None = None  # of the prompt
 
     def __post_init__(self) -> None:
         # Each row has its own random numbers: what it draws does not depend on the other rows.
@@ -137,9 +156,15 @@ class BatchGenerator:
 
     @torch.inference_mode()
     def add(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams], keys: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[SamplingParams],
+        keys: Sequence[int],
+        images: Sequence[Images | None] | None = None,
     ) -> list[TokenOutput]:
         """Let sequences join: prefill the cache with their prompts and return the first token of each.
+
+        images: those of each prompt, for a model that sees.
 
         Raises ValueError if there are too many or a prompt cannot be decoded; then none of them has joined.
         """
@@ -151,12 +176,13 @@ class BatchGenerator:
             self.check(prompt, sampling)
         first = len(self.rows)
         scaling = self.scaling_for([len(prompt) for prompt in prompts])
-        if self._backend is not None and self._backend.supports_prefill and scaling is None:
+        seen = Images.join(images or [])
+        if self._backend is not None and self._backend.supports_prefill and scaling is None and not seen:
             logits = self._backend.prefill(prompts, first)
         else:
-            logits = self._prefill(prompts, first, scaling)
-        for prompt, sampling, key in zip(prompts, samplings, keys, strict=True):
-            self._append(prompt, sampling, key)
+            logits = self._prefill(prompts, first, scaling, seen)
+        for i, (prompt, sampling, key) in enumerate(zip(prompts, samplings, keys, strict=True)):
+            self._append(prompt, sampling, key, images[i] if images else None)
         return self._sample(logits, first)
 
     @torch.inference_mode()
@@ -174,7 +200,7 @@ class BatchGenerator:
         self._append(prompt, sampling, key)
         return self._sample(logits, first)
 
-    def _append(self, prompt: Sequence[int], sampling: SamplingParams, key: int) -> None:
+    def _append(self, prompt: Sequence[int], sampling: SamplingParams, key: int, images: Images | None = None) -> None:
         """Add the row of a sequence whose prompt is in the cache."""
         detokenizer = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
         if sampling.has_penalties:
@@ -182,9 +208,12 @@ class BatchGenerator:
             self._counts[row] = 0
             self._in_prompt[row] = False
             self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-        self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, self._factor(len(prompt))))
+        factor = self._factor(len(prompt))
+        self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, factor, images=images))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None) -> Tensor:
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None, images: dict[str, Tensor]
+    ) -> Tensor:
         """Fill the cache's rows from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
@@ -199,6 +228,7 @@ class BatchGenerator:
             use_cache=True,
             logits_to_keep=1,
             rope_scaling=scaling,
+            **{name: tensor.to(self.device) for name, tensor in images.items()},
         )
         if not ragged:
             return out.logits[:, -1]
@@ -276,6 +306,7 @@ class BatchGenerator:
                     use_cache=True,
                     logits_to_keep=1,
                     rope_scaling=self._scaling([factor]),
+                    **{name: tensor.to(self.device) for name, tensor in Images.join([row.images]).items()},
                 )
 
     def _sample(self, logits: Tensor, first: int) -> list[TokenOutput]:
@@ -283,24 +314,32 @@ class BatchGenerator:
         kinds: dict[tuple, list[int]] = {}
         for i, row in enumerate(self.rows[first:]):
             kinds.setdefault(row.kind, []).append(i)
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
-        for kind, members in kinds.items():
-            rows = [self.rows[first + i] for i in members]
-            key = (kind, first, len(self.rows))
-            if key not in self._params:
-                self._params[key] = BatchedSamplingParams([row.sampling for row in rows], self.device)
-            params = self._params[key]
-            index = slice(None) if len(kinds) == 1 else torch.tensor(members, device=self.device)
-            uniform = counts = in_prompt = None
-            if not params.greedy:
-                uniform = torch.tensor([row.random.random() for row in rows], device=self.device)
-            if params.has_penalties:
-                part = slice(first, len(self.rows))
-                counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
-            tokens[index] = sample_next(logits[index], params, uniform, counts, in_prompt)
-            if params.has_penalties:
-                self._counts[torch.tensor(members, device=self.device) + first, tokens[index]] += 1
+        if len(kinds) == 1:  # as a rule: nothing has to be picked and put back
+            tokens = self._sample_kind(logits, [*range(len(logits))], slice(None), first)
+        else:
+            tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
+            for members in kinds.values():
+                index = torch.tensor(members, device=self.device)
+                tokens[index] = self._sample_kind(logits[index], members, index, first)
         return self._outputs(tokens, first, self._log_probabilities(logits, tokens, first))
+
+    def _sample_kind(self, logits: Tensor, members: list[int], index: slice | Tensor, first: int) -> Tensor:
+        """Choose the next tokens of rows with the same kind of sampling, counted from `first` on: `members`, or `index`."""
+        rows = [self.rows[first + i] for i in members]
+        key = (rows[0].kind, first, len(self.rows))
+        if key not in self._params:
+            self._params[key] = BatchedSamplingParams([row.sampling for row in rows], self.device)
+        params = self._params[key]
+        uniform = counts = in_prompt = None
+        if not params.greedy:
+            uniform = torch.tensor([row.random.random() for row in rows], device=self.device)
+        if params.has_penalties:
+            part = slice(first, len(self.rows))
+            counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
+        tokens = sample_next(logits, params, uniform, counts, in_prompt)
+        if params.has_penalties:
+            self._counts[torch.tensor(members, device=self.device) + first, tokens] += 1
+        return tokens
 
     def _log_probabilities(self, logits: Tensor, tokens: Tensor, first: int) -> dict[int, tuple[float, tuple]]:
         """Return `logprob` and `top_logprobs` of the rows from `first` on that ask for them; compute nothing if none does.
@@ -349,7 +388,8 @@ class BatchGenerator:
         """Remove rows (indices in ascending order); the last row fills each gap."""
         for i in reversed(ended):
             row, last = self.rows[i], len(self.rows) - 1
-            if self.prefixes is not None and self._scaling([row.factor]) is None:
+            # The tokens of two images are the same: a text with one is not shared.
+            if self.prefixes is not None and row.images is None and self._scaling([row.factor]) is None:
                 self.prefixes.store(row.tokens[: row.cached_len], self._cache, i)
             if i < last:
                 self._cache.copy(i, self._cache, last, self.rows[last].cached_len)
@@ -369,6 +409,7 @@ def generate(
     max_len: int | None = None,
     max_rows: int = 32,
     backend: Backend | None = None,
+    images: Sequence[Images | None] | None = None,
 ) -> Iterator[TokenOutput]:
     """Decode prompts of any number and lengths together; yield each token as soon as it is known.
 
@@ -380,6 +421,7 @@ def generate(
         sampling: one for all prompts, or one for each.
         tokenizer, eos_id, max_len, backend: see `BatchGenerator`.
         max_rows: maximum number decoded at a time; the next one joins when one has ended.
+        images: those of each prompt, for a model that sees.
 
     Raises:
         ValueError: a prompt that is empty or too long, an unknown token. Raised by the call, not at the first token.
@@ -397,11 +439,14 @@ def generate(
     generator = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
     for prompt, own in zip(prompts, samplings, strict=True):
         generator.check(prompt, own)
-    return _decode_all(generator, prompts, samplings)
+    return _decode_all(generator, prompts, samplings, images)
 
 
 def _decode_all(
-    generator: BatchGenerator, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]
+    generator: BatchGenerator,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[SamplingParams],
+    images: Sequence[Images | None] | None,
 ) -> Iterator[TokenOutput]:
     joined = 0
     while joined < len(prompts) or generator.rows:
@@ -409,7 +454,7 @@ def _decode_all(
             new = slice(joined, joined + generator.free)
             keys = range(len(prompts))[new]
             joined += len(keys)
-            yield from generator.add(prompts[new], samplings[new], keys)
+            yield from generator.add(prompts[new], samplings[new], keys, images[new] if images else None)
         else:
             yield from generator.step()
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from export.huggingface import read_folder
 from inference.backends import Backend, choose_backend
-from inference.generator import TokenOutput, generate
+from inference.generator import Images, TokenOutput, generate
 from inference.options import ModelOptions, SamplingParams
 from model.architecture import parse_rope_scaling
 from model.device import resolve_device, resolve_dtype
@@ -84,8 +84,10 @@ class TextGenerator:
     context: int
     backend: Backend | None = None
 
-    def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[TokenOutput]:
-        """Yield the tokens of the answer to one prompt as they are made."""
+    def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams, images: Images | None = None
+    ) -> Iterator[TokenOutput]:
+        """Yield the tokens of the answer to one prompt, and its images, as they are made."""
         return generate(
             self.checkpoint.model,
             [prompt],
@@ -93,6 +95,7 @@ class TextGenerator:
             tokenizer=self.tokenizer,
             max_len=self.context,
             backend=self.backend,
+            images=[images],
         )
 
 

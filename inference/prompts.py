@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from model.chat_format import Message, split_turns, truncate_chat
+from model.chat_format import Message, count_images, split_turns, truncate_chat
 from model.tokenizer import BOS_ID, encode_text
 
 
@@ -16,12 +17,14 @@ class Prompt:
 
     turns_seen, turns_left_out: earlier questions with their answers.
     tokens_left_out: at the beginning of a text.
+    n_images: how many images the prompt has places for; those of turns that were left out are not among them.
     """
 
     ids: list[int]
     turns_seen: int = 0
     turns_left_out: int = 0
     tokens_left_out: int = 0
+    n_images: int = 0
 
 
 def chat_prompt(
@@ -33,12 +36,14 @@ def chat_prompt(
     max_new_tokens: int,
     history_turns: int,
     system: str | None = None,
+    image_ids: Sequence[int] = (),
 ) -> Prompt:
     """Return a question after at most `history_turns` earlier turns, or fewer if the answer would have no room.
 
     Args:
         turns: the dialogue so far, without its system message.
         context: maximum length of prompt and answer together. At least half of it is for the prompt.
+        image_ids: what every `IMAGE` in a message becomes, see `render_chat`.
 
     Raises UserError if the question alone is too long, or not Unicode.
     """
@@ -47,8 +52,10 @@ def chat_prompt(
     history = earlier[-history_turns:] if history_turns else []
     room = context - min(max_new_tokens, context // 2)
     messages = [*first, *(message for turn in history for message in turn), {"role": "user", "content": question}]
-    chat = truncate_chat(tokenizer, messages, room)
-    return Prompt(chat.ids, turns_seen=len(history) - chat.dropped_turns, turns_left_out=chat.dropped_turns)
+    chat = truncate_chat(tokenizer, messages, room, image_ids=image_ids)
+    n_images = count_images(chat.messages) if image_ids else 0
+    seen = len(history) - chat.dropped_turns
+    return Prompt(chat.ids, turns_seen=seen, turns_left_out=chat.dropped_turns, n_images=n_images)
 
 
 def text_prompt(tokenizer: PreTrainedTokenizerFast, text: str, *, context: int, max_new_tokens: int) -> Prompt:

@@ -32,6 +32,7 @@ class Chat:
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict] = []  # user and assistant in turn
         self.history_turns = history_turns
+        self.help = HELP
 
     def reply(self, question: str) -> str:
         """Print the answer as it comes and return it. Raises ValueError, before anything is printed, if there is none."""
@@ -47,20 +48,34 @@ class Chat:
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         return True
 
+    def run_command(self, command: str, argument: str) -> bool:
+        """Do a command that only a subclass has; return whether it was one."""
+        return False
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.turns.clear()
+
+    def record(self) -> dict:
+        """Return the conversation as a row that a training stage reads."""
+        return {"messages": [*self.system, *self.turns]}
+
     def run(self) -> None:
         """Read questions and commands until /exit or the end of the input."""
-        print(f"ask something, or:\n{HELP}\n")
+        print(f"ask something, or:\n{self.help}\n")
         while (line := read_line("> ")) is not None:
             command, _, argument = line.strip().partition(" ")
             if command in ("/exit", "/quit"):
                 return
             if command == "/clear":
-                self.turns.clear()
+                self.clear()
                 print("conversation cleared")
             elif command == "/save":
                 self.save(argument.strip())
+            elif self.run_command(command, argument.strip()):
+                continue
             elif command.startswith("/") and command[1:].isalpha() and not argument:
-                print(HELP if command == "/help" else f"no such command: {command}\n{HELP}")
+                print(self.help if command == "/help" else f"no such command: {command}\n{self.help}")
             elif command:
                 self.ask(line)
 
@@ -71,7 +86,7 @@ class Chat:
             return
         try:
             with jsonlines.open(Path(name).expanduser(), "a") as writer:
-                writer.write({"messages": [*self.system, *self.turns]})
+                writer.write(self.record())
         except OSError as error:
             print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
         else:

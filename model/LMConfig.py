@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from transformers import PreTrainedConfig
 
 from common.errors import UserError
-from model.architecture import PRESETS, Architecture
+from model.architecture import PRESETS, Architecture, VisionConfig
 from model.rope import DynamicRopeScaling, RopeScaling, doublings
 
 
@@ -44,6 +44,7 @@ class LMConfig(Architecture, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = 0
+    vision_config: dict | None = None  # the fields of `VisionConfig`; None: a model of text
     if TYPE_CHECKING:
         hidden_dim: int  # computed below if it is not given
         head_dim: int
@@ -61,6 +62,8 @@ class LMConfig(Architecture, PreTrainedConfig):
             self.head_dim = self.dim // self.n_heads
         if isinstance(self.rope_scaling, dict):
             self.rope_scaling = self._complete_rope_scaling(self.rope_scaling)
+        if isinstance(self.vision_config, dict):
+            self.vision_config = VisionConfig.complete(self.vision_config)
         super().__post_init__(**kwargs)
         errors = self._errors()
         if errors:
@@ -86,6 +89,11 @@ class LMConfig(Architecture, PreTrainedConfig):
             return None
         original, attention_factor = given["original_max_position_embeddings"], given.get("attention_factor")
         return RopeScaling(given["rope_type"], given["factor"], original, attention_factor)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """Return `vision_config` as `model.vision` takes it."""
+        return None if self.vision_config is None else VisionConfig(**self.vision_config)
 
     def dynamic_rope_scaling(
         self, method: str, factor: float | None = None, max_len: int | None = None
@@ -161,6 +169,8 @@ class LMConfig(Architecture, PreTrainedConfig):
             shown = shown if self.head_dim * self.n_heads == self.dim else f"head_dim={self.head_dim}"
             found.append(f"{shown} must be even: RoPE rotates pairs")
         require("n_heads", self.n_heads % self.n_kv_heads == 0, f"is not divisible by n_kv_heads={self.n_kv_heads}")
+        for name in ("norm_eps", "rope_theta", "initializer_range", "aux_loss_alpha"):
+            require(name, getattr(self, name) != math.inf, "must be a finite number")
         require("norm_eps", self.norm_eps > 0, "must be more than 0")
         require("rope_theta", self.rope_theta > 0, "must be more than 0")
         if self.rope_scaling is not None:
@@ -175,6 +185,8 @@ class LMConfig(Architecture, PreTrainedConfig):
             require("n_shared_experts", self.n_shared_experts >= 0, "must not be negative")
             require("router_bias_rate", 0 <= self.router_bias_rate < 1, "must be at least 0 and below 1")
             require("aux_loss_alpha", self.aux_loss_alpha >= 0, "must not be negative")
+        if self.vision is not None:
+            found += self.vision.errors(self.vocab_size)
         return found
 
     def _rope_scaling_errors(self, given: object) -> list[str]:
@@ -209,6 +221,8 @@ class LMConfig(Architecture, PreTrainedConfig):
         names += ["rope_scaling", "head_dim", "qk_norm", "tie_word_embeddings"]
         if self.use_moe:
             names += ["num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "norm_top1_prob"]
+        if self.vision_config is not None:
+            names += ["vision_config"]
         fields = {"use_moe": self.use_moe, "router_bias": self.use_moe and self.router_bias_rate > 0}
         return fields | {name: getattr(self, name) for name in names}
 

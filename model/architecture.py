@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from common.errors import UserError
@@ -85,6 +85,71 @@ class Architecture:
     norm_topk_prob: bool = True
     norm_top1_prob: bool = False
     initializer_range: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Describe how a MiniMind sees, for `model.vision`. The defaults are those of the first published MiniMind-V.
+
+    Args:
+        image_ids: the tokens that stand for an image in a prompt, as many as it has features. They are one token, repeated,
+            or a pattern that cannot overlap with itself, such as 25 times `<` and 25 times `>`.
+        encoder: "pretrained": a CLIP or SigLIP folder, which is not part of the model; "vit": our own, trained with it.
+        width: of the features.
+        projector: "linear", or "mlp": LayerNorm, Linear, GELU, Linear.
+        image_size, patch_size: of our own encoder, in pixels; the latter is a power of two.
+        n_layers, n_heads: of our own encoder.
+    """
+
+    image_ids: tuple[int, ...] = (30,) * 25 + (32,) * 25
+    encoder: str = "pretrained"
+    width: int = 768
+    projector: str = "linear"
+    image_size: int = 48
+    patch_size: int = 16
+    n_layers: int = 2
+    n_heads: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_ids", tuple(self.image_ids))  # a list in JSON
+
+    @classmethod
+    def complete(cls, given: dict) -> dict:
+        """Return all fields as JSON has them. Raises UserError for unknown ones."""
+        if unknown := sorted(set(given) - {field.name for field in fields(cls)}):
+            raise UserError(f"vision_config: unknown: {', '.join(unknown)}")
+        return asdict(cls(**given)) | {"image_ids": list(cls(**given).image_ids)}
+
+    @property
+    def n_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def errors(self, vocab_size: int) -> list[str]:
+        """Return everything that is wrong, in words."""
+        ids, size = self.image_ids, self.image_size
+        overlaps = any(ids[:n] == ids[-n:] for n in range(1, len(ids)))
+        rules = {
+            f"encoder {self.encoder!r} is neither pretrained nor vit": self.encoder in ("pretrained", "vit"),
+            f"projector {self.projector!r} is neither linear nor mlp": self.projector in ("linear", "mlp"),
+            "image_ids is empty": bool(ids),
+            f"image_ids has tokens that are not among the {vocab_size}": all(0 <= i < vocab_size for i in ids),
+            "image_ids is a pattern that can overlap with itself": len(set(ids)) <= 1 or not overlaps,
+            f"width {self.width} must be at least 1": self.width >= 1,
+        }
+        if self.encoder == "vit":
+            whole = self.patch_size >= 1 and size >= self.patch_size and size % self.patch_size == 0
+            heads = self.n_heads >= 1 and self.width % (2 * self.n_heads) == 0
+            rules |= {
+                f"patch_size {self.patch_size} is not 2, 4, 8, 16, ...": self.patch_size.bit_count()
+                == 1
+                < self.patch_size,
+                f"image_size {size} is not a multiple of patch_size {self.patch_size}": whole,
+                f"width {self.width} does not divide into {self.n_heads} heads of an even width": heads,
+                f"n_layers {self.n_layers} must be at least 1": self.n_layers >= 1,
+                f"image_ids has {len(ids)} tokens, an image has {self.n_patches if whole else '?'} patches": not whole
+                or len(ids) == self.n_patches,
+            }
+        return [f"vision_config: {error}" for error, kept in rules.items() if not kept]
 
 
 def checkpoint_name(stage: str, config: Architecture) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +47,7 @@ FOLLOWED_BY: dict[str, tuple[str, ...]] = {
 ROLES = tuple(role for role in FOLLOWED_BY if role not in (START, CALLS))
 SYSTEM_ROLE = "system"  # its text stands alone, without <s>, header and </s>, unless `ChatStyle.system_header`
 TURN_ROLE = "user"  # a turn is a message of this role and all that follow, up to the next one
+IMAGE = "\ufffc"  # stands for an image in a question, where a model sees: U+FFFC, "object replacement character"
 ANSWER_ROLE = "assistant"  # what the model writes: the content of these messages is trained on
 OPTIONAL_FIELDS = {"tools": SYSTEM_ROLE, "reasoning_content": ANSWER_ROLE, "tool_calls": ANSWER_ROLE}
 TOOL_FIELDS = ("name", "description", "parameters")  # what the model sees of a tool
@@ -221,6 +223,11 @@ def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Messa
     return messages[:first], [messages[i:j] for i, j in itertools.pairwise([*starts, len(messages)])]
 
 
+def count_images(messages: list[Message]) -> int:
+    """Return how many images stand in the questions of a chat."""
+    return sum(message["content"].count(IMAGE) for message in messages if message["role"] == TURN_ROLE)
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerFast,
     messages: list[Message],
@@ -228,6 +235,7 @@ def render_chat(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     enable_thinking: bool | None = None,
+    image_ids: Sequence[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """Return the token ids of a chat, and which of them are trained on: each answer with its closing `</s>`.
 
@@ -241,11 +249,12 @@ def render_chat(
         add_generation_prompt: end with the header of the next answer (not if the chat ends with an answer).
         continue_final_message: leave out the end of the last message if it is an answer, so that the model continues it.
         enable_thinking: False: the next answer shall not think: an empty <think></think> stands before it.
+        image_ids: what every `IMAGE` in a message becomes; none: `IMAGE` is a character like any other.
 
     Raises UserError for messages out of order, and for thinking and tools that the tokenizer's template writes otherwise.
     """
     check_messages(messages)
-    rendered = _render_messages(tokenizer, messages, add_generation_prompt, enable_thinking)
+    rendered = _render_messages(tokenizer, messages, add_generation_prompt, enable_thinking, image_ids)
     if continue_final_message and rendered[-1].answer:
         rendered[-1] = _Rendered(rendered[-1].prefix, rendered[-1].answer[:-1], [])
     return _join(rendered)
@@ -280,6 +289,7 @@ def truncate_chat(
     max_tokens: int,
     *,
     enable_thinking: bool | None = None,
+    image_ids: Sequence[int] = (),
 ) -> TruncatedChat:
     """Render a chat in at most `max_tokens` tokens, cut at turn boundaries: the oldest turns are left out first.
 
@@ -287,14 +297,14 @@ def truncate_chat(
     answered loses its system message if the last turn does not fit beside it (unless that lists tools), and then the end of
     its last answer: no `</s>` is trained on there, because the answer does not end there.
 
-    enable_thinking: as in `render_chat`.
+    enable_thinking, image_ids: as in `render_chat`.
     Raises PromptTooLong if the last question (with a system message that stays) does not fit, or leaves no room for a single
     token of the answer that is there.
     """
     check_messages(messages)
     answered = messages[-1]["role"] == ANSWER_ROLE
     system, turns = split_turns(messages)
-    rendered = iter(_render_messages(tokenizer, messages, True, enable_thinking))
+    rendered = iter(_render_messages(tokenizer, messages, True, enable_thinking, image_ids))
     system_ids = next(rendered).prefix
     *older, last = [[next(rendered) for _ in turn] for turn in turns]
     last += rendered  # the header of the next answer
@@ -350,6 +360,7 @@ def _render_messages(
     messages: list[Message],
     add_generation_prompt: bool,
     enable_thinking: bool | None,
+    image_ids: Sequence[int],
 ) -> list[_Rendered]:
     """Render the system message of a valid chat (or what stands in its place, perhaps nothing), each other message, and
     the header of the next answer if it is asked for and one may follow.
@@ -365,7 +376,7 @@ def _render_messages(
     for message, parts in zip(messages, parts_of, strict=True):
         if message["role"] not in bare_roles:  # an answer is encoded alone, without its header
             parts[0] = f"{message['role']}\n{parts[0]}"
-    newline, *encoded = encode_texts(tokenizer, ["\n", *(text for parts in parts_of for text in parts[::2])])
+    newline, *encoded = _encode(tokenizer, ["\n", *(text for parts in parts_of for text in parts[::2])], image_ids)
     texts = iter(encoded)
     rendered = []
     if messages[0]["role"] != SYSTEM_ROLE:
@@ -384,6 +395,17 @@ def _render_messages(
         prompt = style.no_thinking_prompt if enable_thinking is False else style.generation_prompt
         rendered.append(_Rendered([*prompt], [], []))
     return rendered
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], image_ids: Sequence[int]) -> list[list[int]]:
+    """Encode texts, with `image_ids` where an `IMAGE` stands: the texts around it are encoded alone."""
+    pieces = [text.split(IMAGE) if image_ids else [text] for text in texts]
+    ids = iter(encode_texts(tokenizer, list(itertools.chain.from_iterable(pieces))))
+    encoded = []
+    for parts in pieces:
+        first, *others = (next(ids) for _ in parts)
+        encoded.append([*first, *(i for other in others for i in (*image_ids, *other))])
+    return encoded
 
 
 def _join(rendered: list[_Rendered]) -> tuple[list[int], list[bool]]:

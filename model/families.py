@@ -2,6 +2,7 @@
 
 MiniMind-v1, MiniMind2 of February 2025   our names (those of v1); RoPE rotates interleaved pairs of features
 MiniMind2 of April 2025, MiniMind-3       Llama's names; RoPE rotates feature i together with i + head_dim / 2
+MiniMind-V                                a projector beside one of these: linear, later LayerNorm, Linear, GELU, Linear
 
 A file without a description is recognised by the names and shapes in it: nothing is guessed. What the shapes of a family
 do not show (rope_theta, ...) is as in its published models; shapes that fit none are refused, and the error names the
@@ -133,6 +134,43 @@ def merge_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if len({part.shape[1 - side] for part in parts.values()}) == 1:  # else it will be missing
             merged[name] = torch.cat([parts[j] for j in sorted(parts)], side)
     return merged
+
+
+# ---- MiniMind-V
+
+_VISION = re.compile(r"(?:model\.)?(vision_(?:proj|encoder)\..+)")
+
+
+def split_vision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the weights that a model of text does not have out of `state` and return them, under their plain names."""
+    return {match[1]: state.pop(name) for name in [*state] if (match := _VISION.fullmatch(name))}
+
+
+def vision_config_from_shapes(
+    vision: dict[str, Tensor], names_of_llama: bool, path: Path, notes: list[str]
+) -> dict[str, Any]:
+    """Return the `vision_config` of published weights without a description; remove an encoder's weights from `vision`.
+
+    Which tokens stand for an image is not in the weights: it is as in the release that has such names and shapes.
+    """
+    if encoder := [name for name in vision if name.startswith("vision_encoder.")]:
+        for name in encoder:
+            del vision[name]
+        notes.append(f"{len(encoder)} weights of the image encoder in it: ignored, its own folder has them")
+    linear, mlp = vision.get("vision_proj.vision_proj.0.weight"), vision.get("vision_proj.mlp.1.weight")
+    weight = linear if linear is not None else mlp
+    if weight is None or weight.dim() != 2:
+        raise UserError(f"{path}: no projector of a known MiniMind-V: it has {list_names(list(vision)) or 'none'}")
+    if mlp is not None:
+        release, image_ids = "MiniMind-3-V", [12] * 64
+    elif names_of_llama:
+        release, image_ids = "MiniMind2-V", [34] * 196
+    else:
+        release, image_ids = "the first MiniMind-V", [30] * 25 + [32] * 25
+    projector = "linear" if linear is not None else "mlp"
+    notes.append(f"a {projector} projector of features of width {weight.shape[1]} in it: it sees images")
+    notes.append(f"assumed: an image has {len(image_ids)} tokens (as in {release})")
+    return {"encoder": "pretrained", "projector": projector, "width": weight.shape[1], "image_ids": image_ids}
 
 
 # ---- the configuration of a file without one

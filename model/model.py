@@ -400,14 +400,16 @@ if __package__ == "model":  # not in a copy beside exported weights, which would
 
 
 def parameter_counts(model: Transformer) -> dict[str, int]:
-    """Count the parameters of each part, tied ones once; `active` are those that one token passes through."""
-    counts = dict.fromkeys(["embedding", "attention", "feed_forward", "experts", "router", "norm"], 0)
+    """Count the parameters of each part, tied ones once; `active` are those that one token of text passes through."""
+    counts = dict.fromkeys(["embedding", "attention", "feed_forward", "experts", "router", "norm", "vision"], 0)
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter in seen:
             continue
         seen.add(parameter)
-        if "embeddings" in name or name == "output.weight":
+        if name.startswith("vision_"):
+            part = "vision"
+        elif "embeddings" in name or name == "output.weight":
             part = "embedding"
         elif ".experts." in name:
             part = "experts"
@@ -421,16 +423,18 @@ def parameter_counts(model: Transformer) -> dict[str, int]:
     config = model.config
     counts["total"] = sum(counts.values())
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts if config.use_moe else 0
-    counts["active"] = counts["total"] - round(counts["experts"] * idle)
+    counts["active"] = counts["total"] - round(counts["experts"] * idle) - counts["vision"]
     return counts
 
 
 @torch.no_grad()
-def initial_weights(config: LMConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_weights(
+    config: LMConfig, seed: int, model_class: type[Transformer] = Transformer
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the random weights of a new model, one tensor at a time, the same for the same seed."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = model_class(config)
     for name, module in model.named_modules():
         tied = module is model.output and config.tie_word_embeddings
         if not tied and next(module.parameters(recurse=False), None) is not None:

@@ -37,10 +37,13 @@ from model.families import (
     config_from_llama_shapes,
     config_from_shapes,
     from_llama_state,
+    split_vision,
+    vision_config_from_shapes,
 )
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
 from model.tokenizer import tokenizer_hash
+from model.vision import model_class
 from model.weights_file import check_intact, fingerprint_of, list_names, read_description, read_tensors, write_tensors
 
 _TABLES = re.compile(r"pos_cis|layers\.\d+\.attention\.mask")  # computed, not learnt, but stored in old files
@@ -218,7 +221,7 @@ def load_checkpoint(
 
 
 def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> Transformer:
-    """Return a Transformer of exactly these tensors, a tied output taken from the embedding, in evaluation mode.
+    """Return a model of exactly these tensors, a tied output taken from the embedding, in evaluation mode.
 
     Raises UserError for weights that do not fit; `path` is for its message.
     """
@@ -226,7 +229,7 @@ def build_model(state: dict[str, Tensor], config: LMConfig, path: Path | str) ->
         state = state | {OUTPUT: state[EMBEDDING]}
     _check_names_and_shapes(state, config, path)
     with torch.device("meta"):  # no memory, and no random numbers that are thrown away
-        model = Transformer(config)
+        model = model_class(config)(config)
     model.load_state_dict(state, strict=True, assign=True)
     if config.tie_word_embeddings:
         model.output.weight = model.tok_embeddings.weight
@@ -257,6 +260,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
         notes.append(f"{compiled} names carry the prefix _orig_mod. of torch.compile: removed")
     if tables:
         notes.append(f"{tables} tables (mask, pos_cis) in it: ignored, because they are computed")
+    vision = split_vision(state)
     names_of_llama = LLAMA_EMBEDDING in state
     embedding = LLAMA_EMBEDDING if names_of_llama else EMBEDDING
     if embedding not in state or state[embedding].dim() != 2:
@@ -269,6 +273,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
     else:
         pos_cis = next((tensor for name, tensor in raw.items() if name.endswith("pos_cis")), None)
         config = config_from_shapes(state, pos_cis, path, notes)
+    if vision and not info:
+        fields = vision_config_from_shapes(vision, names_of_llama, path, notes)
+        config = LMConfig(**(config.own_fields() | {"vision_config": fields}))
     if names_of_llama:
         state = from_llama_state(state, config, path)
         notes.append("names of Llama in it: renamed to those of MiniMind-v1, queries and keys reordered")
@@ -276,7 +283,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:
         state[OUTPUT] = state[EMBEDDING]
         if not names_of_llama:
             notes.append(f"no {OUTPUT} in it: tied to {EMBEDDING}")
-    return state, config, info, notes
+    return state | vision, config, info, notes
 
 
 # ---- architecture
@@ -323,7 +330,7 @@ def _replace_fields(config: LMConfig, overrides: dict[str, Any], path: Path) -> 
 
 def _expected_shapes(config: LMConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+        return {name: tensor.shape for name, tensor in model_class(config)(config).state_dict().items()}
 
 
 def _check_names_and_shapes(state: dict[str, Tensor], config: LMConfig, path: Path | str) -> None:

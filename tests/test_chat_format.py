@@ -285,6 +285,7 @@ CALL = {**A, "tool_calls": [{"name": "f", "arguments": {}}]}
             [{**S, "tools": [{"name": "f", "parameters": {"x": b""}}]}, U],
             "its tools or arguments cannot be written as JSON",
         ),
+        ([U, {**CALL, "tool_calls": CALL["tool_calls"][0]}], "tool_calls is not a list of functions"),
         (
             [U, {**A, "tool_calls": [{"name": "f", "arguments": "{}"}]}],
             r"functions with name .str. and arguments .dict.:",

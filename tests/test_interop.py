@@ -54,8 +54,7 @@ def train(trainer) -> list[dict]:
     return logs
 
 
-@kinds
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("moe, packing", [(False, False), (True, True)], ids=["dense-padded", "moe-packed"])
 def test_trl_sft_trainer(tokenizer, tmp_path, moe, packing):
     trainer = SFTTrainer(
         model=make(moe),

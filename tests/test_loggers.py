@@ -114,12 +114,6 @@ def test_tensorboard_has_the_figures_and_no_step_twice_after_a_resume(tmp_path):
     assert {"lr", "grad_norm", "tokens_per_second"} <= found.keys()
 
 
-@pytest.mark.parametrize("rate", [1e-3, 4e-3])
-def test_muon_with_the_rate_of_adamw_is_noted(tmp_path, capsys, rate):
-    train(options(tmp_path, optimizer="muon", learning_rate=rate, max_steps=1))
-    assert ("try --learning_rate 0.004" in capsys.readouterr().out) == (rate == 1e-3)
-
-
 @pytest.mark.parametrize(("first_seconds", "first_eta"), [(5.0, None), (100.0, 1100.0)])
 def test_the_remaining_time_is_not_that_of_a_slow_first_step(tmp_path, monkeypatch, capsys, first_seconds, first_eta):
     """The first step takes long, the others a second; all that is known before it is printed before it."""

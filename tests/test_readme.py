@@ -30,7 +30,7 @@ PAGES = [
     "docs/clients.md",
     "bench/README.md",
 ]
-STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"]
+STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "8-pretrain_vlm.py", "9-sft_vlm.py"]
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d+) ([\w/.-]+\.py)([^`\n#]*)")
 
 
@@ -130,7 +130,7 @@ def test_every_flag_that_is_named_exists(name):
     elsewhere |= {"--requeue", "--signal", "--kill-on-bad-exit"}
     if name == "docs/scaling.md":
         elsewhere |= flags_of("bench/scaling.py").keys()
-    scripts = ["TrainOptions", *STAGES, *{script for script, _ in commands(page("README.md"))}]
+    scripts = ["TrainOptions", *STAGES, *{script for script, _ in commands(page("README.md") + page(name))}]
     known = {flag for script in scripts for flag in flags_of(script)}
     named = set(re.findall(r"--[a-z][\w-]*", re.sub(r"<!--.*?-->", "", page(name))))
     assert named - known - elsewhere == set()

@@ -12,9 +12,14 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.cleaning import STAGES, CleaningOptions, chinese_ratio, clean
+from data_pipeline.image_records import parse_image_row
+from data_pipeline.images import open_image
+from data_pipeline.readers import iter_records
+from model.chat_format import IMAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 DICE = [18, 68, 41, 75, 64, 13, 3, 84]
@@ -86,13 +91,18 @@ def test_check_names_a_changed_and_a_missing_file_and_a_run_repairs_both(tmp_pat
     folder.mkdir()
     for name in ("generate.py", "facts.py", "phrasings.py"):
         (folder / name).write_bytes((SAMPLE / name).read_bytes())
+    pictures = (SAMPLE / "scenes.py").read_text(encoding="utf-8")
+    few = re.sub(r"^(N_\w+) = \d+", r"\1 = 4", pictures, flags=re.MULTILINE)
+    (folder / "scenes.py").write_text(few, encoding="utf-8")
     script = folder / "generate.py"
     assert run(script=script).returncode == 0
     (folder / SFT).write_text((folder / SFT).read_text(encoding="utf-8") + "{}\n", encoding="utf-8")
     (folder / "dpo_heldout.json").unlink()
+    (folder / "vlm_sft.parquet").write_bytes((folder / "vlm_pretrain.parquet").read_bytes())
     done = run("--check", script=script)
     assert done.returncode == 1
-    assert SFT in done.stderr and "dpo_heldout.json" in done.stderr and CORPUS not in done.stderr
+    assert SFT in done.stderr and "dpo_heldout.json" in done.stderr and "vlm_sft.parquet" in done.stderr
+    assert CORPUS not in done.stderr and "vlm_heldout" not in done.stderr
     assert run(script=script).returncode == 0
     assert run("--check", script=script).returncode == 0
     for path in SAMPLE.rglob("*.json*"):  # what ships came from another process, with another hash seed
@@ -107,13 +117,17 @@ def test_dice_are_those_of_every_python(generate):
 
 def test_files_are_small_and_end_lines_as_everywhere(generate):
     files = [path for path in SAMPLE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    pictures = [path for path in files if path.suffix == ".parquet"]
+    files = [path for path in files if path not in pictures]
     assert sum(path.stat().st_size for path in files) < 4_000_000
+    assert sum(path.stat().st_size for path in pictures) < 4_000_000
+    assert {path.name for path in pictures} == {"vlm_pretrain.parquet", "vlm_sft.parquet", "vlm_heldout.parquet"}
     for path in files:
         data = path.read_bytes()
         assert b"\r" not in data and data.endswith(b"\n"), path
         data.decode("utf-8")
     assert {str(path.relative_to(SAMPLE).as_posix()) for path in files} == {
-        *generate.make_files(), "generate.py", "facts.py", "phrasings.py", "README.md",
+        *generate.make_files(), "generate.py", "facts.py", "phrasings.py", "scenes.py", "README.md",
     }  # fmt: skip
 
 
@@ -304,3 +318,70 @@ def test_data_processing_keeps_every_row(tmp_path, stage, inputs):
     options = CleaningOptions(min_q_chars=2, max_chars=max_chars)
     summary = clean(STAGES[stage], [SAMPLE / name for name in inputs], tmp_path, options, 0)
     assert summary.kept > 0 and not summary.dropped and not summary.bad.shown()
+
+
+# --- the pictures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(generate):
+    return sys.modules["scenes"]
+
+
+@functools.cache
+def picture_rows(name: str) -> list[dict]:
+    return [record.data for record in iter_records(SAMPLE / f"vlm_{name}.parquet", None)]
+
+
+def said_in(row: dict) -> list[dict]:
+    return json.loads(row["conversations"])
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "heldout"])
+def test_rows_with_pictures_are_valid_and_different(name):
+    rows = picture_rows(name)
+    pictures = {row["image_bytes"][0] for row in rows}
+    assert len(pictures) > 0.95 * len(rows)  # a picture of one thing may come twice
+    for row in rows[:: max(len(rows) // 100, 1)]:
+        messages, images = parse_image_row(row, None)
+        assert messages[0]["content"].startswith(f"{IMAGE}\n") and len(images) == 1
+        assert open_image(images[0]).size == (48, 48)
+
+
+def test_no_training_picture_is_held_out():
+    taught = {row["image_bytes"][0] for name in ("pretrain", "sft") for row in picture_rows(name)}
+    assert not any(row["image_bytes"][0] in taught for row in picture_rows("heldout"))
+
+
+def test_held_out_pairs_are_never_taught_and_always_asked(scenes):
+    pairs = {f"{colour} {shape}" for colour, shape in scenes.HELD_OUT}
+    pairs |= {f"{scenes.CHINESE[colour]}的{scenes.CHINESE[shape]}" for colour, shape in scenes.HELD_OUT}
+    for name in ("pretrain", "sft"):
+        for row in picture_rows(name):
+            assert not any(pair in row["conversations"] for pair in pairs)
+    unseen = [row for row in picture_rows("heldout") if row["kind"] == "unseen"]
+    asked = "\n".join(row["conversations"] for row in unseen)
+    assert len(unseen) == scenes.N_HELD_OUT
+    for colour, shape in scenes.HELD_OUT:
+        assert f"colour is the {shape}" in asked or f"The {shape} has which colour" in asked
+        assert f"{colour} thing" in asked or f"Which shape is {colour}" in asked
+
+
+def test_answers_about_pictures_are_true(scenes, generate):
+    """The colours, places and number of the things are read from the pixels."""
+    palette = {rgb: name for name, rgb in scenes.COLOURS.items()}
+    for row in picture_rows("pretrain")[:100]:
+        pixels = np.asarray(open_image(row["image_bytes"][0])).reshape(3, 16, 3, 16, 3)
+        found = []
+        for place in range(9):
+            colours = {tuple(map(int, rgb)) for rgb in pixels[place // 3, :, place % 3].reshape(-1, 3)}
+            found += [(palette[rgb], place) for rgb in colours if rgb in palette]
+        answer = said_in(row)[1]["content"]
+        if answer.isascii():
+            parts = [re.fullmatch(r"([\w ]+): a (\w+) (\w+)", part.strip()) for part in answer.split(".")[:-1]]
+            told = [(part[2], scenes.PLACES.index(part[1].lower())) for part in parts]
+        else:
+            chinese = {text: name for name, text in scenes.CHINESE.items()}
+            parts = [re.fullmatch(r"(\w+)有一个(\w\w)的(\w+)", part) for part in answer.rstrip("。").split("，")]
+            told = [(chinese[part[2]], scenes.PLACES.index(chinese[part[1]])) for part in parts]
+        assert told == found

@@ -15,17 +15,21 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import another_process_holds, error_of, fork, run, run_script_file
 
 from model.weights import load_checkpoint
+from trainer.options import TrainOptions
+from trainer.recipe import choose_batch_size
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "1-pretrain.py"
 TINY = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --device cpu --dtype float32".split()
 QUICK = [*TINY, *"--batch_size 4 --max_steps 8 --log_interval 1 --val_fraction 0.1 --learning_rate 0.01".split()]
+QUICK += ["--optimizer", "adamw"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,39 @@ def test_from_text_to_weights(texts, tmp_path, pretrain):
     assert again.returncode == 0, again.stderr
     assert "kept in" in result.stdout and "kept in" not in again.stdout
     assert same(parameters(out), first)
+
+
+def test_with_no_flags_the_optimizer_is_muon_and_the_batch_fits_the_length_of_the_run(texts, tmp_path, pretrain):
+    result = pretrain(*TINY, "--data_path", texts, "--out_dir", tmp_path, "--max_steps", 3)
+    assert result.returncode == 0, result.stderr
+    options = load_checkpoint(tmp_path / "pretrain_32.pth").info["options"]
+    assert options["optimizer"] == "muon" and options["learning_rate"] == 4e-3
+    assert f"no --batch_size: {options['batch_size'] * 64:,} tokens in a step" in result.stdout
+    # A resumed run keeps its batch, though it has become longer.
+    again = pretrain(*TINY, "--data_path", texts, "--out_dir", tmp_path, "--max_steps", 100, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert load_checkpoint(tmp_path / "pretrain_32.pth").info["options"]["batch_size"] == options["batch_size"]
+
+
+def test_the_batch_grows_with_the_run_and_not_with_the_number_of_processes():
+    def chosen(n_tokens: int, world_size: int = 1, **flags) -> TrainOptions:
+        options = TrainOptions(batch_size=None, **flags)
+        rows = SimpleNamespace(n_tokens=n_tokens, packing=SimpleNamespace(seq_len=512))
+        choose_batch_size(options, rows, world_size)
+        return options
+
+    def in_a_step(options: TrainOptions, world_size: int = 1) -> int:
+        return options.batch_size * options.accumulation_steps * world_size
+
+    rows = [in_a_step(chosen(n)) for n in (10_000, 10**6, 10**7, 10**8, 10**9)]
+    assert rows[0] == 1 and rows == sorted(rows) and rows[-1] / rows[1] == pytest.approx(1000**0.4, rel=0.1)
+    for size in (2, 3, 4):
+        assert in_a_step(chosen(10**9, size), size) == pytest.approx(rows[-1], rel=0.1)
+    assert chosen(10**9).batch_size <= 32 < rows[-1]
+    assert in_a_step(chosen(10**9, accumulation_steps=4)) == pytest.approx(rows[-1], rel=0.1)
+    assert in_a_step(chosen(10**9, epochs=0.1)) == rows[3]
+    # As many steps as the epochs have give the same batch.
+    assert in_a_step(chosen(10, max_steps=10**9 // (rows[-1] * 512))) == pytest.approx(rows[-1], rel=0.02)
 
 
 def test_what_cannot_start_is_said_before_the_data_is_tokenized(texts, tmp_path, pretrain):
@@ -214,7 +251,7 @@ def test_bad_lines_are_skipped_counted_and_listed(tmp_path, pretrain):
 
 
 def test_wrong_flags_are_named_all_at_once(tmp_path, pretrain):
-    flags = "--epochs 0 --keep 1 --dim 30 --device cuda:99 --grad_clip inf --seed -1 --max_seq_len 1 --rope_theta 0"
+    flags = "--epochs 0 --keep 1 --dim 30 --device cuda:99 --grad_clip inf --seed -1 --max_seq_len 1 --rope_theta inf"
     result = pretrain(*flags.split(), "--out_dir", tmp_path / "out")
     assert result.returncode == 2
     for part in flags.replace(" --", "|--").split("|"):

@@ -76,9 +76,6 @@ class MetricsLogger:
         if options.compile:
             text += "; --compile takes about a minute before the first"
         text += f"; the log begins after step {self.first_step + 1}"
-        if options.optimizer == "muon" and options.learning_rate == type(options).learning_rate:
-            rate = 4 * options.learning_rate  # the default is AdamW's
-            text += f"\nnote: muon learns faster with a higher rate than AdamW: try --learning_rate {rate:g}"
         return text
 
     def __enter__(self) -> MetricsLogger:

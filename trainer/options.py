@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import re
 import typing
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from model.LMConfig import LMConfig
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("auto", "muon", "adamw")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -83,8 +82,8 @@ class TrainOptions:
     weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
     optimizer: str = flag(
-        "adamw", "adamw; or muon for the matrices and AdamW for the rest, best with 4 times the learning rate",
-        choices=OPTIMIZERS,
+        "adamw", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "
+        "--deepspeed", choices=OPTIMIZERS,
     )  # fmt: skip
     seed: int = flag(1337, "seed of initial weights, data order and dropout", min=0, below=2**63)
 
@@ -165,13 +164,12 @@ class TrainOptions:
             print(f"--resume: flags of {newest.parent}: {', '.join(shown)}")
         return kept | model
 
+    def __post_init__(self) -> None:
+        if self.optimizer == "auto":
+            self.optimizer = "muon" if self.deepspeed is None else "adamw"
+
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""
-        found = [
-            f"--{name} {value} is not a finite number"
-            for name, value in self.model.items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
         seq_len = self.model.get("max_seq_len", 2)
         rules = {
             f"--max_seq_len {seq_len}: a row of one token has nothing to predict": seq_len >= 2,
@@ -181,7 +179,7 @@ class TrainOptions:
             ),
             "--fsdp and --deepspeed are two ways to do the same: give one of them": not (self.fsdp and self.deepspeed),
         }
-        found += [error for error, kept in rules.items() if not kept]
+        found = [error for error, kept in rules.items() if not kept]
         found += validate_folder("--out_dir", self.out_dir)
         found += validate_folder("--cache_dir", self.cache_dir) if self.cache_dir is not None else []
         try:
@@ -253,6 +251,30 @@ class ChatOptions(TuneOptions):
     """Flags of the stages that learn from dialogues."""
 
     show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
+
+
+@dataclass
+class VisionOptions(ChatOptions):
+    """Flags of the stages that learn from images."""
+
+    freeze: str = flag(
+        "none", "what of the language model stays as it is: language: all of it; middle: all but its first and last layer; "
+        "none", choices=["language", "middle", "none"],
+    )  # fmt: skip
+    freeze_encoder: bool = flag(
+        False, "do not train our own image encoder; its features are then computed once (one of --vision_encoder is always "
+        "frozen)",
+    )  # fmt: skip
+    vision_encoder: Path | None = flag(
+        None, "folder of a CLIP or SigLIP that makes features of the images (default: that of the weights it starts "
+        "from)", metavar="FOLDER",
+    )  # fmt: skip
+
+    def validate(self) -> list[str]:
+        found = super().validate()
+        if self.fsdp or self.deepspeed is not None:
+            found.append("--fsdp and --deepspeed are not for models that see: leave them out; torchrun alone is")
+        return found
 
 
 # ---- the JSON file of --deepspeed

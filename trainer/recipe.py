@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,12 +20,17 @@ from model.device import DTYPES
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
 from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.vision import model_class
 from model.weights import Checkpoint, build_model, save_checkpoint
 from model.weights_file import read_tensors
 from trainer.checkpoint import check_run
 from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
 from trainer.options import TrainOptions
 from trainer.trainer import Run
+
+# Of the batch that is best for a run of a given length: see `choose_batch_size`.
+BATCH_SCALE, BATCH_EXPONENT = 17.8, 0.4
+MICRO_BATCH = 32  # rows at once
 
 
 def require_files(paths: list[Path], hint: str) -> None:
@@ -48,7 +54,7 @@ def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> Pre
 
 def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Transformer:
     """Return a model with random weights, the same for the same seed."""
-    tensors = initial_weights(config, options.seed)
+    tensors = initial_weights(config, options.seed, model_class(config))
     if options.shards_weights:
         return mapped_model(tensors, config, options, dist_env)
     return build_model(dict(tensors), config, "the new model").train()
@@ -67,7 +73,7 @@ def mapped_model(
     try:
         if dist_env.is_main:
             with torch.device("meta"):
-                empty = Transformer(config)
+                empty = model_class(config)(config)
             save_checkpoint(path, empty, info={}, tensors=tensors)
         barrier(dist_env)
         model = build_model(read_tensors(path), config, path).train()
@@ -84,19 +90,26 @@ def weights_run(
     tokenizer: PreTrainedTokenizerFast,
     dist_env: DistEnv,
     origin: Checkpoint | None = None,
+    frozen: Sequence[tuple[str, Tensor]] = (),
+    **identity: str | None,
 ) -> Run:
     """Return a run that writes OUT_DIR/<stage>_<dim>[_moe].pth; the stage is that of the class of `options`.
 
-    origin: the checkpoint it starts from; None: random weights.
+    Args:
+        origin: the checkpoint it starts from; None: random weights.
+        frozen: the weights that are not trained, by name.
+        identity: what else has to be the same to resume it.
+
     Raises UserError if it cannot start: see `trainer.checkpoint.check_run`.
     """
     path = options.out_dir / checkpoint_name(options.stage, config)
     check_run(path, options, dist_env)
     with torch.device("meta"):
-        empty = Transformer(config)
+        empty = model_class(config)(config)
 
     def save_weights(info: dict, tensors: Iterable[tuple[str, Tensor]]) -> None:
         # The check above was made once, at the start: from now on the file belongs to this run.
+        tensors = itertools.chain(tensors, frozen)
         save_checkpoint(path, empty, dtype=DTYPES[options.save_dtype], info=info, overwrite=True, tensors=tensors)
 
     return Run(
@@ -106,6 +119,7 @@ def weights_run(
         identity={
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "origin": origin.fingerprint if origin is not None else None,
+            **identity,
         },
         save_weights=save_weights,
     )
@@ -116,20 +130,44 @@ def packed_rows(
     dist_env: DistEnv,
     seq_len: int,
     tokenize: Callable[[Path], TokenizedDataset],
+    make_rows: Callable[..., PackedRows] = PackedRows,
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return training and validation rows of the data (None where --val_fraction is 0).
 
-    tokenize: return the tokens of the data from the cache in a folder, or create them there.
+    Args:
+        tokenize: return the tokens of the data from the cache in a folder, or create them there.
+        make_rows: takes what `PackedRows` takes.
     """
     with main_process_first(dist_env, "preparing tokens"):
         dataset = tokenize(options.cache_dir or options.out_dir / "cache")
     n_tokens = max(int(dataset.offsets[-1]), 1)
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
-    train = PackedRows(dataset, train_ids, seq_len, options.seed)
-    val = PackedRows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
+    train = make_rows(dataset, train_ids, seq_len, options.seed)
+    val = make_rows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
     held_out = f"{len(val_ids):,} documents, {val.n_tokens:,} tokens" if val else "nothing"
     print(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "
         f"({train.packing.fill:.1%} full); held out for validation: {held_out}"
     )
+    if options.batch_size is None:
+        choose_batch_size(options, train, dist_env.size)
     return train, val
+
+
+def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:
+    """Set --batch_size, and --accumulation_steps where more than MICRO_BATCH rows are needed, from the length of the run.
+
+    The longer a run, the larger the best batch: `BATCH_SCALE * tokens ** BATCH_EXPONENT` tokens in a step. The exponent is
+    about that of https://arxiv.org/abs/2505.13738 (0.38).
+    """
+    seq_len = train.packing.seq_len
+    if options.max_steps is None:
+        per_step = BATCH_SCALE * (options.epochs * train.n_tokens) ** BATCH_EXPONENT
+    else:  # the tokens are steps * per_step: solved for per_step
+        per_step = (BATCH_SCALE * options.max_steps**BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+    rows = max(round(per_step / seq_len / world_size / options.accumulation_steps), 1)  # of one process at once
+    n_parts = -(-rows // MICRO_BATCH)
+    options.batch_size = -(-rows // n_parts)
+    options.accumulation_steps *= n_parts
+    tokens = options.batch_size * options.accumulation_steps * world_size * seq_len
+    print(f"no --batch_size: {tokens:,} tokens in a step, by the length of the run")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import facts
 import phrasings
+import scenes
 
 FOLDER = Path(__file__).resolve().parent
 SEED = 20240901
@@ -460,6 +461,15 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             print(f"wrote {path}: {len(data):,} bytes")
+    for name, rows in scenes.make_tables(Dice).items():
+        path = FOLDER / name
+        if scenes.are_in(rows, path):
+            continue
+        if args.check:
+            different.append(name)
+        else:
+            scenes.write(rows, path)
+            print(f"wrote {path}: {path.stat().st_size:,} bytes")
     if different:
         print(f"not what generate.py writes: {', '.join(different)}; run it without --check", file=sys.stderr)
         return 1

@@ -1,0 +1,63 @@
+"""Pictures with the questions asked about them and the answers of a model, on one sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+
+from evaluation.vlm import ImageQuestion, is_right
+from model.chat_format import IMAGE
+
+COLUMNS = 6
+_CJK = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "SimHei",
+)
+
+
+def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: int, path: Path) -> None:
+    """Draw `n` of the questions, the same number of every kind, into a PNG; right answers are green, others red.
+
+    Where no font has Chinese characters, only questions in other languages are drawn.
+    """
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in _CJK if name in installed]
+    shown = [
+        i for i, q in enumerate(questions) if fonts or (q.chat[-1]["content"] + q.answer).replace(IMAGE, "").isascii()
+    ]
+    by_kind: dict[str, list[int]] = {}
+    for i in shown:
+        by_kind.setdefault(questions[i].kind, []).append(i)
+    each = -(-n // max(len(by_kind), 1))
+    chosen = [i for members in by_kind.values() for i in members[:each]][:n]
+    rows = max(-(-len(chosen) // COLUMNS), 1)
+    with matplotlib.rc_context({"font.family": [*fonts, "sans-serif"]}):
+        figure = Figure(figsize=(2.2 * COLUMNS, 2.7 * rows))
+        for place, i in enumerate(chosen, start=1):
+            axes = figure.add_subplot(rows, COLUMNS, place)
+            axes.axis("off")
+            if questions[i].images:
+                axes.imshow(questions[i].images[0], interpolation="nearest")
+            text = questions[i].chat[-1]["content"].replace(IMAGE, "").strip()
+            axes.set_title(_short(text), fontsize=8, parse_math=False)
+            right = is_right(answers[i], questions[i].answer)
+            expected = "" if right else f" (right: {questions[i].answer})"
+            axes.text(
+                0.5, -0.1, _short(answers[i].strip() + expected), transform=axes.transAxes, ha="center", fontsize=9,
+                color="green" if right else "red", parse_math=False,
+            )  # fmt: skip
+        figure.savefig(path, dpi=100)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else text[:39] + "…"

@@ -1,0 +1,136 @@
+"""Questions about images with one right answer: read them, ask a model, compare with chance and with a wrong image."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import UserError
+from data_pipeline.image_records import parse_image_row
+from data_pipeline.images import open_image
+from data_pipeline.readers import iter_records
+from inference.generator import Images, generate_text
+from inference.options import SamplingParams
+from inference.vision import ImagePreparer
+from model.chat_format import IMAGE, Message, render_chat
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerFast
+
+RIGHT, NONE, WRONG = "its image", "no image", "a wrong image"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class ImageQuestion:
+    """A chat that ends with a question about its images, the expected answer, and what kind of question it is."""
+
+    chat: list[Message]
+    images: list[Image]
+    answer: str
+    kind: str
+    language: str
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """Shares of right answers to the questions of one kind. `chance`: always giving the most frequent right answer."""
+
+    n: int
+    chance: float
+    right: float
+    without: float
+    wrong: float
+
+
+def read_questions(path: Path, limit: int = 0) -> list[ImageQuestion]:
+    """Return the questions of a file whose rows have a `kind`, and perhaps a `language`. Raises UserError."""
+    found = []
+    for record in iter_records(path, None):
+        try:
+            messages, images = parse_image_row(record.data, None)
+        except UserError as error:
+            raise UserError(f"{path}, row {record.line}: {error}") from None
+        kind, language = record.data.get("kind"), record.data.get("language")
+        pictures = [open_image(data) for data in images]
+        found.append(
+            ImageQuestion(messages[:-1], pictures, messages[-1]["content"], str(kind or "all"), str(language or ""))
+        )
+    return found[:limit] if limit else found
+
+
+def ask(
+    prepare: ImagePreparer, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion],
+    images: Sequence[list[Image]], name: str, max_new_tokens: int = 32,
+) -> list[str]:  # fmt: skip
+    """Return the greedy answer to each question, asked about the images that are given for it ([]: none)."""
+    answers: list[str] = []
+    with tqdm(total=len(questions), desc=name, unit="question", disable=None, leave=False) as bar:
+        for begin in range(0, len(questions), BATCH):
+            part = range(begin, min(begin + BATCH, len(questions)))
+            prompts, prepared = [], list[Images | None]()
+            for i in part:
+                chat = questions[i].chat
+                if not images[i]:
+                    chat = [m | {"content": m["content"].replace(f"{IMAGE}\n", "").replace(IMAGE, "")} for m in chat]
+                prompts.append(
+                    render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=prepare.model.vision.image_ids)[
+                        0
+                    ]
+                )
+                prepared.append(prepare(images[i]))
+            sampling = SamplingParams(max_new_tokens=max_new_tokens)
+            answers += generate_text(prepare.model, tokenizer, prompts, sampling, max_rows=BATCH, images=prepared)
+            bar.update(len(part))
+    return answers
+
+
+def wrong_images(questions: Sequence[ImageQuestion], seed: int) -> list[list[Image]]:
+    """Return for every question the images of another one of its kind and language (and number of images)."""
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, question in enumerate(questions):
+        groups[question.kind, question.language, len(question.images)].append(i)
+    other = np.empty(len(questions), np.int64)
+    for members in groups.values():
+        order = np.random.default_rng(seed).permutation(members)
+        other[order] = np.roll(order, 1)  # nobody keeps his own, unless he is alone
+    return [questions[i].images for i in other]
+
+
+def evaluate(
+    prepare: ImagePreparer, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion], seed: int = 1
+) -> tuple[dict[str, KindResult], list[str]]:
+    """Return the results by kind, and the answers to the questions with their own images."""
+    ways = {RIGHT: [q.images for q in questions], NONE: [[] for _ in questions], WRONG: wrong_images(questions, seed)}
+    answers = {way: ask(prepare, tokenizer, questions, images, way) for way, images in ways.items()}
+    results = {}
+    for kind in dict.fromkeys(question.kind for question in questions):
+        members = [i for i, question in enumerate(questions) if question.kind == kind]
+        shares = {
+            way: sum(is_right(answers[way][i], questions[i].answer) for i in members) / len(members) for way in ways
+        }
+        results[kind] = KindResult(
+            len(members), _chance([questions[i] for i in members]), shares[RIGHT], shares[NONE], shares[WRONG]
+        )
+    return results, answers[RIGHT]
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Compare answers word for word, without the case of letters, blanks and full stops around them."""
+    return answer.strip(" .。\n").casefold() == expected.strip(" .。\n").casefold()
+
+
+def _chance(questions: Sequence[ImageQuestion]) -> float:
+    """Return the share of right answers of a model that does not look, but knows how frequent every answer is."""
+    right = 0
+    for language in {question.language for question in questions}:
+        counts = Counter(question.answer for question in questions if question.language == language)
+        right += counts.most_common(1)[0][1]
+    return right / len(questions)

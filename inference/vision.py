@@ -1,0 +1,71 @@
+"""Images for a model that sees: from pictures to what it takes.
+
+prepare = ImagePreparer.for_checkpoint(checkpoint)
+chat = [{"role": "user", "content": f"{IMAGE}\\nWhat is this?"}]
+ids, _ = render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=prepare.model.vision.image_ids)
+generate_text(prepare.model, tokenizer, [ids], images=[prepare([image])])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.errors import UserError
+from data_pipeline.images import to_pixels
+from inference.generator import Images
+from model.model import Transformer
+from model.vision import PretrainedEncoder, VisionLanguageModel
+from model.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class ImagePreparer:
+    """Make of images what a model takes: pixels for its own encoder, or features of one outside of it."""
+
+    model: VisionLanguageModel
+    encoder: PretrainedEncoder | None
+
+    @classmethod
+    def for_checkpoint(cls, checkpoint: Checkpoint, vision_encoder: Path | None = None) -> ImagePreparer:
+        """Return what fits a model. vision_encoder: the folder of its encoder; None: as in the description of the weights.
+
+        Raises UserError for a model that does not see, or whose encoder is not found or does not fit.
+        """
+        model = require_vision(checkpoint.model, checkpoint.path)
+        if model.vision.encoder == "vit":
+            return cls(model, None)
+        stored = checkpoint.info.get("options", {}).get("vision_encoder")
+        folder = vision_encoder or (Path(stored) if stored else None)
+        if folder is None:
+            raise UserError(f"{checkpoint.path} needs the image encoder it was trained with: --vision_encoder FOLDER")
+        return cls(model, PretrainedEncoder(folder, model.tok_embeddings.weight.device))
+
+    def __call__(self, images: list[Image]) -> Images | None:
+        """Return the images of one prompt as the model takes them; None: it has none."""
+        if not images:
+            return None
+        if self.encoder is not None:
+            features = self.encoder(images)
+            expected = (len(self.model.vision.image_ids), self.model.vision.width)
+            if features.shape[1:] != expected:
+                raise UserError(
+                    f"{self.encoder.folder} makes {features.shape[1]} features of width {features.shape[2]}; this model "
+                    f"was trained with {expected[0]} of width {expected[1]}: use the encoder it was trained with"
+                )
+            return Images(image_features=features)
+        size = self.model.vision.image_size
+        return Images(pixel_values=torch.stack([torch.from_numpy(to_pixels(image, size).copy()) for image in images]))
+
+
+def require_vision(model: Transformer, path: Path) -> VisionLanguageModel:
+    """Return the model. Raises UserError if it does not see."""
+    if not isinstance(model, VisionLanguageModel):
+        raise UserError(f"{path} does not see images; 8-pretrain_vlm.py and 9-sft_vlm.py make a model that does")
+    return model

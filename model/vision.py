@@ -1,0 +1,268 @@
+"""MiniMind-V: a MiniMind that sees. An encoder makes features of an image, a projector makes them as wide as embeddings,
+and they take the place of the image's tokens in the prompt; for the Transformer nothing else changes.
+
+    config = LMConfig(vision_config={"encoder": "vit", "image_ids": [5] * 9, "width": 128})
+    model = VisionLanguageModel(config)
+    model(input_ids=ids, pixel_values=pixels)        # (images, 3, 48, 48), in the order of the prompts
+    model(input_ids=ids, image_features=features)    # (images, tokens, width), from an encoder outside of the model
+
+Published models have a frozen CLIP or SigLIP outside of their weights (`PretrainedEncoder`). Our own small encoder is
+part of the model and trained with it: it is a vision Transformer (https://arxiv.org/abs/2010.11929) of the same blocks as
+the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from common.errors import UserError
+from model.architecture import VisionConfig
+from model.LMConfig import LMConfig
+from model.model import AttentionMetadata, RMSNorm, Transformer, TransformerBlock, TransformerOutput
+from model.moe import is_tracing
+from model.rope import rope_tables
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Convolution(nn.Module):
+    """Halve the sides of an image: a convolution of 3 x 3 pixels with stride 2, then RMSNorm and GELU.
+
+    It is written as the matrix product it is, so that optimizers treat its weight as the matrix it is.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_eps: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(9 * in_channels, out_channels, bias=False)
+        self.norm = RMSNorm(out_channels, norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (images, channels, side, side) -> (images, out_channels, side / 2, side / 2)."""
+        side = x.shape[-1] // 2
+        windows = F.unfold(x, kernel_size=3, stride=2, padding=1)  # (images, 9 * channels, side / 2 * side / 2)
+        out = F.gelu(self.norm(self.linear(windows.transpose(1, 2))))
+        return out.transpose(1, 2).unflatten(2, (side, side))
+
+
+class PatchPositions(nn.Embedding):
+    """What is added to a patch for its place; as large as the patch itself from the start, or places are learned late."""
+
+
+class VisionEncoder(nn.Module):
+    """A vision Transformer: square patches become tokens, and every patch sees every other one.
+
+    Convolutions make the tokens (https://arxiv.org/abs/2106.14881): a shape looks alike wherever it is, and a Transformer
+    alone needs far more images to learn that.
+    """
+
+    def __init__(self, vision: VisionConfig, norm_eps: float) -> None:
+        super().__init__()
+        shape: dict[str, Any] = dict(dim=vision.width, n_layers=vision.n_layers, n_heads=vision.n_heads)
+        config = LMConfig(**shape, n_kv_heads=vision.n_heads)
+        self.head_dim = config.head_dim
+        halvings = vision.patch_size.bit_length() - 1
+        channels = [3, *(max(vision.width >> i, 8) for i in reversed(range(halvings)))]
+        self.patches = nn.Sequential(
+            *(Convolution(inner, outer, norm_eps) for inner, outer in itertools.pairwise(channels))
+        )
+        self.positions = PatchPositions(vision.n_patches, vision.width)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(vision.n_layers))
+        self.norm = RMSNorm(vision.width, norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (images, 3, size, size), 0 to 255 -> features (images, patches, width)."""
+        x = self.patches(pixels.to(self.norm.weight.dtype) / 127.5 - 1)  # (images, width, rows, columns)
+        x = x.flatten(2).transpose(1, 2) + self.positions.weight  # (images, patches, width)
+        n_patches = x.shape[1]
+        # Position 0 everywhere: nothing is rotated, because the places of patches are not in a line.
+        rope = rope_tables(torch.zeros(1, n_patches, dtype=torch.long, device=x.device), self.head_dim, 1e4)
+        everything = torch.ones(1, 1, n_patches, n_patches, dtype=torch.bool, device=x.device)
+        metadata = AttentionMetadata(rope, mask=everything)
+        for layer in self.layers:
+            x, _ = layer(x, metadata)
+        return self.norm(x)
+
+
+class Projection(nn.Linear):
+    """A linear layer whose outputs are as large as its inputs from the start.
+
+    Embeddings of text may be small: they are few, and known. What is new in every image must not be drowned by what the
+    first layers of the language model add to it.
+    """
+
+
+class LinearProjector(nn.Module):
+    """One linear layer, as in the first releases of MiniMind-V."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.vision_proj = nn.Sequential(Projection(width, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.vision_proj(features)
+
+
+class MLPProjector(nn.Module):
+    """LayerNorm, Linear, GELU, Linear, as in later releases."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(width), Projection(width, dim), nn.GELU(), Projection(dim, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(features)
+
+
+PROJECTORS = {"linear": LinearProjector, "mlp": MLPProjector}
+
+
+class VisionLanguageModel(Transformer):
+    """A Transformer whose prompts may hold images. Without images it computes what the Transformer computes."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__(config)
+        vision = config.vision
+        if vision is None:
+            raise ValueError("this configuration has no vision_config: it is a model of text")
+        self.vision = vision
+        self.vision_encoder = VisionEncoder(vision, config.norm_eps) if vision.encoder == "vit" else None
+        self.vision_proj = PROJECTORS[vision.projector](vision.width, config.dim)
+        for module in self.modules_of_vision():
+            module.apply(self._init_weights)
+
+    def modules_of_vision(self) -> list[nn.Module]:
+        """Return what the language model does not have."""
+        return [module for module in (self.vision_encoder, self.vision_proj) if module is not None]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw weights as a Transformer does; biases start at 0."""
+        super()._init_weights(module)
+        if isinstance(module, PatchPositions):
+            init.normal_(module.weight, std=1.0)
+        if isinstance(module, Projection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            init.zeros_(module.bias)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TransformerOutput | tuple:
+        """Return what `Transformer.forward` does, of prompts with images.
+
+        Args:
+            input_ids: (batch, time), with `VisionConfig.image_ids` where an image stands.
+            pixel_values: (images, 3, size, size), 0 to 255, for our own encoder; or
+            image_features: (images, tokens, width), from an encoder outside of the model. In both the images are in the
+                order in which they stand in the prompts, the first prompt first.
+
+        Raises ValueError for more or fewer images than places for them.
+        """
+        if pixel_values is not None:
+            if self.vision_encoder is None:
+                raise ValueError("this model has no encoder of its own: give image_features instead of pixel_values")
+            image_features = self.vision_encoder(pixel_values)
+        if image_features is not None and input_ids is not None:
+            kwargs["inputs_embeds"], input_ids = self.embed(input_ids, image_features), None
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Give `generate` the images with the prompt only: afterwards they are in the cache."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            kwargs |= {"pixel_values": None, "image_features": None}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc,arg-type]
+
+    def embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        """Return embeddings (batch, time, dim) with projected features (images, tokens, width) in place of image tokens."""
+        x = self.tok_embeddings(input_ids)
+        here = image_positions(input_ids, self.vision.image_ids)
+        projected = self.vision_proj(image_features.to(self.tok_embeddings.weight.dtype)).to(x.dtype)
+        if not is_tracing() and int(here.sum()) != projected.shape[0] * projected.shape[1]:
+            n_places = int(here.sum()) / len(self.vision.image_ids)
+            raise ValueError(
+                f"{len(image_features)} images of {image_features.shape[1]} features, and the prompts have places for "
+                f"{n_places:g} of {len(self.vision.image_ids)}"
+            )
+        return x.masked_scatter(here[..., None], projected)
+
+
+def image_positions(input_ids: Tensor, image_ids: tuple[int, ...]) -> Tensor:
+    """Return a (batch, time) mask, True for the tokens that stand for an image."""
+    if len(set(image_ids)) == 1:  # several images may stand side by side
+        return input_ids == image_ids[0]
+    n = len(image_ids)
+    here = torch.zeros_like(input_ids, dtype=torch.bool)
+    if input_ids.shape[1] < n:
+        return here
+    pattern = torch.tensor(image_ids, device=input_ids.device)
+    begins = (input_ids.unfold(1, n, 1) == pattern).all(-1)  # (batch, time - n + 1)
+    for offset in range(n):
+        here[:, offset : offset + begins.shape[1]] |= begins
+    return here
+
+
+MODEL_CLASSES: dict[str, type[Transformer]] = {"minimind": Transformer, "minimind-v": VisionLanguageModel}
+
+
+def model_class(config: LMConfig) -> type[Transformer]:
+    """Return the class of a model with this configuration."""
+    return MODEL_CLASSES["minimind" if config.vision_config is None else "minimind-v"]
+
+
+class PretrainedEncoder:
+    """The image half of a CLIP or SigLIP in a local folder, frozen. It is no part of the model that uses its features."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json in it; name the folder of a CLIP or SigLIP model")
+        try:
+            kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            if not kind.startswith(("clip", "siglip")):
+                raise UserError(f"{folder} is a {kind} model; the folder of a CLIP or SigLIP model is needed")
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
+        self.folder, self.device = folder, device
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the weights and with how images are prepared."""
+        state = {name: (list(t.shape), float(t.double().sum())) for name, t in self.model.state_dict().items()}
+        key = json.dumps([state, self.processor.to_dict()], sort_keys=True, default=str)
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    @torch.inference_mode()
+    def __call__(self, images: list[Image]) -> Tensor:
+        """Return the last hidden states (images, tokens, width), float32: CLIP's before its final norm, with class token.
+
+        Images are squeezed into a square, so that nothing of them is cut off.
+        """
+        if size := getattr(self.model.config, "image_size", None):
+            images = [image.resize((size, size)) for image in images]
+        inputs = self.processor(images=images, return_tensors="pt").to(self.device)
+        return self.model(**inputs).last_hidden_state.float()

@@ -1,0 +1,164 @@
+"""The steps shared by the stages that learn from images: a model that sees, what of it is trained, rows with images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from common.errors import UserError
+from data_pipeline.datasets import ImageRows, PackedRows
+from data_pipeline.image_features import Encoder, Features, Pixels, cached_features
+from data_pipeline.images import to_pixels
+from data_pipeline.tokenize import TokenizedDataset
+from data_pipeline.tokenize_chats import show_sample, tokenize_image_data
+from model.architecture import VisionConfig
+from model.device import resolve_device
+from model.LMConfig import LMConfig
+from model.model import Transformer, initial_weights
+from model.tokenizer import encode_text
+from model.vision import PretrainedEncoder, VisionLanguageModel
+from model.weights import Checkpoint, build_model
+from trainer.distributed import DistEnv, main_process_first
+from trainer.options import VisionOptions
+from trainer.recipe import packed_rows
+
+IMAGE_TOKEN = "<image>"
+
+
+def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
+    """Return the `n` tokens that stand for an image: `<image>` where the tokenizer has it, else `<` and `>`, half each.
+
+    The latter are those of the first published MiniMind-V, whose tokenizer has no token for images.
+    """
+    if (token := tokenizer.get_added_vocab().get(IMAGE_TOKEN)) is not None:
+        return [token] * n
+    left, right = (encode_text(tokenizer, text) for text in "<>")
+    if len(left) != 1 or len(right) != 1 or n < 2:
+        raise UserError(f"the tokenizer has neither {IMAGE_TOKEN} nor < and > as tokens: use another --tokenizer")
+    return left * (n // 2) + right * (n - n // 2)
+
+
+def new_vision_config(options: VisionOptions, own: VisionConfig, tokenizer: PreTrainedTokenizerFast) -> VisionConfig:
+    """Return `own`, or what fits the folder of --vision_encoder, with the tokens that stand for an image."""
+    if options.vision_encoder is None:
+        return replace(own, image_ids=tuple(image_ids(tokenizer, own.n_patches)))
+    encoder = PretrainedEncoder(options.vision_encoder, resolve_device(options.device))
+    _, n_tokens, width = encoder([Image.new("RGB", (64, 64))]).shape
+    ids = tuple(image_ids(tokenizer, n_tokens))
+    return VisionConfig(encoder="pretrained", width=width, projector=own.projector, image_ids=ids)
+
+
+def add_vision(model: Transformer, vision: VisionConfig, seed: int) -> VisionLanguageModel:
+    """Return a model of the weights of `model` that sees, with a new projector, and a new encoder if it is our own."""
+    fields = model.config.own_fields() | {"vision_config": VisionConfig.complete(vars(vision))}
+    config = LMConfig(**fields)
+    new = {
+        name: tensor
+        for name, tensor in initial_weights(config, seed, VisionLanguageModel)
+        if name.startswith("vision_")
+    }
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    seeing = build_model(state | new, config, "the new model").train()
+    assert isinstance(seeing, VisionLanguageModel)
+    return seeing
+
+
+def freeze(model: VisionLanguageModel, what: str, encoder: bool) -> list[tuple[str, Tensor]]:
+    """Stop the training of a part of the model; return its weights by name.
+
+    Args:
+        what: "language": all of the language model, "middle": all of it but its first and last layer, "none": nothing.
+        encoder: our own encoder is frozen, too.
+    """
+    first, last = "layers.0.", f"layers.{model.config.n_layers - 1}."
+    for name, parameter in model.named_parameters():
+        if name.startswith("vision_encoder."):
+            parameter.requires_grad_(not encoder)
+        elif not name.startswith("vision_"):
+            parameter.requires_grad_(what == "none" or (what == "middle" and name.startswith((first, last))))
+    return [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def open_encoder(
+    options: VisionOptions, model: VisionLanguageModel, origin: Checkpoint | None
+) -> PretrainedEncoder | None:
+    """Return the encoder outside of the model: that of --vision_encoder, or of the run the weights are from; None: it has
+    its own.
+    """
+    if model.vision.encoder == "vit":
+        if options.vision_encoder is not None:
+            raise UserError(
+                f"this model has an encoder of its own: leave --vision_encoder {options.vision_encoder} out"
+            )
+        return None
+    stored = origin.info.get("options", {}).get("vision_encoder") if origin is not None else None
+    folder = options.vision_encoder or (Path(stored) if stored else None)
+    if folder is None:
+        raise UserError(
+            "these weights need the image encoder they were trained with: name its folder with --vision_encoder"
+        )
+    options.vision_encoder = folder.resolve()  # written beside the weights, for the next stage
+    return PretrainedEncoder(folder, resolve_device(options.device))
+
+
+def image_rows(
+    options: VisionOptions,
+    dist_env: DistEnv,
+    tokenizer: PreTrainedTokenizerFast,
+    model: VisionLanguageModel,
+    encoder: PretrainedEncoder | None,
+    origin: Checkpoint | None,
+) -> tuple[PackedRows, PackedRows | None]:
+    """Return training and validation rows of dialogues about images.
+
+    encoder: what makes the features of the images, outside of the model; None: the model does.
+    """
+    config, vision = model.config, model.vision
+    cache = options.cache_dir or options.out_dir / "cache"
+    encode: Encoder | None = encoder
+    identity = encoder.fingerprint if encoder is not None else ""
+    if encoder is None and options.freeze_encoder:
+        assert origin is not None  # a new encoder is not frozen
+        encode, identity = _own_encoder(model, options), origin.fingerprint
+
+    loaders: dict[str, Pixels | Features] = {}  # one for training and validation
+
+    def rows(dataset: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int) -> ImageRows:
+        if not loaders and encode is None:
+            loaders["pixel_values"] = Pixels(dataset, vision.image_size)
+        elif not loaders and encode is not None:
+            with main_process_first(dist_env, "computing the features of images"):
+                loaders["image_features"] = Features(cached_features(dataset, encode, identity, cache))
+        name, load = next(iter(loaders.items()))
+        return ImageRows(dataset, documents, seq_len, seed, load, name)
+
+    train, val = packed_rows(
+        options, dist_env, config.max_seq_len,
+        lambda cache: tokenize_image_data(
+            options.data_path, tokenizer, cache, image_ids=vision.image_ids, max_tokens=config.max_seq_len,
+            max_dropped=options.max_dropped,
+        ),
+        rows,
+    )  # fmt: skip
+    if options.show_sample:
+        show_sample(train.dataset, tokenizer)
+    return train, val
+
+
+def _own_encoder(model: VisionLanguageModel, options: VisionOptions) -> Encoder:
+    device, size = resolve_device(options.device), model.vision.image_size
+    own = model.vision_encoder
+    assert own is not None
+
+    @torch.no_grad()
+    def encode(images: list) -> Tensor:
+        pixels = torch.stack([torch.from_numpy(to_pixels(image, size).copy()) for image in images])
+        return own.to(device)(pixels.to(device))
+
+    return encode
