@@ -161,6 +161,11 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
     [
         ("8-pretrain_vlm.py", ["--freeze_encoder"], "--freeze_encoder would leave a new encoder"),
         ("8-pretrain_vlm.py", ["--fsdp"], "--fsdp and --deepspeed are not for models that see"),
+        (
+            "8-pretrain_vlm.py",
+            ["--vision_encoder", "x", "--vision_layers", "4"],
+            "--vision_layers is for our own encoder",
+        ),
         ("8-pretrain_vlm.py", ["--image_size", "20"], "image_size 20 is not a multiple of patch_size 16"),
         ("9-sft_vlm.py", ["--init_from", "{out}/full_sft_32.pth"], "this model does not see; run 8-pretrain_vlm.py"),
         ("9-sft_vlm.py", ["--vision_encoder", "{out}"], "an encoder of its own: leave --vision_encoder"),
