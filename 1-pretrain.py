@@ -39,7 +39,7 @@ class PretrainOptions(TrainOptions):
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
     batch_size: int = flag(
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
-        "run, with accumulation from 32 on)"
+        "run; more than 32 are accumulated)"
     )  # fmt: skip
 
     def __post_init__(self) -> None:

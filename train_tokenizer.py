@@ -25,8 +25,9 @@ from pathlib import Path
 from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
 from common.files import ROOT, atomic_folder, exclusive, recover_folder
+from model.tokenizer import CONTROL_TOKENS
 
-SMALLEST_VOCAB = 3 + 16 + 256  # special tokens, tags of the chat format, bytes
+SMALLEST_VOCAB = 3 + 256 + len(CONTROL_TOKENS)  # special tokens, bytes, control tokens
 FILES = ("tokenizer_config.json", "training.json", "tokenizer.json")
 KEPT_FILES = ("README.md",)  # may stand in a tokenizer folder that is replaced
 

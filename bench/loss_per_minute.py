@@ -351,8 +351,8 @@ def main() -> None:
         path, held_out = split_texts(args, Path(folder))
         print(f"{args.minutes:g} minutes each; scored on {len(held_out)} texts", flush=True)
         for turn in range(args.rounds):
-            for name, run in contestants.items():
-                own = Path(folder) / f"{turn} {len(results)}"
+            for i, (name, run) in enumerate(contestants.items()):
+                own = Path(folder) / f"{turn} {i}"
                 trained = run(path, args.minutes * 60, turn + 1, own, args)
                 results.setdefault(name, []).append((bits_per_byte(trained, held_out), trained.tokens, trained.seconds))
                 bpb, tokens, seconds = results[name][-1]

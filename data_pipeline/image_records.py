@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.images import read_image
-from data_pipeline.records import Malformed, check_not_empty, parse_value, read_messages
+from data_pipeline.records import Malformed, check_answers, check_not_empty, parse_value, read_messages
 from model.chat_format import IMAGE, TURN_ROLE, Message, check_messages
 
 PLACE = "<image>"
@@ -28,12 +28,13 @@ def parse_image_row(data: dict, image_dir: Path | None) -> tuple[list[Message], 
 
     A row without images is a dialogue like any other.
     """
+    check_answers(data)
     name = next((name for name in ("messages", "conversations") if data.get(name)), None)
     if name is None:
         raise Malformed(f"no conversations or messages; the fields are {', '.join(map(str, list(data)[:8])) or 'none'}")
     sources = _listed(next((data[field] for field in FIELDS if data.get(field)), []))
     dialogue, inline = _without_parts(parse_value(data[name], name))
-    messages = read_messages({name: dialogue, "system": data.get("system")})
+    messages = read_messages({name: dialogue, "system": data.get("system"), "tools": data.get("tools")})
     for message in messages:
         if IMAGE in message["content"]:
             raise Malformed("the character U+FFFC, which stands for an image here")

@@ -52,14 +52,18 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
     if image_dir is None:
         raise BadImage(f"{source:.80} is the name of a file: python data_process.py vlm puts the images into the data")
     path = image_dir / source
-    if not path.resolve().is_relative_to(image_dir.resolve()):
-        raise BadImage(f"{source:.80} lies outside of the folder of images")
     try:
+        if not path.resolve().is_relative_to(image_dir.resolve()):
+            raise BadImage(f"{source:.80} lies outside of the folder of images")
         if path.stat().st_size > MAX_BYTES:
             raise BadImage(f"{source:.80} is larger than {MAX_BYTES >> 20} MB")
         data = path.read_bytes()
+    except BadImage:
+        raise
     except OSError as error:
         raise BadImage(f"{source:.80} cannot be read ({error.strerror})") from None
+    except (ValueError, RuntimeError) as error:  # no file can have such a name; a link that leads to itself
+        raise BadImage(f"{source!r:.80} cannot be read ({error})") from None
     return check_image(data, path.suffix.removeprefix(".").lower())
 
 
@@ -84,8 +88,13 @@ def data_url(data: bytes) -> str:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        kind = str(image.format).lower()
+        kind = _format(image).lower()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _format(image: Image) -> str:
+    """Return a key of FORMATS. Many cameras put a preview behind a JPEG, which Pillow then calls an MPO."""
+    return "JPEG" if image.format == "MPO" else str(image.format)
 
 
 def check_image(data: bytes, extension: str) -> bytes:
@@ -109,16 +118,18 @@ def open_image(data: bytes, extension: str = "") -> Image:
     try:
         with Image.open(io.BytesIO(data), formats=[*FORMATS]) as image:
             width, height = image.size
-            if extension and extension not in FORMATS[str(image.format)]:
-                raise BadImage(f"its name says {extension}, and it is a {image.format}: rename it")
+            if extension and extension not in FORMATS[_format(image)]:
+                raise BadImage(f"its name says {extension}, and it is a {_format(image)}: rename it")
             if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
                 raise BadImage(
                     f"{width:,} x {height:,} pixels: at most {MAX_SIDE:,} on a side and {MAX_PIXELS:,} in all are read"
                 )
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise BadImage("an animation: save one picture of it")
             image.load()
             upright = ImageOps.exif_transpose(image)
+            if upright.mode == "I;16":  # 16 bits of grey: `convert` would make all but the darkest ones white
+                upright = upright.point(lambda value: value * (1 / 256)).convert("L")
             if "A" in upright.getbands() or "transparency" in upright.info:
                 upright = upright.convert("RGBA")
                 white = Image.new("RGBA", upright.size, "white")

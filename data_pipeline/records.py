@@ -25,14 +25,16 @@ from data_pipeline.readers import columns, field_names, file_format, iter_record
 from data_pipeline.text_files import BadLine
 from model.chat_format import Message, check_messages, message_text, with_tools
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES |= {"function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"}
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function": "tool",
+}  # fmt: skip
 QUESTION_ANSWER = (("q", "a"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
 # A CSV or Parquet file needs all columns of one of these.
 CHAT_COLUMNS = (*QUESTION_ANSWER, ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
 PREFERENCE_COLUMNS = (("chosen", "rejected"),)
 _IS_PREFERENCE = "preference pairs (chosen, rejected) are for 5-dpo_train.py"
-# Types of the parts of a content, and where in it they stand; `_part_text` finds their text.
+# Types of the parts of a content, and their order in it.
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -124,12 +126,17 @@ def read_messages(data: dict) -> list[Message]:
 
 
 def check_stage(data: dict) -> None:
-    """Raise WrongStage if the answers of a row are not what a model should learn to say."""
+    """Raise WrongStage if the answers of a row are not what a model of text should learn to say."""
+    check_answers(data)
+    _check_text_only(data)
+
+
+def check_answers(data: dict) -> None:
+    """Raise WrongStage if the answers of a row are not all to be learned."""
     if data.get("chosen") and data.get("rejected"):
         raise WrongStage(_IS_PREFERENCE)
     if name := next((name for name in ("label", "kto_tag") if str(data.get(name)).lower() in ("false", "0")), None):
         raise WrongStage(f"{name} is false: an example of what not to answer (KTO)")
-    _check_text_only(data)
 
 
 def _check_text_only(data: dict) -> None:
@@ -213,10 +220,12 @@ def _dialogue(value: object) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise Malformed("the dialogue is not a list of messages")
     messages = [_message(message) for message in value]
-    for i, message in enumerate(messages):
-        if message["role"] != "system" or i > 0:
-            check_not_empty(message)
-    return messages if messages[0]["content"].strip() or messages[0].get("tools") else messages[1:]
+    first = messages[0]
+    if first["role"] == "system" and not (first["content"].strip() or first.get("tools")):
+        messages = messages[1:]
+    for message in messages:
+        check_not_empty(message)
+    return messages
 
 
 def check_not_empty(message: Message) -> None:
@@ -245,7 +254,9 @@ def _message(message: object) -> Message:
         found["content"] = _text(message, content, required="tool_calls" not in message)
     thoughts = [message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None]
     if thoughts and (thoughts[0] or found["role"] == "assistant"):  # "" belongs to a table in which some messages think
-        _check_text(str(thoughts[0]), "reasoning_content")
+        if not isinstance(thoughts[0], str):
+            raise Malformed(f"reasoning_content is not a text: {thoughts[0]!r:.80}")
+        _check_text(thoughts[0], "reasoning_content")
         found["reasoning_content"] = thoughts[0]
     if calls := calls + _calls(message.get("tool_calls") or message.get("function_call")):
         found["tool_calls"] = calls
@@ -300,8 +311,12 @@ def _calls(value: object) -> list[dict]:
 def _tools(value: object) -> list[dict]:
     """Return the tools of a row or a message: a list of functions, bare or as OpenAI wraps them, perhaps as JSON."""
     tools = parse_value(value, "tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list):
         raise Malformed("tools is not a list of functions")
+    for tool in tools:
+        function = (tool.get("function") or tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed(f"tools is not a list of functions with a name: {tool!r:.80}")
     return tools
 
 

@@ -13,6 +13,7 @@ the language model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +34,14 @@ from model.rope import rope_tables
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class Projection(nn.Linear):
+    """A linear layer whose outputs are as large as its inputs from the start.
+
+    Embeddings of text may be small: they are few, and known. What is new in every image must not be drowned by what the
+    first layers of the language model add to it.
+    """
 
 
 class Convolution(nn.Module):
@@ -62,7 +71,8 @@ class VisionEncoder(nn.Module):
     """A vision Transformer: square patches become tokens, and every patch sees every other one.
 
     Convolutions make the tokens (https://arxiv.org/abs/2106.14881): a shape looks alike wherever it is, and a Transformer
-    alone needs far more images to learn that.
+    alone needs far more images to learn that. A linear layer adds the pixels themselves: with convolutions alone, what is
+    not asked about first, colours where places are learned early, is lost and has to be found again.
     """
 
     def __init__(self, vision: VisionConfig, norm_eps: float) -> None:
@@ -75,14 +85,20 @@ class VisionEncoder(nn.Module):
         self.patches = nn.Sequential(
             *(Convolution(inner, outer, norm_eps) for inner, outer in itertools.pairwise(channels))
         )
+        self.patch_size = vision.patch_size
+        self.pixels = Projection(3 * vision.patch_size**2, vision.width)
         self.positions = PatchPositions(vision.n_patches, vision.width)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(vision.n_layers))
         self.norm = RMSNorm(vision.width, norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (images, 3, size, size), 0 to 255 -> features (images, patches, width)."""
-        x = self.patches(pixels.to(self.norm.weight.dtype) / 127.5 - 1)  # (images, width, rows, columns)
-        x = x.flatten(2).transpose(1, 2) + self.positions.weight  # (images, patches, width)
+        pixels = pixels.to(self.norm.weight.dtype) / 127.5 - 1
+        patches = F.unfold(
+            pixels, kernel_size=self.patch_size, stride=self.patch_size
+        )  # (images, 3 * side * side, patches)
+        x = self.patches(pixels).flatten(2) + self.pixels(patches.transpose(1, 2)).transpose(1, 2)
+        x = x.transpose(1, 2) + self.positions.weight  # (images, patches, width)
         n_patches = x.shape[1]
         # Position 0 everywhere: nothing is rotated, because the places of patches are not in a line.
         rope = rope_tables(torch.zeros(1, n_patches, dtype=torch.long, device=x.device), self.head_dim, 1e4)
@@ -91,14 +107,6 @@ class VisionEncoder(nn.Module):
         for layer in self.layers:
             x, _ = layer(x, metadata)
         return self.norm(x)
-
-
-class Projection(nn.Linear):
-    """A linear layer whose outputs are as large as its inputs from the start.
-
-    Embeddings of text may be small: they are few, and known. What is new in every image must not be drowned by what the
-    first layers of the language model add to it.
-    """
 
 
 class LinearProjector(nn.Module):
@@ -249,12 +257,14 @@ class PretrainedEncoder:
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, device
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with the weights and with how images are prepared."""
-        state = {name: (list(t.shape), float(t.double().sum())) for name, t in self.model.state_dict().items()}
-        key = json.dumps([state, self.processor.to_dict()], sort_keys=True, default=str)
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self.processor.to_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, images: list[Image]) -> Tensor:

@@ -21,6 +21,7 @@ from common.errors import UserError
 from data_pipeline.image_data import convert_images
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.images import BadImage, check_image, open_image, read_image, to_pixels
+from data_pipeline.images import data_url as image_url
 from data_pipeline.readers import iter_records
 from model.chat_format import IMAGE
 
@@ -81,6 +82,18 @@ def test_what_is_transparent_is_white_and_what_lies_on_its_side_is_turned():
     assert open_image(picture(kind="JPEG", exif=exif)).size == (4, 6)
 
 
+def test_a_camera_s_jpeg_with_a_preview_and_16_bits_of_grey():
+    buffer = io.BytesIO()
+    first, second = (Image.new("RGB", (6, 4), colour) for colour in ("red", "blue"))
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    red = np.asarray(open_image(buffer.getvalue(), "jpg"), int)
+    assert np.abs(red - (255, 0, 0)).max() < 12
+    assert read_image(image_url(buffer.getvalue()), None) == buffer.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 0x8000, 0xFFFF]], np.uint16)).save(buffer, "PNG")
+    assert np.asarray(open_image(buffer.getvalue()))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
 def test_pixels_are_a_square_with_the_channels_first():
     pixels = to_pixels(open_image(picture()), 8)
     assert (pixels.shape, pixels.dtype) == ((3, 8, 8), np.uint8)
@@ -136,6 +149,8 @@ def test_any_damage_is_a_bad_image_and_nothing_else():
         (data_url(picture(), "image/jpeg"), "its name says jpeg, and it is a PNG"),
         ("../secret.png", "outside of the folder"),
         ("nothing.png", "cannot be read"),
+        ("a\0.png", "cannot be read"),
+        ("\ud800.png", "cannot be read"),
         (7, "an image is int"),
     ],
 )
@@ -189,7 +204,8 @@ def test_several_images_stand_where_the_row_says(tmp_path):
     assert messages[0]["content"] == f"{IMAGE} or {IMAGE}?"
     assert messages[1]["content"] == "The first <image>."  # an answer is text
     assert images == [picture(colour=(ord(name), 0, 0)) for name in "ab"]
-    assert parse_image_row({"messages": chat[2:]}, None)[1] == []  # a dialogue without images
+    with_tools, none = parse_image_row({"messages": chat[2:], "tools": [{"name": "zoom"}]}, None)  # and no images
+    assert with_tools[0] == {"role": "system", "content": "", "tools": [{"name": "zoom"}]} and none == []
 
 
 @pytest.mark.parametrize(
@@ -202,6 +218,8 @@ def test_several_images_stand_where_the_row_says(tmp_path):
         ({"image_bytes": [picture()], "conversations": [CHAT[0], {"from": "gpt", "value": f"{IMAGE}"}]}, "U\\+FFFC"),
         ({"image": "a.png", "conversations": CHAT}, "is the name of a file: python data_process.py vlm"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of type audio"),
+        ({"image_bytes": [picture()], "conversations": CHAT, "label": False}, "label is false"),
+        ({"image_bytes": [picture()], "conversations": CHAT, "chosen": "a", "rejected": "b"}, "preference pairs"),
         ({"image_bytes": [picture()] * 33, "conversations": [{**CHAT[0], "value": "?"}, CHAT[1]]}, "33 images"),
     ],
 )

@@ -284,11 +284,12 @@ def asked(message, **more):
         (asked({"content": [{"type": "text", "text": "a"}, {"type": "reasoning", "value": "hm"}]}),
          "a part of type reasoning behind the text or the calls"),
         (asked({"content": [{"type": "tool_call", "value": "{"}]}), "a tool call is neither JSON"),
+        ({"messages": [{"role": "tool", "content": ""}, *chat("q", "a")]}, "order: tool; .* must be system or user"),
         (asked({"content": "a"}, tools="[1]"), "tools is not a list of functions"),
         (asked({"content": "a"}, tools={"name": "add"}), "tools is not a list of functions"),
-        (asked({"content": "a"}, tools=[{"type": "function"}]), r"messages\[0\] .system.: tools is not a list of functions"),
+        (asked({"content": "a"}, tools=[{"type": "function"}]), "tools is not a list of functions with a name"),
         ({"messages": TOOL_CHAT, "tools": [TOOL]}, "tools are listed twice"),
-        ({"messages": [chat("q")[0] | {"tools": [TOOL]}, *chat("q", "a")[1:]]}, "has tools, which belong to system"),
+        ({"messages": [chat("q")[0] | {"tools": [TOOL]}, *chat("q", "a")[1:]]}, "has tools, and only system messages may"),
         ({"messages": [chat("q")[0] | {"reasoning_content": "hm"}, *chat("q", "a")[1:]]}, "has reasoning_content"),
     ],
 )  # fmt: skip
@@ -298,6 +299,9 @@ def test_unsound_thinking_and_tools(data, reason):
 
 
 def test_tools_in_preference_pairs():
+    with pytest.raises(UserError, match="a list of functions with a name"):
+        nameless = [{"role": "system", "content": "", "tools": [{"type": "function"}]}, *chat("q", "a")]
+        parse_preference({"prompt": "q", "chosen": nameless, "rejected": "b"})
     prompt = TOOL_CHAT[:-1]
     row = {"prompt": prompt[1:], "system": "s", "tools": [TOOL], "chosen": "a", "rejected": "b"}
     assert parse_preference(row) == (prompt, "a", "b")

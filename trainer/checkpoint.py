@@ -6,9 +6,9 @@
                                          /COMPLETE   a checksum of every file; a folder without it does not exist
 
 The first two are those of `torch.distributed.checkpoint` (DCP); any number of processes reads them back. (`--deepspeed`
-writes DeepSpeed's own instead.) A state is written into a temporary folder, flushed
-to the disk and renamed: whenever a process dies, the states written before are still there. (The weights for use,
-`out/pretrain_512.pth`, are something else: see `model.weights`.)
+writes DeepSpeed's own instead.) A state is written into a temporary folder, flushed to the disk and renamed: whenever a
+process dies, the states written before are still there. (The weights for use, `out/pretrain_512.pth`, are something else:
+see `model.weights`.)
 """
 
 from __future__ import annotations

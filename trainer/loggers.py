@@ -112,11 +112,11 @@ def _open_wandb(options: TrainOptions, run_name: str) -> Logger | None:
         except Exception as error:
             if not _is_outage(error):
                 raise
-            offline = f"logging offline to {folder}, upload it with `wandb sync`"
-            _warn(
-                f"wandb cannot be {'reached' if attempt == 'online' else 'used'} ({_first_line(error)}): "
-                f"{offline if attempt == 'online' else 'training without it'}"
-            )
+            if attempt == "online":
+                what, then = "reached", f"logging offline to {folder}, upload it with `wandb sync`"
+            else:
+                what, then = "used", "training without it"
+            _warn(f"wandb cannot be {what} ({_first_line(error)}): {then}")
     return None
 
 

@@ -88,9 +88,8 @@ class Watchdog(threading.Thread):
             if self._changes.get(rank, ([], 0.0))[0] != position:
                 self._changes[rank] = position, now
         furthest = max(positions)
-        silence = (
-            self.timeout / 2 if stuck else self.timeout
-        )  # one that was stopped has blocked this process only later
+        # A process that was stopped has blocked this one only some time later.
+        silence = self.timeout / 2 if stuck else self.timeout
         late = [
             rank
             for rank, (position, since) in self._changes.items()

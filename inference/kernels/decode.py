@@ -83,7 +83,7 @@ class NativeModel:
         if config.n_layers > MAX_LAYERS:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
         if config.use_moe and config.router_bias_rate:
-            raise KernelUnavailable("the kernel knows no biases of routers")
+            raise KernelUnavailable("the kernel does not support biases of routers")
         self.kernel, self.config, self.dtype = load_kernel(), config, weights.dtype
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
