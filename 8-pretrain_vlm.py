@@ -64,6 +64,9 @@ class PretrainVlmOptions(VisionOptions):
 
     def validate(self) -> list[str]:
         found = super().validate() + self.own_encoder().errors(1)
+        for name in ("image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"):
+            if self.vision_encoder is not None and getattr(self, name) != getattr(PretrainVlmOptions, name):
+                found.append(f"--{name} is for our own encoder and does nothing with --vision_encoder: leave it out")
         if self.freeze_encoder:
             found.append("--freeze_encoder would leave a new encoder as it is, random: it is for 9-sft_vlm.py")
         return found

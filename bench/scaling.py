@@ -45,7 +45,7 @@ from trainer.parallel.ddp import ParallelStrategy  # noqa: E402
 
 PRESETS = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
 WORLDS = (8, 64, 512)
-ROWS, ROW_LENGTH = 32, 512  # of one micro-batch on one GPU: the defaults of 1-pretrain.py
+ROWS, ROW_LENGTH = 32, 512  # of one micro-batch on one GPU: as in a long run of 1-pretrain.py
 SAVES = 3  # number of saves to measure
 
 

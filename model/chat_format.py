@@ -54,7 +54,8 @@ TOOL_FIELDS = ("name", "description", "parameters")  # what the model sees of a 
 
 # The same text as render_chat, for transformers, vLLM and llama.cpp. Two things differ from the published template: the
 # header of the next answer depends on add_generation_prompt, and a role out of order is an error instead of dropped.
-# {% generation %} marks what is trained on.
+# {% generation %} marks what is trained on. What tojson returns is never joined with "+": Jinja without transformers would
+# write the other text as HTML then.
 CHAT_TEMPLATE = (
     f"{{% set followed_by = { ({role: [n for n in after if n != END] for role, after in FOLLOWED_BY.items()})!r} %}}"
     "{% set ns = namespace(last='') %}"
@@ -64,9 +65,9 @@ CHAT_TEMPLATE = (
     "{% if tools %}"
     "{{ ('\n' if system['content'] else '') + '<tools>' }}"
     "{% for tool in tools %}{% set tool = tool['function'] or tool %}"
-    "{{ ('' if loop.first else '\n') + '{\"name\": ' + tool['name'] | tojson }}"
-    "{% if tool['description'] %}{{ ', \"description\": ' + tool['description'] | tojson }}{% endif %}"
-    "{% if tool['parameters'] %}{{ ', \"parameters\": ' + tool['parameters'] | tojson }}{% endif %}"
+    "{{ ('' if loop.first else '\n') + '{\"name\": ' }}{{ tool['name'] | tojson }}"
+    "{% if tool['description'] %}{{ ', \"description\": ' }}{{ tool['description'] | tojson }}{% endif %}"
+    "{% if tool['parameters'] %}{{ ', \"parameters\": ' }}{{ tool['parameters'] | tojson }}{% endif %}"
     "{{ '}' }}"
     "{% endfor %}"
     "{{ '</tools>' }}"
@@ -82,7 +83,7 @@ CHAT_TEMPLATE = (
     "{% if message['reasoning_content'] is string %}{{ '<think>' + message['reasoning_content'] + '</think>' }}{% endif %}"
     "{{ content }}"
     "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
-    "{{ '<tool_call>{\"name\": ' + call['name'] | tojson + ', \"arguments\": ' }}"
+    "{{ '<tool_call>{\"name\": ' }}{{ call['name'] | tojson }}{{ ', \"arguments\": ' }}"
     "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}{{ '}</tool_call>' }}"
     "{% endfor %}"
     "{{ '</s>' }}{% endgeneration %}{{ '\n' }}"
@@ -155,19 +156,20 @@ def _role(kind: str) -> str:
 def _check_fields(message: Message, where: str) -> None:
     for field, role in OPTIONAL_FIELDS.items():
         if message.get(field) and message["role"] != role:
-            raise UserError(f"{where} has {field}, which belong to {role} messages")
+            raise UserError(f"{where} has {field}, and only {role} messages may")
     if not isinstance(message.get("reasoning_content"), str | None):
         raise UserError(f"{where}: reasoning_content is not a text: {message['reasoning_content']!r:.80}")
     for field, needed in (("tools", {"name": str}), ("tool_calls", {"name": str, "arguments": dict})):
         listed = message.get(field) or []
-        for item in listed if isinstance(listed, list) else [listed]:
+        for item in listed if isinstance(listed, list) else [str(listed)]:
             function = _function(item)
-            if not isinstance(listed, list) or not all(
-                isinstance(function.get(name), kind) for name, kind in needed.items()
-            ):
+            if not all(isinstance(function.get(name), kind) for name, kind in needed.items()):
                 names = " and ".join(f"{name} ({kind.__name__})" for name, kind in needed.items())
                 raise UserError(f"{where}: {field} is not a list of functions with {names}: {item!r:.80}")
-    check_unicode(message_text(message), where)
+    try:
+        check_unicode(message_text(message), where)
+    except (TypeError, RecursionError):
+        raise UserError(f"{where}: its tools or arguments cannot be written as JSON") from None
 
 
 def _function(item: object) -> dict[str, Any]:

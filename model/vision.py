@@ -13,6 +13,7 @@ the language model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -256,12 +257,14 @@ class PretrainedEncoder:
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, device
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with the weights and with how images are prepared."""
-        state = {name: (list(t.shape), float(t.double().sum())) for name, t in self.model.state_dict().items()}
-        key = json.dumps([state, self.processor.to_dict()], sort_keys=True, default=str)
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self.processor.to_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, images: list[Image]) -> Tensor:

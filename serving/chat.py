@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import json
 from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model.chat_format import Message, render_chat, truncate_chat
+from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
 from serving.http import ApiError
@@ -35,8 +35,10 @@ class ChatEndpoint(Endpoint):
     ) -> Response:
         """Answer a chat in the form that `builder` knows; `param`: what a prompt that is too long is called in an error."""
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        messages = arrange([plain_message(message) for message in body.messages])
-        size = sum(len(message["content"]) for message in messages)
+        messages = arrange([plain_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)])
+        if not chat_style(self.model.tokenizer).tags:  # how such a model writes its thinking is not known here
+            messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
+        size = sum(len(message_text(message)) for message in messages)
         encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit))
         prompt = await tokenize(encode, messages, size, param)
         limit = self.token_limit(len(prompt), limit, param, request)
@@ -55,17 +57,34 @@ class ChatEndpoint(Endpoint):
         return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
 
 
-def plain_message(message: protocol.Message) -> Message:
+def plain_message(message: protocol.Message, param: str) -> Message:
+    """Return a message as model/chat_format.py has it; `param`: its name in an error."""
     content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    return {"role": "system" if message.role == "developer" else message.role, "content": text}
+    if content is None and not message.tool_calls:
+        raise ApiError(400, f"{param}.content must be a text: this message has no tool_calls", f"{param}.content")
+    text = content if isinstance(content, str) else "".join(part.text for part in content or [])
+    plain: Message = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    if message.reasoning_content and message.role == "assistant":
+        plain["reasoning_content"] = message.reasoning_content
+    calls = []
+    for i, call in enumerate(message.tool_calls or []):
+        name = f"{param}.tool_calls[{i}].function.arguments"
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ApiError(400, f"{name} must be a JSON object: {call.function.arguments:.80}", name)
+        calls.append({"name": call.function.name, "arguments": arguments})
+    return plain | ({"tool_calls": calls} if calls else {})
 
 
 def arrange(messages: list[Message]) -> list[Message]:
     """Return a chat in the order that the model knows: one system message, then user and assistant in turn.
 
-    System messages move to the front, consecutive messages of one role become one, with two blank lines between them, and
-    where a question is missing (a chat begins with an answer, or is only a system message) an empty one takes its place.
+    System messages move to the front, consecutive messages of one role become one, with two blank lines between them (except
+    those of tools), and where a question is missing (a chat begins with an answer, or is only a system message) an empty one
+    takes its place.
     """
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"]
@@ -74,8 +93,16 @@ def arrange(messages: list[Message]) -> list[Message]:
         turns.insert(0, no_question)
     if messages[-1]["role"] == "system" and turns[-1]["role"] == "assistant":
         turns.append(no_question)  # the system asks for another answer, not for more of the last one
-    groups = itertools.groupby(system + turns, key=lambda message: message["role"])
-    return [{"role": role, "content": BETWEEN.join(one["content"] for one in group)} for role, group in groups]
+    arranged: list[Message] = []
+    for message in system + turns:
+        last = arranged[-1] if arranged else {}
+        if message["role"] == "tool" or message["role"] != last.get("role"):
+            arranged.append(message)
+            continue
+        calls = [*last.get("tool_calls", []), *message.get("tool_calls", [])]
+        joined = last["content"] + BETWEEN + message["content"]
+        arranged[-1] = message | last | {"content": joined} | ({"tool_calls": calls} if calls else {})
+    return arranged
 
 
 class ChatBuilder(ResponseBuilder):

@@ -114,11 +114,29 @@ class ContentPart(OpenSchema):
     text: str
 
 
+class CalledFunction(OpenSchema):
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str = Field(description="a JSON object")
+
+
+class ToolCall(OpenSchema):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(OpenSchema):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] = Field(description="a text, or parts of type text, which are joined")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = Field(
+        None,
+        description="a text, or parts of type text, which are joined; only an answer with tool_calls may have none",
+    )
     name: str | None = Field(None, description="accepted; the model does not see it")
-    tool_calls: Annotated[list, Field(max_length=0)] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, description="calls in an earlier answer; tool messages must follow")
+    tool_call_id: str | None = Field(
+        None, description="accepted: what tools return stands in the order of the messages"
+    )
+    reasoning_content: str | None = Field(None, description="the thinking of an earlier answer")
 
 
 class ResponseFormat(OpenSchema):
@@ -147,6 +165,7 @@ class ChatRequest(SamplingRequest):
 
 
 class InputItem(Message):
+    role: Literal["system", "developer", "user", "assistant"]
     type: Literal["message"] | None = None
 
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = (
     "launchers distributed script_pretrain script_fast_inference trainer app interop_lm_eval chaos script_full_sft "
-    "survival export script_openai_api"
+    "survival script_vlm export script_openai_api"
 ).split()
 
 

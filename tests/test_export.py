@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from decoding import generate_ids
+from gguf import GGUFReader
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
 from tolerances import rounding
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -83,6 +85,17 @@ CHATS = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "Hello! 🙂"},
         {"role": "user", "content": "  spaces  "},
+    ],
+    [
+        {"role": "system", "content": "Be brief.", "tools": [{"name": "add"}]},
+        {"role": "user", "content": "2 + 2 = ?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "A sum.",
+            "tool_calls": [{"name": "add", "arguments": {"x": 2}}],
+        },
+        {"role": "tool", "content": "4"},
     ],
 ]
 
@@ -324,6 +337,15 @@ def test_gguf_holds_what_it_should(kind, form, tmp_path, tokenizer, rows):
     assert state_equal(round_to(model, form), model) == (form == "f32")
     weights = sum(parameter.numel() for parameter in model.parameters()) * TYPE_BITS[form] / 8
     assert 0 < path.stat().st_size - weights < 400_000  # the vocabulary, norms and gates in float32
+
+
+def test_the_template_in_a_gguf_needs_no_extension_of_jinja(tmp_path, tokenizer):
+    write_gguf(tmp_path / "x.gguf", make(), tokenizer, "f16", "x")
+    field = GGUFReader(tmp_path / "x.gguf").fields["tokenizer.chat_template"]
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(field.contents())
+    for chat in CHATS:
+        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert template.render(messages=chat, add_generation_prompt=True) == expected
 
 
 def test_gguf_that_no_architecture_can_hold(tokenizer, tmp_path):

@@ -35,7 +35,7 @@ ROUNDING = rounding(**shape_of(LMConfig(**SHAPE), 8 * 64, backward=True))  # of 
 COMMON = (
     "--device cpu --dtype float32 --log_interval 1 --val_fraction 0.1 --val_interval 3 --learning_rate 0.001".split()
 )
-PRETRAIN = [*COMMON, *MODEL, "--max_steps", "8"]
+PRETRAIN = [*COMMON, *MODEL, "--max_steps", "8", "--optimizer", "adamw"]  # the one that DeepSpeed has, too
 STAGES = {
     "3-full_sft.py": ("chats.jsonl", "full_sft_32", ["--max_steps", "5"]),
     "4-lora_sft.py": ("chats.jsonl", "lora_me_32", ["--max_steps", "5", "--lora_name", "me", "--merge"]),

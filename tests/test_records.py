@@ -289,7 +289,7 @@ def asked(message, **more):
         (asked({"content": "a"}, tools={"name": "add"}), "tools is not a list of functions"),
         (asked({"content": "a"}, tools=[{"type": "function"}]), "tools is not a list of functions with a name"),
         ({"messages": TOOL_CHAT, "tools": [TOOL]}, "tools are listed twice"),
-        ({"messages": [chat("q")[0] | {"tools": [TOOL]}, *chat("q", "a")[1:]]}, "has tools, which belong to system"),
+        ({"messages": [chat("q")[0] | {"tools": [TOOL]}, *chat("q", "a")[1:]]}, "has tools, and only system messages may"),
         ({"messages": [chat("q")[0] | {"reasoning_content": "hm"}, *chat("q", "a")[1:]]}, "has reasoning_content"),
     ],
 )  # fmt: skip

@@ -30,11 +30,12 @@ from inference.options import SamplingParams
 from inference.vision import ImagePreparer
 from model.chat_format import IMAGE, render_chat, truncate_chat
 from model.LMConfig import LMConfig
-from model.model import Transformer
+from model.model import Transformer, initial_weights
 from model.tokenizer import encode_text, load_tokenizer, tokenizer_hash
 from model.vision import VisionLanguageModel
 from model.weights import load_checkpoint, save_checkpoint
 from trainer.losses import next_token_loss
+from trainer.options import TrainOptions
 from trainer.vision import image_ids
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +111,9 @@ def test_the_first_stage_trains_what_sees_and_nothing_else(trained):
     before, after = state(trained / "full_sft_32.pth"), state(trained / "pretrain_vlm_32.pth")
     assert changed(before, after) == set()
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"vision_encoder", "vision_proj"}
+    config = load_checkpoint(trained / "pretrain_vlm_32.pth").config
+    random = dict(initial_weights(config, TrainOptions.seed, VisionLanguageModel))
+    assert changed(random, after) >= after.keys() - before.keys()
     description = json.loads((trained / "sft_vlm_32.json").read_text(encoding="utf-8"))
     assert description["stage"] == "sft_vlm"
     assert description["config"]["vision_config"]["encoder"] == "vit"
@@ -161,6 +165,11 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
     [
         ("8-pretrain_vlm.py", ["--freeze_encoder"], "--freeze_encoder would leave a new encoder"),
         ("8-pretrain_vlm.py", ["--fsdp"], "--fsdp and --deepspeed are not for models that see"),
+        (
+            "8-pretrain_vlm.py",
+            ["--vision_encoder", "x", "--vision_layers", "4"],
+            "--vision_layers is for our own encoder",
+        ),
         ("8-pretrain_vlm.py", ["--image_size", "20"], "image_size 20 is not a multiple of patch_size 16"),
         ("9-sft_vlm.py", ["--init_from", "{out}/full_sft_32.pth"], "this model does not see; run 8-pretrain_vlm.py"),
         ("9-sft_vlm.py", ["--vision_encoder", "{out}"], "an encoder of its own: leave --vision_encoder"),

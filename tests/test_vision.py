@@ -276,6 +276,10 @@ def test_a_folder_of_clip_or_siglip(tmp_path, kind, n_tokens):
     expected = seen[0] if kind == "clip" else vision.post_layernorm(seen[0])
     torch.testing.assert_close(features[:1], expected, **close_to(expected, terms=32, depth=20))
     assert encoder.fingerprint == PretrainedEncoder(tmp_path).fingerprint
+    other = PretrainedEncoder(tmp_path)
+    weight = next(p for p in other.model.parameters() if p.dim() == 2)
+    weight.data = weight.data.flip(0)  # the same numbers in other places
+    assert other.fingerprint != encoder.fingerprint
 
 
 def test_folders_that_are_no_encoders(tmp_path):

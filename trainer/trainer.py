@@ -490,5 +490,5 @@ def hash_seed(seed: int, step: int, rank: int) -> int:
 
 def _shared_flags(options: TrainOptions) -> dict:
     """Return the flags that have to be the same in all processes: all except paths and devices of a machine."""
-    local = {"data_path", "out_dir", "cache_dir", "tokenizer", "init_from", "local_rank", "resume", "device"}
+    local = "data_path out_dir cache_dir tokenizer init_from vision_encoder local_rank resume device".split()
     return {f"--{name}": value for name, value in options.describe().items() if name not in local}
