@@ -31,6 +31,10 @@ STAGES = {  # script -> its data, further flags
     "4-lora_sft.py": ("chats.jsonl", ["--init_from", "base.pth", "--merge"]),
     "5-dpo_train.py": ("pairs.jsonl", ["--init_from", "base.pth"]),
 }
+SEEING = {  # one after the other
+    "8-pretrain_vlm.py": (ROOT / "dataset" / "sample" / "vlm_pretrain.parquet", ["--init_from", "base.pth"]),
+    "9-sft_vlm.py": (ROOT / "dataset" / "sample" / "vlm_sft.parquet", []),
+}
 Figures = dict[str, Any]
 
 
@@ -109,7 +113,7 @@ def prepare(place: Place) -> Figures:
 
 def command_line(place: Place, script: str, out: Path, *more: object) -> list[str]:
     """Return a script's command line: a few steps on the prepared data, with `more` flags, of which the last counts."""
-    data, flags = STAGES[script]
+    data, flags = (STAGES | SEEING)[script]
     flags = [str(place.folder / flag) if flag.endswith(".pth") else flag for flag in flags]
     common = f"--device {place.device} --log_interval 1 --max_steps 4 --batch_size 8 --val_fraction 0".split()
     if script == "1-pretrain.py" and place.toy:
@@ -152,6 +156,13 @@ def stage(place: Place, script: str, *flags: object) -> Figures:
 
 def in_precision(place: Place, script: str, dtype: str) -> Figures:
     return stage(place, script, "--dtype", dtype)
+
+
+def seeing(place: Place, dtype: str) -> Figures:
+    """Learn to see, then to answer questions about images."""
+    train(place, "8-pretrain_vlm.py", f"seeing {dtype}", "--dtype", dtype)
+    weights = next((place.folder / "runs" / f"seeing_{dtype}").glob("*.pth"))
+    return brief(train(place, "9-sft_vlm.py", f"seeing {dtype} sft", "--dtype", dtype, "--init_from", weights))
 
 
 def moe_flags(place: Place) -> list[str]:
@@ -572,6 +583,7 @@ CHECKS: dict[str, Check] = {
         for script in STAGES
         for dtype in ("bfloat16", "float16")
     },
+    **{f"{', '.join(SEEING)} {dtype}": Check(partial(seeing, dtype=dtype)) for dtype in ("bfloat16", "float16")},
     "pretrain moe bfloat16": Check(lambda place: mixture(place, "--dtype", "bfloat16")),
     "pretrain moe float16": Check(lambda place: mixture(place, "--dtype", "float16")),
     "pretrain --optimizer adamw": Check(lambda place: stage(place, "1-pretrain.py", "--optimizer", "adamw")),

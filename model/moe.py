@@ -193,7 +193,7 @@ class MoEFeedForward(nn.Module):
         dtype = _compute_dtype(x)
         ends = counts[:-1].cumsum(0).to(torch.int32)
         w1, w2, w3 = (
-            torch.stack([getattr(expert, name).weight for expert in self.experts]).to(dtype).transpose(-2, -1)
+            torch.stack([getattr(expert, name).weight.to(dtype) for expert in self.experts]).transpose(-2, -1)
             for name in ("w1", "w2", "w3")
         )  # each (experts, in, out)
         # Rows without an expert lie past the last group. The kernel leaves its results for them undefined, forward and
