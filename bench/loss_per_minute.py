@@ -55,10 +55,11 @@ from data_pipeline.tokenize import tokenize_pretrain_data
 from model.device import resolve_device, resolve_dtype
 from model.LMConfig import preset
 from model.model import Transformer
-from model.tokenizer import load_tokenizer
+from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint
 from trainer.metrics import read_metrics
 from trainer.optim import BETAS, get_lr
+from trainer.recipe import best_batch
 
 SEQ_LEN, ROWS = 512, 32  # of the contestants that are not ours: rows in an optimizer step
 TRIAL_STEPS = 12  # of 1-pretrain.py, to know how long one takes
@@ -182,29 +183,23 @@ def transformers(path: Path, seconds: float, seed: int, folder: Path, args: argp
 def ours(flags: str) -> Callable[..., Trained]:
     def run(path: Path, seconds: float, seed: int, folder: Path, args: argparse.Namespace) -> Trained:
         def pretrain(out: Path, *more: object) -> list[dict]:
-            command = [
-                sys.executable,
-                "1-pretrain.py",
-                *shlex.split(flags),
-                *more,
-                "--data_path",
-                path,
-                "--out_dir",
-                out,
-            ]
-            command += ["--cache_dir", folder / "cache", "--seed", seed, "--device", args.device]
-            subprocess.run([str(x) for x in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            files = ["--data_path", path, "--out_dir", out, "--cache_dir", folder / "cache"]
+            others = ["--seed", seed, "--device", args.device, *shlex.split(flags), *more]
+            command = [str(x) for x in (sys.executable, "1-pretrain.py", *files, *others)]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             return read_metrics(next(out.glob("*.metrics.jsonl")))
 
-        trial = pretrain(folder / "trial", "--max_steps", TRIAL_STEPS, "--log_interval", 1)
-        durations = [seconds_of(trial[i - 1 : i + 1]) for i in range(1, len(trial))]
-        each = statistics.median(durations)
-        compiling = trial[0]["tokens"] / trial[0]["tokens_per_second"] - each
-        steps = max(round((seconds - max(compiling, 0.0)) / each), 1)
-        lines = pretrain(folder / "run", "--max_steps", steps)
+        chosen = "--batch_size" not in flags  # by the length of the run; the trial is shorter
+        trial_flags = ["--batch_size", 8] if chosen else []
+        trial = pretrain(folder / "trial", "--max_steps", TRIAL_STEPS, "--log_interval", 1, *trial_flags)
+        rate = statistics.median(line["tokens_per_second"] for line in trial[1:])
+        compiling = max(trial[0]["tokens"] * (1 / trial[0]["tokens_per_second"] - 1 / rate), 0.0)
+        tokens = rate * (seconds - compiling)
+        per_step = best_batch(tokens=tokens) if chosen else trial[-1]["tokens"] / TRIAL_STEPS
+        lines = pretrain(folder / "run", "--max_steps", max(round(tokens / per_step), 1))
         model = load_checkpoint(next((folder / "run").glob("*.pth"))).model
-        tokens = int(lines[-1]["tokens"])
-        return Trained(logits_of(model, torch.device("cpu")), our_encode(), tokens, seconds_of([{"tokens": 0}, *lines]))
+        seen = int(lines[-1]["tokens"])
+        return Trained(logits_of(model, torch.device("cpu")), our_encode(), seen, seconds_of([{"tokens": 0}, *lines]))
 
     return run
 
@@ -298,7 +293,7 @@ def logits_of(model: nn.Module, device: torch.device) -> Logits:
 
 def our_encode() -> Callable[[str], list[int]]:
     tokenizer = load_tokenizer()
-    return lambda text: [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+    return lambda text: [BOS_ID, *encode_text(tokenizer, text)]
 
 
 def seconds_of(lines: Sequence[dict]) -> float:

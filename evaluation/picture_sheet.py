@@ -41,14 +41,15 @@ def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: in
     chosen = [i for members in by_kind.values() for i in members[:each]][:n]
     rows = max(-(-len(chosen) // COLUMNS), 1)
     with matplotlib.rc_context({"font.family": [*fonts, "sans-serif"]}):
-        figure = Figure(figsize=(2.2 * COLUMNS, 2.7 * rows))
+        figure = Figure(figsize=(2.4 * COLUMNS, 2.7 * rows))
         for place, i in enumerate(chosen, start=1):
             axes = figure.add_subplot(rows, COLUMNS, place)
-            axes.axis("off")
+            axes.set_xticks([])  # the frame stays: a picture may be white
+            axes.set_yticks([])
             if questions[i].images:
                 axes.imshow(questions[i].images[0], interpolation="nearest")
             text = questions[i].chat[-1]["content"].replace(IMAGE, "").strip()
-            axes.set_title(_short(text), fontsize=8, parse_math=False)
+            axes.set_title(_short(text), fontsize=7, parse_math=False)
             right = is_right(answers[i], questions[i].answer)
             expected = "" if right else f" (right: {questions[i].answer})"
             axes.text(

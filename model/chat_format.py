@@ -376,7 +376,12 @@ def _render_messages(
     for message, parts in zip(messages, parts_of, strict=True):
         if message["role"] not in bare_roles:  # an answer is encoded alone, without its header
             parts[0] = f"{message['role']}\n{parts[0]}"
-    newline, *encoded = _encode(tokenizer, ["\n", *(text for parts in parts_of for text in parts[::2])], image_ids)
+    pieces = [
+        text.split(IMAGE) if image_ids and message["role"] == TURN_ROLE else [text]
+        for message, parts in zip(messages, parts_of, strict=True)
+        for text in parts[::2]
+    ]
+    newline, *encoded = _encode(tokenizer, [["\n"], *pieces], image_ids)
     texts = iter(encoded)
     rendered = []
     if messages[0]["role"] != SYSTEM_ROLE:
@@ -397,13 +402,12 @@ def _render_messages(
     return rendered
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], image_ids: Sequence[int]) -> list[list[int]]:
-    """Encode texts, with `image_ids` where an `IMAGE` stands: the texts around it are encoded alone."""
-    pieces = [text.split(IMAGE) if image_ids else [text] for text in texts]
-    ids = iter(encode_texts(tokenizer, list(itertools.chain.from_iterable(pieces))))
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]], image_ids: Sequence[int]) -> list[list[int]]:
+    """Encode texts that are given in pieces, with `image_ids` between the pieces; each piece is encoded alone."""
+    ids = iter(encode_texts(tokenizer, list(itertools.chain.from_iterable(texts))))
     encoded = []
-    for parts in pieces:
-        first, *others = (next(ids) for _ in parts)
+    for pieces in texts:
+        first, *others = (next(ids) for _ in pieces)
         encoded.append([*first, *(i for other in others for i in (*image_ids, *other))])
     return encoded
 

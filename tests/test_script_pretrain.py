@@ -100,7 +100,7 @@ def test_the_batch_grows_with_the_run_and_not_with_the_number_of_processes():
         return options.batch_size * options.accumulation_steps * world_size
 
     rows = [in_a_step(chosen(n)) for n in (10_000, 10**6, 10**7, 10**8, 10**9)]
-    assert rows[0] == 1 and rows == sorted(rows) and rows[-1] / rows[1] == pytest.approx(1000**0.4, rel=0.1)
+    assert rows[0] == 4 and rows == sorted(rows) and rows[-1] / rows[1] == pytest.approx(1000**0.4, rel=0.1)
     for size in (2, 3, 4):
         assert in_a_step(chosen(10**9, size), size) == pytest.approx(rows[-1], rel=0.1)
     assert chosen(10**9).batch_size <= 32 < rows[-1]

@@ -278,6 +278,12 @@ def test_the_tokens_of_an_image_stand_where_its_place_is(tokenizer):
     assert truncate_chat(tokenizer, chat, 96, image_ids=pattern).ids == ids
     plain = render_chat(tokenizer, chat, add_generation_prompt=True)[0]  # for a model of text it is a character
     assert tokenizer.decode(plain).count(IMAGE) == 2
+    elsewhere = [
+        {"role": "system", "content": IMAGE},
+        chat[0] | {"content": "a"},
+        {"role": "assistant", "content": IMAGE},
+    ]
+    assert render_chat(tokenizer, elsewhere, image_ids=pattern) == render_chat(tokenizer, elsewhere)
 
 
 def test_a_text_with_the_tokens_of_an_image_is_not_trained_on(tokenizer, tmp_path):

@@ -28,9 +28,7 @@ from trainer.distributed import DistEnv, barrier, broadcast_object, main_process
 from trainer.options import TrainOptions
 from trainer.trainer import Run
 
-# Of the batch that is best for a run of a given length: see `choose_batch_size`.
-BATCH_SCALE, BATCH_EXPONENT = 17.8, 0.4
-MICRO_BATCH = 32  # rows at once
+MICRO_BATCH = 32  # rows at once, where the batch is chosen by the length of the run
 
 
 def require_files(paths: list[Path], hint: str) -> None:
@@ -154,17 +152,24 @@ def packed_rows(
     return train, val
 
 
-def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:
-    """Set --batch_size, and --accumulation_steps where more than MICRO_BATCH rows are needed, from the length of the run.
+def best_batch(tokens: float | None = None, steps: int | None = None) -> float:
+    """Return the tokens in a step that are best for a run of so many tokens, or of so many steps.
 
-    The longer a run, the larger the best batch: `BATCH_SCALE * tokens ** BATCH_EXPONENT` tokens in a step. The exponent is
-    about that of https://arxiv.org/abs/2505.13738 (0.38).
+    The longer the run, the larger: k * tokens ** 0.4. The exponent is about that of https://arxiv.org/abs/2505.13738 (0.38),
+    and k gives 4,096 for 800,000 tokens: bench/README.md has the measurement.
     """
+    exponent = 0.4
+    k = 4096 / 800_000**exponent
+    if tokens is not None:
+        return max(k * tokens**exponent, 2048.0)
+    assert steps is not None
+    return max((k * steps**exponent) ** (1 / (1 - exponent)), 2048.0)  # tokens = steps * batch, solved for the batch
+
+
+def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:
+    """Set --batch_size, and --accumulation_steps where more than MICRO_BATCH rows are needed, from the length of the run."""
     seq_len = train.packing.seq_len
-    if options.max_steps is None:
-        per_step = BATCH_SCALE * (options.epochs * train.n_tokens) ** BATCH_EXPONENT
-    else:  # the tokens are steps * per_step: solved for per_step
-        per_step = (BATCH_SCALE * options.max_steps**BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+    per_step = best_batch(steps=options.max_steps) if options.max_steps else best_batch(options.epochs * train.n_tokens)
     rows = max(round(per_step / seq_len / world_size / options.accumulation_steps), 1)  # of one process at once
     n_parts = -(-rows // MICRO_BATCH)
     options.batch_size = -(-rows // n_parts)
