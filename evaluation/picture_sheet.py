@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from common.files import atomic_write
 from evaluation.vlm import ImageQuestion, is_right
 from model.chat_format import IMAGE
 
@@ -56,7 +57,8 @@ def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: in
                 0.5, -0.1, _short(answers[i].strip() + expected), transform=axes.transAxes, ha="center", fontsize=9,
                 color="green" if right else "red", parse_math=False,
             )  # fmt: skip
-        figure.savefig(path, dpi=100)
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, dpi=100)
 
 
 def _short(text: str) -> str:

@@ -98,9 +98,17 @@ def wrong_images(questions: Sequence[ImageQuestion], seed: int) -> list[list[Ima
     for i, question in enumerate(questions):
         groups[question.kind, question.language, len(question.images)].append(i)
     other = np.empty(len(questions), np.int64)
-    for members in groups.values():
+    for (_, _, n_images), members in groups.items():
         order = np.random.default_rng(seed).permutation(members)
-        other[order] = np.roll(order, 1)  # nobody keeps his own, unless he is alone
+        other[order] = np.roll(order, 1)
+        if len(members) == 1:  # then of another kind
+            (alone,) = members
+            others = (i for i, q in enumerate(questions) if i != alone and len(q.images) == n_images)
+            if (found := next(others, None)) is None:
+                raise UserError(
+                    f"no other question has {n_images} images: there is no wrong image for question {alone + 1}"
+                )
+            other[alone] = found
     return [questions[i].images for i in other]
 
 

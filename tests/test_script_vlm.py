@@ -164,7 +164,7 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
     ("script", "flags", "error"),
     [
         ("8-pretrain_vlm.py", ["--freeze_encoder"], "--freeze_encoder would leave a new encoder"),
-        ("8-pretrain_vlm.py", ["--fsdp"], "--fsdp and --deepspeed are not for models that see"),
+        ("8-pretrain_vlm.py", ["--fsdp"], "--fsdp and --deepspeed do not support vision-language models"),
         (
             "8-pretrain_vlm.py",
             ["--vision_encoder", "x", "--vision_layers", "4"],
@@ -348,6 +348,10 @@ def test_a_wrong_image_is_always_that_of_another_question_of_the_kind():
         for i, images in enumerate(wrong_images(questions, seed)):
             j = next(j for j, other in enumerate(questions) if other.images is images)
             assert j != i and questions[j].kind == questions[i].kind
+    questions.append(question("alone", "x", 10))
+    assert wrong_images(questions, 0)[10] is not questions[10].images
+    with pytest.raises(UserError, match="no wrong image for question 1"):
+        wrong_images(questions[:1], 0)
 
 
 def test_right_chance_and_wrong(model, tokenizer):

@@ -273,7 +273,9 @@ class VisionOptions(ChatOptions):
     def validate(self) -> list[str]:
         found = super().validate()
         if self.fsdp or self.deepspeed is not None:
-            found.append("--fsdp and --deepspeed are not for models that see: leave them out; torchrun alone is")
+            found.append(
+                "--fsdp and --deepspeed do not support vision-language models: leave them out (torchrun without them works)"
+            )
         return found
 
 
