@@ -82,6 +82,15 @@ class LocalChat(Chat):
         super().__init__(options.system, options.history_turns)
         self.generator, self.sampling = generator, options.sampling
 
+    def run_command(self, command: str, argument: str) -> bool:
+        if command != "/image":
+            return False
+        print(
+            "no image: this is a model of text; start with --image FILE, or with weights of 9-sft_vlm.py",
+            file=sys.stderr,
+        )
+        return True
+
     def reply(self, question: str) -> str:
         prompt = self.prompt(question)
         context, length = self.generator.context, self.sampling.max_new_tokens
@@ -117,7 +126,10 @@ class ImageChat(LocalChat):
         """Show an image with the next question. Raises UserError for one that cannot be used."""
         from data_pipeline.images import read_image
 
-        self.images.append(read_image(path.name, path.expanduser().absolute().parent))
+        try:
+            self.images.append(read_image(path.name, path.expanduser().absolute().parent))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         self.n_waiting += 1
 
     def run_command(self, command: str, argument: str) -> bool:

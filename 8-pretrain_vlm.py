@@ -93,7 +93,7 @@ def main() -> None:
     model = add_vision(text_model, new_vision_config(options, options.own_encoder(), tokenizer), options.seed)
     encoder = open_encoder(options, model, origin)
     frozen = freeze(model, options.freeze, encoder=False)
-    print(f"it sees now: {describe_parameters(model)}")
+    print(f"with the vision part: {describe_parameters(model)}")
     run = weights_run(
         options, model.config, tokenizer, dist_env, origin, frozen, encoder=encoder.fingerprint if encoder else None
     )

@@ -289,12 +289,14 @@ def main() -> None:
     add("--measure", action="store_true", help="measure steps on this machine's CPU")
     add("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.gpu_gb is not None and args.gpu_gb <= args.reserved_gb:
+        parser.error(f"--gpu_gb {args.gpu_gb:g} must be more than --reserved_gb {args.reserved_gb:g}")
     args.rows = args.rows or ([1] if args.measure else [1, 8, 32])
     if args.worker:
         worker(Step(**args.worker))
     elif args.measure:
         comparison(args)
-    elif args.gpu_gb:
+    elif args.gpu_gb is not None:
         largest(args)
     else:
         peaks(args)

@@ -36,7 +36,7 @@ PREFERENCE_COLUMNS = (("chosen", "rejected"),)
 _IS_PREFERENCE = "preference pairs (chosen, rejected) are for 5-dpo_train.py"
 # Types of the parts of a content, and their order in it.
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA = ("image", "images", "image_bytes", "video", "videos", "audio", "audios")
 
 
 class Malformed(UserError):

@@ -185,6 +185,8 @@ class LMConfig(Architecture, PreTrainedConfig):
             require("n_shared_experts", self.n_shared_experts >= 0, "must not be negative")
             require("router_bias_rate", 0 <= self.router_bias_rate < 1, "must be at least 0 and below 1")
             require("aux_loss_alpha", self.aux_loss_alpha >= 0, "must not be negative")
+        elif self.router_bias_rate:
+            found.append(f"router_bias_rate={self.router_bias_rate} is for a mixture of experts, which use_moe makes")
         if self.vision is not None:
             found += self.vision.errors(self.vocab_size)
         return found

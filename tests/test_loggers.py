@@ -128,7 +128,9 @@ def test_the_remaining_time_is_not_that_of_a_slow_first_step(tmp_path, monkeypat
 
     monkeypatch.setattr("trainer.metrics.time", SimpleNamespace(perf_counter=lambda: now))
     train(options(tmp_path), loss_fn=slow_loss)
-    assert printed_before == ["steps to do: 12; rows in each: 4; the log begins after step 1\n"]
+    assert printed_before == [
+        "adamw, learning rate 0.01; steps to do: 12; rows in each: 4; the log begins after step 1\n"
+    ]
     lines = [json.loads(line) for line in (tmp_path / "tiny.metrics.jsonl").read_text().splitlines()]
     assert [line.get("eta_seconds") for line in lines] == [first_eta, 9.0, 6.0, 3.0, 0.0]
     first, *others = capsys.readouterr().out.splitlines()

@@ -204,6 +204,11 @@ def test_a_bias_has_the_gradient_of_the_load_and_the_loss_does_not_change():
     torch.testing.assert_close(bias.grad, whole)
 
 
+def test_a_bias_without_experts_is_an_error():
+    with pytest.raises(ValueError, match="router_bias_rate=0.1 is for a mixture of experts"):
+        LMConfig(**SIZES | dict(use_moe=False, router_bias_rate=0.1))
+
+
 def test_biases_alone_balance_the_load():
     model = tiny_model(aux_loss_alpha=0.0, n_routed_experts=6, router_bias_rate=0.002)
     gate = model.layers[0].feed_forward.gate

@@ -156,6 +156,7 @@ def test_unsound_chats(data, reason):
         ({"label": "False"}, "label is false"),
         ({"kto_tag": False}, "kto_tag is false"),
         ({"images": ["cat.jpg"]}, "it has images, and a model of text"),
+        ({"image_bytes": "a picture"}, "it has image_bytes, and a model of text"),
         ({"image": "cat.jpg"}, "it has image, "),
         ({"label": True, "kto_tag": None, "images": [], "image": "", "videos": "[]", "chosen": None}, None),
     ],

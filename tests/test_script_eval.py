@@ -102,14 +102,16 @@ def test_history(out, tmp_path, call):
 
 
 def test_commands(out, tmp_path, call):
-    lines = ["/nonsense", "/save", f"/save {tmp_path / 'kept'}", "/help", "  ", "hi", "/save /none/x", "/quit", "after"]
+    lines = ["/nonsense", "/save", f"/save {tmp_path / 'kept'}", "/help", "  ", "hi", "/save /none/x", "/image a.png"]
+    lines += ["/quit", "after"]
     result = call("--out_dir", out, *GREEDY, input="\n".join(lines))
     assert result.returncode == 0
     assert "no such command: /nonsense" in result.stdout
     assert result.stdout.count("/clear ") == 3  # at the start, after /nonsense, and when asked for
     assert "name a file" in result.stdout and "nothing to save yet" in result.stdout
     assert result.stdout.count(" tokens/s]") == 1
-    assert result.stderr == "not saved: /none/x: No such file or directory\n"
+    unsaved, no_image = result.stderr.splitlines()
+    assert unsaved == "not saved: /none/x: No such file or directory" and no_image.startswith("no image: ")
 
 
 def test_long_conversations_are_cut_at_turns(out, call):
