@@ -14,12 +14,12 @@ supported='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 }
 # shellcheck disable=SC1091
 . .venv/bin/activate
-stamp=.venv/installed-$(basename "$requirements")
 wanted=$(cat requirements*.txt)
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+is_installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$wanted" ]; }
+if ! is_installed "$requirements" && ! is_installed requirements-dev.txt; then # the latter has all of the former
     echo "== installing $requirements into .venv"
     # torch first and alone: with it in place, no other package asks for another build of it.
     python -m pip install --quiet --disable-pip-version-check "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
     python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-    printf '%s' "$wanted" > "$stamp"
+    printf '%s' "$wanted" > ".venv/installed-$requirements"
 fi
