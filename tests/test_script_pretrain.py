@@ -82,7 +82,8 @@ def test_with_no_flags_the_optimizer_is_muon_and_the_batch_fits_the_length_of_th
     assert result.returncode == 0, result.stderr
     options = load_checkpoint(tmp_path / "pretrain_32.pth").info["options"]
     assert options["optimizer"] == "muon" and options["learning_rate"] == 4e-3
-    assert f"no --batch_size: {options['batch_size'] * 64:,} tokens in a step" in result.stdout
+    tokens = options["batch_size"] * options["accumulation_steps"] * 64
+    assert tokens == 4096 and f"no --batch_size: {tokens:,} tokens in a step" in result.stdout
     # A resumed run keeps its batch, though it has become longer.
     again = pretrain(*TINY, "--data_path", texts, "--out_dir", tmp_path, "--max_steps", 100, "--resume")
     assert again.returncode == 0, again.stderr
@@ -100,7 +101,7 @@ def test_the_batch_grows_with_the_run_and_not_with_the_number_of_processes():
         return options.batch_size * options.accumulation_steps * world_size
 
     rows = [in_a_step(chosen(n)) for n in (10_000, 10**6, 10**7, 10**8, 10**9)]
-    assert rows[0] == 4 and rows == sorted(rows) and rows[-1] / rows[1] == pytest.approx(1000**0.4, rel=0.1)
+    assert rows[0] == 8 and rows == sorted(rows) and rows[-1] / rows[1] == pytest.approx(1000**0.4, rel=0.1)
     for size in (2, 3, 4):
         assert in_a_step(chosen(10**9, size), size) == pytest.approx(rows[-1], rel=0.1)
     assert chosen(10**9).batch_size <= 32 < rows[-1]

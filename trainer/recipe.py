@@ -28,7 +28,9 @@ from trainer.distributed import DistEnv, barrier, broadcast_object, main_process
 from trainer.options import TrainOptions
 from trainer.trainer import Run
 
-MICRO_BATCH = 32  # rows at once, where the batch is chosen by the length of the run
+# Where the batch is chosen by the length of the run:
+MICRO_BATCH = 32  # rows at once
+SMALLEST_BATCH = 4096.0  # tokens in a step; with fewer, the optimizer takes much of the time
 
 
 def require_files(paths: list[Path], hint: str) -> None:
@@ -161,9 +163,11 @@ def best_batch(tokens: float | None = None, steps: int | None = None) -> float:
     exponent = 0.4
     k = 4096 / 800_000**exponent
     if tokens is not None:
-        return max(k * tokens**exponent, 2048.0)
+        return max(k * tokens**exponent, SMALLEST_BATCH)
     assert steps is not None
-    return max((k * steps**exponent) ** (1 / (1 - exponent)), 2048.0)  # tokens = steps * batch, solved for the batch
+    return max(
+        (k * steps**exponent) ** (1 / (1 - exponent)), SMALLEST_BATCH
+    )  # tokens = steps * batch, solved for the batch
 
 
 def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:
