@@ -157,8 +157,8 @@ def packed_rows(
 def best_batch(tokens: float | None = None, steps: int | None = None) -> float:
     """Return the tokens in a step that are best for a run of so many tokens, or of so many steps.
 
-    The longer the run, the larger: k * tokens ** 0.4. The exponent is about that of https://arxiv.org/abs/2505.13738 (0.38),
-    and k gives 4,096 for 800,000 tokens: bench/README.md has the measurement.
+    The longer the run, the larger: k * tokens ** 0.4. The exponent is about that of https://arxiv.org/abs/2505.13738 (0.38);
+    k gives 4,096 for 800,000 tokens.
     """
     exponent = 0.4
     k = 4096 / 800_000**exponent
