@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import runpy
@@ -83,8 +84,9 @@ class Launch:
 
     @property
     def text(self) -> str:
-        self._output.seek(0)
-        return self._output.read()
+        # Not with seek and read: the processes write at the position that they share with this file.
+        output = self._output.fileno()
+        return os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace")
 
     def wait_until(self, condition: Callable[[], object], seconds: float = 550) -> None:
         deadline = time.monotonic() + seconds
