@@ -35,7 +35,10 @@ class PretrainOptions(TrainOptions):
         "texts: CSV, JSONL, JSON, Parquet or TXT, also .gz and .zst (default: dataset/pretrain_data.csv)", nargs="+",
     )  # fmt: skip
     text_field: str = flag("text", "column or key with the text")
-    optimizer: str = flag("auto", "as in the other stages; auto: muon, but adamw with --deepspeed", choices=OPTIMIZERS)
+    optimizer: str = flag(
+        "auto", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "
+        "--deepspeed", choices=OPTIMIZERS,
+    )  # fmt: skip
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
     batch_size: int = flag(
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
@@ -57,7 +60,7 @@ def main() -> None:
     from model.model import describe_parameters
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
-    from trainer.recipe import new_model, open_tokenizer, packed_rows, require_files, weights_run
+    from trainer.recipe import choose_batch_size, new_model, open_tokenizer, packed_rows, require_files, weights_run
     from trainer.trainer import fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
@@ -74,6 +77,8 @@ def main() -> None:
             options.data_path, tokenizer, cache, text_field=options.text_field, max_dropped=options.max_dropped
         ),
     )  # fmt: skip
+    if options.batch_size is None:
+        choose_batch_size(options, train, dist_env.size)
 
     # Model: random weights.
     model = new_model(options, config, dist_env)

@@ -5,7 +5,7 @@
     python 2-eval.py --weights out/full_sft_512.pth --system "Answer in one sentence." --history_turns 3
     python 2-eval.py --lora out/lora_identity_512
     python 2-eval.py --weights out/rl_512-llama                 # an exported folder
-    python 2-eval.py --image cat.png                            # a model that sees, the newest out/sft_vlm_*
+    python 2-eval.py --image cat.png                            # a vision-language model, the newest out/sft_vlm_*
 
 In:  a .pth file, the folder of an adapter, or an exported folder (--weights); an adapter on a base of your choice (--lora
      with --weights)
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from inference.generator import TokenOutput
     from inference.model_loader import TextGenerator
     from inference.prompts import Prompt
-    from inference.vision import ImagePreparer
+    from inference.vision import ImageProcessor
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -113,9 +113,9 @@ class LocalChat(Chat):
 
 
 class ImageChat(LocalChat):
-    """A conversation with a model that sees. An image is the character `IMAGE` in a turn, and its bytes are in `images`."""
+    """A conversation about images. Each is the character `IMAGE` in a turn, and its bytes are in `images`."""
 
-    def __init__(self, generator: TextGenerator, options: Options, prepare: ImagePreparer) -> None:
+    def __init__(self, generator: TextGenerator, options: Options, prepare: ImageProcessor) -> None:
         super().__init__(generator, options)
         self.prepare = prepare
         self.images: list[bytes] = []  # of all turns, and then of the next question
@@ -167,11 +167,12 @@ class ImageChat(LocalChat):
 
     def record(self) -> dict:
         from data_pipeline.images import data_url
+        from model.tokenizer import IMAGE_TOKEN
 
         shown = self.images[: len(self.images) - self.n_waiting]
         if not shown:
             return super().record()
-        turns = [turn | {"content": turn["content"].replace(IMAGE, "<image>")} for turn in self.turns]
+        turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in self.turns]
         return {"messages": [*self.system, *turns], "images": [data_url(data) for data in shown]}
 
 
@@ -180,7 +181,7 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     from inference.model_finder import CHAT_STAGES, require_model  # torch and transformers take seconds to import
     from inference.model_loader import load_text_generator
-    from inference.vision import ImagePreparer
+    from inference.vision import ImageProcessor
     from model.vision import VisionLanguageModel
 
     path = options.model.weights
@@ -190,8 +191,12 @@ def main() -> None:
     generator = load_text_generator(path, options.model, options.lora)
     if generator.checkpoint.info.get("stage") == "pretrain":
         print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
-    if options.image or isinstance(generator.checkpoint.model, VisionLanguageModel):
-        prepare = ImagePreparer.for_checkpoint(generator.checkpoint, options.vision_encoder)
+    if (
+        options.image
+        or options.vision_encoder is not None
+        or isinstance(generator.checkpoint.model, VisionLanguageModel)
+    ):
+        prepare = ImageProcessor.for_checkpoint(generator.checkpoint, options.vision_encoder)
         chat: LocalChat = ImageChat(generator, options, prepare)
     else:
         chat = LocalChat(generator, options)
@@ -210,7 +215,7 @@ def main() -> None:
 
 
 def show(chat: LocalChat, images: list[Path]) -> None:
-    """Show images with the next question; only a chat with a model that sees gets any."""
+    """Show images with the next question; only a chat with a vision-language model gets any."""
     for path in images:
         assert isinstance(chat, ImageChat)
         chat.attach(path)

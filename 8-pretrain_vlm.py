@@ -48,7 +48,7 @@ class PretrainVlmOptions(VisionOptions):
     projector: str = flag(
         "mlp", "linear as in the first MiniMind-V, or mlp as in later ones", choices=["linear", "mlp"]
     )
-    image_size: int = flag(48, "our own encoder: side of an image in pixels; others are squeezed to it", min=1)
+    image_size: int = flag(48, "our own encoder: side of an image in pixels; others are resized to it", min=1)
     patch_size: int = flag(16, "our own encoder: side of a patch in pixels, a power of two", min=2)
     vision_width: int = flag(128, "our own encoder: width", min=1)
     vision_layers: int = flag(2, "our own encoder: number of layers", min=1)
@@ -83,15 +83,15 @@ def main() -> None:
     from trainer.losses import next_token_loss
     from trainer.recipe import open_tokenizer, require_files, weights_run
     from trainer.trainer import fit
-    from trainer.vision import add_vision, freeze, image_rows, new_vision_config, open_encoder
+    from trainer.vision import add_vision, freeze, image_rows, load_encoder, new_vision_config
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
     # Model: one that answers, with an encoder and a projector of random weights.
     tokenizer = open_tokenizer(options)
     text_model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
-    model = add_vision(text_model, new_vision_config(options, options.own_encoder(), tokenizer), options.seed)
-    encoder = open_encoder(options, model, origin)
+    encoder = load_encoder(options, options.vision_encoder) if options.vision_encoder is not None else None
+    model = add_vision(text_model, new_vision_config(options.own_encoder(), encoder, tokenizer), options.seed)
     frozen = freeze(model, options.freeze, encoder=False)
     print(f"with the vision part: {describe_parameters(model)}")
     run = weights_run(

@@ -1,4 +1,4 @@
-"""Stage 9, MiniMind-V: a model that sees learns to answer questions about images.
+"""Stage 9, MiniMind-V: a vision-language model learns to answer questions about images.
 
     python 9-sft_vlm.py                                                 # from the newest out/pretrain_vlm_*.pth
     python 9-sft_vlm.py --data_path my_pictures.parquet --freeze middle --show_sample
@@ -51,7 +51,7 @@ def main() -> None:
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
-    # Model: one that learned to see.
+    # Model: one that was trained on captions.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["pretrain_vlm"], tokenizer, dist_env)
     if not isinstance(model, VisionLanguageModel):

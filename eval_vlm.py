@@ -3,7 +3,7 @@
     python eval_vlm.py                                                  # the newest out/sft_vlm_*.pth, the sample's scenes
     python eval_vlm.py --weights out/sft_vlm_512.pth --data_path mine.parquet --vision_encoder clip-vit-base-patch32
 
-In:  a model that sees, and a Parquet or JSONL file whose rows have conversations, images, and perhaps a `kind`
+In:  a vision-language model, and a Parquet or JSONL file whose rows have conversations, images, and perhaps a `kind`
 Out: OUT_DIR/vlm/summary.json, and sheet.png, pictures with questions and answers
 
 An answer counts if it is the expected one, word for word. A model that answers well may still not look: many answers can
@@ -49,14 +49,14 @@ def main() -> None:
     from evaluation.vlm import evaluate, read_questions
     from inference.model_finder import require_model
     from inference.model_loader import describe_checkpoint, open_model
-    from inference.vision import ImagePreparer
+    from inference.vision import ImageProcessor
     from model.device import resolve_device
 
     path = options.weights or require_model(options.out_dir, ["sft_vlm"], "9-sft_vlm.py")
     device = resolve_device(options.device)
     checkpoint, tokenizer = open_model(path, tokenizer=options.tokenizer, device=device, dtype=torch.float32)
     print(describe_checkpoint(checkpoint))
-    prepare = ImagePreparer.for_checkpoint(checkpoint, options.vision_encoder)
+    prepare = ImageProcessor.for_checkpoint(checkpoint, options.vision_encoder)
     questions = read_questions(options.data_path, options.limit)
     if not questions:
         raise UserError(f"{options.data_path} has no questions")

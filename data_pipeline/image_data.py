@@ -16,12 +16,13 @@ from common.errors import UserError, stoppable
 from common.files import atomic_write, delete_leftovers, exclusive, explain_write_errors
 from common.progress import Progress
 from data_pipeline.cleaning import UNCHANGED, Summary, rejects_file
-from data_pipeline.image_records import IMAGE_COLUMNS, PLACE, parse_image_row
+from data_pipeline.image_records import IMAGE_COLUMNS, parse_image_row
 from data_pipeline.images import BadImage
 from data_pipeline.readers import Block, iter_blocks, map_blocks, parse_block
 from data_pipeline.records import check_columns
 from data_pipeline.text_files import BadLine, total_bytes
 from model.chat_format import IMAGE
+from model.tokenizer import IMAGE_TOKEN
 
 ROWS_AT_ONCE = 16  # in one thread: a row may have many megabytes of images
 GROUP_BYTES = 16 << 20  # of images in a row group, which is what a reader holds in memory
@@ -108,7 +109,7 @@ def _convert(source: tuple[Path, Block], image_dir: Path | None) -> _Rows:
         except UserError as reason:
             result.bad.append(("wrong fields or roles", BadLine(row.line, str(reason))))
         else:
-            messages = [message | {"content": message["content"].replace(IMAGE, PLACE)} for message in messages]
+            messages = [message | {"content": message["content"].replace(IMAGE, IMAGE_TOKEN)} for message in messages]
             result.rows.append({"conversations": json.dumps(messages, ensure_ascii=False), "image_bytes": images})
     return result
 

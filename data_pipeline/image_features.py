@@ -45,10 +45,15 @@ class Pixels:
         self.dataset, self.size = dataset, size
 
     def __call__(self, numbers: list[int]) -> Tensor:
-        pixels = np.empty((len(numbers), 3, self.size, self.size), np.uint8)
-        for i, number in enumerate(numbers):
-            pixels[i] = to_pixels(dataset_image(self.dataset, number), self.size)
-        return torch.from_numpy(pixels)
+        return pixel_values([dataset_image(self.dataset, number) for number in numbers], self.size)
+
+
+def pixel_values(images: list[Image], size: int) -> Tensor:
+    """Return images as (images, 3, size, size) uint8, the input of our own encoder."""
+    pixels = np.empty((len(images), 3, size, size), np.uint8)
+    for i, image in enumerate(images):
+        pixels[i] = to_pixels(image, size)
+    return torch.from_numpy(pixels)
 
 
 class Features:

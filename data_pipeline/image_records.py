@@ -16,8 +16,8 @@ from typing import Any
 from data_pipeline.images import read_image
 from data_pipeline.records import Malformed, check_answers, check_not_empty, parse_value, read_messages
 from model.chat_format import IMAGE, TURN_ROLE, Message, check_messages
+from model.tokenizer import IMAGE_TOKEN
 
-PLACE = "<image>"
 FIELDS = ("image_bytes", "images", "image")
 IMAGE_COLUMNS = (("conversations",), ("messages",))  # a Parquet file needs one of these
 MAX_IMAGES = 32  # of a row
@@ -44,15 +44,15 @@ def parse_image_row(data: dict, image_dir: Path | None) -> tuple[list[Message], 
         raise Malformed("images in fields and in the messages: only one of them can be")
     sources = inline or sources
     questions = [message for message in messages if message["role"] == TURN_ROLE]
-    n_places = sum(message["content"].count(PLACE) for message in questions)
+    n_places = sum(message["content"].count(IMAGE_TOKEN) for message in questions)
     if not n_places and sources:
-        questions[0]["content"] = f"{PLACE}\n" * len(sources) + questions[0]["content"]
+        questions[0]["content"] = f"{IMAGE_TOKEN}\n" * len(sources) + questions[0]["content"]
     elif n_places != len(sources):
-        raise Malformed(f"{n_places} times {PLACE} in the questions, and {len(sources)} images")
+        raise Malformed(f"{n_places} times {IMAGE_TOKEN} in the questions, and {len(sources)} images")
     if len(sources) > MAX_IMAGES:
         raise Malformed(f"{len(sources)} images: at most {MAX_IMAGES} are read")
     for message in questions:
-        message["content"] = message["content"].replace(PLACE, IMAGE)
+        message["content"] = message["content"].replace(IMAGE_TOKEN, IMAGE)
     return messages, [read_image(source, image_dir) for source in sources]
 
 
@@ -76,7 +76,7 @@ def _without_parts(dialogue: object) -> tuple[object, list]:
                 kind = part.get("type") if isinstance(part, dict) else None
                 if kind in ("image", "image_url"):
                     images.append(part.get("image_url") or part.get("image") or part)
-                    texts.append(PLACE)
+                    texts.append(IMAGE_TOKEN)
                 elif kind == "text" and isinstance(part.get("text"), str):
                     texts.append(part["text"])
                 else:

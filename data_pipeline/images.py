@@ -148,7 +148,7 @@ def open_image(data: bytes, extension: str = "") -> Image:
 
 
 def to_pixels(image: Image, size: int) -> np.ndarray:
-    """Return an image squeezed into a square, (3, size, size) uint8."""
+    """Return an image resized to a square, (3, size, size) uint8."""
     import numpy as np
     from PIL import Image
 

@@ -139,10 +139,7 @@ def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: 
         except NothingToTrainOn as reason:
             encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
         else:
-            encoded.add(chat.ids, json.dumps(messages).encode(), _answer_bytes(tokenizer, chat))
-            encoded.loss_mask.append(bytes(chat.loss_mask))
-            encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
-            encoded.cut[ANSWER_CUT] += chat.answer_cut
+            _add(encoded, tokenizer, chat, messages)
     return encoded
 
 
@@ -164,13 +161,17 @@ def _encode_image_chats(
         else:
             kept = count_images(chat.messages)
             images = images[len(images) - kept :]  # those of the oldest turns were cut with them
-            content = json.dumps([messages, [hashlib.sha256(image).hexdigest() for image in images]])
-            encoded.add(chat.ids, content.encode(), _answer_bytes(tokenizer, chat))
-            encoded.loss_mask.append(bytes(chat.loss_mask))
             encoded.images.append(images)
-            encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
-            encoded.cut[ANSWER_CUT] += chat.answer_cut
+            _add(encoded, tokenizer, chat, [messages, [hashlib.sha256(image).hexdigest() for image in images]])
     return encoded
+
+
+def _add(encoded: EncodedBlock, tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat, content: object) -> None:
+    """Add a dialogue; `content` is what makes it a duplicate of another one."""
+    encoded.add(chat.ids, json.dumps(content).encode(), _answer_bytes(tokenizer, chat))
+    encoded.loss_mask.append(bytes(chat.loss_mask))
+    encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
+    encoded.cut[ANSWER_CUT] += chat.answer_cut
 
 
 def _check_places(chat: TruncatedChat, image_ids: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from data_pipeline.images import open_image
 from data_pipeline.readers import iter_records
 from inference.generator import Images, generate_text
 from inference.options import SamplingParams
-from inference.vision import ImagePreparer
+from inference.vision import ImageProcessor
 from model.chat_format import IMAGE, Message, render_chat
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def read_questions(path: Path, limit: int = 0) -> list[ImageQuestion]:
 
 
 def ask(
-    prepare: ImagePreparer, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion],
+    prepare: ImageProcessor, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion],
     images: Sequence[list[Image]], name: str, max_new_tokens: int = 32,
 ) -> list[str]:  # fmt: skip
     """Return the greedy answer to each question, asked about the images that are given for it ([]: none)."""
@@ -80,11 +80,8 @@ def ask(
                 chat = questions[i].chat
                 if not images[i]:
                     chat = [m | {"content": m["content"].replace(f"{IMAGE}\n", "").replace(IMAGE, "")} for m in chat]
-                prompts.append(
-                    render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=prepare.model.vision.image_ids)[
-                        0
-                    ]
-                )
+                image_ids = prepare.model.vision.image_ids
+                prompts.append(render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=image_ids)[0])
                 prepared.append(prepare(images[i]))
             sampling = SamplingParams(max_new_tokens=max_new_tokens)
             answers += generate_text(prepare.model, tokenizer, prompts, sampling, max_rows=BATCH, images=prepared)
@@ -113,7 +110,7 @@ def wrong_images(questions: Sequence[ImageQuestion], seed: int) -> list[list[Ima
 
 
 def evaluate(
-    prepare: ImagePreparer, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion], seed: int = 1
+    prepare: ImageProcessor, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion], seed: int = 1
 ) -> tuple[dict[str, KindResult], list[str]]:
     """Return the results by kind, and the answers to the questions with their own images."""
     ways = {RIGHT: [q.images for q in questions], NONE: [[] for _ in questions], WRONG: wrong_images(questions, seed)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ class Images:
     def join(several: Sequence[Images | None]) -> dict[str, Tensor]:
         """Return the arguments of the model for prompts that stand in a batch in this order."""
         given = [images for images in several if images is not None]
-        tensors = {name: [x for images in given if (x := getattr(images, name)) is not None] for name in _IMAGES}
+        tensors = {
+            field.name: [x for images in given if (x := getattr(images, field.name)) is not None]
+            for field in fields(Images)
+        }
         return {name: torch.cat(found) for name, found in tensors.items() if found}
-
-
-_IMAGES = ("pixel_values", "image_features")
 
 
 @dataclass
@@ -164,7 +164,7 @@ class BatchGenerator:
     ) -> list[TokenOutput]:
         """Let sequences join: prefill the cache with their prompts and return the first token of each.
 
-        images: those of each prompt, for a model that sees.
+        images: those of each prompt, for a vision-language model.
 
         Raises ValueError if there are too many or a prompt cannot be decoded; then none of them has joined.
         """
@@ -421,7 +421,7 @@ def generate(
         sampling: one for all prompts, or one for each.
         tokenizer, eos_id, max_len, backend: see `BatchGenerator`.
         max_rows: maximum number decoded at a time; the next one joins when one has ended.
-        images: those of each prompt, for a model that sees.
+        images: those of each prompt, for a vision-language model.
 
     Raises:
         ValueError: a prompt that is empty or too long, an unknown token. Raised by the call, not at the first token.

@@ -1,6 +1,6 @@
-"""Images for a model that sees: from pictures to what it takes.
+"""Images for a vision-language model: from pictures to what it takes.
 
-prepare = ImagePreparer.for_checkpoint(checkpoint)
+prepare = ImageProcessor.for_checkpoint(checkpoint)
 chat = [{"role": "user", "content": f"{IMAGE}\\nWhat is this?"}]
 ids, _ = render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=prepare.model.vision.image_ids)
 generate_text(prepare.model, tokenizer, [ids], images=[prepare([image])])
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from common.errors import UserError
-from data_pipeline.images import to_pixels
+from data_pipeline.image_features import pixel_values
 from inference.generator import Images
 from model.model import Transformer
 from model.vision import PretrainedEncoder, VisionLanguageModel
@@ -26,23 +24,22 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ImagePreparer:
+class ImageProcessor:
     """Make of images what a model takes: pixels for its own encoder, or features of one outside of it."""
 
     model: VisionLanguageModel
     encoder: PretrainedEncoder | None
 
     @classmethod
-    def for_checkpoint(cls, checkpoint: Checkpoint, vision_encoder: Path | None = None) -> ImagePreparer:
+    def for_checkpoint(cls, checkpoint: Checkpoint, vision_encoder: Path | None = None) -> ImageProcessor:
         """Return what fits a model. vision_encoder: the folder of its encoder; None: as in the description of the weights.
 
-        Raises UserError for a model that does not see, or whose encoder is not found or does not fit.
+        Raises UserError for a text-only model, or whose encoder is not found or does not fit.
         """
         model = require_vision(checkpoint.model, checkpoint.path)
         if model.vision.encoder == "vit":
             return cls(model, None)
-        stored = checkpoint.info.get("options", {}).get("vision_encoder")
-        folder = vision_encoder or (Path(stored) if stored else None)
+        folder = vision_encoder or stored_encoder(checkpoint)
         if folder is None:
             raise UserError(f"{checkpoint.path} needs the image encoder it was trained with: --vision_encoder FOLDER")
         return cls(model, PretrainedEncoder(folder, model.tok_embeddings.weight.device))
@@ -60,12 +57,17 @@ class ImagePreparer:
                     f"was trained with {expected[0]} of width {expected[1]}: use the encoder it was trained with"
                 )
             return Images(image_features=features)
-        size = self.model.vision.image_size
-        return Images(pixel_values=torch.stack([torch.from_numpy(to_pixels(image, size).copy()) for image in images]))
+        return Images(pixel_values=pixel_values(images, self.model.vision.image_size))
+
+
+def stored_encoder(checkpoint: Checkpoint) -> Path | None:
+    """Return the folder of the encoder with which these weights were trained, as their description has it."""
+    folder = checkpoint.info.get("options", {}).get("vision_encoder")
+    return Path(folder) if folder else None
 
 
 def require_vision(model: Transformer, path: Path) -> VisionLanguageModel:
-    """Return the model. Raises UserError if it does not see."""
+    """Return the model. Raises UserError if it is a text-only one."""
     if not isinstance(model, VisionLanguageModel):
         raise UserError(f"{path} does not see images; 8-pretrain_vlm.py and 9-sft_vlm.py make a model that does")
     return model

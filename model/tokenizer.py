@@ -30,9 +30,10 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 # the published MiniMind-v1's, the same tags are ordinary text. Hugging Face does not count them as special tokens, so that
 # decoded text shows them.
 TAGS = ("think", "tools", "tool_call", "tool_response")
+IMAGE_TOKEN = "<image>"
 CONTROL_TOKENS = (
     *(tag for name in TAGS for tag in (f"<{name}>", f"</{name}>")),
-    "<image>",
+    IMAGE_TOKEN,
     *(f"<reserved_{i}>" for i in range(7)),
 )
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the same ids in MiniMind2 of April 2025 and MiniMind-3

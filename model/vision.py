@@ -1,5 +1,5 @@
-"""MiniMind-V: a MiniMind that sees. An encoder makes features of an image, a projector makes them as wide as embeddings,
-and they take the place of the image's tokens in the prompt; for the Transformer nothing else changes.
+"""MiniMind-V, the vision-language model. An encoder makes features of an image, a projector makes them as wide as
+embeddings, and they take the place of the image's tokens in the prompt; for the Transformer nothing else changes.
 
     config = LMConfig(vision_config={"encoder": "vit", "image_ids": [5] * 9, "width": 128})
     model = VisionLanguageModel(config)
@@ -145,11 +145,11 @@ class VisionLanguageModel(Transformer):
         self.vision = vision
         self.vision_encoder = VisionEncoder(vision, config.norm_eps) if vision.encoder == "vit" else None
         self.vision_proj = PROJECTORS[vision.projector](vision.width, config.dim)
-        for module in self.modules_of_vision():
+        for module in self.vision_modules():
             module.apply(self._init_weights)
 
-    def modules_of_vision(self) -> list[nn.Module]:
-        """Return what the language model does not have."""
+    def vision_modules(self) -> list[nn.Module]:
+        """Return the parts that the language model does not have."""
         return [module for module in (self.vision_encoder, self.vision_proj) if module is not None]
 
     @torch.no_grad()
@@ -270,7 +270,7 @@ class PretrainedEncoder:
     def __call__(self, images: list[Image]) -> Tensor:
         """Return the last hidden states (images, tokens, width), float32: CLIP's before its final norm, with class token.
 
-        Images are squeezed into a square, so that nothing of them is cut off.
+        Images are resized to a square, so that nothing of them is cut off.
         """
         if size := getattr(self.model.config, "image_size", None):
             images = [image.resize((size, size)) for image in images]

@@ -27,7 +27,7 @@ from data_pipeline.tokenize_chats import tokenize_image_data
 from evaluation.vlm import ImageQuestion, evaluate, is_right, wrong_images
 from inference.generator import Images, generate_text
 from inference.options import SamplingParams
-from inference.vision import ImagePreparer
+from inference.vision import ImageProcessor
 from model.chat_format import IMAGE, render_chat, truncate_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
@@ -153,11 +153,11 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
     checkpoint = load_checkpoint(tmp_path / "sft_vlm_32.pth", tokenizer=tokenizer)
     assert checkpoint.config.vision_config["image_ids"] == image_ids(tokenizer, 17)
     assert not any(name.startswith("vision_encoder") for name in checkpoint.model.state_dict())
-    prepared = ImagePreparer.for_checkpoint(checkpoint)([Image.new("RGB", (50, 30))])
+    prepared = ImageProcessor.for_checkpoint(checkpoint)([Image.new("RGB", (50, 30))])
     assert prepared.image_features.shape == (1, 17, 16)
     save_encoder(tmp_path / "siglip", "siglip")
     with pytest.raises(UserError, match="makes 16 features of width 16; this model was trained with 17"):
-        ImagePreparer.for_checkpoint(checkpoint, tmp_path / "siglip")([Image.new("RGB", (50, 30))])
+        ImageProcessor.for_checkpoint(checkpoint, tmp_path / "siglip")([Image.new("RGB", (50, 30))])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_packed_equals_unpacked(model, tokenizer, data, tmp_path):
 
 
 def test_cached_equals_uncached(model, tokenizer, data, tmp_path):
-    prepare = ImagePreparer(model, None)
+    prepare = ImageProcessor(model, None)
     calls = []
 
     @torch.no_grad()
@@ -303,7 +303,7 @@ def test_a_text_with_the_tokens_of_an_image_is_not_trained_on(tokenizer, tmp_pat
 
 
 def test_prompts_with_and_without_images_are_decoded_together(model, tokenizer):
-    prepare = ImagePreparer(model, None)
+    prepare = ImageProcessor(model, None)
     pictures = [[Image.open(io.BytesIO(png(i))) for i in range(n)] for n in (1, 0, 2, 1)]
     prompts = [
         render_chat(
@@ -355,7 +355,7 @@ def test_a_wrong_image_is_always_that_of_another_question_of_the_kind():
 
 
 def test_right_chance_and_wrong(model, tokenizer):
-    prepare = ImagePreparer(model, None)
+    prepare = ImageProcessor(model, None)
     questions = [question("a", answer, i) for i, answer in enumerate("xxxy")]
     results, answers = evaluate(prepare, tokenizer, questions)
     assert results["a"].n == 4 and results["a"].chance == 0.75
@@ -399,7 +399,7 @@ def test_chat_about_images(trained, tmp_path, capsys, monkeypatch):
     messages, images = parse_image_row(saved, None)
     assert images == [png(0), png(1)]
     checkpoint = load_checkpoint(trained / "sft_vlm_32.pth")
-    prepare, tokenizer = ImagePreparer.for_checkpoint(checkpoint), load_tokenizer()
+    prepare, tokenizer = ImageProcessor.for_checkpoint(checkpoint), load_tokenizer()
     ids = truncate_chat(tokenizer, messages[:-1], 88, image_ids=checkpoint.model.vision.image_ids).ids
     seen = prepare([Image.open(io.BytesIO(data)) for data in images])
     expected = generate_text(checkpoint.model, tokenizer, [ids], SamplingParams(max_new_tokens=8), images=[seen])

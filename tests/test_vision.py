@@ -195,7 +195,7 @@ def test_saved_and_loaded_with_the_encoder(tmp_path):
     ids, pixels = torch.tensor([[1, *[PAD] * 4, 2]]), torch.ones(1, 3, 8, 8)
     assert torch.equal(loaded(ids, pixel_values=pixels).logits, model(ids, pixel_values=pixels).logits)
     counts = parameter_counts(model)
-    assert counts["vision"] == sum(p.numel() for module in model.modules_of_vision() for p in module.parameters())
+    assert counts["vision"] == sum(p.numel() for module in model.vision_modules() for p in module.parameters())
     text = LMConfig(**SMALL)
     save_checkpoint(tmp_path / "text.pth", Transformer(text), info={})
     with pytest.raises(UserError, match="another architecture .*vision_config"):

@@ -188,7 +188,7 @@ class MetricsLogger:
             for name, value in line.items()
             if name not in FORMATTED and not name.startswith(("val_", "expert_"))
         ]
-        if shares := expert_shares(line):
+        if shares := logged_shares(line):
             parts.append(f"experts {min(shares):.0%}-{max(shares):.0%}, busiest {line['expert_max_load']:.2f}x")
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
         if self.dist_env.size > 1:
@@ -224,7 +224,7 @@ def read_metrics(path: Path) -> list[dict]:
         return list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
 
 
-def expert_shares(line: dict) -> list[float]:
+def logged_shares(line: dict) -> list[float]:
     """Return the share of the tokens of every expert, from the metrics of a mixture; else none."""
     return [value for name, value in line.items() if name.startswith("expert_") and name.endswith("_share")]
 
@@ -235,7 +235,7 @@ def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     lines = list(lines)
-    shared = [(x["step"], shares) for x in lines if (shares := expert_shares(x))]
+    shared = [(x["step"], shares) for x in lines if (shares := logged_shares(x))]
     n_plots = 2 if shared else 1
     figure = Figure(figsize=(7, 4 * n_plots), layout="constrained")
     axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel="loss (nats per token)", title=title)

@@ -149,8 +149,6 @@ def packed_rows(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "
         f"({train.packing.fill:.1%} full); held out for validation: {held_out}"
     )
-    if options.batch_size is None:
-        choose_batch_size(options, train, dist_env.size)
     return train, val
 
 
@@ -165,9 +163,8 @@ def best_batch(tokens: float | None = None, steps: int | None = None) -> float:
     if tokens is not None:
         return max(k * tokens**exponent, SMALLEST_BATCH)
     assert steps is not None
-    return max(
-        (k * steps**exponent) ** (1 / (1 - exponent)), SMALLEST_BATCH
-    )  # tokens = steps * batch, solved for the batch
+    # tokens = steps * batch, solved for the batch
+    return max((k * steps**exponent) ** (1 / (1 - exponent)), SMALLEST_BATCH)
 
 
 def choose_batch_size(options: TrainOptions, train: PackedRows, world_size: int) -> None:

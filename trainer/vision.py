@@ -1,4 +1,4 @@
-"""The steps shared by the stages that learn from images: a model that sees, what of it is trained, rows with images."""
+"""The steps shared by the stages that learn from images: the model, what of it is trained, rows with images."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data_pipeline.datasets import ImageRows, PackedRows
-from data_pipeline.image_features import Encoder, Features, Pixels, cached_features
-from data_pipeline.images import to_pixels
+from data_pipeline.image_features import Encoder, Features, Pixels, cached_features, pixel_values
 from data_pipeline.tokenize import TokenizedDataset
 from data_pipeline.tokenize_chats import show_sample, tokenize_image_data
+from inference.vision import stored_encoder
 from model.architecture import VisionConfig
 from model.device import resolve_device
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
-from model.tokenizer import encode_text
+from model.tokenizer import IMAGE_TOKEN, encode_text
 from model.vision import PretrainedEncoder, VisionLanguageModel
 from model.weights import Checkpoint, build_model
 from trainer.distributed import DistEnv, main_process_first
 from trainer.options import VisionOptions
 from trainer.recipe import packed_rows
-
-IMAGE_TOKEN = "<image>"
 
 
 def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
@@ -44,18 +42,25 @@ def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
     return left * (n // 2) + right * (n - n // 2)
 
 
-def new_vision_config(options: VisionOptions, own: VisionConfig, tokenizer: PreTrainedTokenizerFast) -> VisionConfig:
-    """Return `own`, or what fits the folder of --vision_encoder, with the tokens that stand for an image."""
-    if options.vision_encoder is None:
+def load_encoder(options: VisionOptions, folder: Path) -> PretrainedEncoder:
+    """Open a CLIP or SigLIP. Its folder is written beside the weights, for the next stage."""
+    options.vision_encoder = folder.resolve()
+    return PretrainedEncoder(options.vision_encoder, resolve_device(options.device))
+
+
+def new_vision_config(
+    own: VisionConfig, encoder: PretrainedEncoder | None, tokenizer: PreTrainedTokenizerFast
+) -> VisionConfig:
+    """Return `own`, or what fits an encoder outside of the model, with the tokens that stand for an image."""
+    if encoder is None:
         return replace(own, image_ids=tuple(image_ids(tokenizer, own.n_patches)))
-    encoder = PretrainedEncoder(options.vision_encoder, resolve_device(options.device))
     _, n_tokens, width = encoder([Image.new("RGB", (64, 64))]).shape
     ids = tuple(image_ids(tokenizer, n_tokens))
     return VisionConfig(encoder="pretrained", width=width, projector=own.projector, image_ids=ids)
 
 
 def add_vision(model: Transformer, vision: VisionConfig, seed: int) -> VisionLanguageModel:
-    """Return a model of the weights of `model` that sees, with a new projector, and a new encoder if it is our own."""
+    """Return a vision-language model of the weights of `model`, with a new projector, and a new encoder if it is our own."""
     fields = model.config.own_fields() | {"vision_config": VisionConfig.complete(vars(vision))}
     config = LMConfig(**fields)
     new = {
@@ -88,8 +93,8 @@ def freeze(model: VisionLanguageModel, what: str, encoder: bool) -> list[tuple[s
 def open_encoder(
     options: VisionOptions, model: VisionLanguageModel, origin: Checkpoint | None
 ) -> PretrainedEncoder | None:
-    """Return the encoder outside of the model: that of --vision_encoder, or of the run the weights are from; None: it has
-    its own.
+    """Return the encoder outside of a trained model: that of --vision_encoder, or of the run the weights are from; None:
+    the model has its own.
     """
     if model.vision.encoder == "vit":
         if options.vision_encoder is not None:
@@ -97,14 +102,12 @@ def open_encoder(
                 f"this model has an encoder of its own: leave --vision_encoder {options.vision_encoder} out"
             )
         return None
-    stored = origin.info.get("options", {}).get("vision_encoder") if origin is not None else None
-    folder = options.vision_encoder or (Path(stored) if stored else None)
+    folder = options.vision_encoder or (stored_encoder(origin) if origin is not None else None)
     if folder is None:
         raise UserError(
             "these weights need the image encoder they were trained with: name its folder with --vision_encoder"
         )
-    options.vision_encoder = folder.resolve()  # written beside the weights, for the next stage
-    return PretrainedEncoder(folder, resolve_device(options.device))
+    return load_encoder(options, folder)
 
 
 def image_rows(
@@ -158,7 +161,6 @@ def _own_encoder(model: VisionLanguageModel, options: VisionOptions) -> Encoder:
 
     @torch.no_grad()
     def encode(images: list) -> Tensor:
-        pixels = torch.stack([torch.from_numpy(to_pixels(image, size).copy()) for image in images])
-        return own.to(device)(pixels.to(device))
+        return own.to(device)(pixel_values(images, size).to(device))
 
     return encode
