@@ -8,8 +8,8 @@
 original       one text per row, padded; float32, AdamW 2e-4, as in the original MiniMind
 transformers   its Llama of the same size on the same rows; bfloat16 where the hardware has it, AdamW 1e-3
 ours           1-pretrain.py with nothing but the files and the end of the run, and once more with each --ours
-nanochat       its model of 8 layers and 512 channels, its optimizer, schedule and tokenizer, trained on these texts
-               (clone it yourself, and name the folder)
+nanochat       its model of 8 layers and 512 channels, its optimizer, schedule and tokenizer, trained on these texts, in the
+               same precision as ours (clone it yourself, and name the folder)
 
 Every contestant trains for --minutes, without the time for tokenizing, and its learning-rate schedule ends with the time:
 those of the first kind look at the clock, 1-pretrain.py gets as many steps as a short trial before promises. The time that
@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import shlex
 import statistics
@@ -103,8 +104,8 @@ def train_until(
     start, tokens, n = time.perf_counter(), 0, 0
     while (elapsed := time.perf_counter() - start) < seconds:
         loss, n_tokens = step(n)
-        if not math.isfinite(float(loss)):
-            raise UserError(f"the loss of step {n + 1} is {float(loss)}")
+        if not math.isfinite(value := loss.detach().item()):
+            raise UserError(f"the loss of step {n + 1} is {value}")
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 schedule(n, elapsed / seconds, group)
@@ -211,6 +212,8 @@ def nanochat(path: Path, seconds: float, seed: int, folder: Path, args: argparse
     for name in ("rustbpe", "tiktoken"):  # its tokenizer's libraries; the pattern is all that is needed
         sys.modules.setdefault(name, ModuleType(name))
     sys.path.insert(0, str(args.nanochat))
+    # It takes bfloat16 on GPUs only, unless it is told to.
+    os.environ.setdefault("NANOCHAT_DTYPE", str(resolve_dtype("auto", resolve_device(args.device))).split(".")[1])
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.tokenizer import SPLIT_PATTERN
 
@@ -248,7 +251,7 @@ def nanochat(path: Path, seconds: float, seed: int, folder: Path, args: argparse
         total = torch.zeros(())
         for _ in range(ROWS // micro_batch):
             rows = torch.tensor([next(source) for _ in range(micro_batch)], device=device)
-            loss = compiled(rows[:, :-1], rows[:, 1:]) * (micro_batch / ROWS)
+            loss = compiled(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) * (micro_batch / ROWS)
             loss.backward()
             total += loss.detach().cpu()
         return total, per_step
