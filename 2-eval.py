@@ -28,7 +28,7 @@ from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import Chat, print_answer, use_utf8
-from model.chat_format import IMAGE
+from model.chat_format import IMAGE, with_images
 
 if TYPE_CHECKING:
     from inference.generator import TokenOutput
@@ -145,7 +145,7 @@ class ImageChat(LocalChat):
         return True
 
     def ask(self, question: str) -> bool:
-        answered = super().ask(f"{IMAGE}\n" * self.n_waiting + question.replace(IMAGE, ""))
+        answered = super().ask(with_images(question, self.n_waiting))
         if answered:
             self.n_waiting = 0
             self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")
