@@ -137,4 +137,3 @@ def open_image(data: bytes, extension: str = "") -> Image:
         raise BadImage(
             f"a damaged image ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
-

@@ -224,7 +224,9 @@ class VisionLanguageModel(Transformer):
         if is_tracing():
             return
         if here.is_cuda:
-            torch._assert_async(here.sum() == n_images * n_features, "as many images are needed as the prompts have places")
+            torch._assert_async(
+                here.sum() == n_images * n_features, "as many images are needed as the prompts have places"
+            )
         else:
             check_places(int(here.sum()), n_images, n_features, len(self.vision.image_ids))
 

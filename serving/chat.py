@@ -9,7 +9,7 @@ from collections.abc import Callable
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat
+from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_images
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
 from serving.http import ApiError
@@ -35,7 +35,11 @@ class ChatEndpoint(Endpoint):
     ) -> Response:
         """Answer a chat in the form that `builder` knows; `param`: what a prompt that is too long is called in an error."""
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        messages = arrange([plain_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)])
+        reader = self.model.images
+        plain = [
+            plain_message(message, f"messages[{i}]", reader is not None) for i, message in enumerate(body.messages)
+        ]
+        messages = arrange(plain)
         if not chat_style(self.model.tokenizer).tags:  # how such a model writes its thinking is not known here
             messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
         size = sum(len(message_text(message)) for message in messages)
@@ -45,24 +49,40 @@ class ChatEndpoint(Endpoint):
         top = (body.top_logprobs or 0) if body.logprobs else None
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
         built = builder(self.model, [Choice() for _ in samplings], len(prompt), body, top)
-        return await self.respond(built, [prompt] * len(samplings), samplings, body, request)
+        images = None if reader is None else await reader.read(body.messages, self.model.count_images(prompt))
+        return await self.respond(built, [prompt] * len(samplings), samplings, body, request, images)
 
     def prompt(self, messages: list[Message], keep: int | None = None) -> list[int]:
         """Return the token ids that training has seen before an answer, and those of an answer to be continued.
 
         keep: leave out the oldest turns of a chat that has more tokens; None: none.
         """
+        tokenizer, image_ids = self.model.tokenizer, self.model.image_ids
         if keep is not None:
-            messages = truncate_chat(self.model.tokenizer, messages, keep).messages
-        return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
+            messages = truncate_chat(tokenizer, messages, keep, image_ids=image_ids).messages
+        return render_chat(
+            tokenizer, messages, add_generation_prompt=True, continue_final_message=True, image_ids=image_ids
+        )[0]
 
 
-def plain_message(message: protocol.Message, param: str) -> Message:
-    """Return a message as model/chat_format.py has it; `param`: its name in an error."""
+def plain_message(message: protocol.Message, param: str, sees: bool = False) -> Message:
+    """Return a message as model/chat_format.py has it.
+
+    param: its name in an error; sees: questions may have images, for which `IMAGE` stands.
+    """
     content = message.content
     if content is None and not message.tool_calls:
         raise ApiError(400, f"{param}.content must be a text: this message has no tool_calls", f"{param}.content")
-    text = content if isinstance(content, str) else "".join(part.text for part in content or [])
+    parts = content if isinstance(content, list) else []
+    text = content if isinstance(content, str) else "".join(p.text for p in parts if isinstance(p, protocol.TextPart))
+    if n_images := sum(not isinstance(part, protocol.TextPart) for part in parts):
+        reason = (
+            "only messages of the user may have images" if sees else "this model does not see images, it reads text"
+        )
+        if not sees or message.role != "user":
+            raise ApiError(400, f"{param}.content has an image: {reason}", f"{param}.content")
+    if sees:
+        text = with_images(text, n_images)
     plain: Message = {"role": "system" if message.role == "developer" else message.role, "content": text}
     if message.reasoning_content and message.role == "assistant":
         plain["reasoning_content"] = message.reasoning_content

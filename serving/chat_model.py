@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.errors import UserError
+from data_pipeline.images import open_image, read_image
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import chat_prompt, text_prompt
-from model.chat_format import Message
+from inference.vision import ImageProcessor
+from model.chat_format import Message, with_images
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
@@ -35,6 +38,7 @@ class ChatModel:
 
     Args:
         name: as a user knows it.
+        prepare: makes what the model takes of images; None: it does not see.
         continues: it continues texts instead of answering questions.
         thread: where tokens are computed; None: in the caller's thread. With one thread for all, conversations at the same
             time take turns token by token and do not compete for the same cores.
@@ -44,6 +48,7 @@ class ChatModel:
     name: str = ""
     continues: bool = False
     thread: Executor | None = None
+    prepare: ImageProcessor | None = None
 
 
 @dataclass
@@ -53,7 +58,8 @@ class Exchange:
     continues: the answer continues the text of the question; context: that of the model; prompt_tokens: length of the
     prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; text, tokens: so far; seconds:
     computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while
-    it is being written, and for ever if nobody finished it; error: why there is no answer.
+    it is being written, and for ever if nobody finished it; error: why there is no answer; images: shown with the question,
+    as data URLs.
     """
 
     question: str
@@ -70,6 +76,7 @@ class Exchange:
     seconds: float = 0.0
     finish: str | None = None
     error: str = ""
+    images: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._outputs: Iterator[TokenOutput] | None = None
@@ -139,14 +146,22 @@ class Conversation:
         """Return whether an answer is being written; only the last one can be."""
         return bool(self.exchanges) and self.exchanges[-1].running
 
-    def turns(self) -> list[Message]:
-        """Return the dialogue so far, for the next question: without continued texts, and questions without an answer."""
+    def answered(self) -> list[Exchange]:
+        """Return the exchanges of the dialogue: no continued texts, and no questions without an answer."""
+        return [exchange for exchange in self.exchanges if exchange.text and not exchange.continues]
+
+    def turns(self, with_places: bool = False) -> list[Message]:
+        """Return the dialogue so far, for the next question. with_places: with `IMAGE` for every image of `images`."""
         turns = []
-        for exchange in self.exchanges:
-            if exchange.text and not exchange.continues:
-                turns.append({"role": "user", "content": exchange.question})
-                turns.append({"role": "assistant", "content": exchange.text})
+        for exchange in self.answered():
+            question = with_images(exchange.question, len(exchange.images)) if with_places else exchange.question
+            turns.append({"role": "user", "content": question})
+            turns.append({"role": "assistant", "content": exchange.text})
         return turns
+
+    def images(self) -> list[str]:
+        """Return the images of the dialogue so far, as data URLs."""
+        return [url for exchange in self.answered() for url in exchange.images]
 
     def ask(
         self,
@@ -156,23 +171,38 @@ class Conversation:
         *,
         history_turns: int = 0,
         system: str | None = None,
+        images: Sequence[str] = (),
     ) -> Exchange:
-        """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error."""
+        """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error.
+
+        images: data URLs of what is shown with the question.
+        """
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
-        exchange = Exchange(question, model.name, model.continues, sampling, context)
+        exchange = Exchange(question, model.name, model.continues, sampling, context, images=[*images])
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
         try:
             if model.continues:
                 prompt = text_prompt(tokenizer, question, **limits)
             else:
                 self.system = system or ""
+                sees = model.prepare is not None
+                if images and not sees:
+                    raise UserError(f"{model.name} does not see images: choose a model of 9-sft_vlm.py")
+                if sees:
+                    question = with_images(question, len(images))
+                    limits["image_ids"] = model.prepare.model.vision.image_ids
                 prompt = chat_prompt(
-                    tokenizer, self.turns(), question, history_turns=history_turns, system=system, **limits
+                    tokenizer, self.turns(sees), question, history_turns=history_turns, system=system, **limits
                 )
             exchange.prompt_tokens, exchange.tokens_left_out = len(prompt.ids), prompt.tokens_left_out
             exchange.turns_seen, exchange.turns_left_out = prompt.turns_seen, prompt.turns_left_out
-            exchange.begin(model.generator.generate(prompt.ids, sampling), model.thread)
+            seen = None
+            if prompt.n_images:
+                assert model.prepare is not None
+                shown = [*self.images(), *images][-prompt.n_images :]  # of turns that were left out: the first ones
+                seen = model.prepare([open_image(read_image(url, None)) for url in shown])
+            exchange.begin(model.generator.generate(prompt.ids, sampling, seen), model.thread)
         except ValueError as error:
             exchange.error = str(error)
         self.exchanges.append(exchange)
@@ -181,7 +211,8 @@ class Conversation:
     def regenerate(self, *args: Any, **kwargs: Any) -> Exchange:
         """Ask the last question again and replace its answer. Takes the arguments of `ask` after the question."""
         self.stop()
-        return self.ask(self.exchanges.pop().question, *args, **kwargs)
+        last = self.exchanges.pop()
+        return self.ask(last.question, *args, images=last.images, **kwargs)
 
     def branch(self, index: int) -> Conversation:
         """Return a new conversation with the exchanges before `index`; this one stays as it is."""
