@@ -92,8 +92,8 @@ def model_card(
     sections = [
         header,
         f"# {name}",
-        f"A small Chinese and English {'vision-' * sees}language model of {counts['total'] / 1e6:.2f}M parameters{active}, trained from "
-        "scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
+        f"A small Chinese and English {'vision-' * sees}language model of {counts['total'] / 1e6:.2f}M parameters{active}, "
+        "trained from scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
         "## Running it",
         code,
         *(

@@ -16,24 +16,30 @@ import torch
 
 from inference.generator import BatchGenerator
 from inference.options import SamplingParams
+from inference.vision import ImageProcessor
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
+from model.vision import model_class
 from serving.app import create_app
 from serving.chat import ChatEndpoint
 from serving.endpoint import ServedModel
 from serving.engine import Engine
+from serving.images import ImageReader
 from serving.server import Server
 
 TOKENIZER = load_tokenizer()
 NAME = "tiny"
 CONTEXT = 1500
+IMAGE_IDS = [TOKENIZER.convert_tokens_to_ids("<image>")] * 4
 
 
-def tiny_model() -> Transformer:
+def tiny_model(sees: bool = False) -> Transformer:
     torch.manual_seed(5)
     shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
-    return Transformer(LMConfig(**shape, initializer_range=0.3)).eval()  # so that its answers are varied
+    vision = dict(encoder="vit", image_size=16, patch_size=8, width=16, n_layers=1, n_heads=2, image_ids=IMAGE_IDS)
+    config = LMConfig(**shape, initializer_range=0.3, vision_config=vision if sees else None)
+    return model_class(config)(config).eval()  # with this range of weights its answers are varied
 
 
 @dataclasses.dataclass
@@ -105,12 +111,15 @@ def serving(
     generator=BatchGenerator,
     drain: float = 0,
     keep_alive: int = 60,
+    sees: bool = False,
+    allow_urls: bool = False,
     **settings,
 ) -> Iterator[Running]:
     """A running server; it is shut down in the end."""
-    model = tiny_model()
+    model = tiny_model(sees)
     engine = Engine(lambda: generator(model, rows, tokenizer=TOKENIZER), max_queue, prefix_bytes=10**6)
-    served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc")
+    reader = ImageReader(ImageProcessor(model, None), allow_urls) if sees else None
+    served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc", images=reader)
     defaults = defaults or SamplingParams(max_new_tokens=CONTEXT)
     app = create_app(engine, served, defaults, **settings)
     server = Server(app, engine, drain, port=0, log_level="warning", timeout_keep_alive=keep_alive)

@@ -17,7 +17,7 @@ from bench.clients import FEATURES, NPM, PYTHON, SCRIPTS, Row, run_client, table
 
 def test_openai_works_and_is_refused_what_the_model_cannot_do():
     assert importlib.util.find_spec("openai") is not None
-    with serving() as server:
+    with serving(sees=True) as server:
         row = run_client([sys.executable, str(SCRIPTS / "use_openai.py")], server.url, NAME, Row("openai"))
     assert row.details["structured output"].startswith("BadRequestError: Error code: 400")
     assert row.outcomes == dict.fromkeys(set(FEATURES) - {"required tool"}, "yes") | {"structured output": "refused"}

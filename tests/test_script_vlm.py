@@ -163,7 +163,8 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("script", "flags", "error"),
     [
-        ("8-pretrain_vlm.py", ["--freeze_encoder"], "--freeze_encoder would leave a new encoder"),
+        ("8-pretrain_vlm.py", ["--freeze_encoder"], "unrecognized arguments: --freeze_encoder"),
+        ("9-sft_vlm.py", ["--data_path", "{out}/text.jsonl", "--freeze_encoder"], "text.jsonl: no images in it"),
         ("8-pretrain_vlm.py", ["--fsdp"], "--fsdp and --deepspeed do not support vision-language models"),
         (
             "8-pretrain_vlm.py",

@@ -69,7 +69,9 @@ def available_models(options: ModelOptions) -> list[Entry]:
 def cached_model(
     path: Path, _options: ModelOptions, flags: str, stamp: tuple
 ) -> tuple[TextGenerator, ImageProcessor | None]:
-    """Load a model, and what prepares images for it if it sees, once for all sessions, and again if one of its files changed: `path`, `flags`, `stamp` are the key.
+    """Load a model, and what prepares images for it if it sees.
+
+    Once for all sessions, and again if one of its files changed: `path`, `flags`, `stamp` are the key.
 
     Raises UserError or OSError if that fails.
     """

@@ -14,11 +14,14 @@ MODEL = os.environ["MODEL"]
 BASE_URL = os.environ["OPENAI_BASE_URL"]
 QUESTION = "Who are you?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
+IMAGE_URL = (  # one blue pixel
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYPgPAAEDAQAIicLsAAAAAElFTkSuQmCC"
+)
 LENGTH = 16  # of answers, in tokens
 PARAMETERS = {"type": "object", "properties": {"word": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": PARAMETERS}}]
 # The server's words for what a model cannot do. Whoever reads them knows what to leave out of the request.
-REFUSALS = ("this model cannot be held to JSON", "this model calls no tools")
+REFUSALS = ("this model does not see images", "this model cannot be held to JSON", "this model calls no tools")
 
 
 def named(*functions: Callable[[], object]) -> dict[str, Callable[[], object]]:

@@ -1,7 +1,7 @@
 """The openai package."""
 
 import openai
-from features import LENGTH, MESSAGES, MODEL, QUESTION, TOOLS, is_embedding, named, run
+from features import IMAGE_URL, LENGTH, MESSAGES, MODEL, QUESTION, TOOLS, is_embedding, named, run
 from pydantic import BaseModel
 
 client = openai.OpenAI()
@@ -47,11 +47,29 @@ def structured_output():
     return client.chat.completions.parse(messages=MESSAGES, response_format=Person, **greedy)
 
 
+def image():
+    content = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": IMAGE_URL}}]
+    question = {"role": "user", "content": content}
+    answer = client.chat.completions.create(messages=[question], max_tokens=LENGTH, **greedy)
+    assert answer.choices[0].message.content != chat(), "the same as without the image"
+    return answer.choices[0].message.content
+
+
 def embeddings():
     data = client.embeddings.create(model=MODEL, input=["one", "two"]).data
     return is_embedding(*(item.embedding for item in data))
 
 
 run(
-    named(chat, chat_streamed, completions, responses, responses_streamed, tools_offered, structured_output, embeddings)
+    named(
+        chat,
+        chat_streamed,
+        completions,
+        responses,
+        responses_streamed,
+        tools_offered,
+        structured_output,
+        image,
+        embeddings,
+    )
 )
