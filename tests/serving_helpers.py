@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import io
 import json
 import re
 import socket
@@ -12,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from PIL import Image
 
 from inference.generator import BatchGenerator
 from inference.options import SamplingParams
@@ -40,6 +43,14 @@ def tiny_model(sees: bool = False) -> Transformer:
     vision = dict(encoder="vit", image_size=16, patch_size=8, width=16, n_layers=1, n_heads=2, image_ids=IMAGE_IDS)
     config = LMConfig(**shape, initializer_range=0.3, vision_config=vision if sees else None)
     return model_class(config)(config).eval()  # with this range of weights its answers are varied
+
+
+def png(seed: int, size: int = 16) -> bytes:
+    """A picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @dataclasses.dataclass

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from serving_helpers import png
 from test_vision import save_encoder
 from tolerances import assert_logits_close, rounding
 
@@ -25,10 +28,10 @@ from data_pipeline.image_features import Features, Pixels, cached_features
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.tokenize_chats import tokenize_image_data
 from evaluation.vlm import ImageQuestion, evaluate, is_right, wrong_images
-from inference.generator import Images, generate_text
+from inference.generator import Images, generate, generate_text
 from inference.options import SamplingParams
 from inference.vision import ImageProcessor
-from model.chat_format import IMAGE, render_chat, truncate_chat
+from model.chat_format import IMAGE, render_chat, truncate_chat, with_images
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
 from model.tokenizer import encode_text, load_tokenizer, tokenizer_hash
@@ -51,13 +54,6 @@ def run(script: str, *args) -> None:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             assert not stop.code, f"{script} exited with {stop.code}"
-
-
-def png(seed: int, size: int = 16) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def row(i: int, n_images: int = 1, n_turns: int = 1, **more) -> dict:
@@ -91,6 +87,8 @@ def trained(tmp_path_factory, tokenizer, data) -> Path:
     text = Transformer(LMConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=96))
     info = {"stage": "full_sft", "tokenizer_hash": tokenizer_hash(tokenizer)}
     save_checkpoint(out / "full_sft_32.pth", text, info=info)
+    blind = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (out / "text.jsonl").write_text(json.dumps(blind) + "\n", encoding="utf-8")
     run("8-pretrain_vlm.py", *QUICK, *TINY, "--out_dir", out, "--data_path", data, "--max_steps", 2)
     run("9-sft_vlm.py", *QUICK, "--out_dir", out, "--data_path", data, "--max_steps", 6, "--save_interval", 3)
     return out
@@ -319,8 +317,9 @@ def test_prompts_with_and_without_images_are_decoded_together(model, tokenizer):
     for prompt, own, answer in zip(prompts, images, together, strict=True):
         assert generate_text(model, tokenizer, [prompt], sampling, images=[own]) == [answer]
     assert Images.join([None, None]) == {}
-    with pytest.raises(ValueError, match="1 images of 4 features, and the prompts have places for 2 of 4"):
-        generate_text(model, tokenizer, [prompts[2]], sampling, images=[images[0]])
+    for shown, n in ((images[0], 1), (None, 0)):
+        with pytest.raises(ValueError, match=f"{n} images of 4 features, and the prompts have places for 2 of 4"):
+            generate_text(model, tokenizer, [prompts[2]], sampling, images=[shown])
 
 
 def test_a_cache_of_prompts_with_images_gives_the_logits_of_the_whole(model):
@@ -431,3 +430,49 @@ def test_which_tokens_stand_for_an_image(tokenizer):
     published.get_added_vocab = dict
     left, right = (encode_text(tokenizer, text)[0] for text in "<>")
     assert image_ids(published, 5) == [left] * 2 + [right] * 3
+
+
+# ---- export_model.py
+
+PIPELINE = """
+import json, os, sys
+import torch
+from transformers import pipeline
+assert not any(os.path.exists(os.path.join(path, "LMConfig.py")) or path.endswith("minimind") for path in sys.path)
+folder, image = sys.argv[1:]
+pipe = pipeline("image-text-to-text", folder, trust_remote_code=True)
+chat = [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "What?"}]}]
+settings = dict(generate_kwargs={"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}, return_full_text=False)
+found = [pipe(chat, **settings)[0]["generated_text"]]
+found += [pipe(images=image, text="What?", **settings)[0]["generated_text"]]
+found += [pipe([{"role": "user", "content": "What?"}], **settings)[0]["generated_text"]]
+assert "model.model" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_an_exported_folder_runs_in_a_pipeline_without_this_repository(trained, tokenizer, tmp_path, capsys):
+    folder, picture = tmp_path / "x", tmp_path / "0.png"
+    picture.write_bytes(png(0))
+    weights = ["--weights", trained / "sft_vlm_32.pth", "--output", folder]
+    run("export_model.py", *weights, "--format", "minimind")
+    assert "(allowed: 0)" in capsys.readouterr().out
+    assert "image-text-to-text" in (folder / "README.md").read_text(encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PIPELINE, str(folder), str(picture)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    model = load_checkpoint(trained / "sft_vlm_32.pth").model
+    prepared = ImageProcessor(model, None)([Image.open(picture)])
+    expected = []
+    for images in (prepared, None):
+        chat = [{"role": "user", "content": with_images("What?", len(images or ()))}]
+        ids = render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=model.vision.image_ids)[0]
+        outputs = generate(model, [ids], SamplingParams(max_new_tokens=8), eos_id=None, images=[images])
+        expected.append(tokenizer.decode([output.token for output in outputs], skip_special_tokens=True))
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected[0], expected[0], expected[1]]
+    run("2-eval.py", "--weights", folder, "--auto", "--image", picture, "--max_new_tokens", 3, "--device", "cpu")
+    with pytest.raises(AssertionError, match="exited with"):
+        run("export_model.py", *weights, "--overwrite")
+    assert "only --format minimind holds such a model" in capsys.readouterr().err

@@ -10,12 +10,11 @@ import struct
 import threading
 import zlib
 
-import numpy as np
 import openai
 import psutil
 import pytest
 from PIL import Image
-from serving_helpers import IMAGE_IDS, NAME, TOKENIZER, serving
+from serving_helpers import IMAGE_IDS, NAME, TOKENIZER, png, serving
 
 from data_pipeline.images import data_url, open_image
 from inference.generator import generate_text
@@ -24,13 +23,6 @@ from inference.vision import ImageProcessor
 from model.chat_format import render_chat, with_images
 from serving import images as serving_images
 from serving.images import MAX_IMAGES, is_public
-
-
-def png(seed: int, size: int = 16) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def image_part(data: bytes | str) -> dict:
