@@ -33,6 +33,17 @@ stage dpo "learn to prefer the better of two answers"
 python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json \
     --learning_rate 1e-4 --beta 0.5 --batch_size 16
 
+stage pretrain_vlm "learn to see, from pictures with captions"
+python 8-pretrain_vlm.py $common --data_path dataset/sample/vlm_pretrain.parquet \
+    --freeze none --optimizer muon --learning_rate 3e-3 --batch_size 2 --max_steps 450 --log_interval 50
+
+stage sft_vlm "learn to answer questions about pictures"
+python 9-sft_vlm.py $common --data_path dataset/sample/vlm_sft.parquet \
+    --optimizer muon --learning_rate 3e-3 --batch_size 2 --max_steps 200 --log_interval 50
+
+stage eval_vlm "questions about pictures it has not seen; does it really look?"
+python eval_vlm.py --out_dir $out --device cpu
+
 stage quiz "choose one of four answers, as in C-Eval"
 python eval_ceval.py --weights $out/full_sft_192.pth --data_dir dataset/sample/ceval --out_dir $out/ceval --score text --device cpu
 

@@ -110,6 +110,22 @@ def losses_table(out_dir: Path, names: list[str]) -> str:
     return "\n".join(rows)
 
 
+def vision_section(out_dir: Path) -> list[str]:
+    """Return what eval_vlm.py measured, with its pictures; nothing if it has not run."""
+    path = out_dir / "vlm" / "summary.json"
+    if not path.exists():
+        return []
+    rows = [
+        "| questions about | how many | right | chance | without the image | with a wrong image |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, one in json.loads(path.read_text(encoding="utf-8"))["kinds"].items():
+        shares = (one["right"], one["chance"], one["without"], one["wrong"])
+        rows.append(f"| {kind} | {one['n']} | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    explained = "`unseen` asks about pairs of colour and shape that training never showed together."
+    return ["## What MiniMind-V sees", "\n".join(rows), explained, "![pictures with answers](vlm/sheet.png)"]
+
+
 def compression_table(folders: dict[str, Path]) -> str:
     rows = ["| tokenizer | held-out text | bytes per token |", "|---|---|---|"]
     for name, folder in folders.items():
@@ -161,6 +177,7 @@ def main() -> None:
     prompts = [[BOS_ID, *encode_text(tokenizer, text)] for text in OPENINGS]
     continuations = generate_text(base.model, tokenizer, prompts, SamplingParams(max_new_tokens=30))
     names = [f"pretrain_{size}", f"full_sft_{size}", adapter_path.name, f"rl_{size}"]
+    names += [name for stage in ("pretrain_vlm", "sft_vlm") if (out / f"{(name := f'{stage}_{size}')}.pth").exists()]
     tokenizers = {"shipped": TOKENIZER_DIR}
     if (out / "tokenizer" / "training.json").exists():
         tokenizers["trained in this run"] = out / "tokenizer"
@@ -181,6 +198,7 @@ def main() -> None:
         "\n".join(["| question | before | after |", "|---|---|---|"] + [
             f"| {chat[-2]['content']} | {b} | {a} |" for chat, b, a in list(zip(identity, before, after, strict=True))[::8]
         ]),
+        *vision_section(out),
         "## Tokenizers",
         compression_table(tokenizers),
         f"(report made in {time.perf_counter() - started:.0f} s)",
