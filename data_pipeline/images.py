@@ -45,7 +45,7 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
     if not isinstance(source, str) or not source:
         raise BadImage(f"an image is {type(source).__name__}, not bytes, a data URL or the name of a file")
     if source.startswith("data:"):
-        return _from_data_url(source)
+        return check_image(*_from_data_url(source))
     if re.match(r"\w+://", source):
         raise BadImage(f"{source:.80} is an address: download the images first")
     if image_dir is None:
@@ -66,7 +66,13 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
     return check_image(data, path.suffix.removeprefix(".").lower())
 
 
-def _from_data_url(url: str) -> bytes:
+def open_data_url(url: str) -> Image:
+    """Decode a data URL as `open_image` does. Raises BadImage."""
+    return open_image(*_from_data_url(url))
+
+
+def _from_data_url(url: str) -> tuple[bytes, str]:
+    """Return the bytes of an image and the second half of its media type."""
     head = _DATA_URL.match(url)
     if head is None or not head[2].endswith(";base64"):
         raise BadImage(f"{url:.40}... is not a data URL in base64: data:image/png;base64,...")
@@ -79,7 +85,7 @@ def _from_data_url(url: str) -> bytes:
         data = base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadImage(f"a data URL is not base64 ({error})") from None
-    return check_image(data, subtype.removeprefix("x-").lower())
+    return data, subtype.removeprefix("x-").lower()
 
 
 def data_url(data: bytes) -> str:

@@ -186,11 +186,12 @@ class VisionLanguageModel(Transformer):
         Raises ValueError for more or fewer images than places for them.
         """
         image_features = self.encode(pixel_values, image_features)
-        cache = kwargs.get("past_key_values")
         if image_features is not None and input_ids is not None:
             kwargs["inputs_embeds"], input_ids = self.embed(input_ids, image_features), None
-        elif input_ids is not None and (cache is None or not cache.get_seq_length()):  # an answer may name the token
-            self._check_places(image_positions(input_ids, self.vision.image_ids), 0, len(self.vision.image_ids))
+        elif input_ids is not None and not is_tracing():
+            cache = kwargs.get("past_key_values")
+            if cache is None or not cache.get_seq_length():  # in an answer the model may write such a token
+                self._check_places(image_positions(input_ids, self.vision.image_ids), 0, len(self.vision.image_ids))
         return super().forward(input_ids, attention_mask, **kwargs)
 
     def encode(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError
-from data_pipeline.images import open_image, read_image
+from data_pipeline.images import open_data_url
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
@@ -201,7 +201,7 @@ class Conversation:
             if prompt.n_images:
                 assert model.prepare is not None
                 shown = [*self.images(), *images][-prompt.n_images :]  # of turns that were left out: the first ones
-                seen = model.prepare([open_image(read_image(url, None)) for url in shown])
+                seen = model.prepare([open_data_url(url) for url in shown])
             exchange.begin(model.generator.generate(prompt.ids, sampling, seen), model.thread)
         except ValueError as error:
             exchange.error = str(error)

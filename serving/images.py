@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from common.errors import UserError
-from data_pipeline.images import MAX_BYTES, BadImage, check_image, open_image, read_image
+from data_pipeline.images import MAX_BYTES, BadImage, open_data_url, open_image
 from inference.generator import Images
 from inference.vision import ImageProcessor
 from serving import protocol
@@ -74,8 +74,7 @@ class ImageReader:
             raise ApiError(400, f"{param}: {error}", param, "invalid_image") from error
 
     def _decode(self, data: bytes | str) -> Images:
-        image = open_image(data if isinstance(data, bytes) else read_image(data, None))
-        images = self.prepare([image])
+        images = self.prepare([open_data_url(data) if isinstance(data, str) else open_image(data)])
         assert images is not None
         return images
 
@@ -84,7 +83,7 @@ class ImageReader:
 
 
 def fetch_image(url: str) -> bytes:
-    """Return the bytes of the image at an http(s) address, checked. Raises BadImage.
+    """Return what is at an http(s) address. Raises BadImage.
 
     The name of the host is resolved once, and only public addresses are connected to, also after a redirect: with this
     server's help nobody shall see what only machines of its own network can.
@@ -92,7 +91,7 @@ def fetch_image(url: str) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         data, target = _get(url)
         if target is None:
-            return check_image(data, "")
+            return data
         url = urllib.parse.urljoin(url, target)
     raise BadImage(f"{url:.80}: more than {MAX_REDIRECTS} redirects")
 
