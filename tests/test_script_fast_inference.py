@@ -402,7 +402,7 @@ def test_questions_about_pictures(tmp_path, open_page):
     ).ids
     seen = ImageProcessor(model, None)([open_image(png(i)) for i in range(2)])
     assert [exchange.text] == generate_text(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12), images=[seen])
-    assert len(page.get("imgs")) == 1 and exchange.images == [data_url(png(i)) for i in range(2)]
+    assert exchange.images == [data_url(png(i)) for i in range(2)] == page.get("image")[0].value
     page.chat_input(key="question").upload("c.png", png(2)[:-200], "image/png")
     assert "c.png cannot be used: a damaged image" in error(ask(page, "And this?")) and len(exchanges(page)) == 1
     page.chat_input(key="question").upload("d.png", png(3), "image/png").run()  # without words
