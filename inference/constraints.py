@@ -9,6 +9,7 @@ compiled: whoever decodes without one does not need it.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import weakref
@@ -109,9 +110,8 @@ def answer_grammar(
         rules.append(f"call: {_tag(tags, '<tool_call>')} ({' | '.join(names)}) {_tag(tags, '</tool_call>')}")
         for name, tool in zip(names, tools, strict=True):
             begin = f'{{"name": {json.dumps(tool["name"], ensure_ascii=False)}, "arguments": '
-            rules.append(
-                f"{name}: {_literal(begin)} {_json_rule(tool.get('parameters') or NO_PARAMETERS)} {_literal('}')}"
-            )
+            parameters = {"type": "object"} | (tool.get("parameters") or NO_PARAMETERS)
+            rules.append(f"{name}: {_literal(begin)} {_json_rule(parameters)} {_literal('}')}")
     if thinking and len(tags["</think>"]) == 1:
         rules.append(f"think: {_tag(tags, '<think>')} TEXT {_tag(tags, '</think>')}")
     elif thinking:
@@ -131,7 +131,40 @@ def _literal(text: str) -> str:
 
 
 def _json_rule(schema: dict[str, Any]) -> str:
-    return "%json " + json.dumps(schema | {"x-guidance": _LAYOUT}, ensure_ascii=False)
+    return "%json " + json.dumps(without_other_properties(schema) | {"x-guidance": _LAYOUT}, ensure_ascii=False)
+
+
+def without_other_properties(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a narrower schema: where it names the properties of an object and does not mention others, there are none.
+
+    JSON Schema allows any others, which a small model would make up. A schema that combines the properties of several parts
+    stays as it is, because there the properties of one part are the others of the next.
+    """
+    parts = [schema]
+    for part in parts:  # grows meanwhile
+        parts += _subschemas(part)
+    if any("allOf" in part or ("properties" in part and not part.keys().isdisjoint(_COMBINED)) for part in parts):
+        return schema
+    narrower = copy.deepcopy(schema)
+    parts = [narrower]
+    for part in parts:
+        parts += _subschemas(part)
+        if "properties" in part:
+            part.setdefault("additionalProperties", False)
+    return narrower
+
+
+_COMBINED = {"anyOf", "oneOf", "$ref", "patternProperties"}
+
+
+def _subschemas(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[Any] = []
+    for name in ("properties", "$defs", "definitions"):
+        found += schema[name].values() if isinstance(schema.get(name), dict) else []
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        found += schema[name] if isinstance(schema.get(name), list) else []
+    found += [schema.get("items"), schema.get("additionalProperties")]
+    return [part for part in found if isinstance(part, dict)]
 
 
 def _first_line(message: str) -> str:

@@ -70,9 +70,14 @@ class AnswerParser:
     White space before the thinking, between calls and after them is dropped; other text in these places is content.
     """
 
-    def __init__(self, *, thinking: bool = False) -> None:
-        """thinking: the prompt ends in <think>, so that the answer begins with its thoughts."""
+    def __init__(self, *, thinking: bool = False, calls: bool = True) -> None:
+        """
+        Args:
+            thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+            calls: False: no tools were offered, and what looks like a call is content.
+        """
         self._text = ""  # not yet read
+        self._calls = calls
         self._inside = THINK if thinking else None  # the tag that is open; "": none, and the thinking is over
         self._after_call = False
 
@@ -110,6 +115,11 @@ class AnswerParser:
                 self._inside, self._text = "", self._text[end:]
                 self._after_call = call is not None
                 yield ("content", TOOL_CALL) if call is None else ("tool_calls", call)
+            elif not self._calls:
+                new, self._text = self._text, ""
+                if new:
+                    yield "content", new
+                return
             else:
                 new, opened = self._until(TOOL_CALL, final)
                 if self._after_call and not new.strip():
