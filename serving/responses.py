@@ -26,7 +26,15 @@ class ResponsesEndpoint(ChatEndpoint):
 
     async def create(self, body: protocol.ResponsesRequest, request: Request) -> Response:  # type: ignore[override]
         self.check(body, request)
-        same = ("model", "stream", "stop", "truncate_prompt_tokens", "parallel_tool_calls", *protocol.SAMPLING_FIELDS)
+        same = (
+            "model",
+            "stream",
+            "stop",
+            "truncate_prompt_tokens",
+            "parallel_tool_calls",
+            "logit_bias",
+            *protocol.SAMPLING_FIELDS,
+        )
         fields: dict[str, Any] = {name: getattr(body, name) for name in same}
         if body.truncation == "auto":
             fields["truncate_prompt_tokens"] = -1
@@ -65,6 +73,8 @@ def input_messages(body: protocol.ResponsesRequest) -> list[protocol.Message]:
                 messages.append(protocol.Message(role="assistant", content="", reasoning_content=thoughts))
         else:
             messages.append(item)
+    if not messages:
+        raise ApiError(400, "input has no message: its thoughts have no text", "input")
     return messages
 
 

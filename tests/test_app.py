@@ -227,6 +227,7 @@ def test_responses_streaming(server, client):
         ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input"),
         ({"input": "x " * CONTEXT}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "reasoning", "id": "x", "summary": []}]}, "input"),
         ({"text": {"format": {"type": "json_schema"}}}, "text"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
