@@ -138,6 +138,10 @@ class ChatOptions:
 
     system: str | None = flag(None, "a system message, which stands before everything", metavar="TEXT")
     history_turns: int = flag(5, "how many earlier questions, with their answers, the model sees", min=0, metavar="N")
+    tools: list[str] | None = flag(
+        None, "let the model call tools, which run on this machine: calculator, calendar, unit_converter, lookup, or a "
+        "function of yours as module:function; without a name the first four (default: none)", nargs="*", metavar="NAME",
+    )  # fmt: skip
 
 
 def sampling_options(**defaults: Any) -> Any:

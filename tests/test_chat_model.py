@@ -61,17 +61,17 @@ def test_chat_prompt_takes_the_turns_it_may():
     turns = chat("a", "b", "c", "d", "e", "f")
     limits = dict(context=96, max_new_tokens=12)
     for n, seen in ((0, []), (1, turns[4:]), (2, turns[2:]), (9, turns)):
-        prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=n, system="short", **limits)
+        prompt = chat_prompt(TOKENIZER, turns, chat("last"), history_turns=n, system="short", **limits)
         messages = [{"role": "system", "content": "short"}, *seen, {"role": "user", "content": "last"}]
         assert prompt == Prompt(truncate_chat(TOKENIZER, messages, 84).ids, turns_seen=len(seen) // 2)
 
 
 def test_chat_prompt_leaves_out_what_does_not_fit():
     turns = chat("word " * 70, "b", "c", "d")
-    prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=5, context=96, max_new_tokens=12)
+    prompt = chat_prompt(TOKENIZER, turns, chat("last"), history_turns=5, context=96, max_new_tokens=12)
     assert (prompt.turns_seen, prompt.turns_left_out) == (1, 1) and len(prompt.ids) <= 84
     with pytest.raises(ValueError, match="48 is the limit"):  # half of the context is for the prompt
-        chat_prompt(TOKENIZER, [], "word " * 60, history_turns=5, context=96, max_new_tokens=90)
+        chat_prompt(TOKENIZER, [], chat("word " * 60), history_turns=5, context=96, max_new_tokens=90)
 
 
 def test_text_prompt_keeps_the_end():
