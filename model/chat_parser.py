@@ -45,15 +45,17 @@ class ParsedAnswer(NamedTuple):
         return message | ({"tool_calls": self.calls} if self.calls else {})
 
 
-def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
+def parse_answer(text: str, *, thinking: bool = False, unfinished: bool = False) -> ParsedAnswer:
     """Return the thinking, the content and the calls of an answer. Whatever the model wrote, this is no error.
 
-    thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+    Args:
+        thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+        unfinished: more will follow: leave out what may become a tag or a call.
     """
     parser = AnswerParser(thinking=thinking)
     thoughts = "" if thinking else None
     content, calls = "", []
-    for field, new in [*parser.add(text), *parser.finish()]:
+    for field, new in [*parser.add(text), *([] if unfinished else parser.finish())]:
         if field == "reasoning_content":
             thoughts = (thoughts or "") + new
         elif field == "content":

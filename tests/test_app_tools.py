@@ -12,46 +12,22 @@ from typing import Literal
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from serving_helpers import NAME, TOKENIZER, serving
+from serving_helpers import NAME, QUESTION, SUM, TOKENIZER, Scripted, answer_ids, serving
 
 from evaluation.tools import TOOLS, call_tool, tool_schema
-from inference.generator import BatchGenerator
 from model.chat_format import chat_style, render_chat, with_tools
 from model.tokenizer import EOS_ID, encode_text
 
 SCHEMAS = [tool_schema(function) for function in TOOLS.values()]
 OFFERED = [{"type": "function", "function": schema} for schema in SCHEMAS]
 FLAT = [{"type": "function", **schema} for schema in SCHEMAS]
-QUESTION = [{"role": "user", "content": "What is 3 * (4 + 5)?"}]
-SUM = {"name": "calculator", "arguments": {"expression": "3 * (4 + 5)"}}
 DATE = {"name": "calendar", "arguments": {"date": "2026-11-26", "days": 7}}
-ANSWER = "It is 27。"
 TAGS = chat_style(TOKENIZER).tags
-
-
-def answer_ids(**fields) -> list[int]:
-    """Return the ids of an answer, up to </s>."""
-    chat = [*QUESTION, {"role": "assistant", "content": "", **fields}]
-    ids, loss_mask = render_chat(TOKENIZER, chat)
-    return [token for token, learned in zip(ids, loss_mask, strict=True) if learned]
 
 
 def raw_ids(text: str) -> list[int]:
     """Return the ids of an answer whose tags are control tokens, even if what stands between them is malformed."""
     return [*TOKENIZER(text, add_special_tokens=False).input_ids, EOS_ID]
-
-
-class Scripted(BatchGenerator):
-    """Writes `script` after a question, and ANSWER after a tool has answered."""
-
-    script: list[int] = []
-
-    def _restrict(self, logits, first):
-        logits = super()._restrict(logits, first).clone()
-        for i, row in enumerate(self.rows[first:]):
-            script = answer_ids(content=ANSWER) if TAGS["<tool_response>"][0] in row.tokens else self.script
-            logits[i, script[row.num_generated]] += 1e4
-        return logits
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +102,7 @@ def test_the_loop_of_tools(scripted, stream):
     prompt = render_chat(TOKENIZER, with_tools(expected, SCHEMAS), add_generation_prompt=True)[0]
     answer = scripted.chat.completions.create(model=NAME, messages=messages, tools=OFFERED)
     assert answer.usage.prompt_tokens == len(prompt)
-    assert ask(scripted, stream, messages=messages, tools=OFFERED)[0]["content"] == ANSWER
+    assert ask(scripted, stream, messages=messages, tools=OFFERED)[0]["content"] == Scripted.answer
 
 
 def test_the_stream_helper_of_the_package(scripted):
@@ -383,7 +359,7 @@ def test_responses_with_tools(scripted):
     second = scripted.responses.create(model=NAME, input=chat, tools=FLAT)
     answered = {"role": "assistant", "content": "So: ", "reasoning_content": "A sum.", "tool_calls": [SUM]}
     read = with_tools([*QUESTION, answered, {"role": "tool", "content": "27"}], SCHEMAS)
-    assert second.output_text == ANSWER
+    assert second.output_text == Scripted.answer
     assert second.usage.input_tokens == len(render_chat(TOKENIZER, read, add_generation_prompt=True)[0])
     with scripted.responses.stream(model=NAME, input=QUESTION, tools=FLAT) as stream:
         kinds = [event.type.removeprefix("response.") for event in stream]

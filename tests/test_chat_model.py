@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
+from serving_helpers import SUM, answer_ids, scripted_outputs
 
+from evaluation.tools import chat_tools
 from inference.generator import generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, chat_prompt, text_prompt
-from model.chat_format import truncate_chat
+from model.chat_format import check_messages, render_chat, truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
@@ -160,6 +163,58 @@ def test_a_base_model_goes_on_with_the_text(model):
     ids = [BOS_ID, *encode_text(TOKENIZER, "The sun")]
     assert [text] == generate_text(base.generator.checkpoint.model, TOKENIZER, [ids], GREEDY)
     assert conversation.turns() == said  # no dialogue
+
+
+class ScriptedModel:
+    """A TextGenerator that writes given answers, one after the other."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self, *answers: list[int], context: int = 2000) -> None:
+        self.answers, self.context, self.prompts = iter(answers), context, []
+
+    def generate(self, prompt, sampling):
+        self.prompts.append(prompt)
+        return scripted_outputs(next(self.answers))
+
+
+TOOLS = chat_tools(["calculator"])
+
+
+def test_calls_are_run_and_answered():
+    """And they are a part of what was said, also after saving."""
+    called = dict(content="So:", reasoning_content="A sum.", tool_calls=[SUM])
+    scripted = ScriptedModel(answer_ids(**called), answer_ids(content="27"), answer_ids(content="bye"))
+    conversation = Conversation()
+    exchange = conversation.ask("sum?", ChatModel(scripted), GREEDY, system="z", **TOOLS)
+    assert finish(exchange) == "27" and exchange.finish == ENDED
+    expected = [*chat("sum?"), {"role": "assistant", **called}, {"role": "tool", "content": "27"}, *chat("", "27")[1:]]
+    assert conversation.turns() == expected
+    assert exchange.tokens == len(answer_ids(**called)) + len(answer_ids(content="27"))
+    asked = dict(history_turns=3, system="z", **TOOLS)
+    finish(conversation.ask("thanks", ChatModel(scripted), GREEDY, **asked))
+    system = {"role": "system", "content": "z", "tools": TOOLS["tools"]}
+    for prompt, seen in zip(scripted.prompts, ([], expected[1:3], [*expected[1:], *chat("thanks")]), strict=True):
+        assert prompt == render_chat(TOKENIZER, [system, expected[0], *seen], add_generation_prompt=True)[0]
+    adapter = TypeAdapter(Conversation)
+    assert adapter.validate_json(adapter.dump_json(conversation)).turns() == conversation.turns()
+
+
+def test_calls_that_cannot_be_run_end_the_answer():
+    call, seen = answer_ids(tool_calls=[SUM]), chat("sum?", "")
+    without = Conversation()
+    assert finish(without.ask("sum?", ChatModel(ScriptedModel(call)), GREEDY)).startswith("<tool_call>")
+    assert without.turns() == seen
+    endless = Conversation()
+    exchange = endless.ask("sum?", ChatModel(ScriptedModel(*[call] * 9)), GREEDY, **TOOLS)
+    finish(exchange)
+    assert exchange.finish == ENDED and len(exchange.called) == 2 * 8
+    check_messages(endless.turns(), answered=True)
+    full = Conversation()
+    tools = TOOLS | {"call_tool": lambda call: "word " * 3000}
+    exchange = full.ask("sum?", ChatModel(ScriptedModel(call)), GREEDY, **tools)
+    finish(exchange)
+    assert exchange.finish == CONTEXT and full.turns() == seen
 
 
 def test_two_conversations_at_once_do_not_mix(model):
