@@ -103,17 +103,17 @@ class ChatEndpoint(Endpoint):
         strict = any(tool.pop("strict", False) for tool in tools) and len(tags["<tool_call>"]) == 1
         if not (required or strict or schema is not None):
             return None
-        if isinstance(choice, protocol.NamedTool):
-            tools = [tool for tool in tools if tool["name"] == choice.function.name]
+        parallel = body.parallel_tool_calls is not False
+        if isinstance(choice, protocol.NamedTool):  # as OpenAI, one call of that function
+            tools, parallel = [tool for tool in tools if tool["name"] == choice.function.name], False
         if required:
             schema = None
         may_think = bool(tags) and (thinking or (thinking is None and not required and schema is None))
         param = "tools" if schema is None else self.format_field
         try:
             grammar = answer_grammar(
-                tags, schema=schema, tools=tools, required=required, parallel=body.parallel_tool_calls is not False,
-                thinking=may_think,
-            )  # fmt: skip
+                tags, schema=schema, tools=tools, required=required, parallel=parallel, thinking=may_think
+            )
             return await tokenize(functools.partial(Constraint, self.model.tokenizer), grammar, len(grammar), param)
         except (ApiError, RecursionError) as error:
             reason = error.detail if isinstance(error, ApiError) else "it is nested too deeply"
