@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common.errors import UserError
 from inference.constraints import Constraint, answer_grammar
 from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_tools
 from model.chat_parser import THINK, AnswerParser, AnswerPart
@@ -100,7 +102,7 @@ class ChatEndpoint(Endpoint):
         schema, choice = response_schema(body, self.format_field), body.tool_choice
         required = choice == "required" or isinstance(choice, protocol.NamedTool)
         # Where tags are ordinary text, nothing tells the beginning of a call from other text.
-        strict = any(tool.pop("strict", False) for tool in tools) and len(tags["<tool_call>"]) == 1
+        strict = any(tool.get("strict") for tool in tools) and len(tags["<tool_call>"]) == 1
         if not (required or strict or schema is not None):
             return None
         parallel = body.parallel_tool_calls is not False
@@ -114,9 +116,9 @@ class ChatEndpoint(Endpoint):
             grammar = answer_grammar(
                 tags, schema=schema, tools=tools, required=required, parallel=parallel, thinking=may_think
             )
-            return await tokenize(functools.partial(Constraint, self.model.tokenizer), grammar, len(grammar), param)
-        except (ApiError, RecursionError) as error:
-            reason = error.detail if isinstance(error, ApiError) else "it is nested too deeply"
+            return await asyncio.to_thread(Constraint, self.model.tokenizer, grammar)
+        except (UserError, RecursionError) as error:
+            reason = str(error) if isinstance(error, UserError) else "it is nested too deeply"
             raise ApiError(400, f"the schema in {param} is not supported: {reason}", param) from None
 
 
