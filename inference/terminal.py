@@ -191,6 +191,8 @@ def print_parts(parts: Iterable[AnswerPart]) -> tuple[Message, bool]:
                 message[name] += new
                 print(visible(new), end="", flush=True)
             else:
+                if message["content"] and name not in message:
+                    print()
                 message.setdefault(name, []).append(new)
                 arguments = json.dumps(new["arguments"], ensure_ascii=False)
                 print(visible(f"[calls {new['name']} {arguments}]"), flush=True)
