@@ -268,6 +268,7 @@ def test_tools_run_on_the_side_of_the_client(chat, tmp_path, monkeypatch):
         assert "[calculator returns: 27]" in result.stdout and Scripted.answer in result.stdout
         assert "appended 1 turn to" in result.stdout
         monkeypatch.setattr(Scripted, "answer", "")
+        monkeypatch.setattr(Scripted, "script", answer_ids(tool_calls=[SUM]))
         endless = chat("--base_url", found.url, "--tools", "calculator", input="again\n")
         assert endless.stdout.count("returns: 27]") == 8 and "stopped after 8 rounds" in endless.stdout
         for name, reason in (("nothing", "'nothing' is unknown"), ("os:nothing", "cannot be imported")):
@@ -275,7 +276,7 @@ def test_tools_run_on_the_side_of_the_client(chat, tmp_path, monkeypatch):
     row = json.loads(saved.read_text(encoding="utf-8"))
     kept = parse_conversation(row)
     assert [message["role"] for message in kept] == ["system", "user", "assistant", "tool", "assistant"]
-    assert kept[2]["reasoning_content"] == thoughts and kept[2]["tool_calls"][0]["arguments"] == SUM["arguments"]
+    assert kept[2]["reasoning_content"] == thoughts and kept[2]["tool_calls"][0]["function"]["arguments"] == SUM["arguments"]
 
 
 def test_clean_errors(chat, server):
