@@ -276,7 +276,10 @@ def test_tools_run_on_the_side_of_the_client(chat, tmp_path, monkeypatch):
     row = json.loads(saved.read_text(encoding="utf-8"))
     kept = parse_conversation(row)
     assert [message["role"] for message in kept] == ["system", "user", "assistant", "tool", "assistant"]
-    assert kept[2]["reasoning_content"] == thoughts and kept[2]["tool_calls"][0]["function"]["arguments"] == SUM["arguments"]
+    assert (
+        kept[2]["reasoning_content"] == thoughts
+        and kept[2]["tool_calls"][0]["function"]["arguments"] == SUM["arguments"]
+    )
 
 
 def test_clean_errors(chat, server):
