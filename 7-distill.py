@@ -35,7 +35,9 @@ class DistillOptions(ChatOptions):
         "dialogues: CSV (history,q,a) or JSONL (messages or conversations) (default: dataset/sft_data.csv)", nargs="+",
     )  # fmt: skip
     teacher: Path | None = flag(
-        None, "model to learn from: .pth file, LoRA folder or model folder; every process holds all of it", metavar="PATH"
+        None,
+        "model to learn from: .pth file, LoRA folder or model folder; every process holds all of it",
+        metavar="PATH",
     )
     alpha: float = flag(0.5, "weight of the labels in the loss; the rest is the teacher's", min=0, below=1)
     temperature: float = flag(1.0, "divide the logits of both by this: above 1, improbable tokens count more", above=0)
@@ -44,8 +46,8 @@ class DistillOptions(ChatOptions):
         choices=["forward", "reverse", "js"],
     )  # fmt: skip
     top_k: int = flag(
-        0, "keep only this many of the teacher's probabilities for each token, computed once into the cache; 0: all, computed "
-        "while training", min=0, below=2**16,
+        0, "keep only this many of the teacher's probabilities for each token, computed once into the cache; 0: all, "
+        "computed while training", min=0, below=2**16,
     )  # fmt: skip
     learning_rate: float = flag(5e-4, "peak learning rate")
     batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
@@ -98,9 +100,7 @@ def main() -> None:
             )
 
     # Loss: the labels, and what the teacher thinks of every token.
-    loss = distillation_loss(
-        options.alpha, options.temperature, options.divergence, None if options.top_k else teacher
-    )
+    loss = distillation_loss(options.alpha, options.temperature, options.divergence, None if options.top_k else teacher)
     fit(model, loss, train, val, options, run, dist_env)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"

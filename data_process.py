@@ -42,7 +42,8 @@ DUMPS = {
 DUMP_STAGES = (*STAGES, "all")
 ONLY_FOR = {
     "data_dir": DUMP_STAGES, "max_chars": DUMP_STAGES, "min_chinese_ratio": DUMP_STAGES, "dedupe": DUMP_STAGES,
-    "min_chars": ("pretrain", "all"), "min_q_chars": ("sft", "all"), "min_a_chars": ("sft", "all"), "history": ("sft", "all"),
+    "min_chars": ("pretrain", "all"), "min_q_chars": ("sft", "all"), "min_a_chars": ("sft", "all"),
+    "history": ("sft", "all"),
     "num_workers": (*DUMP_STAGES, "vlm"), "image_dir": ("vlm",), "output": ("vlm", "distill"),
     "endpoint": ("distill",), "model": ("distill",), "api_key": ("distill",), "requests_per_minute": ("distill",),
     "parallel": ("distill",), "max_tokens": ("distill",), "temperature": ("distill",), "system": ("distill",),
@@ -81,9 +82,13 @@ class Options(CleaningOptions):
     image_dir: Path | None = flag(
         None, "vlm: folder of the images that the rows name (default: that of each input)", metavar="FOLDER"
     )
-    endpoint: str | None = flag(None, "distill: address of an OpenAI-compatible API: http://127.0.0.1:8000/v1", metavar="URL")
+    endpoint: str | None = flag(
+        None, "distill: address of an OpenAI-compatible API: http://127.0.0.1:8000/v1", metavar="URL"
+    )
     model: str | None = flag(None, "distill: name of the model that answers", metavar="NAME")
-    api_key: str | None = flag(None, "distill: better in the environment as OPENAI_API_KEY (default: none)", metavar="KEY")
+    api_key: str | None = flag(
+        None, "distill: better in the environment as OPENAI_API_KEY (default: none)", metavar="KEY"
+    )
     requests_per_minute: float = flag(0.0, "distill: ask at most this often; 0: no limit", min=0)
     parallel: int = flag(4, "distill: requests at a time", min=1, max=256)
     max_tokens: int = flag(512, "distill: longest answer in tokens; longer ones are dropped", min=1)
@@ -162,7 +167,8 @@ def ask(options: Options, output: Path) -> Summary:
     assert options.endpoint and options.model
     endpoint = Endpoint(
         options.endpoint, options.model, options.api_key or os.environ.get("OPENAI_API_KEY", "none"),
-        options.requests_per_minute, options.parallel, {"max_tokens": options.max_tokens, "temperature": options.temperature},
+        options.requests_per_minute, options.parallel,
+        {"max_tokens": options.max_tokens, "temperature": options.temperature},
     )  # fmt: skip
     return collect_answers(options.input, output, endpoint, options.system)
 

@@ -188,7 +188,9 @@ def _ask(client: openai.OpenAI, endpoint: Endpoint, messages: list[Message]) -> 
     try:
         choice = create(model=endpoint.model, messages=sent, **extra, **endpoint.settings).choices[0]
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise UserError(f"{endpoint.base_url} refuses the model {endpoint.model} or the key: {error.message}") from error
+        raise UserError(
+            f"{endpoint.base_url} refuses the model {endpoint.model} or the key: {error.message}"
+        ) from error
     except openai.APIConnectionError as error:
         raise UserError(f"{endpoint.base_url} does not answer, after {RETRIES} more tries") from error
     except openai.RateLimitError as error:
@@ -204,7 +206,9 @@ def _ask(client: openai.OpenAI, endpoint: Endpoint, messages: list[Message]) -> 
     if reasoning := getattr(choice.message, "reasoning_content", None):
         answer["reasoning_content"] = reasoning
     if choice.message.tool_calls:
-        answer["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in choice.message.tool_calls]
+        answer["tool_calls"] = [
+            call.model_dump(include={"id", "type", "function"}) for call in choice.message.tool_calls
+        ]
     elif not answer["content"].strip():
         return "the answer is empty"
     return answer

@@ -20,7 +20,7 @@ from export.huggingface import write_llama
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer, tokenizer_hash
-from model.weights import save_checkpoint
+from model.weights_file import save_checkpoint
 from trainer.distillation import Teacher, cached_top_k, distillation_loss, divergence, open_teacher
 
 CPU = torch.device("cpu")
@@ -35,7 +35,12 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     rows = [
-        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}, {i}."}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "assistant", "content": f"It is {i}, {i}."},
+            ]
+        }
         for i in range(40)
     ]
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
@@ -59,7 +64,9 @@ def make(seed: int, **fields) -> Transformer:
 def test_divergences_are_those_of_trl(kind, beta):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 30, 50, dtype=torch.float64) * 3
-    expected = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=2.0, reduction="sum")
+    expected = GKDTrainer.generalized_jsd_loss(
+        student[None], teacher[None], beta=beta, temperature=2.0, reduction="sum"
+    )
     ours = divergence((student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), kind).sum()
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
 
@@ -91,7 +98,9 @@ def test_loss_and_gradients_equal_those_of_single_documents(rows, moe):
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     expected = by_documents(model, teacher.model, batch, 0.3, 2.0)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # RMSNorm and RoPE compute in float32
-    for mine, theirs in zip(found, torch.autograd.grad(expected, list(model.parameters()), allow_unused=True), strict=True):
+    for mine, theirs in zip(
+        found, torch.autograd.grad(expected, list(model.parameters()), allow_unused=True), strict=True
+    ):
         if theirs is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
     cross_entropy = model.eval()(**batch.inputs, num_items_in_batch=1).loss
@@ -127,7 +136,9 @@ class FewTokens(nn.Module):
 
     def forward(self, input_ids, position_ids, logits_to_keep, use_cache) -> SimpleNamespace:
         logits = torch.full((1, len(logits_to_keep), 6400), -60.0)
-        logits[..., : self.possible] = torch.sin(torch.arange(self.possible) * (1 + input_ids[0, logits_to_keep])[:, None])
+        logits[..., : self.possible] = torch.sin(
+            torch.arange(self.possible) * (1 + input_ids[0, logits_to_keep])[:, None]
+        )
         return SimpleNamespace(logits=logits)
 
 

@@ -19,7 +19,8 @@ from model.families import config_from_shapes
 from model.LMConfig import LMConfig, preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import check_can_write, load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import check_can_write, save_checkpoint
 
 TINY = dict(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=97)
 MOE = dict(use_moe=True, n_routed_experts=4, n_shared_experts=2)

@@ -204,7 +204,7 @@ class TopK:
         return len(self.rows)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return rows as `PackedRows.batch` does, and teacher_ids, teacher_logps (targets, k), in the order of the targets."""
+        """Return rows as `PackedRows.batch` does, and teacher_ids and teacher_logps, (targets, k)."""
         batch = self.rows.batch(indices)
         parts = [slice(self.first[row], self.first[row + 1]) for row in indices]
         extra = {
@@ -233,7 +233,9 @@ def cached_top_k(
     labels = [rows.batch([row]).n_targets for row in range(len(rows))]
     first = np.concatenate([[0], np.cumsum(labels)])
     shape = (int(first[-1]), k)
-    print(f"the teacher's {k} most probable tokens of {shape[0]:,} targets: {4 * k * shape[0] / 1e6:,.0f} MB in {folder}")
+    print(
+        f"the teacher's {k} most probable tokens of {shape[0]:,} targets: {4 * k * shape[0] / 1e6:,.0f} MB in {folder}"
+    )
     with explain_write_errors(cache_dir, "another --cache_dir"), atomic_folder(folder) as tmp:
         np.save(tmp / "first.npy", first)
         ids = np.lib.format.open_memmap(tmp / "ids.npy", "w+", np.uint16, shape)
