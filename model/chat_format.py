@@ -13,7 +13,7 @@ tools; an answer may begin with its thinking and end with calls of tools; and wh
 
 Tools and calls may also be wrapped as OpenAI does, {"type": "function", "function": {…}}. The tokenizers of later MiniMinds
 differ a little: see `ChatStyle`. Data readers, training, the server and the web page all use this module, which imports
-neither torch nor transformers.
+neither torch nor transformers. `chat_parser.py` reads the answers that a model generates.
 """
 
 from __future__ import annotations
