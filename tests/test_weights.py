@@ -335,7 +335,7 @@ def test_old_torch_format_is_read(path):
     path.parent.mkdir()
     torch.save(make().state_dict(), path, _use_new_zipfile_serialization=False)
     assert same_weights(load_checkpoint(path).model, make())
-    save_checkpoint(path, make(1), info={})
+    save_checkpoint(path, make(1), info={}, overwrite=True)
     assert same_weights(load_checkpoint(path).model, make(1))
 
 
@@ -403,7 +403,7 @@ def test_another_architecture_is_not_replaced_unasked(saved):
 def test_what_is_not_a_checkpoint_is_not_replaced_unasked(path):
     path.parent.mkdir()
     path.write_text("my diary")
-    with pytest.raises(ValueError, match="exists and is not a checkpoint that can be read.*overwrite=True"):
+    with pytest.raises(ValueError, match="exists, and no description is beside it.*overwrite=True"):
         save_checkpoint(path, make(), info={})
     assert path.read_text() == "my diary"
     save_checkpoint(path, make(), info={}, overwrite=True)
