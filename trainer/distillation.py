@@ -68,7 +68,8 @@ def open_teacher(
         model, fingerprint = checkpoint.model, checkpoint.fingerprint
         print(f"teacher: {path}, {describe_parameters(model)}")
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        nn.Module.to(model, device)
         own_tokenizer, fingerprint = load_tokenizer(path), ""
         print(f"teacher: {path}, a {kind} of {model.num_parameters() / 1e6:.2f}M parameters")
     if path.is_dir():

@@ -33,6 +33,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[s
 
 def token_sums(model: nn.Module, batch: Batch, out: TransformerOutput) -> dict[str, Tensor]:
     """Return what `next_token_loss` logs, from the model's output for a batch with labels."""
+    assert out.loss is not None
     sums = {"loss": out.loss.detach()}
     if out.aux_loss is not None:
         balance = out.aux_loss.detach()
