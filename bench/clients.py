@@ -146,7 +146,7 @@ def server(folder: Path) -> Iterator[tuple[str, str]]:
     from model.LMConfig import preset
     from model.model import Transformer
     from model.tokenizer import EOS_ID
-    from model.weights import save_checkpoint
+    from model.weights_file import save_checkpoint
 
     torch.manual_seed(0)
     model = Transformer(preset("toy", max_seq_len=2048, initializer_range=0.2))

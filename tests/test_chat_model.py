@@ -19,7 +19,7 @@ from model.chat_format import check_messages, render_chat, truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 from serving.chat_model import (
     CONTEXT,
     ENDED,

@@ -28,7 +28,8 @@ from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "2-eval.py"
 TOKENIZER = load_tokenizer()

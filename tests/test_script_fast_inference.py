@@ -32,7 +32,8 @@ from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import EOS_ID, TOKENIZER_DIR, load_tokenizer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 from serving.chat_model import ChatModel
 from serving.web.texts import TEXTS
 

@@ -31,7 +31,8 @@ from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--device", "cpu", "--dtype", "float32"]
