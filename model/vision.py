@@ -29,7 +29,7 @@ from transformers import initialization as init
 from common.errors import UserError
 from model.architecture import VisionConfig
 from model.LMConfig import LMConfig
-from model.model import AttentionMetadata, RMSNorm, Transformer, TransformerBlock, TransformerOutput
+from model.model import MODEL_CLASSES, AttentionMetadata, RMSNorm, Transformer, TransformerBlock, TransformerOutput
 from model.moe import is_tracing
 from model.rope import rope_tables
 
@@ -260,12 +260,7 @@ def count_image_tokens(ids: Sequence[int], image_ids: tuple[int, ...]) -> int:
     return int(image_positions(torch.tensor([ids]), image_ids).sum())
 
 
-MODEL_CLASSES: dict[str, type[Transformer]] = {"minimind": Transformer, "minimind-v": VisionLanguageModel}
-
-
-def model_class(config: LMConfig) -> type[Transformer]:
-    """Return the class of a model with this configuration."""
-    return MODEL_CLASSES["minimind" if config.vision_config is None else "minimind-v"]
+MODEL_CLASSES["minimind-v"] = VisionLanguageModel
 
 
 class PretrainedEncoder:

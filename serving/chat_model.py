@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,11 @@ from data_pipeline.images import open_data_url
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
-from inference.prompts import chat_prompt, text_prompt
+from inference.prompts import Prompt, chat_prompt, text_prompt
+from inference.terminal import MAX_ROUNDS
 from inference.vision import ImageProcessor
-from model.chat_format import Message, with_images
+from model.chat_format import Message, chat_style, with_images
+from model.chat_parser import ParsedAnswer, parse_answer
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
@@ -38,8 +40,8 @@ class ChatModel:
 
     Args:
         name: as a user knows it.
-        prepare: makes what the model takes of images; None: it does not see.
         continues: it continues texts instead of answering questions.
+        prepare: makes what the model takes of images; None: it does not see.
         thread: where tokens are computed; None: in the caller's thread. With one thread for all, conversations at the same
             time take turns token by token and do not compete for the same cores.
     """
@@ -56,10 +58,11 @@ class Exchange:
     """A question and its answer, a text that is being written. The fields are plain data, which can be saved.
 
     continues: the answer continues the text of the question; context: that of the model; prompt_tokens: length of the
-    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; text, tokens: so far; seconds:
-    computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while
-    it is being written, and for ever if nobody finished it; error: why there is no answer; images: shown with the question,
-    as data URLs.
+    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; called: answers that called tools,
+    and what these returned; text: the answer after them so far, as the model writes it; tokens: of all; seconds: computing
+    time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while it is being
+    written, and for ever if nobody finished it; error: why there is no answer; images: shown with the question, as
+    data URLs.
     """
 
     question: str
@@ -76,15 +79,31 @@ class Exchange:
     seconds: float = 0.0
     finish: str | None = None
     error: str = ""
+    called: list[Message] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._outputs: Iterator[TokenOutput] | None = None
+        self._answer_tokens = 0  # of `text`
         self._thread: Executor | None = None
+        self._begin_after: Callable[[list[Message]], Iterator[TokenOutput]] | None = None
+        self._call_tool: Callable[[dict[str, Any]], str] | None = None
 
-    def begin(self, outputs: Iterator[TokenOutput], thread: Executor | None) -> None:
-        """Let `advance` take the answer from `outputs`."""
+    def begin(
+        self,
+        outputs: Iterator[TokenOutput],
+        thread: Executor | None,
+        begin_after: Callable[[list[Message]], Iterator[TokenOutput]] | None = None,
+        call_tool: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
+        """Let `advance` take the answer from `outputs`.
+
+        Args:
+            begin_after: returns the tokens of the next answer, given the calls so far and what the tools returned.
+            call_tool: runs a call {"name", "arguments"}; None: the model calls no tools.
+        """
         self._outputs, self._thread = outputs, thread
+        self._begin_after, self._call_tool = begin_after, call_tool
 
     def advance(self) -> bool:
         """Compute one more token. Return False, and do nothing, if the answer has ended."""
@@ -97,12 +116,35 @@ class Exchange:
             output = self._thread.submit(next, self._outputs).result()
         self.seconds += time.perf_counter() - started
         self.tokens += 1
+        self._answer_tokens += 1
         self.text += output.text
         if output.finish == "stop":
-            self._end(ENDED)
+            self._run_calls()
         elif output.finish == "length":
-            self._end(LENGTH if self.tokens >= self.sampling.max_new_tokens else CONTEXT)
+            self._end(LENGTH if self._answer_tokens >= self.sampling.max_new_tokens else CONTEXT)
         return True
+
+    def _run_calls(self) -> None:
+        """Run the calls in an answer that is complete, and begin the next answer; without calls it was the last one."""
+        answer = self.answer()
+        rounds = sum(message["role"] == "assistant" for message in self.called)
+        if self._call_tool is None or self._begin_after is None or not answer.calls or rounds >= MAX_ROUNDS:
+            self._end(ENDED)
+            return
+        responses = [{"role": "tool", "content": self._call_tool(call)} for call in answer.calls]
+        called = [*self.called, answer.message(), *responses]
+        try:
+            self._outputs = self._begin_after(called)
+        except ValueError:  # what the tools returned does not fit
+            self._end(CONTEXT)
+            return
+        self.called, self.text, self._answer_tokens = called, "", 0
+
+    def answer(self) -> ParsedAnswer:
+        """Return the answer so far: its thinking, its content, and its calls. A continued text is only content."""
+        if self.continues:
+            return ParsedAnswer(None, self.text, [])
+        return parse_answer(self.text, unfinished=self.running)
 
     @property
     def running(self) -> bool:
@@ -148,15 +190,21 @@ class Conversation:
 
     def answered(self) -> list[Exchange]:
         """Return the exchanges of the dialogue: no continued texts, and no questions without an answer."""
-        return [exchange for exchange in self.exchanges if exchange.text and not exchange.continues]
+        return [one for one in self.exchanges if (one.text or one.called) and not one.continues]
 
-    def turns(self, with_places: bool = False) -> list[Message]:
-        """Return the dialogue so far, for the next question. with_places: with `IMAGE` for every image of `images`."""
-        turns = []
+    def turns(self, *, tags: bool = True, places: bool = False) -> list[Message]:
+        """Return the dialogue so far, for the next question.
+
+        Args:
+            tags: the model knows thinking and calls; otherwise an answer is its text.
+            places: `IMAGE` stands in the questions for every image of `images`.
+        """
+        turns: list[Message] = []
         for exchange in self.answered():
-            question = with_images(exchange.question, len(exchange.images)) if with_places else exchange.question
-            turns.append({"role": "user", "content": question})
-            turns.append({"role": "assistant", "content": exchange.text})
+            question = with_images(exchange.question, len(exchange.images)) if places else exchange.question
+            answer = exchange.answer().message() if tags else {"role": "assistant", "content": exchange.text}
+            answer.pop("tool_calls", None)  # nothing answered them
+            turns += [{"role": "user", "content": question}, *(exchange.called if tags else []), answer]
         return turns
 
     def images(self) -> list[str]:
@@ -171,38 +219,47 @@ class Conversation:
         *,
         history_turns: int = 0,
         system: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+        call_tool: Callable[[dict[str, Any]], str] | None = None,
         images: Sequence[str] = (),
     ) -> Exchange:
         """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error.
 
-        images: data URLs of what is shown with the question.
+        Args:
+            tools, call_tool: as for `inference.terminal.Chat`.
+            images: data URLs of what is shown with the question.
         """
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
         exchange = Exchange(question, model.name, model.continues, sampling, context, images=[*images])
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
-        try:
-            if model.continues:
-                prompt = text_prompt(tokenizer, question, **limits)
-            else:
-                self.system = system or ""
-                sees = model.prepare is not None
-                if images and not sees:
-                    raise UserError(f"{model.name} does not see images: choose a model of 9-sft_vlm.py")
-                if sees:
-                    question = with_images(question, len(images))
-                    limits["image_ids"] = model.prepare.model.vision.image_ids
-                prompt = chat_prompt(
-                    tokenizer, self.turns(sees), question, history_turns=history_turns, system=system, **limits
-                )
+        turns = self.turns(tags=bool(chat_style(tokenizer).tags), places=model.prepare is not None)
+        shown = [*self.images(), *images]
+        if model.prepare is not None:
+            question = with_images(question, len(images))
+            limits["image_ids"] = model.prepare.model.vision.image_ids
+
+        def begin(prompt: Prompt) -> Iterator[TokenOutput]:
             exchange.prompt_tokens, exchange.tokens_left_out = len(prompt.ids), prompt.tokens_left_out
             exchange.turns_seen, exchange.turns_left_out = prompt.turns_seen, prompt.turns_left_out
             seen = None
-            if prompt.n_images:
-                assert model.prepare is not None
-                shown = [*self.images(), *images][-prompt.n_images :]  # of turns that were left out: the first ones
-                seen = model.prepare([open_data_url(url) for url in shown])
-            exchange.begin(model.generator.generate(prompt.ids, sampling, seen), model.thread)
+            if model.prepare is not None and prompt.n_images:  # those of turns that were left out are the first ones
+                seen = model.prepare([open_data_url(url) for url in shown[-prompt.n_images :]])
+            return model.generator.generate(prompt.ids, sampling, seen)
+
+        def begin_after(called: list[Message]) -> Iterator[TokenOutput]:
+            turn = [{"role": "user", "content": question}, *called]
+            asked: dict[str, Any] = {"history_turns": history_turns, "system": system, "tools": tools}
+            return begin(chat_prompt(tokenizer, turns, turn, **asked, **limits))
+
+        try:
+            if images and model.prepare is None:
+                raise UserError(f"{model.name} does not see images: choose a model of 9-sft_vlm.py")
+            if model.continues:
+                exchange.begin(begin(text_prompt(tokenizer, question, **limits)), model.thread)
+            else:
+                self.system = system or ""
+                exchange.begin(begin_after([]), model.thread, begin_after, call_tool)
         except ValueError as error:
             exchange.error = str(error)
         self.exchanges.append(exchange)

@@ -100,13 +100,8 @@ def to_markdown(conversation: Conversation, user: str) -> str:
             parts += [f"## {exchange.model_name}", exchange.question + exchange.text]
         else:
             shown = [f"![]({url})" for url in exchange.images]
-            parts += [
-                f"## {user}",
-                *shown,
-                exchange.question,
-                f"## {exchange.model_name}",
-                exchange.text or exchange.error,
-            ]
+            answer = exchange.answer().content or exchange.text or exchange.error
+            parts += [f"## {user}", *shown, exchange.question, f"## {exchange.model_name}", answer]
     return "\n\n".join(parts) + "\n"
 
 

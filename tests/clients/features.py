@@ -17,11 +17,10 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 IMAGE_URL = (  # one blue pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYPgPAAEDAQAIicLsAAAAAElFTkSuQmCC"
 )
-LENGTH = 16  # of answers, in tokens
-PARAMETERS = {"type": "object", "properties": {"word": {"type": "string"}}}
+LENGTH = 48  # of answers, in tokens
+NAMES = ("Ann", "Bob")  # few and short: a model with random weights has to come to an end
+PARAMETERS = {"type": "object", "properties": {"word": {"enum": NAMES}}, "required": ["word"]}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": PARAMETERS}}]
-# The server's words for what a model cannot do. Whoever reads them knows what to leave out of the request.
-REFUSALS = ("this model does not see images", "this model cannot be held to JSON", "this model calls no tools")
 
 
 def named(*functions: Callable[[], object]) -> dict[str, Callable[[], object]]:
@@ -40,8 +39,7 @@ def run(features: dict[str, Callable[[], object]]) -> None:
             assert results[name] == same, f"{results[name]!r} instead of {same!r}"
             outcome, detail = "yes", ""
         except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            outcome = "refused" if any(words in detail for words in REFUSALS) else "FAILED"
+            outcome, detail = "FAILED", f"{type(error).__name__}: {error}"
         print("\n" + json.dumps({"feature": name, "outcome": outcome, "detail": detail[:1000]}), flush=True)
 
 
