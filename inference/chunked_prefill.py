@@ -42,7 +42,8 @@ class ChunkedPrefill:
             images: those of the text; then nothing is shared, because the tokens of all images are the same.
         """
         self.tokens, self.position = tokens, 0
-        self._images, self._embeddings = images, None
+        self._images = images
+        self._embeddings: Tensor | None = None
         shared = shared and images is None
         self._scaling = self.generator.scaling_for([len(tokens)])
         # Keys of other angles are of no use to other texts.

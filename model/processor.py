@@ -41,7 +41,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         self.image_size, self.image_ids = image_size, [*image_ids]
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
-    def __call__(self, images: Any = None, text: str | Sequence[str] = "", **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+    def __call__(self, images: Any = None, text: str | Sequence[str] = "", **kwargs: Any) -> BatchFeature:
         """Return the inputs for one question about some images."""
         if not isinstance(text, str):
             (text,) = text  # a batch of several would need padding

@@ -108,7 +108,7 @@ def to_markdown(conversation: Conversation, user: str) -> str:
 def to_jsonl(conversation: Conversation) -> str:
     """Return a chat as a line that 3-full_sft.py (with images: 9-sft_vlm.py) trains on; "" if nothing was answered."""
     system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    turns, images = conversation.turns(with_places=True), conversation.images()
+    turns, images = conversation.turns(places=True), conversation.images()
     turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in turns]
     row = {"messages": [*system, *turns]} | ({"images": images} if images else {})
     return json.dumps(row, ensure_ascii=False) + "\n" if turns else ""

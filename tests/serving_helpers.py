@@ -26,7 +26,7 @@ from model.chat_format import chat_style, render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
-from model.vision import model_class
+from model.vision import VisionLanguageModel
 from serving.app import create_app
 from serving.chat import ChatEndpoint
 from serving.endpoint import ServedModel
@@ -45,7 +45,9 @@ def tiny_model(sees: bool = False) -> Transformer:
     shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
     vision = dict(encoder="vit", image_size=16, patch_size=8, width=16, n_layers=1, n_heads=2, image_ids=IMAGE_IDS)
     config = LMConfig(**shape, initializer_range=0.3, vision_config=vision if sees else None)
-    return model_class(config)(config).eval()  # with this range of weights its answers are varied
+    return (VisionLanguageModel if sees else Transformer)(
+        config
+    ).eval()  # with this range of weights its answers are varied
 
 
 def png(seed: int, size: int = 16) -> bytes:
