@@ -125,13 +125,19 @@ class BatchGenerator:
         if backend is not None and backend.config is not model.config:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
-        self.backend = backend
+        self.use_backend(backend)
         self.prefixes: PrefixCache | None = None  # if there is one, it gets every sequence that leaves
-        self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
         self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
         # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
         self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
         self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
+
+    def use_backend(self, backend: Backend | None) -> None:
+        """Decode with another backend from now on, such as one with newer weights; the cache stays. No row may be left."""
+        if self.rows:
+            raise ValueError(f"{len(self.rows)} sequences are still being decoded: their cache has the old weights")
+        self.backend = backend
+        self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
 
     @property
     def free(self) -> int:

@@ -30,7 +30,15 @@ PAGES = [
     "docs/clients.md",
     "bench/README.md",
 ]
-STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "8-pretrain_vlm.py", "9-sft_vlm.py"]
+STAGES = [
+    "1-pretrain.py",
+    "3-full_sft.py",
+    "4-lora_sft.py",
+    "5-dpo_train.py",
+    "6-rlvr_train.py",
+    "8-pretrain_vlm.py",
+    "9-sft_vlm.py",
+]
 COMMAND = re.compile(r"(?:python|torchrun --nproc_per_node \d+) ([\w/.-]+\.py)([^`\n#]*)")
 
 
