@@ -26,6 +26,7 @@ from data_pipeline.text_files import BadLine, BadLineLog
 from data_pipeline.tokenize import check_dropped
 from evaluation.tools import TOOLS, Tool, call_tool, tool_schema
 from evaluation.verifiers import Reward, Verifier, parse_verifier
+from inference.backends import choose_backend
 from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
 from model.chat_format import Message, chat_style, check_messages, render_chat, with_tools
@@ -34,6 +35,8 @@ from model.tokenizer import EOS_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from model.model import Transformer
 
 MAX_TOOL_CALLS = 4  # in one rollout
 NO_ROOM = "too long: the question leaves no room for an answer"
@@ -224,6 +227,14 @@ def run_rollouts(
             elif not rollout.cut:
                 rollout.reward = rollout.prompt.verifier(rollout.text, rollout.prompt.answer)
     return rollouts
+
+
+def greedy_rollouts(
+    model: Transformer, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], max_new_tokens: int = 96
+) -> list[Rollout]:
+    """Return the rollouts of a model that always takes the most probable token: how good it is."""
+    generator = BatchGenerator(model, min(64, len(prompts)), backend=choose_backend(model))
+    return run_rollouts(generator, tokenizer, prompts, [SamplingParams(max_new_tokens=max_new_tokens)] * len(prompts))
 
 
 def _for_turn(sampling: SamplingParams, turn: int) -> SamplingParams:

@@ -1,0 +1,124 @@
+"""Measure what reinforcement learning adds to SFT: every algorithm, with and without thinking and tools.
+
+    python bench/rlvr.py --init_from out/quickstart/rl_192.pth                        # all algorithms, three seeds
+    python bench/rlvr.py --init_from out/quickstart/rl_192.pth --algorithms grpo --seeds 1 --steps 200
+
+The model first learns the exercises of dataset/sample/rlvr_sft.jsonl by SFT; then each algorithm trains it on
+dataset/sample/rlvr_data.jsonl. Both are measured on the held-out exercises, whose wordings and numbers occur in neither file,
+with the most probable tokens. "Direct" answers have no thinking, "with tools" may call what the exercise needs. Results are in
+--out_dir and are not made again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from common.cli import Parser  # noqa: E402
+from common.errors import UserError, run_script
+from common.files import ROOT
+from evaluation.rollouts import Prompt, Rollout, greedy_rollouts, read_prompts
+from inference.model_loader import open_model
+from model.tokenizer import load_tokenizer
+from trainer.metrics import read_metrics
+from trainer.policy_losses import ALGORITHMS
+
+SAMPLE = ROOT / "dataset" / "sample"
+MAX_SEQ_LEN, MAX_NEW_TOKENS = 320, 64
+SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2"
+RLVR = "--learning_rate 3e-4 --batch_size 8 --group_size 8"
+
+
+def groups(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
+    """Return the rollouts by what they are measured for."""
+    kinds: dict[str, Callable[[Rollout], bool]] = {
+        "direct": lambda r: not r.prompt.tools and not r.prompt.opening,
+        "thinking": lambda r: not r.prompt.tools and bool(r.prompt.opening),
+        "with tools": lambda r: bool(r.prompt.tools),
+    }
+    return {name: [rollout for rollout in rollouts if belongs(rollout)] for name, belongs in kinds.items()}
+
+
+def accuracy(rollouts: Sequence[Rollout]) -> float:
+    return sum(rollout.reward.correct for rollout in rollouts) / len(rollouts)
+
+
+def well_formed(rollouts: Sequence[Rollout]) -> float:
+    """Return the share of the calls that could be read and run without an error."""
+    calls = sum(rollout.calls for rollout in rollouts)
+    return 1 - sum(rollout.failed_calls for rollout in rollouts) / calls if calls else 0.0
+
+
+def measure(path: Path, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> dict[str, float]:
+    rollouts = greedy_rollouts(open_model(path, dtype=torch.float32)[0].model, tokenizer, prompts, MAX_NEW_TOKENS)
+    found = groups(rollouts)
+    return {name: accuracy(some) for name, some in found.items()} | {"calls": well_formed(found["with tools"])}
+
+
+def train(script: str, output: Path, flags: str, *paths: object) -> float:
+    """Run a stage, unless its result is there; return its seconds."""
+    if output.exists():
+        return 0.0
+    command = [sys.executable, str(ROOT / script), "--out_dir", output.parent, "--max_seq_len", MAX_SEQ_LEN]
+    command += ["--device", "cpu", "--overwrite", *shlex.split(flags), *paths]
+    started = time.perf_counter()
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise UserError(f"{script} failed: {result.stderr[-1000:]}")
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--init_from", type=Path, required=True, help="a model that answers, as that of the quickstart")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "bench_rlvr")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=[*ALGORITHMS])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sft", default=SFT, help="flags of 3-full_sft.py")
+    parser.add_argument("--rlvr", default=RLVR, help="flags of 6-rlvr_train.py")
+    args = parser.parse_args()
+    tokenizer = load_tokenizer()
+    limit = MAX_SEQ_LEN - MAX_NEW_TOKENS
+    prompts = read_prompts([SAMPLE / "rlvr_heldout.jsonl"], tokenizer, limit)
+    name = args.init_from.stem.rpartition("rl_")[2].rpartition("full_sft_")[2]
+    sft = args.out_dir / f"full_sft_{name}.pth"
+    seconds = train(
+        "3-full_sft.py", sft, args.sft, "--data_path", SAMPLE / "rlvr_sft.jsonl", "--init_from", args.init_from
+    )
+    names = ["direct", "thinking", "with tools", "calls"]
+    before = measure(sft, tokenizer, prompts)
+    print(
+        f"| after | direct | thinking | with tools | calls without error | minutes | rollout tokens/s |\n|{'---|' * 7}"
+    )
+    cells = " | ".join(f"{before[name]:.1%}" for name in names)
+    print(f"| SFT | {cells} | {seconds / 60:.1f} | – |", flush=True)
+    for algorithm in args.algorithms:
+        rows, minutes, rates = [], [], []
+        for seed in range(args.seeds):
+            output = args.out_dir / f"{algorithm}_{seed}" / f"rlvr_{name}.pth"
+            flags = f"{args.rlvr} --algorithm {algorithm} --seed {seed} --max_steps {args.steps} --val_fraction 0"
+            seconds = train(
+                "6-rlvr_train.py", output, f"{flags} --max_new_tokens {MAX_NEW_TOKENS}",
+                "--data_path", SAMPLE / "rlvr_data.jsonl", "--init_from", sft,
+            )  # fmt: skip
+            minutes.append(seconds / 60)
+            lines = read_metrics(output.parent / f"rlvr_{name}.metrics.jsonl")
+            rates.append(statistics.median(line["rollout_tokens_per_second"] for line in lines))
+            rows.append(measure(output, tokenizer, prompts))
+        cells = " | ".join(", ".join(f"{row[name]:.1%}" for row in rows) for name in names)
+        print(f"| {algorithm} | {cells} | {statistics.mean(minutes):.1f} | {statistics.mean(rates):,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
