@@ -4,9 +4,9 @@
     python bench/rlvr.py --init_from out/quickstart/rl_192.pth --algorithms grpo --seeds 1 --steps 200
 
 The model first learns the exercises of dataset/sample/rlvr_sft.jsonl by SFT; then each algorithm trains it on
-dataset/sample/rlvr_data.jsonl. Both are measured on the held-out exercises, whose wordings and numbers occur in neither file,
-with the most probable tokens. "Direct" answers have no thinking, "with tools" may call what the exercise needs. Results are in
---out_dir and are not made again.
+dataset/sample/rlvr_data.jsonl. Both are measured on the held-out exercises, whose wordings and numbers occur in neither
+file, with the most probable tokens: word problems of two steps, answered at once, with thinking, and with a calculator; and
+all exercises with tools. Results are in --out_dir and are not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,8 +27,10 @@ from transformers import PreTrainedTokenizerFast
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from common.files import ROOT
+from data_pipeline.readers import iter_records
 from evaluation.rollouts import Prompt, Rollout, greedy_rollouts, read_prompts
 from inference.model_loader import open_model
+from model.model import Transformer
 from model.tokenizer import load_tokenizer
 from trainer.metrics import read_metrics
 from trainer.policy_losses import ALGORITHMS
@@ -39,14 +41,14 @@ SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2"
 RLVR = "--learning_rate 3e-4 --batch_size 8 --group_size 8"
 
 
-def groups(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
-    """Return the rollouts by what they are measured for."""
-    kinds: dict[str, Callable[[Rollout], bool]] = {
-        "direct": lambda r: not r.prompt.tools and not r.prompt.opening,
-        "thinking": lambda r: not r.prompt.tools and bool(r.prompt.opening),
-        "with tools": lambda r: bool(r.prompt.tools),
-    }
-    return {name: [rollout for rollout in rollouts if belongs(rollout)] for name, belongs in kinds.items()}
+MEASURED = ("two steps at once", "two steps, thinking", "two steps, tools", "all with tools", "calls without error")
+
+
+def read_held_out(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, Prompt]]:
+    """Return the held-out exercises with their kinds."""
+    path = SAMPLE / "rlvr_heldout.jsonl"
+    kinds = [record.data["kind"] for record in iter_records(path, None)]
+    return [*zip(kinds, read_prompts([path], tokenizer, MAX_SEQ_LEN - MAX_NEW_TOKENS), strict=True)]
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> float:
@@ -59,10 +61,22 @@ def well_formed(rollouts: Sequence[Rollout]) -> float:
     return 1 - sum(rollout.failed_calls for rollout in rollouts) / calls if calls else 0.0
 
 
-def measure(path: Path, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> dict[str, float]:
-    rollouts = greedy_rollouts(open_model(path, dtype=torch.float32)[0].model, tokenizer, prompts, MAX_NEW_TOKENS)
-    found = groups(rollouts)
-    return {name: accuracy(some) for name, some in found.items()} | {"calls": well_formed(found["with tools"])}
+def measure(
+    model: Transformer, tokenizer: PreTrainedTokenizerFast, exercises: Sequence[tuple[str, Prompt]]
+) -> dict[str, float]:
+    """Return the figures of MEASURED, each from 0 to 1."""
+    rollouts = greedy_rollouts(model, tokenizer, [prompt for _, prompt in exercises], MAX_NEW_TOKENS)
+    with_tools = [rollout for rollout in rollouts if rollout.prompt.tools]
+    two_steps = [rollout for (kind, _), rollout in zip(exercises, rollouts, strict=True) if kind == "two_steps"]
+    without = [rollout for rollout in two_steps if not rollout.prompt.tools]
+    figures = (
+        accuracy([rollout for rollout in without if not rollout.prompt.opening]),
+        accuracy([rollout for rollout in without if rollout.prompt.opening]),
+        accuracy([rollout for rollout in two_steps if rollout.prompt.tools]),
+        accuracy(with_tools),
+        well_formed(with_tools),
+    )
+    return dict(zip(MEASURED, figures, strict=True))
 
 
 def train(script: str, output: Path, flags: str, *paths: object) -> float:
@@ -89,35 +103,30 @@ def main() -> None:
     parser.add_argument("--rlvr", default=RLVR, help="flags of 6-rlvr_train.py")
     args = parser.parse_args()
     tokenizer = load_tokenizer()
-    limit = MAX_SEQ_LEN - MAX_NEW_TOKENS
-    prompts = read_prompts([SAMPLE / "rlvr_heldout.jsonl"], tokenizer, limit)
+    exercises = read_held_out(tokenizer)
+
+    def cells(paths: list[Path]) -> str:
+        models = [open_model(path, dtype=torch.float32)[0].model for path in paths]
+        rows = [measure(model, tokenizer, exercises) for model in models]
+        return " | ".join(", ".join(f"{row[name]:.1%}" for row in rows) for name in MEASURED)
+
     name = args.init_from.stem.rpartition("rl_")[2].rpartition("full_sft_")[2]
     sft = args.out_dir / f"full_sft_{name}.pth"
-    seconds = train(
-        "3-full_sft.py", sft, args.sft, "--data_path", SAMPLE / "rlvr_sft.jsonl", "--init_from", args.init_from
-    )
-    names = ["direct", "thinking", "with tools", "calls"]
-    before = measure(sft, tokenizer, prompts)
-    print(
-        f"| after | direct | thinking | with tools | calls without error | minutes | rollout tokens/s |\n|{'---|' * 7}"
-    )
-    cells = " | ".join(f"{before[name]:.1%}" for name in names)
-    print(f"| SFT | {cells} | {seconds / 60:.1f} | – |", flush=True)
+    data = ["--data_path", SAMPLE / "rlvr_sft.jsonl", "--init_from", args.init_from]
+    seconds = train("3-full_sft.py", sft, args.sft, *data)
+    print(f"| after | {' | '.join(MEASURED)} | minutes | rollout tokens/s |\n|{'---|' * (len(MEASURED) + 3)}")
+    print(f"| SFT | {cells([sft])} | {seconds / 60:.1f} | – |", flush=True)
     for algorithm in args.algorithms:
-        rows, minutes, rates = [], [], []
+        outputs, minutes, rates = [], [], []
         for seed in range(args.seeds):
-            output = args.out_dir / f"{algorithm}_{seed}" / f"rlvr_{name}.pth"
+            outputs.append(args.out_dir / f"{algorithm}_{seed}" / f"rlvr_{name}.pth")
             flags = f"{args.rlvr} --algorithm {algorithm} --seed {seed} --max_steps {args.steps} --val_fraction 0"
-            seconds = train(
-                "6-rlvr_train.py", output, f"{flags} --max_new_tokens {MAX_NEW_TOKENS}",
-                "--data_path", SAMPLE / "rlvr_data.jsonl", "--init_from", sft,
-            )  # fmt: skip
-            minutes.append(seconds / 60)
-            lines = read_metrics(output.parent / f"rlvr_{name}.metrics.jsonl")
+            data = ["--data_path", SAMPLE / "rlvr_data.jsonl", "--init_from", sft, "--max_new_tokens", MAX_NEW_TOKENS]
+            minutes.append(train("6-rlvr_train.py", outputs[-1], flags, *data) / 60)
+            lines = read_metrics(outputs[-1].with_name(f"rlvr_{name}.metrics.jsonl"))
             rates.append(statistics.median(line["rollout_tokens_per_second"] for line in lines))
-            rows.append(measure(output, tokenizer, prompts))
-        cells = " | ".join(", ".join(f"{row[name]:.1%}" for row in rows) for name in names)
-        print(f"| {algorithm} | {cells} | {statistics.mean(minutes):.1f} | {statistics.mean(rates):,.0f} |", flush=True)
+        minutes_each, rate = statistics.mean(minutes), statistics.mean(rates)
+        print(f"| {algorithm} | {cells(outputs)} | {minutes_each:.1f} | {rate:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
