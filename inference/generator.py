@@ -183,10 +183,21 @@ class BatchGenerator:
         first = len(self.rows)
         scaling = self.scaling_for([len(prompt) for prompt in prompts])
         seen = Images.join(images or [])
+        # Of equal prompts that stand together, as when one question gets several answers, the first is read for all.
+        distinct: list[Sequence[int]] = []
+        source: list[int] = []  # of each prompt: its number among them
+        for prompt in prompts:
+            if seen or not distinct or prompt != distinct[-1]:
+                distinct.append(prompt)
+            source.append(len(distinct) - 1)
         if self._backend is not None and self._backend.supports_prefill and scaling is None and not seen:
-            logits = self._backend.prefill(prompts, first)
+            logits = self._backend.prefill(distinct, first)
         else:
-            logits = self._prefill(prompts, first, scaling, seen)
+            logits = self._prefill(distinct, first, scaling, seen)
+        if len(distinct) < len(prompts):
+            for i in reversed(range(len(prompts))):  # from the end: no row is overwritten before it was copied
+                self._cache.copy(first + i, self._cache, first + source[i], len(prompts[i]))
+            logits = logits[torch.tensor(source, device=logits.device)]
         for i, (prompt, sampling, key) in enumerate(zip(prompts, samplings, keys, strict=True)):
             self._append(prompt, sampling, key, images[i] if images else None)
         return self._sample(logits, first)

@@ -283,6 +283,9 @@ class RolloutOptions(TuneOptions):
             f"--group_size {self.group_size}: {self.algorithm} compares answers to the same prompt: give at least 2": (
                 self.group_size > 1 or self.algorithm == "ppo"
             ),
+            f"--save_interval {self.save_interval} must be a multiple of --steps_per_generation": (
+                self.save_interval % self.steps_per_generation == 0
+            ),
             "--fsdp and --deepspeed do not support this stage: leave them out (torchrun without them works)": not (
                 self.fsdp or self.deepspeed
             ),

@@ -6,6 +6,8 @@ three things: how the advantage is measured, how far a probability may move, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ def policy_loss(
     ppo: as dapo, with an advantage for each token from a value function, which is trained beside the policy on
         max((v - R)^2, (clip(v, v_old - epsilon, v_old + epsilon) - R)^2) / 2 (https://arxiv.org/abs/1707.06347).
 
-    With one step per batch p_old is p itself: r is exactly 1, and the gradient is -A grad log p. What the sampler took for p
+    With one step per generation p_old is p itself: r is exactly 1, and the gradient is -A grad log p. What the sampler took for p
     may differ a little, because it rounds otherwise: the loss of a token is multiplied by p_old / p_sampler, at most
     `MAX_CORRECTION` (truncated importance sampling, https://arxiv.org/abs/1802.01561).
 
@@ -59,13 +61,9 @@ def policy_loss(
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         x = batch.inputs
-        inputs = {
-            "input_ids": x["input_ids"], "position_ids": x["position_ids"], "cu_seqlens": x["cu_seqlens"],
-            "logits_to_keep": x["predicts"], "use_cache": False,
-        }  # fmt: skip
-        out = model(**inputs)
+        out = policy_forward(model, x)
         all_logps = out.logits[0].float().log_softmax(-1)  # (sampled tokens, vocabulary)
-        logps = _pick(all_logps, x["targets"])
+        logps = pick(all_logps, x["targets"])
         old_logps = x["old_logps"] if "old_logps" in x else logps.detach()
         lengths = x["answer_length"].float()
         share = 1 / lengths[x["sequence"]]  # of a token in its answer
@@ -75,7 +73,7 @@ def policy_loss(
         extras = {}
         if reference is not None:
             with torch.no_grad():
-                ref_logps = _pick(reference(**inputs).logits[0].float().log_softmax(-1), x["targets"])
+                ref_logps = pick(policy_forward(reference, x).logits[0].float().log_softmax(-1), x["targets"])
             log_q = ref_logps - logps
             kl = log_q.exp() - log_q - 1
             loss = loss + beta * kl
@@ -109,7 +107,14 @@ def policy_loss(
 ROLLOUT_METRICS = ("reward", "accuracy", "answer_length", "cut", "tool_calls", "failed_calls", "equal_rewards")
 
 
-def _pick(logps: Tensor, tokens: Tensor) -> Tensor:
+def policy_forward(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """Return the output of a model for a batch, with logits (1, sampled tokens, vocabulary) where tokens were sampled."""
+    kept = {name: inputs[name] for name in ("input_ids", "position_ids", "cu_seqlens")}
+    return model(**kept, logits_to_keep=inputs["predicts"], use_cache=False)
+
+
+def pick(logps: Tensor, tokens: Tensor) -> Tensor:
+    """Return the entry of each token, (tokens, vocabulary) -> (tokens,)."""
     return logps.gather(-1, tokens[:, None]).squeeze(1)
 
 

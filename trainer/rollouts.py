@@ -1,7 +1,8 @@
 """On-policy batches: the model answers the questions of a step, and learns from its own answers.
 
 `RolloutLoader` takes the place of the `BatchLoader` of other stages: its batches depend on the weights, so that none is
-prepared ahead. A step's rollouts are a function of weights, seed and step: a resumed run repeats them.
+prepared ahead. A step's rollouts are a function of weights, seed and step: a resumed run repeats them. With
+--steps_per_generation several steps share the answers of one generation, each with prompts of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from inference.options import SamplingParams
 from model.model import Transformer
 from model.tokenizer import EOS_ID
 from trainer.options import RolloutOptions
-from trainer.policy_losses import TOKEN_MEAN, group_advantages, token_advantages
+from trainer.policy_losses import TOKEN_MEAN, group_advantages, pick, policy_forward, token_advantages
 from trainer.trainer import Run
 
 
@@ -176,6 +177,7 @@ class RolloutLoader(BatchLoader):
     dtype: torch.dtype = field(kw_only=True)
     value_head: nn.Module | None = field(kw_only=True, default=None)
     _sampler: Sampler | None = field(init=False, default=None)
+    _ready: dict[tuple[int, int], list[Batch]] = field(init=False, default_factory=dict)  # of (step, micro-batch)
     _silent: bool = field(init=False, default=False)  # the last step had no gradient
     _errors: set[str] = field(init=False, default_factory=set)  # of verifiers, that were printed
 
@@ -184,20 +186,40 @@ class RolloutLoader(BatchLoader):
         for step in range(first, self.schedule.total_steps):
             yield self.batches(step)
 
+    def resumable(self, step: int) -> bool:
+        """Return whether the next step begins with new answers: those of a generation are not saved."""
+        return step % self.options.steps_per_generation == 0
+
     def batches(self, step: int, size: int | None = None) -> list[Batch]:
-        """Let the model answer this process's questions of a step, `group_size` times each."""
-        options, size = self.options, size or self.micro_batch
-        samples = self.schedule.samples(step)
-        numbers = range(self.rank, len(samples), self.world_size)  # in the step: the seeds depend on them
-        prompts = [self.data.prompts[samples[n]] for n in numbers for _ in range(options.group_size)]
-        seeds = [self._seed(step, n, k) for n in numbers for k in range(options.group_size)]
-        rollouts = self._run(prompts, [self._sampling(temperature=1.0, seed=seed) for seed in seeds])
-        groups = [rollouts[i : i + options.group_size] for i in range(0, len(rollouts), options.group_size)]
-        self._report(step, groups)
-        found = [self._learnable(groups[i : i + size]) for i in range(0, len(groups), size)]
-        n_batches = -(-len(samples[:: self.world_size]) // size)  # of the process that has most
-        dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
-        return found + [dummy] * (n_batches - len(found))
+        """Return the model's answers to this process's prompts of a step, `group_size` to each."""
+        size = size or self.micro_batch
+        if (step, size) not in self._ready:
+            per_generation = self.options.steps_per_generation
+            last = min((step // per_generation + 1) * per_generation, self.schedule.total_steps)
+            self._ready = self._generate(range(step, last), size)
+        return self._ready.pop((step, size))
+
+    def _generate(self, steps: range, size: int) -> dict[tuple[int, int], list[Batch]]:
+        """Let the model answer the prompts of some steps; return the batches of each, of `size` prompts."""
+        group_size, prompts, samplings, counts = self.options.group_size, [], [], []
+        for step in steps:
+            samples = self.schedule.samples(step)
+            numbers = range(self.rank, len(samples), self.world_size)  # in the step: the seeds depend on them
+            counts.append(len(numbers))
+            prompts += [self.data.prompts[samples[n]] for n in numbers for _ in range(group_size)]
+            seeds = [self._seed(step, n, k) for n in numbers for k in range(group_size)]
+            samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
+        rollouts = iter(self._run(prompts, samplings))
+        made = {}
+        for step, count in zip(steps, counts, strict=True):
+            groups = [[next(rollouts) for _ in range(group_size)] for _ in range(count)]
+            self._report(step, groups)
+            found = [self._learnable(groups[i : i + size]) for i in range(0, count, size)]
+            samples = self.schedule.samples(step)
+            n_batches = -(-len(samples[:: self.world_size]) // size)  # of the process that has most
+            dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
+            made[step, size] = found + [dummy] * (n_batches - len(found))
+        return made
 
     def shard(self, data: PromptSet, samples: list[int], micro_batch: int) -> Iterator[Batch]:  # type: ignore[override]
         """Yield this process's part of a validation set, answered without chance: always the most probable token."""
@@ -233,29 +255,33 @@ class RolloutLoader(BatchLoader):
         """Return the rollouts of some groups as a batch with their advantages."""
         options, rollouts = self.options, [rollout for group in groups for rollout in group]
         equal = [len({rollout.reward.value for rollout in group}) == 1 for group in groups for _ in group]
-        if options.algorithm != "ppo":
-            rewards = torch.tensor([[rollout.reward.value for rollout in group] for group in groups])
-            advantages = group_advantages(rewards, options.algorithm).flatten()
-            return make_batch(rollouts, [*advantages[:, None]], equal, options.algorithm)
-        batch = make_batch(rollouts, [torch.zeros(1)] * len(rollouts), equal, options.algorithm)
-        values = self._values(batch)
-        advantages = torch.cat([
-            token_advantages(part, rollout.reward.value, options.gamma, options.gae_lambda)
-            for part, rollout in zip(values.split([r.n_sampled for r in rollouts]), rollouts, strict=True)
-        ])  # fmt: skip
-        added = {"advantages": advantages, "old_values": values, "returns": advantages + values}
-        return dataclasses.replace(batch, inputs=batch.inputs | added)
+        rewards = torch.tensor([[rollout.reward.value for rollout in group] for group in groups])
+        advantages = group_advantages(rewards, options.algorithm) if options.algorithm != "ppo" else rewards
+        batch = make_batch(rollouts, [*advantages.flatten()[:, None]], equal, options.algorithm)
+        if options.algorithm == "ppo" or options.steps_per_generation > 1:
+            batch.inputs.update(self._before_training(batch, rollouts))
+        return batch
 
     @torch.no_grad()
-    def _values(self, batch: Batch) -> Tensor:
-        """Return the value that the model now gives to the text in front of each sampled token, (tokens,) float32."""
-        assert self.value_head is not None
-        device = self.model.tok_embeddings.weight.device
-        inputs = {name: batch.inputs[name].to(device) for name in ("input_ids", "position_ids", "cu_seqlens")}
+    def _before_training(self, batch: Batch, rollouts: list[Rollout]) -> dict[str, Tensor]:
+        """Return what the model now thinks of its answers, for losses that compare: each (sampled tokens,) float32."""
+        options, device = self.options, self.model.tok_embeddings.weight.device
+        x = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            out = self.model(**inputs, logits_to_keep=1, use_cache=False)
-            values = self.value_head(out.last_hidden_state[0, batch.inputs["predicts"].to(device)])
-        return values.squeeze(-1).float().cpu()
+            out = policy_forward(self.model, x)
+            values = None
+            if self.value_head is not None:
+                values = self.value_head(out.last_hidden_state[0, x["predicts"]]).squeeze(-1).float().cpu()
+        found = {}
+        if options.steps_per_generation > 1:
+            found["old_logps"] = pick(out.logits[0].float().log_softmax(-1), x["targets"]).cpu()
+        if values is not None:
+            parts = zip(values.split([rollout.n_sampled for rollout in rollouts]), rollouts, strict=True)
+            advantages = torch.cat([
+                token_advantages(part, rollout.reward.value, options.gamma, options.gae_lambda) for part, rollout in parts
+            ])  # fmt: skip
+            found |= {"advantages": advantages, "old_values": values, "returns": advantages + values}
+        return found
 
     def _report(self, step: int, groups: list[list[Rollout]]) -> None:
         """Print an answer now and then, and say when there is nothing to learn."""

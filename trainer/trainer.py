@@ -362,10 +362,11 @@ class Trainer:
                 self.metrics = logger.log(done, self.tokens_done)
                 self.best_loss = min(self.best_loss, self.metrics["loss"])
             asked_to_stop = all_reduce_sum(self.dist_env, [len(received)], self.device)[0]
-            if last or done % options.save_interval == 0 or asked_to_stop:
+            may_stop = self.loader.resumable(done)
+            if last or (may_stop and (asked_to_stop or done % options.save_interval == 0)):
                 with logger.pause():
                     self.save()
-            if asked_to_stop and not last:
+            if asked_to_stop and may_stop and not last:
                 logger.close()
                 print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
                 raise SystemExit(128 + (received or [signal.SIGTERM])[0])
