@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import error_of
+from launching import ROOT, environment, error_of, torchrun
 
 from model.chat_format import render_chat
 from model.LMConfig import LMConfig
@@ -115,18 +115,38 @@ def test_what_is_rewarded_is_learned_and_a_resumed_run_repeats_it(run, base, tmp
 
 @pytest.mark.parametrize("algorithm", ["dr_grpo", "dapo", "cispo", "rloo", "ppo"])
 def test_every_algorithm_learns(run, base, prompts, tmp_path, algorithm):
+    """DAPO and PPO with two steps on each generation."""
     flags = [*QUICK, "--data_path", prompts, "--init_from", base, "--out_dir", tmp_path, "--algorithm", algorithm]
-    flags += ["--max_steps", 12, "--save_interval", 6, "--learning_rate", 1e-2]
-    result = run(*flags)
+    flags += ["--max_steps", 12, "--save_interval", 6]
+    twice = algorithm in ("dapo", "ppo")
+    result = run(*flags, *(["--steps_per_generation", 2] if twice else []))
     assert result.returncode == 0, result.stderr
     lines = metrics(tmp_path)
     assert lines[-1]["accuracy"] > lines[0]["accuracy"] + 0.2
     assert weights(tmp_path).keys() == torch.load(base, weights_only=True).keys()  # no value function in it
     if algorithm == "ppo":
         assert lines[-1]["value_loss"] < lines[0]["value_loss"]
+    if twice:  # in every second step the ratio has moved away from 1
+        assert any(line["clip_share"] > 0 for line in lines[1::2])
+        assert not any(line["clip_share"] > 0 for line in lines[::2])
         whole = weights(tmp_path)
         assert run(*flags, "--resume", tmp_path / "rlvr_32.resume" / "step_00000006").returncode == 0
         assert same(weights(tmp_path), whole)
+
+
+def test_two_processes_do_what_one_does(run, base, prompts, tmp_path):
+    """Each answers its part of the prompts, with the random numbers that one process would use."""
+    flags = [*QUICK, "--data_path", prompts, "--init_from", base, "--max_steps", 4]
+    assert run(*flags, "--out_dir", tmp_path / "one").returncode == 0
+    flags += ["--batch_size", 2, "--out_dir", tmp_path / "two"]
+    command = [*map(str, [*torchrun(2), SCRIPT, *flags])]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert [one[name] for name in ("reward", "answer_length")] == [
+            two[name] for name in ("reward", "answer_length")
+        ]
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
 def test_equal_rewards_leave_the_weights_as_they_are_and_are_reported(run, base, tmp_path):

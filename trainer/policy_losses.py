@@ -48,8 +48,8 @@ def policy_loss(
     ppo: as dapo, with an advantage for each token from a value function, which is trained beside the policy on
         max((v - R)^2, (clip(v, v_old - epsilon, v_old + epsilon) - R)^2) / 2 (https://arxiv.org/abs/1707.06347).
 
-    With one step per generation p_old is p itself: r is exactly 1, and the gradient is -A grad log p. What the sampler took for p
-    may differ a little, because it rounds otherwise: the loss of a token is multiplied by p_old / p_sampler, at most
+    With one step per generation p_old is p itself: r is exactly 1, and the gradient is -A grad log p. What the sampler took
+    for p may differ a little, because it rounds otherwise: the loss of a token is multiplied by p_old / p_sampler, at most
     `MAX_CORRECTION` (truncated importance sampling, https://arxiv.org/abs/1802.01561).
 
     Args:
