@@ -34,7 +34,7 @@ python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json \
     --learning_rate 1e-4 --beta 0.5 --batch_size 16
 
 stage exercises "learn to think and to call tools, from examples"
-exercises="$common --out_dir $out/exercises --max_seq_len 320"
+exercises="$common --out_dir $out/exercises --max_seq_len 384"
 python 3-full_sft.py $exercises --init_from $out/full_sft_192.pth --data_path dataset/sample/rlvr_sft.jsonl \
     --optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2
 

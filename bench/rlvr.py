@@ -36,7 +36,7 @@ from trainer.metrics import read_metrics
 from trainer.policy_losses import ALGORITHMS
 
 SAMPLE = ROOT / "dataset" / "sample"
-MAX_SEQ_LEN, MAX_NEW_TOKENS = 320, 64
+MAX_SEQ_LEN, MAX_NEW_TOKENS = 384, 64
 SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2"
 RLVR = "--learning_rate 3e-4 --batch_size 8 --group_size 8"
 

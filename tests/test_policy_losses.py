@@ -199,7 +199,7 @@ def test_the_value_function_is_clipped_around_its_old_values(models, rollouts):
     n = len(batch.inputs["targets"])
     torch.manual_seed(0)
     head = nn.Linear(policy.config.dim, 1)
-    batch.inputs |= {"old_values": torch.randn(n), "returns": torch.randn(n)}
+    batch.inputs.update(old_values=torch.randn(n), returns=torch.randn(n))
     loss, n_targets, extras = policy_loss("ppo", LONGEST, value_head=head, value_coef=0.5)(policy, batch)
     with torch.no_grad():
         hidden = torch.cat([

@@ -261,6 +261,10 @@ class RolloutOptions(TuneOptions):
         "grpo", "how it learns from rewards", choices=["grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo"]
     )
     group_size: int = flag(8, "answers to each prompt of a step, which are compared with each other", min=1)
+    steps_per_generation: int = flag(
+        1, "optimizer steps on the answers of one generation, each on other prompts: more decode faster together, but "
+        "the later steps learn from answers of older weights; --save_interval must be a multiple", min=1,
+    )  # fmt: skip
     max_new_tokens: int = flag(
         256, "maximum length of an answer in tokens; longer ones are cut and get no reward", min=1
     )

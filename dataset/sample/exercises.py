@@ -101,7 +101,7 @@ CONVERSIONS = [
     ("d", "h"),
 ]
 WEEKDAYS_ZH = ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日")
-FIRST_DAY = datetime.date(2020, 1, 1)
+FIRST_DAY = datetime.date(2024, 1, 1)
 ARITHMETIC = ("two_steps", "three_steps")
 
 
@@ -152,10 +152,7 @@ def _steps(expression: str) -> str:
 
 def _problem(kind: str, language: str, dice, held_out: bool) -> Exercise | None:
     formula, wordings = dice.choice(PROBLEMS[kind])
-    small = {name: 2 + dice.below(8) for name in "abcd"}
-    large = {name: 2 + dice.below(19) for name in "abcd"}
-    factors = {name for i in range(len(formula) - 2) if formula[i + 1] == "*" for name in (formula[i], formula[i + 2])}
-    values = {name: small[name] if name in factors else large[name] for name in "abcd"}
+    values = {name: 2 + dice.below(8) for name in "abcd"}
     expression = "".join(str(values.get(sign, sign)) for sign in formula)
     steps = _steps(expression)
     if any(not 0 <= int(step.split("=")[1]) < 100 for step in steps.split(", ")):
@@ -168,8 +165,8 @@ def _problem(kind: str, language: str, dice, held_out: bool) -> Exercise | None:
 
 def _question(kind: str, language: str, dice, held_out: bool) -> Exercise:
     wording = dice.choice(QUESTIONS[kind][language][held_out])
-    a, steps = 2 + dice.below(18), ""
-    day = (FIRST_DAY + datetime.timedelta(days=dice.below(3652))).isoformat()
+    a, steps = 2 + dice.below(8), ""
+    day = (FIRST_DAY + datetime.timedelta(days=dice.below(366))).isoformat()
     item = dice.choice([*TABLE])
     values = {"a": a, "t": item, "u": ""}
     if kind == "unit":
@@ -180,7 +177,7 @@ def _question(kind: str, language: str, dice, held_out: bool) -> Exercise:
         steps = f"{a}*{factor}={answer}"
         calls = [_call("unit_converter", value=a, from_unit=large, to_unit=little)]
     elif kind == "date":
-        a += dice.below(40)
+        a += dice.below(20)
         values |= {"t": day, "a": a}
         answer = (datetime.date.fromisoformat(day) + datetime.timedelta(days=a)).isoformat()
         calls = [_call("calendar", date=day, days=a)]
@@ -244,11 +241,11 @@ def prompt(exercise: Exercise, mode: str) -> dict:
 
 # How many exercises of each kind and mode, per language: for SFT, for reinforcement learning, held out.
 PLAN = [
-    ("two_steps", "thinking", 200, 400, 50), ("two_steps", "direct", 200, 0, 50), ("two_steps", "tools", 120, 150, 25),
-    ("three_steps", "thinking", 60, 100, 0), ("three_steps", "tools", 60, 75, 25),
-    ("unit", "thinking", 60, 60, 25), ("unit", "tools", 60, 60, 15), ("unit", "thinking_tools", 20, 0, 0),
-    ("date", "tools", 60, 60, 15), ("weekday", "tools", 40, 40, 15), ("price", "tools", 20, 20, 10),
-    ("stock", "tools", 20, 20, 10), ("total", "tools", 60, 60, 15),
+    ("two_steps", "thinking", 400, 400, 50), ("two_steps", "direct", 200, 0, 50), ("two_steps", "tools", 80, 150, 25),
+    ("three_steps", "thinking", 150, 150, 0), ("three_steps", "tools", 40, 75, 25),
+    ("unit", "thinking", 40, 40, 15), ("unit", "tools", 30, 40, 15), ("unit", "thinking_tools", 15, 0, 0),
+    ("date", "tools", 50, 60, 15), ("weekday", "tools", 30, 40, 15), ("price", "tools", 15, 15, 10),
+    ("stock", "tools", 15, 15, 10), ("total", "tools", 25, 30, 15),
 ]  # fmt: skip
 
 
