@@ -11,6 +11,7 @@ responses. Used to measure a model, and by `trainer.rollouts` to train one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter, deque
@@ -90,7 +91,7 @@ def read_prompts(
     skipped: Counter[str] = Counter()
     for path in paths:
         before = len(prompts)
-        for record in iter_records(path, lambda line, path=path: bad.add(path, line)):
+        for record in iter_records(path, functools.partial(bad.add, path)):
             try:
                 prompt = _read_prompt(record, tokenizer, verifier, tools)
             except UserError as error:

@@ -189,7 +189,9 @@ def test_wrong_flags_and_data_are_named_before_any_work(run, base, prompts, tmp_
         assert part in result.stderr, part
     flags = [*QUICK, "--init_from", base, "--out_dir", tmp_path]
     assert "a.jsonl; name your prompts" in error_of(run(*flags, "--data_path", tmp_path / "a.jsonl"))
-    assert "'nothing' is unknown; verifiers: exact" in error_of(run(*flags, "--data_path", prompts, "--verifier", "nothing"))
+    assert "'nothing' is unknown; verifiers: exact" in error_of(
+        run(*flags, "--data_path", prompts, "--verifier", "nothing")
+    )
     long = write(tmp_path / "long.jsonl", [prompt(0), prompt(1) | {"messages": chat("word " * 90, 0)[:1]}])
     message = error_of(run(*flags, "--data_path", long))
     assert f"{long}:2: too long: the question leaves no room for an answer: it has" in message

@@ -119,7 +119,7 @@ def make_batch(
 
 def frozen_copy(model: Transformer, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Return a copy of a model that is not trained."""
-    return copy.deepcopy(model).to(device, dtype).eval().requires_grad_(False)
+    return copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
 def add_value_head(model: Transformer) -> nn.Linear:
