@@ -68,7 +68,7 @@ def main() -> None:
     from model.device import DTYPES, resolve_device
     from model.lora import add_adapter, load_adapter, save_adapter, trainable_share
     from model.tokenizer import tokenizer_hash
-    from model.weights import save_checkpoint
+    from model.weights_file import save_checkpoint
     from trainer.checkpoint import check_run
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import chat_rows, starting_model

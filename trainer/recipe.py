@@ -18,11 +18,9 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights
+from model.model import Transformer, initial_weights, model_class
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.vision import model_class
-from model.weights import Checkpoint, build_model, save_checkpoint
-from model.weights_file import read_tensors
+from model.weights_file import Checkpoint, build_model, read_tensors, save_checkpoint
 from trainer.checkpoint import check_run
 from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
 from trainer.options import TrainOptions
@@ -54,7 +52,7 @@ def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> Pre
 
 def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Transformer:
     """Return a model with random weights, the same for the same seed."""
-    tensors = initial_weights(config, options.seed, model_class(config))
+    tensors = initial_weights(config, options.seed)
     if options.shards_weights:
         return mapped_model(tensors, config, options, dist_env)
     return build_model(dict(tensors), config, "the new model").train()

@@ -119,7 +119,9 @@ def make_batch(
 
 def frozen_copy(model: Transformer, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Return a copy of a model that is not trained."""
-    return copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
+    frozen = copy.deepcopy(model)
+    nn.Module.to(frozen, device, dtype)
+    return frozen.eval().requires_grad_(False)
 
 
 def add_value_head(model: Transformer) -> nn.Linear:
@@ -239,7 +241,7 @@ class RolloutLoader(BatchLoader):
         return int(seed >> np.uint64(1))
 
     def _sampling(self, **fields: float) -> SamplingParams:
-        return SamplingParams(max_new_tokens=self.options.max_new_tokens, logprobs=0, **fields)  # type: ignore[arg-type]
+        return SamplingParams(max_new_tokens=self.options.max_new_tokens, logprobs=0, **fields)
 
     def _run(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Rollout]:
         if self._sampler is None:
