@@ -240,8 +240,8 @@ class RolloutLoader(BatchLoader):
         seed = np.random.SeedSequence([self.schedule.seed, *numbers]).generate_state(1, np.uint64)[0]
         return int(seed >> np.uint64(1))
 
-    def _sampling(self, **fields: float) -> SamplingParams:
-        return SamplingParams(max_new_tokens=self.options.max_new_tokens, logprobs=0, **fields)
+    def _sampling(self, temperature: float, seed: int | None = None) -> SamplingParams:
+        return SamplingParams(self.options.max_new_tokens, temperature, seed=seed, logprobs=0)
 
     def _run(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Rollout]:
         if self._sampler is None:
