@@ -17,7 +17,8 @@ from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "6-rlvr_train.py"
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=96)
