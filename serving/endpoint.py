@@ -300,6 +300,11 @@ class Endpoint:
             given["stop"] = tuple(text for text in stops if text)  # some clients send "" for none
         if "seed" in given:
             given["seed"] = (given["seed"] + index) % 2**64
+        if body.logit_bias:
+            given["logit_bias"] = bias = {int(token): value for token, value in body.logit_bias.items()}
+            if max(bias) >= self.model.vocab_size:
+                message = f"token {max(bias)} does not exist; the model has 0 to {self.model.vocab_size - 1}"
+                raise ApiError(400, message, "logit_bias")
         return dataclasses.replace(self.defaults, max_new_tokens=max_new_tokens, logprobs=top_logprobs, **given)
 
     async def respond(
