@@ -102,6 +102,7 @@ class MetricsLogger:
         self.close()
 
     def close(self) -> None:
+        """Close the progress bar and the loggers; the metrics file is complete after every line."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None
@@ -131,6 +132,7 @@ class MetricsLogger:
         self._step_since = time.perf_counter()
 
     def add_validation(self, means: dict[str, float]) -> None:
+        """Take the means of a validation, for the next line."""
         self._validation = means
         self._validated_now = True
 
@@ -320,6 +322,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """Measure the block as waiting for data."""
         start = time.perf_counter()
         yield
         self.data_seconds = time.perf_counter() - start
@@ -327,6 +330,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
+        """Measure the block as computation of this process."""
         if self.cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
