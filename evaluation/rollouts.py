@@ -183,6 +183,7 @@ class Rollout:
         return sum(self.sampled)
 
     def append(self, ids: Sequence[int], sampled: bool) -> None:
+        """Add tokens that the model chose, or that were given to it."""
         self.ids += ids
         self.sampled += [sampled] * len(ids)
 

@@ -50,5 +50,9 @@ def test_docstrings_begin_with_a_verb():
         for function, _ in public_functions(tree)
     }
     assert len(openings) > 500
-    wrong = {where: word for where, word in openings.items() if word in NO_VERBS or word[0].islower() and word not in ("x", "pixels")}
+    wrong = {
+        where: word
+        for where, word in openings.items()
+        if word in NO_VERBS or (word[0].islower() and word not in ("x", "pixels"))
+    }
     assert wrong == {}
