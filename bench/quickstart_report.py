@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bench.rlvr import MEASURED, measure, read_held_out
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from common.files import ROOT, atomic_write
@@ -110,22 +111,6 @@ def losses_table(out_dir: Path, names: list[str]) -> str:
     return "\n".join(rows)
 
 
-def vision_section(out_dir: Path) -> list[str]:
-    """Return what eval_vlm.py measured, with its pictures; nothing if it has not run."""
-    path = out_dir / "vlm" / "summary.json"
-    if not path.exists():
-        return []
-    rows = [
-        "| questions about | how many | right | chance | without the image | with a wrong image |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kind, one in json.loads(path.read_text(encoding="utf-8"))["kinds"].items():
-        shares = (one["right"], one["chance"], one["without"], one["wrong"])
-        rows.append(f"| {kind} | {one['n']} | {' | '.join(f'{share:.1%}' for share in shares)} |")
-    explained = "`unseen` asks about pairs of colour and shape that training never showed together."
-    return ["## What MiniMind-V sees", "\n".join(rows), explained, "![pictures with answers](vlm/sheet.png)"]
-
-
 def compression_table(folders: dict[str, Path]) -> str:
     rows = ["| tokenizer | held-out text | bytes per token |", "|---|---|---|"]
     for name, folder in folders.items():
@@ -171,13 +156,19 @@ def main() -> None:
         ("DPO: the same, after", preferred(rl.model, tokenizer, pairs)),
         ("DPO: exact match on the questions with new wording, after", exact_match(rl.model, tokenizer, questions)),
     ]  # fmt: skip
+    exercises, folder = read_held_out(tokenizer), out / "exercises"
+    taught = load(find_model(folder, ["full_sft"]), "the model that was taught exercises")
+    rewarded = load(find_model(folder, ["rlvr"]), "the model after reinforcement learning")
+    both = [measure(checkpoint.model, tokenizer, exercises) for checkpoint in (taught, rewarded)]
+    for name in MEASURED:
+        for when, found in zip(("before", "after"), both, strict=True):
+            figures.append((f"RLVR: exercises, {name}, {when}", found[name]))
     if quiz is not None:
         title = f"SFT: quiz of {quiz['questions']} questions, most probable of four answers (chance: 25%)"
         figures.insert(2, (title, quiz["accuracy"]))
     prompts = [[BOS_ID, *encode_text(tokenizer, text)] for text in OPENINGS]
     continuations = generate_text(base.model, tokenizer, prompts, SamplingParams(max_new_tokens=30))
     names = [f"pretrain_{size}", f"full_sft_{size}", adapter_path.name, f"rl_{size}"]
-    names += [name for stage in ("pretrain_vlm", "sft_vlm") if (out / f"{(name := f'{stage}_{size}')}.pth").exists()]
     tokenizers = {"shipped": TOKENIZER_DIR}
     if (out / "tokenizer" / "training.json").exists():
         tokenizers["trained in this run"] = out / "tokenizer"
@@ -190,6 +181,7 @@ def main() -> None:
         "## Losses",
         losses_table(out, names),
         "\n".join(f"![{name}]({name}.png)" for name in names),
+        f"![reward](exercises/{rewarded.path.stem}.png)",
         "## The base model continues",
         "\n".join(f"- **{text}** {' '.join(more.split())}" for text, more in zip(OPENINGS, continuations, strict=True)),
         "## A conversation after DPO",
@@ -198,7 +190,6 @@ def main() -> None:
         "\n".join(["| question | before | after |", "|---|---|---|"] + [
             f"| {chat[-2]['content']} | {b} | {a} |" for chat, b, a in list(zip(identity, before, after, strict=True))[::8]
         ]),
-        *vision_section(out),
         "## Tokenizers",
         compression_table(tokenizers),
         f"(report made in {time.perf_counter() - started:.0f} s)",
