@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -114,7 +115,8 @@ def _split_default(help: str) -> tuple[str, str]:
     """Return a help text without the default in it, and that default ("" if there is none)."""
     match = re.search(r" ?\(default: ((?:[^()]|\([^()]*\))*)\)", help)
     text = help.replace(match[0], "") if match else help
-    return re.sub(r"%%", "%", text), match[1] if match else ""
+    default = match[1].replace(f"{ROOT}{os.sep}", "") if match else ""  # the same wherever the project stands
+    return text.replace("%%", "%"), default
 
 
 def _default(action: argparse.Action) -> str:

@@ -123,6 +123,7 @@ class Agreement:
     max_kl: float | None = None
 
     def describe(self) -> str:
+        """Return the agreement as a line of text."""
         text = f"largest difference of logits over {self.tokens:,} tokens of real text: {self.largest:.2g}"
         text += f" (allowed: {self.tolerance:g})"
         if self.kl is not None:

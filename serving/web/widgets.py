@@ -39,7 +39,7 @@ from serving.web.texts import LANGUAGES, Texts, language_of
 RELOAD_SECONDS = 3  # between two looks into the folder of models
 DRAW_SECONDS = 0.05  # between two drawings of a growing answer
 MODELS_KEPT = 4  # in memory, the last used
-STAGES = ("pretrain", "full_sft", "rl", "lora")  # that have a name in every language
+STAGES = ("pretrain", "full_sft", "rl", "rlvr", "lora")  # that have a name in every language
 # Range and step of the sliders; a value from the command line may lie outside.
 SLIDERS: dict[str, tuple[float, float, float]] = {
     "temperature": (0.0, 2.0, 0.05),
@@ -138,6 +138,7 @@ def rerun_on_change(options: ModelOptions, shown: list[Entry]) -> None:
 
 
 def show_model_facts(entry: Entry, model: ChatModel | None, texts: Texts) -> None:
+    """Show what is known of the chosen model: stage, size, loss, parameters, context."""
     first = [stage_text(entry, texts), *([texts("exported")] if entry.kind == EXPORT else [])]
     first += [texts("on_base", base=entry.base)] if entry.base else []
     second = [texts("size", size=size_text(entry.size))]
@@ -210,6 +211,7 @@ def choose_settings(
 
 
 def show_no_models(folder: Path, texts: Texts) -> None:
+    """Say that there are no models yet, and how to train one."""
     st.warning(literal(texts("no_models", folder=folder)), icon=":material/inbox:")
     st.markdown(texts("no_models_next"))
     st.code(
@@ -231,6 +233,7 @@ def show_examples(model: ChatModel, texts: Texts) -> str | None:
 
 
 def show_question(exchange: Exchange, texts: Texts) -> None:
+    """Show the question of an exchange."""
     if not exchange.continues:  # otherwise it is the beginning of what the model wrote
         with st.chat_message("user", avatar=":material/person:"):
             st.html(text_html(visible(exchange.question), label=texts("question")))
@@ -250,6 +253,7 @@ def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
 
 
 def draw(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
+    """Draw an answer and the facts about it into their places."""
     text, facts = placeholders
     text.html(
         steps_html(exchange, texts)
