@@ -226,13 +226,9 @@ def example(exercise: Exercise, mode: str) -> dict:
 
 def prompt(exercise: Exercise, mode: str) -> dict:
     """Return a question with its answer, for reinforcement learning."""
-    row = {
-        "messages": [{"role": "user", "content": exercise.question}], "answer": exercise.answer,
-        "verifier": exercise.verifier, "kind": exercise.kind, "language": exercise.language,
-    }  # fmt: skip
-    if mode.endswith("tools"):
-        return row | {"tools": exercise.tools}
-    return row | {"enable_thinking": mode == "thinking"}
+    row = {"messages": [{"role": "user", "content": exercise.question}], "answer": exercise.answer}
+    row["verifier"] = exercise.verifier
+    return row | ({"tools": exercise.tools} if mode == "tools" else {"enable_thinking": mode == "thinking"})
 
 
 # How many exercises of each kind and mode, per language: for SFT, for reinforcement learning, held out.
@@ -260,6 +256,7 @@ def make_rows(new_dice: Callable) -> tuple[list[dict], list[dict], list[dict]]:
             sft += [example(exercise, mode) for exercise in made[:n_sft]]
             rlvr += [prompt(exercise, mode) for exercise in made[::-1][:n_rlvr]]  # both have some where there are few
             others = make(kind, language, n_held_out, dice, is_held_out, held_out=True) if n_held_out else []
-            held_out += [prompt(exercise, mode) for exercise in others]
+            labels = {"kind": kind, "language": language}
+            held_out += [prompt(exercise, mode) | labels for exercise in others]
     dice = new_dice("order of exercises")
     return dice.shuffled(sft), dice.shuffled(rlvr), held_out
