@@ -58,7 +58,7 @@ from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint
-from trainer.metrics import read_metrics
+from evaluation.runs import read_metrics
 from trainer.optim import BETAS, get_lr
 from trainer.recipe import best_batch
 

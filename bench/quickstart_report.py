@@ -32,7 +32,7 @@ from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
 from model.weights import Checkpoint
 from trainer.losses import sequence_logps
-from trainer.metrics import read_metrics
+from evaluation.runs import read_metrics
 
 OPENINGS = ["The capital of France is", "中国的首都是", "Once upon a time", "从前"]
 QUESTIONS = [

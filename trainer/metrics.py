@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
+from evaluation.runs import logged_shares, read_metrics
 from model.device import peak_flops
 from model.LMConfig import LMConfig
 from model.model import training_flops
@@ -214,19 +215,6 @@ class MetricsLogger:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         with atomic_write(self.path) as file:
             jsonlines.Writer(file).write_all(kept)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics file, without a last line that a killed process left incomplete."""
-    if not path.exists():
-        return []
-    with jsonlines.open(path) as reader:
-        return list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
-
-
-def logged_shares(line: dict) -> list[float]:
-    """Return the share of the tokens of every expert, from the metrics of a mixture; else none."""
-    return [value for name, value in line.items() if name.startswith("expert_") and name.endswith("_share")]
 
 
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
