@@ -56,6 +56,7 @@ class PageParser(Parser):
 def page() -> None:
     import streamlit as st  # `python fast_inference.py --help` needs neither Streamlit nor torch
 
+    from evaluation.tools import chat_tools
     from serving.web import widgets
     from serving.web.inside import menu, shared
     from serving.web.page import STYLE, literal
@@ -65,16 +66,17 @@ def page() -> None:
     st.html(STYLE)
     try:
         options = parse_options(Options, __doc__, parser_class=PageParser)
+        tools = chat_tools(options.tools or [])
     except UserError as error:
         st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=name_flags(str(error)))))
         st.stop()
     with st.sidebar:
         texts = widgets.choose_language(options.language)
     shared.keep_choices()
-    menu.choose_page(lambda: chat(options, texts), shared.View(options.model, options.sampling, texts)).run()
+    menu.choose_page(lambda: chat(options, tools, texts), shared.View(options.model, options.sampling, texts)).run()
 
 
-def chat(options: Options, texts: Texts) -> None:
+def chat(options: Options, tools: dict[str, Any], texts: Texts) -> None:
     """Draw the page of the chat."""
     import streamlit as st
 
@@ -97,8 +99,7 @@ def chat(options: Options, texts: Texts) -> None:
     settings = {}
     with st.sidebar:
         if model is not None:
-            start = options.sampling, options.history_turns, options.system
-            settings = widgets.choose_settings(*start, model, texts)
+            settings = widgets.choose_settings(options.sampling, options, tools, model, texts)
         st.toggle(texts("markdown"), key="markdown", help=texts("markdown_help"))
     # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):

@@ -31,7 +31,7 @@ from inference.options import SamplingParams
 from model.chat_format import render_chat
 from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 from trainer.losses import sequence_logps
 
 OPENINGS = ["The capital of France is", "中国的首都是", "Once upon a time", "从前"]

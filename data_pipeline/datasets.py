@@ -45,6 +45,7 @@ class Batch:
     dummy: bool = False
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; to a GPU it is copied while other work goes on."""
         if device.type != "cuda":
             return dataclasses.replace(self, inputs={name: x.to(device) for name, x in self.inputs.items()})
         moved = {name: x.pin_memory().to(device, non_blocking=True) for name, x in self.inputs.items()}
@@ -91,6 +92,7 @@ class PackedRows:
         return int(self.packing.length.sum(dtype=np.int64))
 
     def documents(self, indices: Sequence[int]) -> list[int]:
+        """Return the numbers of the documents in these rows, sorted."""
         bounds = self.packing.bounds
         return sorted({int(d) for r in indices for d in self.packing.document[bounds[r] : bounds[r + 1]]})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ from model.model import training_flops
 from trainer.distributed import DistEnv, all_reduce_sum
 from trainer.loggers import Loggers, RankLog, open_loggers
 from trainer.options import TrainOptions
+from trainer.report import write_report
 
 # Parts of the terminal's line that have a form of their own; anything else a loss reports is shown by its name.
 FORMATTED = {
@@ -57,6 +59,7 @@ class MetricsLogger:
 
     def __post_init__(self) -> None:
         self.path: Path = self.options.out_dir / f"{self.name}.metrics.jsonl"
+        self.samples_path: Path = self.options.out_dir / f"{self.name}.samples.jsonl"
         self.peak = peak_flops(self.device, self.dtype)
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
@@ -99,6 +102,7 @@ class MetricsLogger:
         self.close()
 
     def close(self) -> None:
+        """Close the progress bar and the loggers; the metrics file is complete after every line."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None
@@ -127,6 +131,7 @@ class MetricsLogger:
         self._step_since = time.perf_counter()
 
     def add_validation(self, means: dict[str, float]) -> None:
+        """Take the means of a validation, for the next line."""
         self._validation = means
         self._validated_now = True
 
@@ -203,18 +208,35 @@ class MetricsLogger:
             parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
         return " | ".join(parts)
 
-    def plot(self, last: bool) -> None:
-        """Draw the losses so far into OUT_DIR/<run>.png: `last`, or if the last drawing is older than ten seconds."""
+    def add_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Print what the model wrote after `step` steps, and keep it for the report."""
+        with jsonlines.open(self.samples_path, "a") as writer:
+            writer.write_all({"step": step} | sample for sample in samples)
+        for sample in samples:
+            tqdm.write(f"  {sample['prompt']} → {' '.join(sample['text'].split())}")
+
+    def report(self, info: dict, last: bool) -> None:
+        """Write OUT_DIR/<run>.png and .report.html of the run so far: `last`, or if the last are older than ten seconds.
+
+        info: the description beside the weights.
+        """
         now = time.perf_counter()
         if (last or now - self._plotted > 10) and (lines := read_metrics(self.path)):
             self._plotted = now
-            plot_losses(lines, self.options.out_dir / f"{self.name}.png", title=self.name)
+            plot = self.options.out_dir / f"{self.name}.png"
+            plot_losses(lines, plot, title=self.name)
+            command = shlex.join(["python", Path(sys.argv[0]).name, *self.options.flags()])
+            facts = {"config": self.config.own_fields()} | info
+            samples = read_metrics(self.samples_path)
+            write_report(plot.with_suffix(".report.html"), self.name, command, facts, lines, samples, plot)
 
     def _delete_lines_after(self, step: int) -> None:
         """Delete the lines of steps that are repeated after a resume."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        with atomic_write(self.path) as file:
-            jsonlines.Writer(file).write_all(kept)
+        for path in (self.path, self.samples_path):
+            kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+            if kept or path.exists():
+                with atomic_write(path) as file:
+                    jsonlines.Writer(file).write_all(kept)
 
 
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
@@ -266,6 +288,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """Measure the block as waiting for data."""
         start = time.perf_counter()
         yield
         self.data_seconds = time.perf_counter() - start
@@ -273,6 +296,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
+        """Measure the block as computation of this process."""
         if self.cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()

@@ -111,6 +111,11 @@ class TrainOptions:
     val_tokens: int = flag(100_000, "hold out at most about this many tokens", min=0)
     val_interval: int = flag(200, "optimizer steps between validations (and after the last step)", min=1)
     log_interval: int = flag(10, "optimizer steps between log lines", min=1)
+    sample_interval: int = flag(
+        0,
+        "optimizer steps between texts that the model writes from fixed prompts, for the log and the report; 0: none",
+        min=0,
+    )
     save_interval: int = flag(200, "optimizer steps between saves of weights and training state", min=1)
     keep: int = flag(2, "number of training states to keep (the newest)")
     save_dtype: str = flag(
@@ -210,6 +215,10 @@ class TrainOptions:
                 )
             if device.type == "mps":
                 found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
+        if self.shards_weights and self.sample_interval:
+            found.append(
+                "--sample_interval needs the whole model in one process: leave it out where weights are sharded"
+            )
         if self.deepspeed is not None:
             if self.optimizer != "adamw":
                 found.append(f"--optimizer {self.optimizer} with --deepspeed is not supported: use adamw, or --fsdp")
@@ -230,6 +239,21 @@ class TrainOptions:
         from model.LMConfig import preset  # loads transformers
 
         return preset(self.preset or "minimind-v1-small", **self.model)
+
+    def flags(self) -> list[str]:
+        """Return the flags that repeat this run: those with other values than the defaults."""
+        defaults = type(self)().describe()
+        values = {name: value for name, value in self.describe().items() if value != defaults[name]}
+        words = []
+        for name, value in (values | values.pop("model", {})).items():
+            if name in ("resume", "overwrite", "local_rank") or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                given = value if isinstance(value, list) else [value]
+                words += [f"--{name}", *map(str, given)]
+        return words
 
     def describe(self) -> dict:
         """Return the flags as JSON-friendly values."""

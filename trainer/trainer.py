@@ -59,6 +59,7 @@ class Run:
         identity: what has to be the same to resume it, beside data and flags: tokenizer, starting weights.
         save_weights: write the weights so far for later stages; takes a description of how they were made, and the
             trained tensors with their names, one at a time.
+        sample: return what the model writes from fixed prompts: {"prompt", "text"}; for --sample_interval.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class Run:
     config: LMConfig
     identity: dict
     save_weights: Callable[[dict, Iterable[tuple[str, Tensor]]], None]
+    sample: Callable[[nn.Module], list[dict[str, str]]] | None = None
 
 
 def fit(
@@ -358,6 +360,9 @@ class Trainer:
             if last or done % options.log_interval == 0 or step == first:
                 self.metrics = logger.log(done, self.tokens_done)
                 self.best_loss = min(self.best_loss, self.metrics["loss"])
+            if options.sample_interval and (last or done % options.sample_interval == 0):
+                with logger.pause():
+                    self._sample()
             asked_to_stop = all_reduce_sum(self.dist_env, [len(received)], self.device)[0]
             if last or done % options.save_interval == 0 or asked_to_stop:
                 with logger.pause():
@@ -391,6 +396,15 @@ class Trainer:
         if max_batches is None and n_bytes and "loss" in means:
             means["bits_per_byte"] = means["loss"] * total / math.log(2) / n_bytes
         return means
+
+    def _sample(self) -> None:
+        """Let the model write texts from fixed prompts, on rank 0; the others wait for it in the next step."""
+        if self.dist_env.is_main and self.run.sample is not None:
+            self.strategy.train(False)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+                samples = self.run.sample(self.model)
+            self.strategy.train(True)
+            self.metrics_logger.add_samples(self.steps_done, samples)
 
     # ---- saving and resuming --------------------------------------------------------------------------------------
 
@@ -457,7 +471,7 @@ class Trainer:
                 **self.run.identity, "train_data": self.train.fingerprint, "options": self.options.describe(),
             }  # fmt: skip
             self.run.save_weights(info, tensors)
-            self.metrics_logger.plot(last=self.steps_done == self.total_steps)
+            self.metrics_logger.report(info, last=self.steps_done == self.total_steps)
         deque(tensors, maxlen=0)  # sharded parameters are gathered by all processes together
 
     def _resume(self, state: TrainingCheckpoint) -> None:
