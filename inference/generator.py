@@ -128,13 +128,19 @@ class BatchGenerator:
         if backend is not None and backend.config is not model.config:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
-        self.backend = backend
+        self.use_backend(backend)
         self.prefixes: PrefixCache | None = None  # if there is one, it gets every sequence that leaves
-        self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
         self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
         # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
         self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
         self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
+
+    def use_backend(self, backend: Backend | None) -> None:
+        """Decode with another backend from now on, such as one with newer weights; the cache stays. No row may be left."""
+        if self.rows:
+            raise ValueError(f"{len(self.rows)} sequences are still being decoded: their cache has the old weights")
+        self.backend = backend
+        self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
 
     @property
     def free(self) -> int:
@@ -182,10 +188,21 @@ class BatchGenerator:
         first = len(self.rows)
         scaling = self.scaling_for([len(prompt) for prompt in prompts])
         seen = Images.join(images or [])
+        # Of equal prompts that stand together, as when one question gets several answers, the first is read for all.
+        distinct: list[Sequence[int]] = []
+        source: list[int] = []  # of each prompt: its number among them
+        for prompt in prompts:
+            if seen or not distinct or prompt != distinct[-1]:
+                distinct.append(prompt)
+            source.append(len(distinct) - 1)
         if self._backend is not None and self._backend.supports_prefill and scaling is None and not seen:
-            logits = self._backend.prefill(prompts, first)
+            logits = self._backend.prefill(distinct, first)
         else:
-            logits = self._prefill(prompts, first, scaling, seen)
+            logits = self._prefill(distinct, first, scaling, seen)
+        if len(distinct) < len(prompts):
+            for i in reversed(range(len(prompts))):  # from the end: no row is overwritten before it was copied
+                self._cache.copy(first + i, self._cache, first + source[i], len(prompts[i]))
+            logits = logits[torch.tensor(source, device=logits.device)]
         for i, (prompt, sampling, key) in enumerate(zip(prompts, samplings, keys, strict=True)):
             self._append(prompt, sampling, key, images[i] if images else None)
         return self._sample(logits, first)

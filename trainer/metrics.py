@@ -30,7 +30,7 @@ from trainer.report import write_report
 # Parts of the terminal's line that have a form of their own; anything else a loss reports is shown by its name.
 FORMATTED = {
     "step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second", "tokens_per_second_per_process",
-    "mfu", "skew", "slowest_rank", "memory_gb", "eta_seconds",
+    "mfu", "skew", "slowest_rank", "memory_gb", "eta_seconds", "rollout_tokens_per_second", "training_tokens_per_second",
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ class MetricsLogger:
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._validated_now = False
+        self._waited = 0.0  # seconds for data since the last line
         self._plotted = -math.inf
         self._bar: tqdm | None = None
         self._loggers = Loggers([])
@@ -119,6 +120,7 @@ class MetricsLogger:
         if step == self.first_step + 1:
             self._first_step_done = now
         waited = self.timer.data_seconds
+        self._waited += waited
         self.rank_log.write(f"step {step}: {now - self._step_since:.4f} s, of which {waited:.4f} s waiting for data")
         self._step_since = now
 
@@ -142,18 +144,22 @@ class MetricsLogger:
         seconds, self._since = now - self._since, now
         steps, n_targets = sums.pop("steps"), sums.pop("n_targets")
         tokens, pairs = sums.pop("n_tokens"), sums.pop("attention_pairs")
-        # The learning rate and the gradient's norm are means over steps, everything else over targets.
+        # The learning rate and the gradient's norm are means over steps; for everything else see `means_of`.
         skipped = sums.pop("skipped_steps")
         line: dict[str, float] = {"step": step, "lr": sums.pop("lr") / steps}
         line["grad_norm"] = sums.pop("grad_norm") / max(steps - skipped, 1)
         if skipped:
             line["skipped_steps"] = int(skipped)
-        line |= {name: value / n_targets for name, value in sums.items()}
+        n_rollouts, waited, self._waited = sums.get("n_answers", 0.0), self._waited, 0.0
+        line |= means_of(sums, n_targets)
         if self._validated_now:
             line |= {name if name == "bits_per_byte" else f"val_{name}": v for name, v in self._validation.items()}
         line["tokens"] = tokens_done
         line["tokens_per_second"] = tokens / seconds
         line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
+        if n_rollouts:  # the batches were written by the model, while the loop waited for them
+            line["rollout_tokens_per_second"] = n_rollouts * line["answer_length"] / waited
+            line["training_tokens_per_second"] = tokens / max(seconds - waited, 1e-9)
         if self.peak:
             flops = training_flops(self.config, self.active_parameters, tokens, pairs)
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
@@ -186,7 +192,7 @@ class MetricsLogger:
         step = int(line["step"])
         parts = [f"step {step}/{self.total_steps} {100 * step // self.total_steps}%", f"loss {line['loss']:.4f}"]
         if self._validation:  # the newest; a star marks one of this very step
-            parts.append(f"val {self._validation['loss']:.4f}{'*' if self._validated_now else ''}")
+            parts.append(f"val {self._validation[headline(line)]:.4f}{'*' if self._validated_now else ''}")
             if "bits_per_byte" in self._validation:
                 parts.append(f"bpb {self._validation['bits_per_byte']:.4f}")
         parts += [
@@ -197,6 +203,9 @@ class MetricsLogger:
         if shares := logged_shares(line):
             parts.append(f"experts {min(shares):.0%}-{max(shares):.0%}, busiest {line['expert_max_load']:.2f}x")
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
+        if "rollout_tokens_per_second" in line:
+            parts[-1] += f" (rollouts {line['rollout_tokens_per_second']:,.0f}, training "
+            parts[-1] += f"{line['training_tokens_per_second']:,.0f})"
         if self.dist_env.size > 1:
             each = "GPU" if self.device.type == "cuda" else "process"
             parts[-1] += f" ({line['tokens_per_second_per_process']:,.0f} per {each})"
@@ -239,20 +248,33 @@ class MetricsLogger:
                     jsonlines.Writer(file).write_all(kept)
 
 
+def means_of(sums: dict[str, float], n_targets: float) -> dict[str, float]:
+    """Return means of what a loss function logs: over targets, or all but the loss over answers if it counts those, too."""
+    n = sums.get("n_answers", n_targets)
+    return {name: value / (n_targets if name == "loss" else n) for name, value in sums.items() if name != "n_answers"}
+
+
+def headline(line: dict) -> str:
+    """Return the name of the metric that a run is about: the reward if there is one, or else the loss."""
+    return "reward" if "reward" in line else "loss"
+
+
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
-    """Draw training and validation loss (nats per token) over optimizer steps; and for a mixture, who got the tokens."""
+    """Draw the loss (nats per token) or the reward of training and validation; and for a mixture, who got the tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
     from matplotlib.figure import Figure
 
     lines = list(lines)
+    name = headline(lines[0])
     shared = [(x["step"], shares) for x in lines if (shares := logged_shares(x))]
     n_plots = 2 if shared else 1
     figure = Figure(figsize=(7, 4 * n_plots), layout="constrained")
-    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training")
-    validated = [x for x in lines if "val_loss" in x]
+    ylabel = {"loss": "loss (nats per token)", "reward": "mean reward"}[name]
+    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel=ylabel, title=title)
+    axes.plot([x["step"] for x in lines], [x[name] for x in lines], label="training")
+    validated = [x for x in lines if f"val_{name}" in x]
     if validated:
-        axes.plot([x["step"] for x in validated], [x["val_loss"] for x in validated], "o-", label="validation")
+        axes.plot([x["step"] for x in validated], [x[f"val_{name}"] for x in validated], "o-", label="validation")
     axes.grid(alpha=0.3)
     axes.legend()
     if shared:

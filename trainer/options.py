@@ -278,6 +278,50 @@ class ChatOptions(TuneOptions):
 
 
 @dataclass
+class RolloutOptions(TuneOptions):
+    """Flags of the stages that learn from the model's own answers."""
+
+    algorithm: str = flag(
+        "grpo", "how it learns from rewards", choices=["grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo"]
+    )
+    group_size: int = flag(8, "answers to each prompt of a step, which are compared with each other", min=1)
+    steps_per_generation: int = flag(
+        1, "optimizer steps on the answers of one generation, each on other prompts: more decode faster together, but "
+        "the later steps learn from answers of older weights; --save_interval must be a multiple", min=1,
+    )  # fmt: skip
+    max_new_tokens: int = flag(
+        256, "maximum length of an answer in tokens; longer ones are cut and get no reward", min=1
+    )
+    max_tool_calls: int = flag(
+        4, "maximum number of calls on the way to an answer; with more there is no reward", min=0
+    )
+    tools: list[str] = flag(
+        [], "functions of your own as module:function, which prompts may name beside our tools", nargs="+"
+    )
+    verifier: str | None = flag(
+        None, "how answers are checked where a prompt does not say it: NAME[:WEIGHT],... or module:function; see "
+        "evaluation/verifiers.py", metavar="SPEC",
+    )  # fmt: skip
+    gamma: float = flag(1.0, "ppo: discount of the reward for each token before it", above=0, max=1)
+    gae_lambda: float = flag(1.0, "ppo: 1: advantages from rewards alone; less: also from later values", min=0, max=1)
+    show_interval: int = flag(50, "optimizer steps between two answers that are printed", min=1)
+
+    def validate(self) -> list[str]:
+        rules = {
+            f"--group_size {self.group_size}: {self.algorithm} compares answers to the same prompt: give at least 2": (
+                self.group_size > 1 or self.algorithm == "ppo"
+            ),
+            f"--save_interval {self.save_interval} must be a multiple of --steps_per_generation": (
+                self.save_interval % self.steps_per_generation == 0
+            ),
+            "--fsdp and --deepspeed do not support this stage: leave them out (torchrun without them works)": not (
+                self.fsdp or self.deepspeed
+            ),
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
+
+
+@dataclass
 class VisionOptions(ChatOptions):
     """Flags of the stages that learn from images."""
 

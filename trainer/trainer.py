@@ -37,7 +37,7 @@ from trainer.distributed import (
 )
 from trainer.loggers import RankLog
 from trainer.losses import LossFunction
-from trainer.metrics import MetricsLogger, StepTimer, make_profiler
+from trainer.metrics import MetricsLogger, StepTimer, make_profiler, means_of
 from trainer.optim import get_lr
 from trainer.options import TrainOptions
 from trainer.parallel import make_strategy
@@ -79,15 +79,17 @@ def fit(
     run: Run,
     dist_env: DistEnv,
     before_training: Callable[[nn.Module], None] | None = None,
+    make_loader: Callable[..., BatchLoader] = BatchLoader,
 ) -> dict:
     """Train `model` as `options` say, in place (its parameters may end up sharded); return the last metrics.
 
     before_training: called on every process with the model that has its starting weights, whole or sharded.
+    make_loader: takes what `BatchLoader` takes; for batches that depend on the model.
 
     Raises UserError if there is nothing to resume, the state to resume belongs to a different run, the loss becomes
     non-finite, or the disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
-    trainer = Trainer(model, loss_fn, train, val, options, run, dist_env)
+    trainer = Trainer(model, loss_fn, train, val, options, run, dist_env, make_loader)
     with hold_run(options.out_dir, run.name) if dist_env.is_main else contextlib.nullcontext(), trainer.log:
         trainer.prepare(before_training)
         with (
@@ -109,6 +111,7 @@ class Trainer:
     options: TrainOptions
     run: Run
     dist_env: DistEnv
+    make_loader: Callable[..., BatchLoader] = BatchLoader
     strategy: ParallelStrategy = field(init=False)
     metrics_logger: MetricsLogger = field(init=False)
 
@@ -128,7 +131,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.best_loss = math.inf  # the lowest that was logged
         self.resumed_loss: float | None = None  # of the state to resume; None once the first step was compared with it
-        self.loader = BatchLoader(
+        self.loader = self.make_loader(
             self.train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
         )
         self.log = RankLog(options.out_dir, run.name, dist_env)
@@ -364,10 +367,11 @@ class Trainer:
                 with logger.pause():
                     self._sample()
             asked_to_stop = all_reduce_sum(self.dist_env, [len(received)], self.device)[0]
-            if last or done % options.save_interval == 0 or asked_to_stop:
+            may_stop = self.loader.resumable(done)
+            if last or (may_stop and (asked_to_stop or done % options.save_interval == 0)):
                 with logger.pause():
                     self.save()
-            if asked_to_stop and not last:
+            if asked_to_stop and may_stop and not last:
                 logger.close()
                 print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
                 raise SystemExit(128 + (received or [signal.SIGTERM])[0])
@@ -387,7 +391,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + (0.0 if batch.dummy else float(value))
         self.strategy.train(was_training)
         *values, total = all_reduce_sum(self.dist_env, [*sums.values(), n_targets], self.device)
-        means = {name: value / total for name, value in zip(sums, values, strict=True)}
+        means = means_of(dict(zip(sums, values, strict=True)), total)
         if not all(math.isfinite(value) for value in means.values()):
             raise UserError(
                 f"validation after step {self.steps_done}: {means} is not finite; the training state is kept"
