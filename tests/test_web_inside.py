@@ -19,7 +19,8 @@ from inference.prompts import chat_prompt
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 from serving.web.inside.menu import PAGES
 from serving.web.inside.next_token import Branches
 from serving.web.inside.shared import tokens_html
@@ -175,7 +176,8 @@ def test_attention(out, open_page):
 
 def test_logit_lens(out, open_page):
     page = open_page("logit_lens", "full_sft_64.pth")
-    prompt = chat_prompt(TOKENIZER, [], EN["logit_lens_text"], context=96, max_new_tokens=1, history_turns=0).ids
+    question = [{"role": "user", "content": EN["logit_lens_text"]}]
+    prompt = chat_prompt(TOKENIZER, [], question, context=96, max_new_tokens=1, history_turns=0).ids
     lens = logit_lens(model(out, "full_sft_64.pth"), prompt)
     rows = re.findall(r"<tr>(.*?)</tr>", html(page), re.DOTALL)
     assert len(rows) == len(lens.ids) + 1

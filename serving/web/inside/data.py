@@ -58,6 +58,7 @@ def show(view: View) -> None:
 
 
 def dataset_name(info: dict[str, Any], view: View) -> str:
+    """Return the name of a data set in the choice."""
     names = ", ".join(str(source.get("name")) for source in info["sources"])
     return view.texts("dataset_name", names=names, kind=info["kind"], documents=info["documents"])
 

@@ -113,6 +113,7 @@ def show_path(model: ChatModel, prompt: list[int], branches: Branches, view: Vie
 
 
 def show_buttons(own: Tensor, drawn_from: Tensor, branches: Branches, view: View) -> None:
+    """Show the buttons that append a token, or take one away."""
     texts = view.texts
 
     def take(id: int) -> None:

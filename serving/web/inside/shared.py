@@ -16,6 +16,7 @@ from evaluation.inspect import Token, describe_tokens
 from inference.options import ModelOptions, SamplingParams
 from inference.prompts import chat_prompt
 from inference.terminal import visible
+from model.chat_format import Message
 from model.tokenizer import BOS_ID, encode_text
 from serving.chat_model import ChatModel
 from serving.web import widgets
@@ -98,7 +99,8 @@ def ask_prompt(view: View, model: ChatModel, default: str, limit: int) -> list[i
     )
     try:
         if as_chat:
-            ids = chat_prompt(tokenizer, [], text, context=context, max_new_tokens=1, history_turns=0).ids
+            question: list[Message] = [{"role": "user", "content": text}]
+            ids = chat_prompt(tokenizer, [], question, context=context, max_new_tokens=1, history_turns=0).ids
         else:
             ids = [BOS_ID, *encode_text(tokenizer, text)]
     except UserError as error:
@@ -111,6 +113,7 @@ def ask_prompt(view: View, model: ChatModel, default: str, limit: int) -> list[i
 
 
 def show_error(error: Exception, texts: Texts) -> None:
+    """Show why something cannot be shown, in one line."""
     reason = visible(name_flags(str(error))).strip().partition("\n")[0]
     st.error(literal(texts("not_computed", reason=reason)), icon=":material/error:")
 
