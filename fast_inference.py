@@ -106,13 +106,12 @@ def chat(options: Options, tools: dict[str, Any], texts: Texts) -> None:
         if conversation.running and st.button(texts("stop"), key="stop", icon=":material/stop_circle:", shortcut="Esc"):
             chat_menu.stop(folder, conversation)
             st.rerun()
-    hint = texts("continue" if entry.continues else "ask")
-    question = st.chat_input(hint, key="question", disabled=model is None)
+    question, images = widgets.ask_question(entry, model, texts)
     widgets.announce(conversation, texts)
     if model is not None and not conversation.exchanges and not question:
         question = widgets.show_examples(model, texts)
     if model is not None and question:
-        conversation.ask(question, model, **settings)
+        conversation.ask(question, model, **settings, images=images)
         chat_menu.save(folder, conversation)
         st.rerun()
 
@@ -133,7 +132,7 @@ def chat(options: Options, tools: dict[str, Any], texts: Texts) -> None:
                 if model is not None and (edited := widgets.edit_question(exchange, f"{conversation.id}_{i}", texts)):
                     chat_menu.stop(folder, conversation)
                     branch = st.session_state.conversation = conversation.branch(i)
-                    branch.ask(edited, model, **settings)
+                    branch.ask(edited, model, **settings, images=exchange.images)
                     chat_menu.save(folder, branch)
                     st.rerun()
                 regenerate, new_chat = st.empty(), st.empty()

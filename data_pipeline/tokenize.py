@@ -408,7 +408,8 @@ def open_dataset(folder: Path) -> TokenizedDataset | None:
             return None
         arrays: dict[str, Any] = {"loss_mask": None}
         for name, size in info["files"].items():
-            arrays[name] = np.memmap(folder / f"{name}.bin", DTYPES[name], mode="r")
+            path = folder / f"{name}.bin"  # an empty file, as that of images where there are none, cannot be mapped
+            arrays[name] = np.memmap(path, DTYPES[name], mode="r") if size else np.fromfile(path, DTYPES[name])
             if arrays[name].nbytes != size:
                 return None
         info["folder"] = str(folder)
