@@ -494,15 +494,16 @@ def generate(
     generator = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
     for prompt, own, shown in zip(prompts, samplings, images or [None] * len(prompts), strict=True):
         generator.check(prompt, own, shown)
-    return _decode_all(generator, prompts, samplings, images)
+    return decode_all(generator, prompts, samplings, images)
 
 
-def _decode_all(
+def decode_all(
     generator: BatchGenerator,
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[SamplingParams],
-    images: Sequence[Images | None] | None,
+    images: Sequence[Images | None] | None = None,
 ) -> Iterator[TokenOutput]:
+    """Decode prompts with a generator that has no rows; yield each token as soon as it is known."""
     joined = 0
     while joined < len(prompts) or generator.rows:
         if generator.free and joined < len(prompts):

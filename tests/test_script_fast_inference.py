@@ -600,6 +600,7 @@ def test_in_a_browser(tmp_path):
         try:
             browser.driver.get(address)
             drive(browser, folder, address)
+            look_inside(browser, folder, address)
             check_that_nothing_left_the_machine(browser)
         finally:
             browser.driver.quit()
@@ -773,6 +774,32 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.ask("What is this?")
     until(lambda: browser.find("[data-testid=stChatMessage] img"), "the picture in the conversation")
     browser.waits_for_more("")
+
+
+def look_inside(browser: Browser, folder: Path, address: str) -> None:
+    """The pages beside the chat, as far as they need a browser: the menu, a click into a chart, curves that grow."""
+    en, zh = TEXTS["en"], TEXTS["zh"]
+    browser.click("[data-testid=stTopNavSection]", en["inside"])
+    browser.click("[data-testid=stTopNavDropdownLink]", en["next_token_page"])
+    browser.sees("h1", en["next_token_page"])  # the language stays
+    bar = "[aria-roledescription=bar]"
+    until(lambda: browser.find(bar)[0].click() or True, "a bar")
+    browser.sees(".mm-facts", "1 tokens appended")
+    until(lambda: browser.find(bar)[0].click() or True, "a bar")
+    browser.sees(".mm-facts", "2 tokens appended")
+
+    # Of another tab: the address leads to a page, in the browser's language.
+    browser.driver.get(f"{address}/runs")
+    browser.sees("[data-testid=stAlert]", str(folder))
+    for name in ("pretrain_64", "rl_64"):
+        with (folder / f"{name}.metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, "loss": 5 / step}) + "\n" for step in (1, 2, 3))
+        browser.sees("svg text", name)
+    browser.driver.get(f"{address}/logit_lens")
+    browser.sees(".mm-lens th", zh["embedding"])
+    wide = "return document.documentElement.scrollWidth > window.innerWidth"
+    browser.driver.set_window_size(420, 900)
+    assert not browser.driver.execute_script(wide)
 
 
 def check_that_nothing_left_the_machine(browser: Browser) -> None:
