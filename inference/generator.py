@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from inference.backends import Backend
-from inference.constraints import token_masks
+from inference.constraints import blocked_tokens
 from inference.detokenizer import Detokenizer
 from inference.kv_cache import KVCache, PrefixCache
 from inference.options import SamplingParams
@@ -365,17 +365,15 @@ class BatchGenerator:
         """Return the logits with the biases of the rows, and -inf for what their grammars do not allow."""
         rows = self.rows[first:]
         biased = [i for i, row in enumerate(rows) if row.sampling.logit_bias]
-        constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
-        if not (biased or constrained):
-            return logits
-        logits = logits.float().clone()
+        if biased:
+            logits = logits.float().clone()
         for i in biased:
             bias = rows[i].sampling.logit_bias
             logits[i, [*bias]] += torch.tensor([*bias.values()], device=self.device)
-        if constrained:
-            vocab_size = rows[constrained[0]].sampling.constraint.vocab_size
-            allowed = token_masks([rows[i].matcher for i in constrained], vocab_size, logits.shape[1])
-            logits[constrained] = logits[constrained].masked_fill(~allowed.to(self.device), -torch.inf)
+        held = next((row.sampling.constraint for row in rows if row.matcher is not None), None)
+        if held is not None:
+            blocked = blocked_tokens([row.matcher for row in rows], held.vocab_size, logits.shape[1])
+            logits = logits.masked_fill(blocked.to(self.device), -torch.inf)
         return logits
 
     def _sample_kind(self, logits: Tensor, members: list[int], index: slice | Tensor, first: int) -> Tensor:
@@ -496,15 +494,16 @@ def generate(
     generator = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
     for prompt, own, shown in zip(prompts, samplings, images or [None] * len(prompts), strict=True):
         generator.check(prompt, own, shown)
-    return _decode_all(generator, prompts, samplings, images)
+    return decode_all(generator, prompts, samplings, images)
 
 
-def _decode_all(
+def decode_all(
     generator: BatchGenerator,
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[SamplingParams],
-    images: Sequence[Images | None] | None,
+    images: Sequence[Images | None] | None = None,
 ) -> Iterator[TokenOutput]:
+    """Decode prompts with a generator that has no rows; yield each token as soon as it is known."""
     joined = 0
     while joined < len(prompts) or generator.rows:
         if generator.free and joined < len(prompts):

@@ -41,7 +41,8 @@ from serving.web.texts import LANGUAGES, Texts, language_of
 RELOAD_SECONDS = 3  # between two looks into the folder of models
 DRAW_SECONDS = 0.05  # between two drawings of a growing answer
 MODELS_KEPT = 4  # in memory, the last used
-STAGES = ("pretrain", "full_sft", "rl", "rlvr", "lora", "pretrain_vlm", "sft_vlm")  # that have a name in every language
+# Those that have a name in every language:
+STAGES = ("pretrain", "full_sft", "rl", "rlvr", "distill", "lora", "pretrain_vlm", "sft_vlm")
 # Range and step of the sliders; a value from the command line may lie outside.
 SLIDERS: dict[str, tuple[float, float, float]] = {
     "temperature": (0.0, 2.0, 0.05),
