@@ -25,9 +25,7 @@ PAGES = [
     "README.md",
     "README_zh.md",
     "README_jp.md",
-    "docs/formats.md",
-    "docs/scaling.md",
-    "docs/clients.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
     "bench/README.md",
 ]
 STAGES = ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "8-pretrain_vlm.py", "9-sft_vlm.py"]
