@@ -78,6 +78,15 @@ def test_every_idea_has_a_page_an_experiment_and_a_picture():
             assert line in text(index), f"{index}: {name}"
 
 
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.relative_to(DOCS).as_posix())
+def test_formulas(path):
+    """Markdown takes a backslash before punctuation away, and GitHub does it in formulas too; each has its two ends."""
+    prose = re.sub(r"`[^`\n]*`", "", without_code(path.read_text(encoding="utf-8")))
+    formulas = re.findall(r"\$\$.*?\$\$|\$[^$]+\$", prose, re.DOTALL)
+    assert [formula for formula in formulas if re.search(r"\\[^A-Za-z ]", formula) or "\n\n" in formula] == []
+    assert prose.count("$") == sum(formula.count("$") for formula in formulas)
+
+
 @pytest.mark.parametrize("name", CHINESE)
 def test_both_languages_have_the_same(name):
     """Headings by level, quotes, commands, figures, formulas, tables: what a change of only one page would miss."""

@@ -1,6 +1,8 @@
 """Measure the time for each new token with a KV cache and without one, and the size of the cache.
 
     python docs/experiments/attention.py
+
+docs/attention.md explains what it shows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Answer 24 requests of different lengths in 8 rows: in fixed batches, and with sequences that join at any step.
+"""Answer 48 requests of different lengths in 8 rows: in fixed batches, and with sequences that join at any step.
 
     python docs/experiments/batching.py
+
+docs/batching.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from common.cli import parse_options  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from docs.experiments import tiny  # noqa: E402
 
-ROWS, REQUESTS = 8, 24
+ROWS, REQUESTS = 8, 48
 
 
 def main() -> None:
@@ -54,6 +56,8 @@ def main() -> None:
         results.append((name, steps, f"{sum(lengths) / (steps * ROWS):.0%}", f"{sum(ends) / len(ends):.0f}"))
     tiny.table("scheme, calls of the model, rows in use, call at which an answer ends (mean)", results)
 
+    last_step = max(steps for _, steps in plans.values())
+
     def draw(*axes) -> None:
         for one, (name, (spans, steps)) in zip(axes, plans.items(), strict=True):
             ends = [0] * ROWS  # of each row of the picture
@@ -61,7 +65,7 @@ def main() -> None:
                 row = next((i for i, end in enumerate(ends) if end < first), ends.index(min(ends)))
                 one.barh(row, last - first + 1, left=first - 1, color=f"C{key % 10}", edgecolor="white")
                 ends[row] = last
-            one.set(title=f"{name}: {steps} calls", xlabel="call of the model", ylabel="row", xlim=(0, plans["fixed batches"][1]))
+            one.set(title=f"{name}: {steps} calls", xlabel="call of the model", ylabel="row", xlim=(0, last_step))
             one.invert_yaxis()
 
     tiny.plot(options.output, __file__, draw, n_plots=2)

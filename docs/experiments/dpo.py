@@ -1,6 +1,8 @@
 """Train on preference pairs with three values of beta: rewards, accuracy, and how far the model moves.
 
     python docs/experiments/dpo.py
+
+docs/dpo.md explains what it shows.
 """
 
 from __future__ import annotations

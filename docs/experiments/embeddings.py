@@ -1,6 +1,8 @@
 """Train with tied and with separate output weights: loss, parameters, and which tokens become neighbours.
 
     python docs/experiments/embeddings.py
+
+docs/embeddings.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -20,12 +22,11 @@ PAIRS = ((" France", " Germany"), (" Monday", " Friday"), (" red", " blue"), ("æ
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(250, "optimizer steps of each run", min=20)
+    steps: int = flag(200, "optimizer steps of each run", min=20)
 
 
 def main() -> None:
     options = parse_options(Options, __doc__)
-    import torch
     import torch.nn.functional as F
 
     from model.model import parameter_counts
@@ -40,7 +41,7 @@ def main() -> None:
         curve = []
 
         def look(step: int, model=model, curve=curve) -> None:
-            if step % 10 == 0:
+            if step % 25 == 0:
                 curve.append((step, tiny.evaluate(model, val)))
 
         def neighbours(model=model) -> list[float]:
@@ -52,7 +53,9 @@ def main() -> None:
         name = "tied" if tied else "separate"
         counts = parameter_counts(model)
         curves[name] = curve
-        results.append((name, f"{counts['total'] / 1e6:.2f}M", f"{counts['embedding'] / counts['total']:.0%}", curve[-1][1]))
+        results.append(
+            (name, f"{counts['total'] / 1e6:.2f}M", f"{counts['embedding'] / counts['total']:.0%}", curve[-1][1])
+        )
         similar |= {"before training": before, name: neighbours()} if tied else {name: neighbours()}
     tiny.table("output weights, parameters, embedding's share, validation loss", results)
     tiny.table(

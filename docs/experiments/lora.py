@@ -1,6 +1,8 @@
 """Teach a model a new identity with adapters of several ranks and by full fine-tuning: what it learns, what it forgets.
 
     python docs/experiments/lora.py
+
+docs/lora.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def main() -> None:
         adapted = add_adapter(copy.deepcopy(base), rank=rank, alpha=2 * rank, dropout=0.0)
         run(f"LoRA, rank {rank}", adapted, 5e-3)
     run("all weights", copy.deepcopy(base), 5e-3)
-    tiny.table("trained, parameters, loss of the new identity (held out), loss of the old dialogues (held out)", results)
+    tiny.table(
+        "trained, parameters, loss of the new identity (held out), loss of the old dialogues (held out)", results
+    )
 
     def draw(learned, forgotten) -> None:
         for name, curve in curves.items():

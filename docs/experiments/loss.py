@@ -4,6 +4,8 @@
 
 Eight dialogues go through the model one at a time, as with --accumulation_steps 8. The gradients of both ways are compared
 with that of one batch of all eight.
+
+docs/loss.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ def main() -> None:
             axes.bar(x + 0.4 * i - 0.2, np.array(weights) * total, 0.4, label=name)
         axes.set_xticks(x, map(str, n_targets))
         axes.set(xlabel="target tokens of the dialogue", ylabel="weight of each of its tokens", yscale="log")
+        axes.set_yticks([0.25, 0.5, 1, 2, 5], ["1/4", "1/2", "1", "2", "5"])
+        axes.minorticks_off()
         axes.legend(frameon=False)
 
     tiny.plot(options.output, __file__, draw)

@@ -4,6 +4,8 @@
 
 Two lines help to read them: ln(vocabulary), the loss of a model that knows nothing, and the entropy of the single tokens,
 the best loss without looking at the tokens before.
+
+docs/loss_curve.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from docs.experiments import tiny  # noqa: E402
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(150, "optimizer steps of each run", min=20)
+    steps: int = flag(120, "optimizer steps of each run", min=20)
 
 
 def main() -> None:

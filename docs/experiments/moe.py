@@ -1,6 +1,8 @@
 """Train a mixture of 8 experts without balancing, with the balance loss, and with biases: who gets the tokens.
 
     python docs/experiments/moe.py
+
+docs/moe.md explains what it shows.
 """
 
 from __future__ import annotations

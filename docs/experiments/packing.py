@@ -1,6 +1,8 @@
 """Show what padding costs and what packing saves, and that packed documents do not see each other.
 
     python docs/experiments/packing.py
+
+docs/packing.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ def main() -> None:
     tiny.table("scheme, rows, share of the tokens that are not padding", results)
 
     model = tiny.new_model(seed=1).eval()
-    batch = rows.batch([0])
-    end = int(batch.inputs["cu_seqlens"][2])  # of the second document
-    start = int(batch.inputs["cu_seqlens"][1])
+    several = int(np.flatnonzero(np.diff(packing.bounds) > 2)[0])  # a row of three documents or more
+    batch = rows.batch([several])
+    start, end = batch.inputs["cu_seqlens"][1:3].tolist()  # of the second document
     ids = batch.inputs["input_ids"]
     with torch.no_grad():
         packed = model(**batch.inputs).logits[0, start:end]
@@ -52,8 +54,8 @@ def main() -> None:
         n_rows = 16
         pieces = [[int(length)] for length in lengths[:n_rows]]
         draw_rows(padded, pieces, f"padded: {results[0][2]:.0%} full")
-        bounds = packing.bounds
-        pieces = [packing.length[bounds[r] : bounds[r + 1]].tolist() for r in range(n_rows)]
+        bounds, shown = packing.bounds, range(0, len(packing), len(packing) // n_rows)[:n_rows]
+        pieces = [packing.length[bounds[r] : bounds[r + 1]].tolist() for r in shown]
         draw_rows(packed, pieces, f"packed: {packing.fill:.0%} full")
 
     def draw_rows(axes, pieces, title: str) -> None:

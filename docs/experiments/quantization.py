@@ -1,6 +1,8 @@
 """Round the weights of a trained model to fewer and fewer bits: its loss, and how often its best token stays the same.
 
     python docs/experiments/quantization.py
+
+docs/quantization.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ def main() -> None:
         with torch.no_grad():
             return one(**{name: x for name, x in batch.inputs.items() if name != "labels"}).logits[:, :-1].argmax(-1)
 
-    ours, exact = quantize_int8(model.layers[0].feed_forward.w1.weight), rounded(8, True).layers[0].feed_forward.w1.weight
+    ours, exact = (
+        quantize_int8(model.layers[0].feed_forward.w1.weight),
+        rounded(8, True).layers[0].feed_forward.w1.weight,
+    )
     assert torch.allclose(ours.weight.float() * ours.scale[:, None], exact, atol=1e-6)
     reference = best(model)
     results = [("32 (not rounded)", tiny.evaluate(model, val), "100.0%", "", "")]
@@ -64,7 +69,9 @@ def main() -> None:
             same = float((best(other) == reference)[targets].float().mean())
             cells += [tiny.evaluate(other, val), f"{same:.1%}"]
         results.append((bits, *cells))
-    names = "bits, loss with a scale for each output, same best token, loss with one scale for each matrix, same best token"
+    names = (
+        "bits, loss with a scale for each output, same best token, loss with one scale for each matrix, same best token"
+    )
     tiny.table(names, results)
 
     def draw(axes) -> None:

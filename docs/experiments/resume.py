@@ -1,6 +1,8 @@
 """Stop a run in the middle and continue it exactly, without the optimizer's state, or with the data from the beginning.
 
     python docs/experiments/resume.py
+
+docs/resume.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def main() -> None:
         curves[name] = advance(again, optimizers, half, options.steps, shift)
         same = all(torch.equal(a, b) for a, b in zip(reference, again.parameters(), strict=True))
         results.append((name, tiny.evaluate(again, val), "identical" if same else "different"))
-    tiny.table("continued, validation loss at the end, weights compared with those of the run that was never stopped", results)
+    tiny.table("continued, validation loss at the end, weights compared with those of the first run", results)
 
     def draw(axes) -> None:
         for name, curve in curves.items():

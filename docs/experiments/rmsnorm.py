@@ -1,6 +1,8 @@
 """Train a deep narrow model with and without its norms: loss, and the size of the residual stream in every layer.
 
     python docs/experiments/rmsnorm.py
+
+docs/rmsnorm.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from common.cli import flag, parse_options  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from docs.experiments import tiny  # noqa: E402
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (2e-3, 8e-3)
 
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(80, "optimizer steps of each run", min=20)
+    steps: int = flag(60, "optimizer steps of each run", min=20)
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
     def draw(loss, stream) -> None:
         for (name, rate), curve in curves.items():
             style, colour = ("-", "C0") if name == "RMSNorm" else ("--", "C1")
-            alpha = 0.35 + 0.3 * RATES.index(rate)
+            alpha = 0.5 + 0.5 * RATES.index(rate)
             loss.plot(range(1, len(curve) + 1), curve, style, color=colour, alpha=alpha, label=f"{name}, {rate:g}")
         loss.set(xlabel="optimizer step", ylabel="training loss")
         loss.legend(frameon=False, fontsize=8)

@@ -1,6 +1,8 @@
 """Train a model on rows of 64 tokens and let it read 256: its loss at each position, with and without RoPE scaling.
 
     python docs/experiments/rope.py
+
+docs/rope.md explains what it shows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Let a small model continue texts at several temperatures: how much it repeats itself, how probable what it writes is.
 
     python docs/experiments/sampling.py
+
+docs/sampling.md explains what it shows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Fine-tune with three loss masks, and look at the answers: all tokens, only the answers, answers without their end.
 
     python docs/experiments/sft.py
+
+docs/sft.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ QUESTIONS = 64
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(200, "optimizer steps of each run", min=20)
+    steps: int = flag(160, "optimizer steps of each run", min=20)
 
 
 def main() -> None:

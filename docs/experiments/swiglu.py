@@ -1,6 +1,8 @@
 """Compare SwiGLU with a ReLU and a GELU feed-forward of as many parameters, over three seeds.
 
     python docs/experiments/swiglu.py
+
+docs/swiglu.md explains what it shows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SEEDS = 3
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(100, "optimizer steps of each run", min=20)
+    steps: int = flag(60, "optimizer steps of each run", min=20)
 
 
 def main() -> None:

@@ -166,7 +166,12 @@ def plot(path: Path | None, script: str, draw: Callable[..., None], n_plots: int
 
     path = path or OUT / f"{Path(script).stem}.svg"
     kind = path.suffix.removeprefix(".") or "svg"
-    settings = {"svg.hashsalt": "minimind", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    settings = {
+        "svg.hashsalt": "minimind",
+        "svg.fonttype": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.6 * n_plots + 1.4 * (n_plots == 1), 3.6), layout="constrained")
         FigureCanvasAgg(figure)

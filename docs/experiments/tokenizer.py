@@ -1,6 +1,8 @@
 """Train tokenizers of several sizes on the sample texts, and measure bytes per token on texts they have not seen.
 
     python docs/experiments/tokenizer.py
+
+docs/tokenizer.md explains what it shows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Train a small model to caption pictures, and watch when it begins to look: captions with the right image and a wrong one.
 
     python docs/experiments/vision.py
+
+docs/vision.md explains what it shows.
 """
 
 from __future__ import annotations
