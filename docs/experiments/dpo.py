@@ -46,7 +46,7 @@ def main() -> None:
     for beta in BETAS:
         model = copy.deepcopy(base)
         loss_fn = dpo_loss(beta)
-        curves[beta] = tiny.train(model, train, options.steps, 1e-3, warmup=5, loss_fn=loss_fn)
+        curves[beta] = tiny.train(model, train, options.steps, 3e-4, warmup=5, loss_fn=loss_fn)
         model.eval()
         with torch.no_grad():
             _, n, logged = loss_fn(model, held_out.batch(range(128)))

@@ -22,7 +22,7 @@ RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(60, "optimizer steps of each run", min=20)
+    steps: int = flag(50, "optimizer steps of each run", min=20)
 
 
 def main() -> None:

@@ -74,17 +74,20 @@ def main() -> None:
         results.append((name, tiny.evaluate(again, val), "identical" if same else "different"))
     tiny.table("continued, validation loss at the end, weights compared with those of the first run", results)
 
-    def draw(axes) -> None:
+    def draw(losses, differences) -> None:
+        whole = dict(curves["never stopped"])
         for name, curve in curves.items():
-            style = {"never stopped": "-", "exact": "--"}.get(name, "-")
-            axes.plot(*zip(*curve, strict=True), style, label=name, linewidth=2.5 if name == "never stopped" else 1.2)
-        axes.axvline(half, color="grey", linestyle=":")
-        axes.set(xlabel="optimizer step", ylabel="training loss", xlim=(half // 2, options.steps))
-        low = min(loss for curve in curves.values() for _, loss in curve)
-        axes.set_ylim(low * 0.9, before[half // 2][1] * 1.1)
-        axes.legend(frameon=False, title="continued")
+            width = 2.5 if name == "never stopped" else 1.2
+            losses.plot(*zip(*curve, strict=True), label=name, linewidth=width)
+            after = [(step, loss - whole[step]) for step, loss in curve if step > half]
+            if name != "never stopped":
+                differences.plot(*zip(*after, strict=True), label=name, color=losses.lines[-1].get_color())
+        losses.axvline(half, color="grey", linestyle=":")
+        losses.set(xlabel="optimizer step", ylabel="training loss")
+        losses.legend(frameon=False, title="continued")
+        differences.set(xlabel="optimizer step", ylabel="loss minus that of the first run")
 
-    tiny.plot(options.output, __file__, draw)
+    tiny.plot(options.output, __file__, draw, n_plots=2)
 
 
 if __name__ == "__main__":
