@@ -5,6 +5,7 @@
     python 2-eval.py --weights out/full_sft_512.pth --system "Answer in one sentence." --history_turns 3
     python 2-eval.py --lora out/lora_identity_512
     python 2-eval.py --weights out/rl_512-llama                 # an exported folder
+    python 2-eval.py --tools                                    # the model may call a calculator, and so on
     python 2-eval.py --image cat.png                            # a vision-language model, the newest out/sft_vlm_*
 
 In:  a .pth file, the folder of an adapter, or an exported folder (--weights); an adapter on a base of your choice (--lora
@@ -26,9 +27,11 @@ from typing import TYPE_CHECKING
 
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
+from evaluation.tools import chat_tools
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import Chat, print_answer, use_utf8
-from model.chat_format import IMAGE
+from model.chat_format import IMAGE, Message, chat_style
+from model.chat_parser import AnswerParser
 
 if TYPE_CHECKING:
     from inference.generator import TokenOutput
@@ -79,7 +82,7 @@ class LocalChat(Chat):
     """A conversation with a model in this process."""
 
     def __init__(self, generator: TextGenerator, options: Options) -> None:
-        super().__init__(options.system, options.history_turns)
+        super().__init__(options.system, options.history_turns, **chat_tools(options.tools))
         self.generator, self.sampling = generator, options.sampling
 
     def run_command(self, command: str, argument: str) -> bool:
@@ -91,20 +94,22 @@ class LocalChat(Chat):
         )
         return True
 
-    def reply(self, question: str) -> str:
-        prompt = self.prompt(question)
+    def reply(self, turn: list[Message]) -> Message:
+        prompt = self.prompt(turn)
         context, length = self.generator.context, self.sampling.max_new_tokens
         if left_out := prompt.turns_left_out:
             turns = left_out + prompt.turns_seen
             print(f"[context of {context} tokens: {left_out} of {turns} earlier turns left out]")
-        return print_answer(self.generate(prompt), length, context)[0]
+        # Tokenizers whose template writes thinking and calls otherwise have no tags: there they are a part of the text.
+        parser = AnswerParser(calls=bool(self.tools)) if chat_style(self.generator.tokenizer).tags else None
+        return print_answer(self.generate(prompt), length, context, parser)[0]
 
-    def prompt(self, question: str, image_ids: Sequence[int] = ()) -> Prompt:
+    def prompt(self, turn: list[Message], image_ids: Sequence[int] = ()) -> Prompt:
         from inference.prompts import chat_prompt
 
         return chat_prompt(
-            self.generator.tokenizer, self.turns, question, history_turns=self.history_turns,
-            system=self.system[0]["content"] if self.system else None, context=self.generator.context,
+            self.generator.tokenizer, self.turns, turn, history_turns=self.history_turns,
+            system=self.system[0]["content"] if self.system else None, tools=self.tools, context=self.generator.context,
             max_new_tokens=self.sampling.max_new_tokens, image_ids=image_ids,
         )  # fmt: skip
 
@@ -151,8 +156,8 @@ class ImageChat(LocalChat):
             self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")
         return answered
 
-    def prompt(self, question: str, image_ids: Sequence[int] = ()) -> Prompt:
-        return super().prompt(question, self.prepare.model.vision.image_ids)
+    def prompt(self, turn: list[Message], image_ids: Sequence[int] = ()) -> Prompt:
+        return super().prompt(turn, self.prepare.model.vision.image_ids)
 
     def generate(self, prompt: Prompt) -> Iterator[TokenOutput]:
         from data_pipeline.images import open_image
@@ -173,7 +178,7 @@ class ImageChat(LocalChat):
         if not shown:
             return super().record()
         turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in self.turns]
-        return {"messages": [*self.system, *turns], "images": [data_url(data) for data in shown]}
+        return super().record() | {"messages": [*self.system, *turns], "images": [data_url(data) for data in shown]}
 
 
 def main() -> None:

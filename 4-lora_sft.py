@@ -68,19 +68,19 @@ def main() -> None:
     from model.device import DTYPES, resolve_device
     from model.lora import add_adapter, load_adapter, save_adapter, trainable_share
     from model.tokenizer import tokenizer_hash
-    from model.weights import save_checkpoint
+    from model.weights_file import save_checkpoint
     from trainer.checkpoint import check_run
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, require_files
+    from trainer.recipe import open_tokenizer, require_files, sample_texts
     from trainer.trainer import Run, fit
 
     dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
 
     # Model: an adapter on frozen weights.
     tokenizer = open_tokenizer(options)
-    model, base = starting_model(options, ["full_sft", "rl"], tokenizer, dist_env)
+    model, base = starting_model(options, ["full_sft", "rl", "rlvr"], tokenizer, dist_env)
     assert base is not None  # --init_from none was refused
     file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
     folder = file.with_suffix("")
@@ -99,7 +99,8 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"--target_modules: {error}") from error
     print(trainable_share(adapted))
-    run = Run("lora", folder.name, base.config, identity, partial(save_adapter, folder, adapted, base))
+    save, sample = partial(save_adapter, folder, adapted, base), partial(sample_texts, tokenizer, True)
+    run = Run("lora", folder.name, base.config, identity, save, sample)
 
     # Data: dialogues.
     train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)

@@ -2,6 +2,7 @@
 
     python chat_openai_api.py                                   # the server on this machine
     python chat_openai_api.py --base_url http://10.0.0.5:8000/v1 --api_key KEY --system "Answer in one sentence."
+    python chat_openai_api.py --tools                           # the model may call tools, which run here
 
 In:  the address of a server (--base_url)
 Out: the conversation on the terminal; /save FILE keeps it in the format that 3-full_sft.py trains on
@@ -60,11 +61,13 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     import openai  # takes a second
 
+    from evaluation.tools import chat_tools
     from inference.remote_chat import RemoteChat
 
+    tools = chat_tools(options.tools)
     sampling = options.sampling | ({"stop": options.stop} if options.stop else {})
     with openai.OpenAI(base_url=options.base_url, api_key=options.api_key, timeout=options.timeout) as client:
-        chat = RemoteChat(client, options.model, sampling, options.system, options.history_turns)
+        chat = RemoteChat(client, options.model, sampling, options.system, options.history_turns, **tools)
         print(f"{chat.model} at {chat.base_url}" + (f", {chat.context} tokens of context" if chat.context else ""))
         chat.run()
 

@@ -5,6 +5,7 @@
     python data_process.py sft --input a.jsonl.zst b.parquet --max_chars 1024
     python data_process.py all --data_dir dataset/sample --out_dir out/data
     python data_process.py vlm --input chat.json --image_dir images --output vlm_pretrain.parquet
+    python data_process.py distill --input prompts.jsonl --endpoint http://127.0.0.1:8000/v1 --model NAME
 
 stage     reads (by default, in --data_dir; .gz and .zst too)    writes (in --out_dir)
 pretrain  mobvoi_seq_monkey_general_open_corpus.jsonl            pretrain_data.csv                  text
@@ -12,6 +13,8 @@ sft       sft_data_zh.jsonl                                      sft_data_single
 dpo       dpo/*.json                                             dpo/train_data.json                a JSON list
 vlm       the files of --input: dialogues about images           the file of --output               conversations,
                                                                                                     image_bytes
+distill   the files of --input: prompts, or dialogues whose last   the file of --output               messages
+          answer is to be given anew, by the model of --endpoint
 
 Inputs may be JSONL, JSON, CSV, TXT (each also .gz or .zst) or Parquet, of any size: they are streamed. Rows that cannot
 be read are skipped, counted and listed with file, line and reason. An output file is replaced when its stage is done.
@@ -27,7 +30,7 @@ from pathlib import Path
 from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
 from common.files import ROOT
-from data_pipeline.cleaning import STAGES, CleaningOptions, clean, summary_table
+from data_pipeline.cleaning import STAGES, CleaningOptions, Summary, clean, summary_table
 from data_pipeline.image_data import convert_images
 
 DUMPS = {
@@ -35,7 +38,17 @@ DUMPS = {
     "sft": "sft_data_zh.jsonl",
     "dpo": "dpo/*.json",
 }
-ONLY_FOR = {"min_chars": "pretrain", "min_q_chars": "sft", "min_a_chars": "sft", "history": "sft"}  # flag: its stage
+# The stages that a flag has a meaning for; the others that are not here are for all of them.
+DUMP_STAGES = (*STAGES, "all")
+ONLY_FOR = {
+    "data_dir": DUMP_STAGES, "max_chars": DUMP_STAGES, "min_chinese_ratio": DUMP_STAGES, "dedupe": DUMP_STAGES,
+    "min_chars": ("pretrain", "all"), "min_q_chars": ("sft", "all"), "min_a_chars": ("sft", "all"),
+    "history": ("sft", "all"),
+    "num_workers": (*DUMP_STAGES, "vlm"), "image_dir": ("vlm",), "output": ("vlm", "distill"),
+    "endpoint": ("distill",), "model": ("distill",), "api_key": ("distill",), "requests_per_minute": ("distill",),
+    "parallel": ("distill",), "max_tokens": ("distill",), "temperature": ("distill",), "system": ("distill",),
+}  # fmt: skip
+OUTPUTS = {"vlm": "vlm_sft.parquet", "distill": "distill_data.jsonl"}  # the default of --output
 # The data sets on ModelScope that hold the dumps.
 PUBLISHED_IN = {
     "pretrain": "ddzhu123/seq-monkey",
@@ -50,9 +63,9 @@ MAX_CHARS = {"pretrain": 512, "sft": 512, "dpo": 0}
 class Options(CleaningOptions):
     stage: str = flag(
         None,
-        "what to make; all: every stage whose dump exists, without vlm",
+        "what to make; all: every stage whose dump exists, without vlm and distill",
         positional=True,
-        choices=[*STAGES, "vlm", "all"],
+        choices=[*STAGES, "vlm", "distill", "all"],
     )
     input: list[Path] = flag([], "raw files to read instead of the default ones", nargs="+", metavar="PATH")
     data_dir: Path = flag(ROOT / "dataset", "folder of the raw dumps (default: dataset)")
@@ -62,38 +75,46 @@ class Options(CleaningOptions):
         None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)", min=0
     )
 
+    output: Path | None = flag(
+        None, "vlm, distill: name of the result in --out_dir (default: vlm_sft.parquet, distill_data.jsonl; "
+        "8-pretrain_vlm.py reads vlm_pretrain.parquet)", metavar="NAME",
+    )  # fmt: skip
     image_dir: Path | None = flag(
         None, "vlm: folder of the images that the rows name (default: that of each input)", metavar="FOLDER"
     )
-    output: Path | None = flag(
-        None, "vlm: name of the result in --out_dir (default: vlm_sft.parquet; 8-pretrain_vlm.py reads "
-        "vlm_pretrain.parquet)", metavar="NAME",
-    )  # fmt: skip
+    endpoint: str | None = flag(
+        None, "distill: address of an OpenAI-compatible API: http://127.0.0.1:8000/v1", metavar="URL"
+    )
+    model: str | None = flag(None, "distill: name of the model that answers", metavar="NAME")
+    api_key: str | None = flag(
+        None, "distill: better in the environment as OPENAI_API_KEY (default: none)", metavar="KEY"
+    )
+    requests_per_minute: float = flag(0.0, "distill: ask at most this often; 0: no limit", min=0)
+    parallel: int = flag(4, "distill: requests at a time", min=1, max=256)
+    max_tokens: int = flag(512, "distill: longest answer in tokens; longer ones are dropped", min=1)
+    temperature: float = flag(0.7, "distill: randomness of the answers; 0: none", min=0)
+    system: str | None = flag(None, "distill: system message for prompts that have none", metavar="TEXT")
 
     def validate(self) -> list[str]:
-        if self.stage == "vlm":
-            return self._validate_vlm()
         errors = [
-            f"--{name} is for the stage vlm: leave it out" for name in ("image_dir", "output") if getattr(self, name)
+            f"--{name} is for the stage {' or '.join(s for s in stages if s != 'all')} and does nothing for {self.stage}: "
+            "leave it out"
+            for name, stages in ONLY_FOR.items()
+            if self.stage not in stages and getattr(self, name) != getattr(Options, name)
         ]
-        errors += ["--input needs one stage, not all"] if self.input and self.stage == "all" else []
-        if self.input and self.data_dir != Options.data_dir:
-            errors += ["--input names the files itself: leave --data_dir out"]
-        for name, stage in ONLY_FOR.items():
-            if self.stage not in (stage, "all") and getattr(self, name) != getattr(Options, name):
-                errors += [f"--{name} is for the stage {stage} and does nothing for {self.stage}: leave it out"]
-        return errors + validate_folder("--out_dir", self.out_dir)
-
-    def _validate_vlm(self) -> list[str]:
-        errors = [] if self.input else ["vlm needs --input: JSON, JSONL or Parquet with dialogues about images"]
-        used = {"stage", "input", "out_dir", "num_workers", "image_dir", "output"}
-        for field in dataclasses.fields(self):
-            if field.name not in used and getattr(self, field.name) != getattr(Options, field.name, []):
-                errors += [f"--{field.name} does nothing for vlm: leave it out"]
-        if self.output is not None and (self.output.suffix != ".parquet" or self.output.name != str(self.output)):
-            errors += [f"--output {self.output} must be a name that ends in .parquet, in --out_dir"]
+        if self.stage in OUTPUTS:
+            errors += [] if self.input else [f"{self.stage} needs --input"]
+            suffix = Path(OUTPUTS[self.stage]).suffix
+            if self.output is not None and (self.output.suffix != suffix or self.output.name != str(self.output)):
+                errors += [f"--output {self.output} must be a name that ends in {suffix}, in --out_dir"]
+        elif self.input:
+            errors += ["--input needs one stage, not all"] if self.stage == "all" else []
+            if self.data_dir != Options.data_dir:
+                errors += ["--input names the files itself: leave --data_dir out"]
         if self.image_dir is not None and not self.image_dir.is_dir():
             errors += [f"--image_dir {self.image_dir} is not a folder"]
+        if self.stage == "distill" and not (self.endpoint and self.model):
+            errors += ["distill needs --endpoint URL and --model NAME: who answers"]
         return errors + validate_folder("--out_dir", self.out_dir)
 
 
@@ -106,10 +127,13 @@ def find_inputs(stage: str, data_dir: Path) -> list[Path]:
 def main() -> None:
     options = parse_options(Options, __doc__)
     exit_on_sigterm()
-    if options.stage == "vlm":
-        output = options.out_dir / (options.output or "vlm_sft.parquet")
-        summary = convert_images(options.input, output, options.image_dir, options.num_workers)
-        print(summary_table("vlm", summary), flush=True)
+    if options.stage in OUTPUTS:
+        output = options.out_dir / (options.output or OUTPUTS[options.stage])
+        if options.stage == "vlm":
+            summary = convert_images(options.input, output, options.image_dir, options.num_workers)
+        else:
+            summary = ask(options, output)
+        print(summary_table(options.stage, summary), flush=True)
         check_complete(summary.bad.incomplete)
         return
     done = 0
@@ -134,6 +158,19 @@ def main() -> None:
             f"the sample data: --data_dir {ROOT / 'dataset' / 'sample'}"
         )
     check_complete(incomplete)
+
+
+def ask(options: Options, output: Path) -> Summary:
+    """Collect the answers of the model of --endpoint."""
+    from data_pipeline.teacher_answers import Endpoint, collect_answers  # openai takes a second to import
+
+    assert options.endpoint and options.model
+    endpoint = Endpoint(
+        options.endpoint, options.model, options.api_key or os.environ.get("OPENAI_API_KEY", "none"),
+        options.requests_per_minute, options.parallel,
+        {"max_tokens": options.max_tokens, "temperature": options.temperature},
+    )  # fmt: skip
+    return collect_answers(options.input, output, endpoint, options.system)
 
 
 def check_complete(incomplete: list[str]) -> None:

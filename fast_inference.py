@@ -56,6 +56,7 @@ class PageParser(Parser):
 def page() -> None:
     import streamlit as st  # `python fast_inference.py --help` needs neither Streamlit nor torch
 
+    from evaluation.tools import chat_tools
     from serving.saved_chats import ChatFolder
     from serving.web import chat_menu, widgets
     from serving.web.page import STYLE, literal, title_html
@@ -65,6 +66,7 @@ def page() -> None:
     st.html(STYLE)
     try:
         options = parse_options(Options, __doc__, parser_class=PageParser)
+        tools = chat_tools(options.tools or [])
     except UserError as error:
         st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=name_flags(str(error)))))
         st.stop()
@@ -85,8 +87,7 @@ def page() -> None:
     settings = {}
     with st.sidebar:
         if model is not None:
-            start = options.sampling, options.history_turns, options.system
-            settings = widgets.choose_settings(*start, model, texts)
+            settings = widgets.choose_settings(options.sampling, options, tools, model, texts)
         st.toggle(texts("markdown"), key="markdown", help=texts("markdown_help"))
     # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):

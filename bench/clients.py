@@ -7,7 +7,6 @@ The clients are the scripts in tests/clients; requirements-clients.txt and tests
 A client that cannot be installed is skipped, and the table says so. The server runs a tiny model with random weights.
 
 yes       it works; what is streamed is also compared with the whole answer
-refused   the client gets an error that says what the model cannot do
 –         the client does not have this, or its script does not try it
 FAILED    anything else; the exit code is 1 then
 """
@@ -147,7 +146,7 @@ def server(folder: Path) -> Iterator[tuple[str, str]]:
     from model.LMConfig import preset
     from model.model import Transformer
     from model.tokenizer import EOS_ID
-    from model.weights import save_checkpoint
+    from model.weights_file import save_checkpoint
 
     torch.manual_seed(0)
     model = Transformer(preset("toy", max_seq_len=2048, initializer_range=0.2))
@@ -190,7 +189,7 @@ def run_client(command: list[str], base_url: str, model: str, row: Row, cwd: Pat
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table, with the words of the refusals and failures below it."""
+    """Return the rows as a Markdown table, with the words of the failures below it."""
     lines = [f"| client | {' | '.join(FEATURES)} |", f"|---|{'---|' * len(FEATURES)}"]
     notes: dict[str, list[str]] = {}
     for row in rows:
@@ -200,11 +199,7 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {row.client} {row.version} | {' | '.join(cells)} |")
         for feature, detail in row.details.items():
             if detail:
-                words = re.search(r"[\w.]+ must be .*?: this model [\w ,]+", detail)
-                text = (
-                    f"refused: {words[0]}" if words and row.outcomes.get(feature) == "refused" else f"FAILED: {detail}"
-                )
-                notes.setdefault(text, []).append(f"{row.client} ({feature})")
+                notes.setdefault(f"FAILED: {detail}", []).append(f"{row.client} ({feature})")
     return "\n".join([*lines, "", *(f"- {', '.join(where)}: {text}" for text, where in notes.items())])
 
 

@@ -48,7 +48,7 @@ from inference.terminal import use_utf8  # noqa: E402
 from model.chat_format import truncate_chat  # noqa: E402
 from model.device import resolve_device, resolve_dtype  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
-from model.weights import Checkpoint  # noqa: E402
+from model.weights_file import Checkpoint  # noqa: E402
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",

@@ -81,7 +81,7 @@ def prepare(place: Place) -> Figures:
     from model.LMConfig import LMConfig, preset
     from model.model import Transformer
     from model.tokenizer import load_tokenizer, tokenizer_hash
-    from model.weights import save_checkpoint
+    from model.weights_file import save_checkpoint
 
     rng = random.Random(0)
     words = "the cat saw a dog near 河 and 山 then slept until morning".split()

@@ -4,6 +4,7 @@
     python bench/loss_per_minute.py --data_path dataset/pretrain_data.csv --minutes 2 --rounds 3
     python bench/loss_per_minute.py --data_path dataset/pretrain_data.csv --nanochat ../nanochat
     python bench/loss_per_minute.py --only ours --ours "--optimizer adamw" "--batch_size 32 --compile"
+    python bench/loss_per_minute.py --only ours --ours=--compile             # a flag alone needs the sign
 
 original       one text per row, padded; float32, AdamW 2e-4, as in the original MiniMind
 transformers   its Llama of the same size on the same rows; bfloat16 where the hardware has it, AdamW 1e-3

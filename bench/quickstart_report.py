@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bench.rlvr import MEASURED, measure, read_held_out
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from common.files import ROOT, atomic_write
@@ -30,7 +31,7 @@ from inference.options import SamplingParams
 from model.chat_format import render_chat
 from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 from trainer.losses import sequence_logps
 from trainer.metrics import read_metrics
 
@@ -155,6 +156,13 @@ def main() -> None:
         ("DPO: the same, after", preferred(rl.model, tokenizer, pairs)),
         ("DPO: exact match on the questions with new wording, after", exact_match(rl.model, tokenizer, questions)),
     ]  # fmt: skip
+    exercises, folder = read_held_out(tokenizer), out / "exercises"
+    taught = load(find_model(folder, ["full_sft"]), "the model that was taught exercises")
+    rewarded = load(find_model(folder, ["rlvr"]), "the model after reinforcement learning")
+    both = [measure(checkpoint.model, tokenizer, exercises) for checkpoint in (taught, rewarded)]
+    for name in MEASURED:
+        for when, found in zip(("before", "after"), both, strict=True):
+            figures.append((f"RLVR: exercises, {name}, {when}", found[name]))
     if quiz is not None:
         title = f"SFT: quiz of {quiz['questions']} questions, most probable of four answers (chance: 25%)"
         figures.insert(2, (title, quiz["accuracy"]))
@@ -173,6 +181,7 @@ def main() -> None:
         "## Losses",
         losses_table(out, names),
         "\n".join(f"![{name}]({name}.png)" for name in names),
+        f"![reward](exercises/{rewarded.path.stem}.png)",
         "## The base model continues",
         "\n".join(f"- **{text}** {' '.join(more.split())}" for text, more in zip(OPENINGS, continuations, strict=True)),
         "## A conversation after DPO",

@@ -46,7 +46,8 @@ from model.chat_format import render_chat  # noqa: E402
 from model.LMConfig import preset  # noqa: E402
 from model.model import Transformer  # noqa: E402
 from model.tokenizer import load_tokenizer  # noqa: E402
-from model.weights import load_checkpoint, save_checkpoint  # noqa: E402
+from model.weights import load_checkpoint  # noqa: E402
+from model.weights_file import save_checkpoint  # noqa: E402
 
 QUESTIONS = [
     "你好",

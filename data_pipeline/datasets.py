@@ -45,6 +45,7 @@ class Batch:
     dummy: bool = False
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; to a GPU it is copied while other work goes on."""
         if device.type != "cuda":
             return dataclasses.replace(self, inputs={name: x.to(device) for name, x in self.inputs.items()})
         moved = {name: x.pin_memory().to(device, non_blocking=True) for name, x in self.inputs.items()}
@@ -91,6 +92,7 @@ class PackedRows:
         return int(self.packing.length.sum(dtype=np.int64))
 
     def documents(self, indices: Sequence[int]) -> list[int]:
+        """Return the numbers of the documents in these rows, sorted."""
         bounds = self.packing.bounds
         return sorted({int(d) for r in indices for d in self.packing.document[bounds[r] : bounds[r + 1]]})
 
@@ -230,6 +232,10 @@ class BatchLoader:
     def batches(self, step: int, size: int | None = None) -> list[Batch]:
         """Return this process's samples of a step in micro-batches of `size` (default: the current one)."""
         return list(self.shard(self.data, self.schedule.samples(step), size or self.micro_batch))
+
+    def resumable(self, step: int) -> bool:
+        """Return whether a run that is saved after so many steps can continue exactly."""
+        return True
 
     def shard(self, data: Dataset, samples: list[int], micro_batch: int) -> Iterator[Batch]:
         """Yield this process's part of the samples, in as many micro-batches as every other process has.

@@ -33,6 +33,7 @@ QUESTION_ANSWER = (("q", "a"), ("question", "answer"), ("prompt", "response"), (
 # A CSV or Parquet file needs all columns of one of these.
 CHAT_COLUMNS = (*QUESTION_ANSWER, ("instruction", "output"), ("input", "output"), ("messages",), ("conversations",))
 PREFERENCE_COLUMNS = (("chosen", "rejected"),)
+PROMPT_COLUMNS = tuple((name,) for name in ("messages", "conversations", "prompt", "instruction", "q", "question"))
 _IS_PREFERENCE = "preference pairs (chosen, rejected) are for 5-dpo_train.py"
 # Types of the parts of a content, and their order in it.
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}
@@ -89,16 +90,7 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     _check_text_only(data)
     chosen_prompt, chosen = _answer(data, "chosen")
     rejected_prompt, rejected = _answer(data, "rejected")
-    prompt = next((data[name] for name in ("conversations", "messages", "prompt") if data.get(name)), None)
-    if prompt is not None and prompt is data.get("prompt") and not _is_dialogue(prompt):
-        messages = [_user(_text(data, "prompt"))]
-    elif prompt is not None:
-        messages = _dialogue(prompt)
-    elif instruction := _instruction(data):
-        messages = [*_history(data.get("history")), _user(instruction)]
-    else:
-        messages = chosen_prompt
-    messages = _with_system(data, messages)
+    messages = _prompt(data) or _with_system(data, chosen_prompt)
     for given in (chosen_prompt, rejected_prompt):
         if given and _stripped(given) != _stripped(messages):
             raise Malformed("the answers repeat another prompt than the row's")
@@ -108,6 +100,39 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     if chosen.strip() == rejected.strip():
         raise Malformed("chosen and rejected are the same")
     return messages, chosen, rejected
+
+
+def parse_prompt(data: dict) -> list[Message]:
+    """Return the messages of a row up to the last question; raise UserError if they do not wait for an answer.
+
+    They are `conversations`, `messages`, `prompt` (a text or messages), or the question of a row with question and answer;
+    the answer at the end, if there is one, is left out.
+    """
+    _check_text_only(data)
+    messages = _prompt(data)
+    if not messages:
+        question = next((text for q, _ in QUESTION_ANSWER if (text := _text(data, q))), "")
+        messages = _with_system(data, [*_history(data.get("history")), _user(question)])
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        messages = messages[:-1]
+    check_messages(messages, answered=False)
+    if not message_text(messages[-1]).strip():
+        raise Malformed(f"no question; the fields are {field_names(data)}")
+    return messages
+
+
+def _prompt(data: dict) -> list[Message]:
+    """Return `conversations`, `messages`, `prompt` or `instruction` + `input` as messages; [] if a row has none of them."""
+    prompt = next((data[name] for name in ("conversations", "messages", "prompt") if data.get(name)), None)
+    if prompt is not None and prompt is data.get("prompt") and not _is_dialogue(prompt):
+        messages = [_user(_text(data, "prompt"))]
+    elif prompt is not None:
+        messages = _dialogue(prompt)
+    elif instruction := _instruction(data):
+        messages = [*_history(data.get("history")), _user(instruction)]
+    else:
+        return []
+    return _with_system(data, messages)
 
 
 def read_messages(data: dict) -> list[Message]:

@@ -45,6 +45,7 @@ class BadLineLog:
         self.writer = jsonlines.Writer(file) if file is not None else None
 
     def add(self, path: Path, bad: BadLine) -> None:
+        """Count a bad line, and list it if it is one of the first."""
         self.count += 1
         shown = f"{path}:{bad.line}: {bad.reason}"
         if len(self.first) < self.LISTED:

@@ -184,6 +184,7 @@ class EncodedBlock:
     skipped: list[tuple[str, BadLine]] = field(default_factory=list)  # (why, for the summary; the row and its reason)
 
     def add(self, ids: Sequence[int], content: bytes, n_bytes: int) -> None:
+        """Add a document: its tokens, the text that tells duplicates apart, and its length in bytes."""
         self.tokens.append(array.array("H", ids).tobytes())
         self.lengths.append(len(ids))
         self.n_bytes.append(n_bytes)
@@ -354,6 +355,7 @@ class _ArrayWriter:
             self.files[name].write(np.zeros(1, np.int64).tobytes())
 
     def add(self, path: Path, encoded: EncodedBlock) -> None:
+        """Write the documents of a block behind those before, and count what was skipped in it."""
         lengths = np.array(encoded.lengths, np.int64)
         self.files["tokens"].write(b"".join(encoded.tokens))
         if "loss_mask" in self.files:

@@ -59,6 +59,7 @@ class Sample:
         self.heap: list[tuple[float, int, str]] = []  # the largest hash on top
 
     def add(self, text: str) -> None:
+        """Count a text, and keep it if it belongs to the sample."""
         size = len(text.encode("utf-8"))
         self.seen += 1
         self.seen_bytes += size
@@ -104,6 +105,7 @@ class HeldOut:
         self.n_bytes = 0
 
     def add(self, text: str) -> None:
+        """Keep a text for the measurement, until there are enough."""
         if self.n_bytes < MEASURED_BYTES and text not in self.texts:
             self.texts[text] = None
             self.n_bytes += len(text.encode("utf-8"))

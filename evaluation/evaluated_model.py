@@ -18,7 +18,7 @@ from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score
 from model.chat_format import CHAT_TEMPLATE, chat_style, render_chat
 from model.device import resolve_dtype
 from model.tokenizer import BOS_ID, encode_text, encode_texts
-from model.weights import dtype_name
+from model.weights_file import dtype_name
 
 
 @dataclass

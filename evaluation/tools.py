@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import importlib
 import inspect
 import math
@@ -49,6 +50,7 @@ def calculator(expression: str) -> str:
 
 
 def _evaluate(node: ast.expr) -> float:
+    value: Any
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
@@ -226,6 +228,18 @@ def find_tools(names: Sequence[str]) -> dict[str, Tool]:
         tool_schema(function)  # raises an error now, not at the first call
         found[function.__name__] = function
     return found
+
+
+def chat_tools(names: Sequence[str] | None) -> dict[str, Any]:
+    """Return the arguments `tools` and `call_tool` of a chat with the tools of these names; without a name with all.
+
+    Raises UserError like `find_tools`. None: a chat without tools.
+    """
+    if names is None:
+        return {}
+    tools = find_tools(names or list(TOOLS))
+    schemas = [tool_schema(function) for function in tools.values()]
+    return {"tools": schemas, "call_tool": functools.partial(call_tool, tools=tools)}
 
 
 def import_function(name: str, known: str) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from export.model_card import model_card
 from export.options import GGUF_TYPES, ExportOptions
 from export.self_check import Agreement, compare_folder, sample_rows
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
-from model.weights import Checkpoint, dtype_name, save_checkpoint
+from model.weights_file import Checkpoint, dtype_name, save_checkpoint
 
 
 def check_output(options: ExportOptions) -> None:

@@ -30,7 +30,7 @@ from export.self_check import MAX_KL, Agreement, measure, model_logits
 from model.families import llama_names
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights import build_model
+from model.weights_file import build_model
 
 # name: (type of the matrices, type recorded for the whole file)
 TYPES = {

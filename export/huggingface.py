@@ -40,8 +40,7 @@ from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
 from model.remote_code import AUTO_MAP, copy_code
 from model.rope import BETA_FAST, BETA_SLOW, yarn_ramp
-from model.weights import Checkpoint, build_model, dtype_name, state_to_save
-from model.weights_file import read_tensors
+from model.weights_file import Checkpoint, build_model, dtype_name, read_tensors, state_to_save
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

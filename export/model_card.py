@@ -5,7 +5,7 @@ from __future__ import annotations
 from export.huggingface import stock_architecture
 from export.self_check import Agreement
 from model.model import Transformer, parameter_counts
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 
 _CODE = {
     "llama": """```python

@@ -60,6 +60,7 @@ class ExportOptions:
         self.dtype = ALIASES.get(self.dtype or "", self.dtype)
 
     def validate(self) -> list[str]:
+        """Return everything that is wrong with the flags."""
         errors = []
         if self.dtype and self.format == "gguf" and self.dtype not in GGUF_TYPES:
             errors.append(f"--dtype {self.dtype} is not for --format gguf: use {', '.join(GGUF_TYPES)}")

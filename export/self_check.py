@@ -22,7 +22,7 @@ from export.options import MAX_TEXTS
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_texts
-from model.weights import dtype_name
+from model.weights_file import dtype_name
 
 # Largest change of the predictions by a lower precision, in nats per token. Real models lose a tenth of that.
 MAX_KL = {"f16": 1e-3, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 5e-2}
@@ -123,6 +123,7 @@ class Agreement:
     max_kl: float | None = None
 
     def describe(self) -> str:
+        """Return the agreement as a line of text."""
         text = f"largest difference of logits over {self.tokens:,} tokens of real text: {self.largest:.2g}"
         text += f" (allowed: {self.tolerance:g})"
         if self.kl is not None:

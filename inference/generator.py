@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from inference.backends import Backend
+from inference.constraints import token_masks
 from inference.detokenizer import Detokenizer
 from inference.kv_cache import KVCache, PrefixCache
 from inference.options import SamplingParams
@@ -80,6 +81,8 @@ class _Row:
         # Each row has its own random numbers: what it draws does not depend on the other rows.
         self.random = random.Random(self.sampling.seed)
         self.kind = self.sampling.kind()
+        constraint = self.sampling.constraint
+        self.matcher = constraint.matcher() if constraint is not None else None  # where its answer is in the grammar
 
 
 class BatchGenerator:
@@ -125,13 +128,19 @@ class BatchGenerator:
         if backend is not None and backend.config is not model.config:
             raise ValueError("`backend` was made from another model: call choose_backend(model)")
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
-        self.backend = backend
+        self.use_backend(backend)
         self.prefixes: PrefixCache | None = None  # if there is one, it gets every sequence that leaves
-        self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
         self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
         # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
         self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
         self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
+
+    def use_backend(self, backend: Backend | None) -> None:
+        """Decode with another backend from now on, such as one with newer weights; the cache stays. No row may be left."""
+        if self.rows:
+            raise ValueError(f"{len(self.rows)} sequences are still being decoded: their cache has the old weights")
+        self.backend = backend
+        self._backend = None if backend is None else backend.with_cache(self._cache.keys, self._cache.values)
 
     @property
     def free(self) -> int:
@@ -153,6 +162,8 @@ class BatchGenerator:
             raise ValueError(f"the prompt has the token {wrong}, the model knows 0 to {vocab_size - 1}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
+        if any(not 0 <= token < vocab_size for token in sampling.logit_bias):
+            raise ValueError(f"logit_bias has a token that the model does not know; it knows 0 to {vocab_size - 1}")
 
     @torch.inference_mode()
     def add(
@@ -177,10 +188,21 @@ class BatchGenerator:
         first = len(self.rows)
         scaling = self.scaling_for([len(prompt) for prompt in prompts])
         seen = Images.join(images or [])
+        # Of equal prompts that stand together, as when one question gets several answers, the first is read for all.
+        distinct: list[Sequence[int]] = []
+        source: list[int] = []  # of each prompt: its number among them
+        for prompt in prompts:
+            if seen or not distinct or prompt != distinct[-1]:
+                distinct.append(prompt)
+            source.append(len(distinct) - 1)
         if self._backend is not None and self._backend.supports_prefill and scaling is None and not seen:
-            logits = self._backend.prefill(prompts, first)
+            logits = self._backend.prefill(distinct, first)
         else:
-            logits = self._prefill(prompts, first, scaling, seen)
+            logits = self._prefill(distinct, first, scaling, seen)
+        if len(distinct) < len(prompts):
+            for i in reversed(range(len(prompts))):  # from the end: no row is overwritten before it was copied
+                self._cache.copy(first + i, self._cache, first + source[i], len(prompts[i]))
+            logits = logits[torch.tensor(source, device=logits.device)]
         for i, (prompt, sampling, key) in enumerate(zip(prompts, samplings, keys, strict=True)):
             self._append(prompt, sampling, key, images[i] if images else None)
         return self._sample(logits, first)
@@ -314,14 +336,32 @@ class BatchGenerator:
         kinds: dict[tuple, list[int]] = {}
         for i, row in enumerate(self.rows[first:]):
             kinds.setdefault(row.kind, []).append(i)
+        chosen_by = self._restrict(logits, first)
         if len(kinds) == 1:  # as a rule: nothing has to be picked and put back
-            tokens = self._sample_kind(logits, [*range(len(logits))], slice(None), first)
+            tokens = self._sample_kind(chosen_by, [*range(len(logits))], slice(None), first)
         else:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
             for members in kinds.values():
                 index = torch.tensor(members, device=self.device)
-                tokens[index] = self._sample_kind(logits[index], members, index, first)
+                tokens[index] = self._sample_kind(chosen_by[index], members, index, first)
         return self._outputs(tokens, first, self._log_probabilities(logits, tokens, first))
+
+    def _restrict(self, logits: Tensor, first: int) -> Tensor:
+        """Return the logits with the biases of the rows, and -inf for what their grammars do not allow."""
+        rows = self.rows[first:]
+        biased = [i for i, row in enumerate(rows) if row.sampling.logit_bias]
+        constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
+        if not (biased or constrained):
+            return logits
+        logits = logits.float().clone()
+        for i in biased:
+            bias = rows[i].sampling.logit_bias
+            logits[i, [*bias]] += torch.tensor([*bias.values()], device=self.device)
+        if constrained:
+            vocab_size = rows[constrained[0]].sampling.constraint.vocab_size
+            allowed = token_masks([rows[i].matcher for i in constrained], vocab_size, logits.shape[1])
+            logits[constrained] = logits[constrained].masked_fill(~allowed.to(self.device), -torch.inf)
+        return logits
 
     def _sample_kind(self, logits: Tensor, members: list[int], index: slice | Tensor, first: int) -> Tensor:
         """Choose the next tokens of rows with the same kind of sampling, counted from `first` on: `members`, or `index`."""
@@ -375,6 +415,8 @@ class BatchGenerator:
                 finish = "stop"
             elif row.num_generated >= row.sampling.max_new_tokens or row.cached_len + 1 >= self.max_len:
                 finish = "length"
+            if row.matcher is not None and not row.matcher.consume_token(token):
+                finish = "length"  # its grammar became too complex: what there is of the answer is not valid
             if finish:
                 ended.append(i)
                 if row.detokenizer is not None:

@@ -22,7 +22,8 @@ from model.architecture import parse_rope_scaling
 from model.device import resolve_device, resolve_dtype
 from model.model import describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
-from model.weights import Checkpoint, load_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import Checkpoint
 
 
 def open_model(

@@ -38,6 +38,8 @@ class SamplingParams:
     `logprobs` reports the log-probability of each new token and of that many of the most probable tokens; 0: of the new
     token only; None: nothing. These are the model's own (log-softmax of its logits), before temperature, limits and
     penalties, as OpenAI-style servers report them: the other fields do not change them.
+
+    `logit_bias` adds a number to the logits of some tokens. `constraint` is a grammar that the answer follows.
     """
 
     max_new_tokens: int = flag(256, "maximum length of an answer in tokens", min=1)
@@ -64,6 +66,8 @@ class SamplingParams:
     seed: int | None = flag(None, "the same seed gives the same text (default: a new one each time)", min=0)
     stop: tuple[str, ...] = flag((), "end before this text appears; repeatable", action="append", metavar="TEXT")
     logprobs: int | None = dataclasses.field(default=None, metadata={"limits": {"min": 0, "max": MAX_LOGPROBS}})
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    constraint: Any = None  # an inference.constraints.Constraint
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -134,6 +138,10 @@ class ChatOptions:
 
     system: str | None = flag(None, "a system message, which stands before everything", metavar="TEXT")
     history_turns: int = flag(5, "how many earlier questions, with their answers, the model sees", min=0, metavar="N")
+    tools: list[str] | None = flag(
+        None, "let the model call tools, which run on this machine: calculator, calendar, unit_converter, lookup, or a "
+        "function of yours as module:function; without a name the first four (default: none)", nargs="*", metavar="NAME",
+    )  # fmt: skip
 
 
 def sampling_options(**defaults: Any) -> Any:

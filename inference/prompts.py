@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model.chat_format import Message, count_images, split_turns, truncate_chat
+from model.chat_format import Message, count_images, split_turns, truncate_chat, with_tools
 from model.tokenizer import BOS_ID, encode_text
 
 
@@ -30,29 +31,31 @@ class Prompt:
 def chat_prompt(
     tokenizer: PreTrainedTokenizerFast,
     turns: list[Message],
-    question: str,
+    turn: list[Message],
     *,
     context: int,
     max_new_tokens: int,
     history_turns: int,
     system: str | None = None,
+    tools: Sequence[dict[str, Any]] = (),
     image_ids: Sequence[int] = (),
 ) -> Prompt:
     """Return a question after at most `history_turns` earlier turns, or fewer if the answer would have no room.
 
     Args:
         turns: the dialogue so far, without its system message.
+        turn: the question; behind it, perhaps, calls and what the tools returned.
+        tools: functions that the model may call.
         context: maximum length of prompt and answer together. At least half of it is for the prompt.
         image_ids: what every `IMAGE` in a message becomes, see `render_chat`.
 
     Raises UserError if the question alone is too long, or not Unicode.
     """
-    first = [{"role": "system", "content": system}] if system else []
-    earlier = split_turns(turns)[1]
-    history = earlier[-history_turns:] if history_turns else []
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
+    history = split_turns(turns)[1][-history_turns:] if history_turns else []
     room = context - min(max_new_tokens, context // 2)
-    messages = [*first, *(message for turn in history for message in turn), {"role": "user", "content": question}]
-    chat = truncate_chat(tokenizer, messages, room, image_ids=image_ids)
+    messages = [*first, *(message for earlier in history for message in earlier), *turn]
+    chat = truncate_chat(tokenizer, with_tools(messages, [*tools]), room, image_ids=image_ids)
     n_images = count_images(chat.messages) if image_ids else 0
     seen = len(history) - chat.dropped_turns
     return Prompt(chat.ids, turns_seen=seen, turns_left_out=chat.dropped_turns, n_images=n_images)

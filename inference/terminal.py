@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jsonlines
+
+from model.chat_format import Message
+from model.chat_parser import AnswerParser, AnswerPart
 
 if TYPE_CHECKING:  # a client of a server does not need torch
     from inference.generator import TokenOutput
@@ -20,33 +24,66 @@ HELP = """\
   /exit        end (also: Ctrl-D); Ctrl-C stops an answer"""
 
 
+MAX_ROUNDS = 8  # of calls before an answer has to come
+THOUGHTS_SHOWN = 100  # characters
+
+
 class Chat:
     """A conversation; a subclass defines `reply`."""
 
-    def __init__(self, system: str | None, history_turns: int) -> None:
+    def __init__(
+        self,
+        system: str | None,
+        history_turns: int,
+        tools: Sequence[dict[str, Any]] = (),
+        call_tool: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
         """
         Args:
             system: text of the system message, which stands before everything.
             history_turns: how many earlier questions, with their answers, are seen.
+            tools: functions that the model may call, [{"name", "description", "parameters"}].
+            call_tool: runs a call {"name", "arguments"} and returns the text of the response.
         """
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.turns: list[dict] = []  # user and assistant in turn
+        self.system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.turns: list[Message] = []
         self.history_turns = history_turns
+        self.tools, self.call_tool = list(tools), call_tool
         self.help = HELP
 
-    def reply(self, question: str) -> str:
-        """Print the answer as it comes and return it. Raises ValueError, before anything is printed, if there is none."""
+    def reply(self, turn: list[Message]) -> Message:
+        """Print what the model answers to `turn`, as it comes, and return it. Only a complete answer has `tool_calls`.
+
+        turn: a question; or a question, calls and what the tools returned.
+
+        Raises ValueError, before anything is printed, if there is no answer.
+        """
         raise NotImplementedError
 
     def ask(self, question: str) -> bool:
         """Print the answer, and add both to the conversation; or print why there is none. Return whether there is one."""
+        turn: list[Message] = [{"role": "user", "content": question}]
         try:
-            text = self.reply(question)
+            for round in range(MAX_ROUNDS + 1):
+                answer = self.reply(turn)
+                if round == MAX_ROUNDS and answer.pop("tool_calls", None):
+                    print(f"[the model keeps calling tools: stopped after {MAX_ROUNDS} rounds]\n")
+                turn.append(answer)
+                if not answer.get("tool_calls"):
+                    break
+                turn += [self.run_call(call) for call in answer["tool_calls"]]
         except ValueError as error:
             print(f"not answered: {error}", file=sys.stderr, flush=True)
             return False
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        self.turns += turn
         return True
+
+    def run_call(self, call: dict[str, Any]) -> Message:
+        """Run a call of the model and print the response; return it as a message."""
+        assert self.call_tool is not None
+        response = self.call_tool(call)
+        print(f"[{visible(call['name'])} returns: {visible(response)}]\n", flush=True)
+        return {"role": "tool", "content": response} | ({"tool_call_id": call["id"]} if "id" in call else {})
 
     def run_command(self, command: str, argument: str) -> bool:
         """Do a command that only a subclass has; return whether it was one."""
@@ -58,7 +95,8 @@ class Chat:
 
     def record(self) -> dict:
         """Return the conversation as a row that a training stage reads."""
-        return {"messages": [*self.system, *self.turns]}
+        row: dict[str, Any] = {"messages": [*self.system, *self.turns]}
+        return row | ({"tools": self.tools} if self.tools else {})
 
     def run(self) -> None:
         """Read questions and commands until /exit or the end of the input."""
@@ -90,48 +128,85 @@ class Chat:
         except OSError as error:
             print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
         else:
-            n = len(self.turns) // 2
+            n = sum(message["role"] == "user" for message in self.turns)
             print(f"appended {n} turn{'s' * (n != 1)} to {name}")
 
 
 # ---- printing answers
 
 
-def print_answer(outputs: Iterable[TokenOutput], max_new_tokens: int, context: int) -> tuple[str, bool]:
+def print_answer(
+    outputs: Iterable[TokenOutput], max_new_tokens: int, context: int, parser: AnswerParser | None = None
+) -> tuple[Message, bool]:
     """Print an answer token by token, then why it was cut off (if it was), its length and speed.
 
+    parser: takes thinking and calls out of the text; None: the text is no answer in a chat.
+
     Returns:
-        the text, and whether Ctrl-C stopped it.
+        the answer as a message, and whether Ctrl-C stopped it.
     """
     started, received = time.perf_counter(), 0
     finish: str | None = None
 
-    def pieces() -> Iterator[str]:
+    def parts() -> Iterator[AnswerPart]:
         nonlocal received, finish
         for output in outputs:
             received, finish = received + 1, output.finish
-            yield output.text
+            yield from parser.add(output.text) if parser is not None else [("content", output.text)]
+        if parser is not None:
+            yield from parser.finish()
 
-    text, stopped = print_pieces(pieces())
+    message, stopped = print_parts(parts())
     end = " [stopped]" if stopped else ""
     if finish == "length" and received >= max_new_tokens:
         end = f" [cut off: --max_new_tokens {max_new_tokens}]"
     elif finish == "length":
         end = f" [cut off: the context of {context} tokens is full; --max_seq_len gives more]"
     print(f"{end}\n[{received} tokens, {received / (time.perf_counter() - started):.1f} tokens/s]\n", flush=True)
-    return text, stopped
+    return message, stopped
 
 
-def print_pieces(pieces: Iterable[str]) -> tuple[str, bool]:
-    """Print pieces of a text as they come; return all of it, and whether Ctrl-C stopped it."""
-    text = ""
+def print_parts(parts: Iterable[AnswerPart]) -> tuple[Message, bool]:
+    """Print an answer as its parts come: text as it is, the beginning of the thoughts, and calls.
+
+    Returns:
+        the answer as a message, without calls if it was stopped; and whether Ctrl-C stopped it.
+    """
+    message: Message = {"role": "assistant", "content": ""}
+    folded = False
+
+    def fold() -> None:
+        nonlocal folded
+        if not folded and message.get("reasoning_content"):
+            print(f"[thinks: {shortened(message['reasoning_content'])}]", flush=True)
+            folded = True
+
     try:
-        for piece in pieces:
-            text += piece
-            print(visible(piece), end="", flush=True)
+        for name, new in parts:
+            if name == "reasoning_content":
+                message[name] = message.get(name, "") + new
+                continue
+            fold()
+            if name == "content":
+                message[name] += new
+                print(visible(new), end="", flush=True)
+            else:
+                if message["content"] and name not in message:
+                    print()
+                message.setdefault(name, []).append(new)
+                arguments = json.dumps(new["arguments"], ensure_ascii=False)
+                print(visible(f"[calls {new['name']} {arguments}]"), flush=True)
+        fold()
     except KeyboardInterrupt:
-        return text, True
-    return text, False
+        message.pop("tool_calls", None)
+        return message, True
+    return message, False
+
+
+def shortened(thoughts: str) -> str:
+    """Return the beginning of a longer text in one line."""
+    line = visible(" ".join(thoughts.split()))
+    return line if len(line) <= THOUGHTS_SHOWN else f"{line[:THOUGHTS_SHOWN]} … {len(thoughts)} characters"
 
 
 def visible(text: str) -> str:

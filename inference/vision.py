@@ -17,7 +17,7 @@ from data_pipeline.image_features import pixel_values
 from inference.generator import Images
 from model.model import Transformer
 from model.vision import PretrainedEncoder, VisionLanguageModel
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -45,15 +45,17 @@ class ParsedAnswer(NamedTuple):
         return message | ({"tool_calls": self.calls} if self.calls else {})
 
 
-def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
+def parse_answer(text: str, *, thinking: bool = False, unfinished: bool = False) -> ParsedAnswer:
     """Return the thinking, the content and the calls of an answer. Whatever the model wrote, this is no error.
 
-    thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+    Args:
+        thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+        unfinished: more will follow: leave out what may become a tag or a call.
     """
     parser = AnswerParser(thinking=thinking)
     thoughts = "" if thinking else None
     content, calls = "", []
-    for field, new in [*parser.add(text), *parser.finish()]:
+    for field, new in [*parser.add(text), *([] if unfinished else parser.finish())]:
         if field == "reasoning_content":
             thoughts = (thoughts or "") + new
         elif field == "content":
@@ -70,9 +72,14 @@ class AnswerParser:
     White space before the thinking, between calls and after them is dropped; other text in these places is content.
     """
 
-    def __init__(self, *, thinking: bool = False) -> None:
-        """thinking: the prompt ends in <think>, so that the answer begins with its thoughts."""
+    def __init__(self, *, thinking: bool = False, calls: bool = True) -> None:
+        """
+        Args:
+            thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+            calls: False: no tools were offered, and what looks like a call is content.
+        """
         self._text = ""  # not yet read
+        self._calls = calls
         self._inside = THINK if thinking else None  # the tag that is open; "": none, and the thinking is over
         self._after_call = False
 
@@ -110,6 +117,11 @@ class AnswerParser:
                 self._inside, self._text = "", self._text[end:]
                 self._after_call = call is not None
                 yield ("content", TOOL_CALL) if call is None else ("tool_calls", call)
+            elif not self._calls:
+                new, self._text = self._text, ""
+                if new:
+                    yield "content", new
+                return
             else:
                 new, opened = self._until(TOOL_CALL, final)
                 if self._after_call and not new.strip():

@@ -23,9 +23,8 @@ from torch import Tensor
 from common.errors import UserError
 from model.architecture import PRESETS
 from model.LMConfig import LMConfig, preset
-from model.weights_file import list_names
+from model.weights_file import EMBEDDING, OUTPUT, list_names
 
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one tensor under two names, if they are tied
 LLAMA_EMBEDDING, LLAMA_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"layers\.0\.feed_forward\.experts\.\d+\.w1\.weight")

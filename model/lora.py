@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from common.files import atomic_folder, recover_folder, write_json
 from model.model import Transformer
-from model.weights import Checkpoint, load_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import Checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is used: it takes a second to load

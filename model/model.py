@@ -394,6 +394,15 @@ class Transformer(PreTrainedModel, GenerationMixin):
         return self.config.aux_loss_alpha * (per_document * weight).sum()
 
 
+# The class of each kind of model; model/vision.py adds its own.
+MODEL_CLASSES: dict[str, type[Transformer]] = {"minimind": Transformer}
+
+
+def model_class(config: LMConfig) -> type[Transformer]:
+    """Return the class of a model with this configuration."""
+    return MODEL_CLASSES["minimind" if config.vision_config is None else "minimind-v"]
+
+
 if __package__ == "model":  # not in a copy beside exported weights, which would take the place of this module
     AutoConfig.register(LMConfig.model_type, LMConfig)
     AutoModelForCausalLM.register(LMConfig, Transformer)
@@ -428,13 +437,11 @@ def parameter_counts(model: Transformer) -> dict[str, int]:
 
 
 @torch.no_grad()
-def initial_weights(
-    config: LMConfig, seed: int, model_class: type[Transformer] = Transformer
-) -> Iterator[tuple[str, Tensor]]:
+def initial_weights(config: LMConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yield the random weights of a new model, one tensor at a time, the same for the same seed."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class(config)(config)
     for name, module in model.named_modules():
         tied = module is model.output and config.tie_word_embeddings
         if not tied and next(module.parameters(recurse=False), None) is not None:

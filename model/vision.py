@@ -28,7 +28,7 @@ from transformers import initialization as init
 from common.errors import UserError
 from model.architecture import VisionConfig
 from model.LMConfig import LMConfig
-from model.model import AttentionMetadata, RMSNorm, Transformer, TransformerBlock, TransformerOutput
+from model.model import MODEL_CLASSES, AttentionMetadata, RMSNorm, Transformer, TransformerBlock, TransformerOutput
 from model.moe import is_tracing
 from model.rope import rope_tables
 
@@ -228,12 +228,7 @@ def image_positions(input_ids: Tensor, image_ids: tuple[int, ...]) -> Tensor:
     return here
 
 
-MODEL_CLASSES: dict[str, type[Transformer]] = {"minimind": Transformer, "minimind-v": VisionLanguageModel}
-
-
-def model_class(config: LMConfig) -> type[Transformer]:
-    """Return the class of a model with this configuration."""
-    return MODEL_CLASSES["minimind" if config.vision_config is None else "minimind-v"]
+MODEL_CLASSES["minimind-v"] = VisionLanguageModel
 
 
 class PretrainedEncoder:

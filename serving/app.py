@@ -188,19 +188,29 @@ EXPECTED = {
     "input": _TEXTS_OR_IDS,
     "stop": f"a text of at most 1024 characters, or a list of at most {protocol.MAX_STOPS} such texts",
     "content": 'a text, or a list of parts like {"type": "text", "text": "..."}: this model reads nothing else',
-    "role": "system, developer, user or assistant: this model calls no tools, so they have no messages",
-    "tool_calls": "empty: this model calls no tools",
-    "tool_choice": '"auto" or "none": this model calls no tools, and answers in text',
-    "function_call": '"auto" or "none": this model calls no functions, and answers in text',
-    "response_format": '{"type": "text"}: this model cannot be held to JSON',
+    "role": "system, developer, user, assistant or tool",
+    "tool_calls": 'a list like [{"type": "function", "function": {"name": "...", "arguments": "{...}"}}]',
+    "tools": 'at most 128 of {"type": "function", "function": {"name": "...", "parameters": {...}}}; names are at most '
+    "64 letters, digits, and _ . -",
+    "tool_choice": '"auto", "none", "required" or {"type": "function", "function": {"name": "..."}}',
+    "function_call": '"auto" or "none": it has no effect here, use tools and tool_choice',
+    "response_format": '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": '
+    '{"schema": {...}}}',
+    "logit_bias": "an object of token ids and numbers from -100 to 100",
+    "reasoning_effort": "none, minimal, low, medium, high or xhigh",
     "modalities": '["text"]: this model writes nothing else',
     "suffix": "empty: this model only continues texts",
 }
 
 
 RESPONSES_EXPECTED = EXPECTED | {
-    "input": 'a text, or a list of messages like {"role": "user", "content": "..."}: this model reads nothing else',
-    "text": EXPECTED["response_format"].replace("{", '{"format": {', 1).replace("}", "}}", 1),
+    "input": 'a text, or a list of messages like {"role": "user", "content": "..."}, calls and what tools returned: this '
+    "model reads nothing else",
+    "text": '{"format": {"type": "text"}}, {"format": {"type": "json_object"}} or {"format": {"type": "json_schema", '
+    '"schema": {...}}}',
+    "tools": 'at most 128 of {"type": "function", "name": "...", "parameters": {...}}; names are at most 64 letters, '
+    "digits, and _ . -",
+    "tool_choice": '"auto", "none", "required" or {"type": "function", "name": "..."}',
     "previous_response_id": "null: this server keeps nothing between requests, so send the whole chat as input",
     "conversation": "null: this server keeps nothing between requests, so send the whole chat as input",
     "prompt": "null: this server has no stored prompts",

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
 import json
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat
+from common.errors import UserError
+from inference.constraints import Constraint, answer_grammar
+from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_tools
+from model.chat_parser import THINK, AnswerParser, AnswerPart
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
 from serving.http import ApiError
@@ -18,6 +26,8 @@ BETWEEN = "\n\n\n"  # messages of one role that become one
 
 
 class ChatEndpoint(Endpoint):
+    format_field = "response_format"  # what errors call the field with the JSON schema
+
     async def create(self, body: protocol.ChatRequest, request: Request) -> Response:
         self.check(body, request)
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
@@ -36,25 +46,119 @@ class ChatEndpoint(Endpoint):
         """Answer a chat in the form that `builder` knows; `param`: what a prompt that is too long is called in an error."""
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         messages = arrange([plain_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)])
-        if not chat_style(self.model.tokenizer).tags:  # how such a model writes its thinking is not known here
+        tags, tools, thinking = chat_style(self.model.tokenizer).tags, offered_tools(body), thinking_switch(body)
+        if not tags:  # how such a model writes its thinking is not known here
             messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
-        size = sum(len(message_text(message)) for message in messages)
-        encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit))
+        if tools and not tags:
+            raise ApiError(400, "the chat template of this model knows no tools", "tools")
+        messages = with_tools(messages, tools)
+        try:
+            size = sum(len(message_text(message)) for message in messages)
+        except RecursionError:
+            raise ApiError(400, f"{param} or tools are nested too deeply", param) from None
+        encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit), enable_thinking=thinking)
         prompt = await tokenize(encode, messages, size, param)
         limit = self.token_limit(len(prompt), limit, param, request)
         top = (body.top_logprobs or 0) if body.logprobs else None
+        constraint = await self.constraint(body, tags, tools, thinking)
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
-        built = builder(self.model, [Choice() for _ in samplings], len(prompt), body, top)
+        samplings = [dataclasses.replace(sampling, constraint=constraint) for sampling in samplings]
+        begun = self.model.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
+        choices = [ChatChoice(parser=AnswerParser(thinking=begun, calls=bool(tools))) for _ in samplings]
+        built = builder(self.model, choices, len(prompt), body, top)
         return await self.respond(built, [prompt] * len(samplings), samplings, body, request)
 
-    def prompt(self, messages: list[Message], keep: int | None = None) -> list[int]:
+    def prompt(
+        self, messages: list[Message], keep: int | None = None, enable_thinking: bool | None = None
+    ) -> list[int]:
         """Return the token ids that training has seen before an answer, and those of an answer to be continued.
 
-        keep: leave out the oldest turns of a chat that has more tokens; None: none.
+        Args:
+            keep: leave out the oldest turns of a chat that has more tokens; None: none.
+            enable_thinking: False: the answer is to begin without thinking.
         """
+        tokenizer = self.model.tokenizer
         if keep is not None:
-            messages = truncate_chat(self.model.tokenizer, messages, keep).messages
-        return render_chat(self.model.tokenizer, messages, add_generation_prompt=True, continue_final_message=True)[0]
+            messages = truncate_chat(tokenizer, messages, keep, enable_thinking=enable_thinking).messages
+        return render_chat(
+            tokenizer,
+            messages,
+            add_generation_prompt=True,
+            continue_final_message=True,
+            enable_thinking=enable_thinking,
+        )[0]
+
+    async def constraint(
+        self,
+        body: protocol.ChatRequest,
+        tags: dict[str, tuple[int, ...]],
+        tools: list[dict[str, Any]],
+        thinking: bool | None,
+    ) -> Constraint | None:
+        """Return what the answer is held to: JSON (`response_format`), or calls where they are required or `strict`.
+
+        Such an answer thinks first only if the request asks for it. Raises ApiError for a schema that is not supported.
+        """
+        schema, choice = response_schema(body, self.format_field), body.tool_choice
+        required = choice == "required" or isinstance(choice, protocol.NamedTool)
+        # Where tags are ordinary text, nothing tells the beginning of a call from other text.
+        strict = any(tool.get("strict") for tool in tools) and len(tags["<tool_call>"]) == 1
+        if not (required or strict or schema is not None):
+            return None
+        parallel = body.parallel_tool_calls is not False
+        if isinstance(choice, protocol.NamedTool):  # as OpenAI, one call of that function
+            tools, parallel = [tool for tool in tools if tool["name"] == choice.function.name], False
+        if required:
+            schema = None
+        may_think = bool(tags) and (thinking or (thinking is None and not required and schema is None))
+        param = "tools" if schema is None else self.format_field
+        try:
+            grammar = answer_grammar(
+                tags, schema=schema, tools=tools, required=required, parallel=parallel, thinking=may_think
+            )
+            return await asyncio.to_thread(Constraint, self.model.tokenizer, grammar)
+        except (UserError, RecursionError) as error:
+            reason = str(error) if isinstance(error, UserError) else "it is nested too deeply"
+            raise ApiError(400, f"the schema in {param} is not supported: {reason}", param) from None
+
+
+def offered_tools(body: protocol.ChatRequest) -> list[dict[str, Any]]:
+    """Return the functions that the model may call. Raises ApiError if `tool_choice` asks for one that is not there."""
+    tools = [tool.function.model_dump(exclude_none=True) for tool in body.tools or []]
+    names = [tool["name"] for tool in tools]
+    for i, tool in enumerate(tools):
+        if tool["name"] in names[:i]:
+            raise ApiError(400, f"tools has two functions named {tool['name']}", "tools")
+        if tool.get("parameters", {}).get("type", "object") != "object":
+            message = f"the parameters of {tool['name']} must be the JSON schema of an object"
+            raise ApiError(400, message, f"tools[{i}].function.parameters")
+    choice = body.tool_choice
+    if isinstance(choice, protocol.NamedTool) and choice.function.name not in names:
+        known = f"tools has {', '.join(names)}" if names else "tools is empty"
+        raise ApiError(400, f"tool_choice names the function {choice.function.name!r}, and {known}", "tool_choice")
+    if choice == "required" and not tools:
+        raise ApiError(400, "tool_choice is required, and tools is empty", "tool_choice")
+    return [] if choice == "none" else tools
+
+
+def response_schema(body: protocol.ChatRequest, param: str) -> dict[str, Any] | None:
+    """Return the JSON schema that the content of the answer must match; None: it is any text."""
+    asked = body.response_format
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return {"type": "object"}
+    if asked.json_schema is None or asked.json_schema.schema_ is None:
+        raise ApiError(400, f'{param} of type json_schema needs a "schema"', param)
+    return asked.json_schema.schema_
+
+
+def thinking_switch(body: protocol.ChatRequest) -> bool | None:
+    """Return whether the answer is to begin with thinking; None: as the model likes."""
+    given = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs is not None else None
+    if given is None and body.reasoning_effort is not None:
+        return body.reasoning_effort not in ("none", "minimal")
+    return given
 
 
 def plain_message(message: protocol.Message, param: str) -> Message:
@@ -100,34 +204,80 @@ def arrange(messages: list[Message]) -> list[Message]:
             arranged.append(message)
             continue
         calls = [*last.get("tool_calls", []), *message.get("tool_calls", [])]
-        joined = last["content"] + BETWEEN + message["content"]
+        joined = BETWEEN.join(filter(None, (last["content"], message["content"])))
         arranged[-1] = message | last | {"content": joined} | ({"tool_calls": calls} if calls else {})
     return arranged
+
+
+@dataclass(slots=True)
+class ChatChoice(Choice):
+    """An answer that may have thinking and calls beside its content."""
+
+    parser: AnswerParser = field(default_factory=AnswerParser)
+    n_calls: int = 0  # so far
 
 
 class ChatBuilder(ResponseBuilder):
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self, model: Any, choices: Any, prompt_tokens: int, body: protocol.ChatRequest, top: int | None
+    ) -> None:
+        super().__init__(model, choices, prompt_tokens, body, top)
+        self.max_calls = 1 if body.parallel_tool_calls is False else None
+
+    def parts(self, choice: ChatChoice) -> list[AnswerPart]:
+        """Return what the new text of a choice adds to the fields of its message."""
+        found = choice.parser.add(choice.text) + (choice.parser.finish() if choice.finish is not None else [])
+        kept = []
+        for name, new in found:
+            if name == "tool_calls":
+                if choice.n_calls == self.max_calls:
+                    continue
+                choice.n_calls += 1
+            if new:
+                kept.append((name, new))
+        return kept
+
+    def finish_reason(self, choice: ChatChoice) -> str | None:
+        return "tool_calls" if choice.n_calls and choice.finish == "stop" else choice.finish
+
     def whole_choice(self, index: int, choice: Choice) -> dict:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": self.logprobs(choice),
-            "finish_reason": choice.finish,
-        }
+        assert isinstance(choice, ChatChoice)
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        for name, new in self.parts(choice):
+            if name == "tool_calls":
+                message.setdefault(name, []).append(call_object(new))
+            else:
+                message[name] = message.get(name, "") + new
+        if choice.n_calls and not message["content"]:
+            message["content"] = None
+        finish = self.finish_reason(choice)
+        return {"index": index, "message": message, "logprobs": self.logprobs(choice), "finish_reason": finish}
 
     def chunk_choices(self, index: int, choice: Choice, first: bool) -> list[dict]:
-        parts: list[tuple[dict, dict | None, str | None]] = []
-        if first:
-            parts.append(({"role": "assistant", "content": "", "refusal": None}, None, None))
-        if choice.text or choice.tokens:
-            parts.append(({"content": choice.text}, self.logprobs(choice), None))
+        assert isinstance(choice, ChatChoice)
+        deltas: list[dict] = [{"role": "assistant", "content": "", "refusal": None}] if first else []
+        n_calls = choice.n_calls
+        for name, new in self.parts(choice):
+            if name == "tool_calls":  # as OpenAI streams it: what is called, and then its arguments
+                call = {"index": n_calls} | call_object(new)
+                arguments = {"arguments": call["function"]["arguments"]}
+                call["function"] = call["function"] | {"arguments": ""}
+                deltas.append({"tool_calls": [call]})
+                deltas.append({"tool_calls": [{"index": n_calls, "function": arguments}]})
+                n_calls += 1
+            else:
+                deltas.append({name: new})
+        if choice.tokens and not deltas:  # their text waits until it is clear what it is
+            deltas.append({"content": ""})
+        entries = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        if choice.tokens:
+            entries[0]["logprobs"] = self.logprobs(choice)
         if choice.finish is not None:
-            parts.append(({}, None, choice.finish))
-        return [
-            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-            for delta, logprobs, finish in parts
-        ]
+            finish = self.finish_reason(choice)
+            entries.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": finish})
+        return entries
 
     def logprobs(self, choice: Choice) -> dict | None:
         if self.top_logprobs is None:
@@ -142,3 +292,13 @@ class ChatBuilder(ResponseBuilder):
     def _entry(self, token: int, logprob: float | None) -> dict:
         spelled = self.model.token_bytes(token)
         return {"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelled)}
+
+
+def call_object(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call as OpenAI writes it: the arguments are a text."""
+    arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    return {
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }

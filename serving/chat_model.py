@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,10 @@ from typing import Any
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
-from inference.prompts import chat_prompt, text_prompt
-from model.chat_format import Message
+from inference.prompts import Prompt, chat_prompt, text_prompt
+from inference.terminal import MAX_ROUNDS
+from model.chat_format import Message, chat_style
+from model.chat_parser import ParsedAnswer, parse_answer
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
@@ -51,9 +53,10 @@ class Exchange:
     """A question and its answer, a text that is being written. The fields are plain data, which can be saved.
 
     continues: the answer continues the text of the question; context: that of the model; prompt_tokens: length of the
-    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; text, tokens: so far; seconds:
-    computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while
-    it is being written, and for ever if nobody finished it; error: why there is no answer.
+    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; called: answers that called tools,
+    and what these returned; text: the answer after them so far, as the model writes it; tokens: of all; seconds: computing
+    time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while it is being
+    written, and for ever if nobody finished it; error: why there is no answer.
     """
 
     question: str
@@ -70,14 +73,30 @@ class Exchange:
     seconds: float = 0.0
     finish: str | None = None
     error: str = ""
+    called: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._outputs: Iterator[TokenOutput] | None = None
+        self._answer_tokens = 0  # of `text`
         self._thread: Executor | None = None
+        self._begin_after: Callable[[list[Message]], Iterator[TokenOutput]] | None = None
+        self._call_tool: Callable[[dict[str, Any]], str] | None = None
 
-    def begin(self, outputs: Iterator[TokenOutput], thread: Executor | None) -> None:
-        """Let `advance` take the answer from `outputs`."""
+    def begin(
+        self,
+        outputs: Iterator[TokenOutput],
+        thread: Executor | None,
+        begin_after: Callable[[list[Message]], Iterator[TokenOutput]] | None = None,
+        call_tool: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
+        """Let `advance` take the answer from `outputs`.
+
+        Args:
+            begin_after: returns the tokens of the next answer, given the calls so far and what the tools returned.
+            call_tool: runs a call {"name", "arguments"}; None: the model calls no tools.
+        """
         self._outputs, self._thread = outputs, thread
+        self._begin_after, self._call_tool = begin_after, call_tool
 
     def advance(self) -> bool:
         """Compute one more token. Return False, and do nothing, if the answer has ended."""
@@ -90,12 +109,35 @@ class Exchange:
             output = self._thread.submit(next, self._outputs).result()
         self.seconds += time.perf_counter() - started
         self.tokens += 1
+        self._answer_tokens += 1
         self.text += output.text
         if output.finish == "stop":
-            self._end(ENDED)
+            self._run_calls()
         elif output.finish == "length":
-            self._end(LENGTH if self.tokens >= self.sampling.max_new_tokens else CONTEXT)
+            self._end(LENGTH if self._answer_tokens >= self.sampling.max_new_tokens else CONTEXT)
         return True
+
+    def _run_calls(self) -> None:
+        """Run the calls in an answer that is complete, and begin the next answer; without calls it was the last one."""
+        answer = self.answer()
+        rounds = sum(message["role"] == "assistant" for message in self.called)
+        if self._call_tool is None or self._begin_after is None or not answer.calls or rounds >= MAX_ROUNDS:
+            self._end(ENDED)
+            return
+        responses = [{"role": "tool", "content": self._call_tool(call)} for call in answer.calls]
+        called = [*self.called, answer.message(), *responses]
+        try:
+            self._outputs = self._begin_after(called)
+        except ValueError:  # what the tools returned does not fit
+            self._end(CONTEXT)
+            return
+        self.called, self.text, self._answer_tokens = called, "", 0
+
+    def answer(self) -> ParsedAnswer:
+        """Return the answer so far: its thinking, its content, and its calls. A continued text is only content."""
+        if self.continues:
+            return ParsedAnswer(None, self.text, [])
+        return parse_answer(self.text, unfinished=self.running)
 
     @property
     def running(self) -> bool:
@@ -139,13 +181,18 @@ class Conversation:
         """Return whether an answer is being written; only the last one can be."""
         return bool(self.exchanges) and self.exchanges[-1].running
 
-    def turns(self) -> list[Message]:
-        """Return the dialogue so far, for the next question: without continued texts, and questions without an answer."""
-        turns = []
+    def turns(self, *, tags: bool = True) -> list[Message]:
+        """Return the dialogue so far, for the next question: without continued texts, and questions without an answer.
+
+        tags: the model knows thinking and calls; otherwise an answer is its text.
+        """
+        turns: list[Message] = []
         for exchange in self.exchanges:
-            if exchange.text and not exchange.continues:
-                turns.append({"role": "user", "content": exchange.question})
-                turns.append({"role": "assistant", "content": exchange.text})
+            if not (exchange.text or exchange.called) or exchange.continues:
+                continue
+            answer = exchange.answer().message() if tags else {"role": "assistant", "content": exchange.text}
+            answer.pop("tool_calls", None)  # nothing answered them
+            turns += [{"role": "user", "content": exchange.question}, *(exchange.called if tags else []), answer]
         return turns
 
     def ask(
@@ -156,23 +203,35 @@ class Conversation:
         *,
         history_turns: int = 0,
         system: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+        call_tool: Callable[[dict[str, Any]], str] | None = None,
     ) -> Exchange:
-        """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error."""
+        """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error.
+
+        tools, call_tool: as for `inference.terminal.Chat`.
+        """
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
         exchange = Exchange(question, model.name, model.continues, sampling, context)
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
-        try:
-            if model.continues:
-                prompt = text_prompt(tokenizer, question, **limits)
-            else:
-                self.system = system or ""
-                prompt = chat_prompt(
-                    tokenizer, self.turns(), question, history_turns=history_turns, system=system, **limits
-                )
+        turns = self.turns(tags=bool(chat_style(tokenizer).tags))
+
+        def begin(prompt: Prompt) -> Iterator[TokenOutput]:
             exchange.prompt_tokens, exchange.tokens_left_out = len(prompt.ids), prompt.tokens_left_out
             exchange.turns_seen, exchange.turns_left_out = prompt.turns_seen, prompt.turns_left_out
-            exchange.begin(model.generator.generate(prompt.ids, sampling), model.thread)
+            return model.generator.generate(prompt.ids, sampling)
+
+        def begin_after(called: list[Message]) -> Iterator[TokenOutput]:
+            turn = [{"role": "user", "content": question}, *called]
+            asked: dict[str, Any] = {"history_turns": history_turns, "system": system, "tools": tools}
+            return begin(chat_prompt(tokenizer, turns, turn, **asked, **limits))
+
+        try:
+            if model.continues:
+                exchange.begin(begin(text_prompt(tokenizer, question, **limits)), model.thread)
+            else:
+                self.system = system or ""
+                exchange.begin(begin_after([]), model.thread, begin_after, call_tool)
         except ValueError as error:
             exchange.error = str(error)
         self.exchanges.append(exchange)

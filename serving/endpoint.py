@@ -100,6 +100,7 @@ class Choice:
     def add_token(
         self, model: ServedModel, token: int, logprob: float | None, top: Sequence[tuple[int, float]]
     ) -> None:
+        """Take one more token of the answer."""
         self.tokens.append(Token(token, logprob, top, self.length))
         self.length += len(self._utf8.decode(model.text_bytes(token)))
 
@@ -150,6 +151,7 @@ class ResponseBuilder:
         raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens, as OpenAI reports them."""
         prompt, completion = self.prompt_tokens, self.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -214,6 +216,7 @@ class Endpoint:
     logged: set[str] = field(default_factory=set)  # ignored fields that the log has
 
     def check_model(self, name: str) -> None:
+        """Raise ApiError (404) if a request names another model."""
         if name != self.model.name:
             message = f"there is no model {name!r} on this server, only {self.model.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -300,6 +303,11 @@ class Endpoint:
             given["stop"] = tuple(text for text in stops if text)  # some clients send "" for none
         if "seed" in given:
             given["seed"] = (given["seed"] + index) % 2**64
+        if body.logit_bias:
+            given["logit_bias"] = bias = {int(token): value for token, value in body.logit_bias.items()}
+            if max(bias) >= self.model.vocab_size:
+                message = f"token {max(bias)} does not exist; the model has 0 to {self.model.vocab_size - 1}"
+                raise ApiError(400, message, "logit_bias")
         return dataclasses.replace(self.defaults, max_new_tokens=max_new_tokens, logprobs=top_logprobs, **given)
 
     async def respond(

@@ -40,6 +40,7 @@ class Metrics:
         return Histogram(f"minimind_{name}_seconds", text, buckets=buckets, registry=self.registry).observe
 
     def count(self, path: str, status: int) -> None:
+        """Count a request that was answered with a status."""
         known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"
         self._requests.labels(known, str(status)).inc()
 

@@ -1,7 +1,7 @@
 """Schemas of requests and answers: the part of OpenAI's API that this server implements.
 
-Types are strict: "5" is not a number and 1 not a boolean. A declared field that asks for what the model cannot do (a tool
-that must be called, JSON mode) is an error. A field that is not declared is ignored, and the response says so, unless it has
+Types are strict: "5" is not a number and 1 not a boolean. A declared field that asks for what the model cannot do (an image,
+audio) is an error. A field that is not declared is ignored, and the response says so, unless it has
 no effect anyway: it only labels a request (`HARMLESS`), or its value is one of `NEUTRAL`.
 """
 
@@ -19,7 +19,7 @@ from inference.options import SamplingParams
 
 HARMLESS = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-    + ("parallel_tool_calls", "include_obfuscation", "id", "status")
+    + ("include_obfuscation", "id", "status")
 )
 NEUTRAL = (None, False, "", "none", [], {})  # and 0, which equals False
 # Fields of SamplingParams that a request has under the same name, with OpenAI's limits; {}: the limits of SamplingParams.
@@ -41,10 +41,12 @@ SAMPLING_FIELDS: dict[str, dict[str, Any]] = {
 MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_INPUTS = 2048
+MAX_TOOLS = 128
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompt = str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
 StopText = Annotated[str, Field(max_length=1024)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # as the name of a JSON field
 
 
 class Schema(BaseModel):
@@ -107,6 +109,9 @@ class SamplingRequest(create_model("SamplingFields", __base__=Request, **_sampli
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="end before any of these texts"
     )
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="added to the logits of tokens, by their ids; -100 excludes a token"
+    )
 
 
 class ContentPart(OpenSchema):
@@ -139,11 +144,46 @@ class Message(OpenSchema):
     reasoning_content: str | None = Field(None, description="the thinking of an earlier answer")
 
 
+class FunctionType(OpenSchema):
+    type: Literal["function"]
+
+
+class Function(OpenSchema):
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema of an object; null: no parameters")
+    strict: bool | None = Field(None, description="calls match the schema; they always do where one is required")
+
+
+class Tool(FunctionType):
+    function: Function
+
+
+class FunctionName(OpenSchema):
+    name: str
+
+
+class NamedTool(FunctionType):
+    function: FunctionName
+
+
+class JsonSchema(OpenSchema):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="no effect: answers always match")
+
+
 class ResponseFormat(OpenSchema):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
-ToolChoice = Literal["none", "auto"] | None
+class TemplateArguments(OpenSchema):
+    enable_thinking: bool | None = Field(None, description="false: the model answers at once")
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class ChatRequest(SamplingRequest):
@@ -152,9 +192,17 @@ class ChatRequest(SamplingRequest):
         description="consecutive messages of one role are joined, and system messages moved to the front; if the last "
         "message is the assistant's, the answer continues it",
     )
-    tool_choice: ToolChoice = Field(None, description="the model calls no tools, so none can be required")
-    function_call: ToolChoice = Field(None, description="the older name of tool_choice")
-    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="functions that the model may call")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="required, or a named tool: the answer consists of calls, which match the schema"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer")
+    function_call: Literal["none", "auto"] | None = Field(None, description="no effect: use tools")
+    response_format: ResponseFormat | None = Field(
+        None, description="json_object, json_schema: the answer is JSON, up to max_tokens"
+    )
+    reasoning_effort: Effort | None = Field(None, description="none, minimal: the model answers without thinking")
+    chat_template_kwargs: TemplateArguments | None = None
     modalities: list[Literal["text"]] | None = None
     max_tokens: int | None = Field(
         None, ge=-1, description="maximum length of the answer; null, -1: as much as fits, which is never exceeded"
@@ -169,18 +217,62 @@ class InputItem(Message):
     type: Literal["message"] | None = None
 
 
+class ReasoningPart(OpenSchema):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class FunctionCallItem(OpenSchema):
+    type: Literal["function_call"]
+    call_id: str
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str = Field(description="a JSON object")
+
+
+class FunctionOutputItem(OpenSchema):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[ContentPart] = Field(description="what the tool returned")
+
+
+class ReasoningItem(OpenSchema):
+    type: Literal["reasoning"]
+    content: list[ReasoningPart] | None = None
+
+
+class TextFormat(JsonSchema):
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class TextOptions(OpenSchema):
-    format: ResponseFormat | None = None
+    format: TextFormat | None = None
+
+
+class ReasoningOptions(OpenSchema):
+    effort: Effort | None = None
+
+
+class FlatTool(Function, FunctionType):
+    """The same in the form of /v1/responses."""
+
+
+class NamedFunction(FunctionName, FunctionType):
+    pass
 
 
 class ResponsesRequest(SamplingRequest):
-    input: str | Annotated[list[InputItem], Field(min_length=1)] = Field(description="a question, or a whole chat")
+    input: (
+        str | Annotated[list[InputItem | FunctionCallItem | FunctionOutputItem | ReasoningItem], Field(min_length=1)]
+    ) = Field(description="a question, or a whole chat")
     instructions: str | None = Field(None, description="a system message, which stands first")
     max_output_tokens: int | None = Field(None, ge=1, description="maximum length of the answer")
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: list[str] | None = Field(None, description='"message.output_text.logprobs"; others have no effect')
     text: TextOptions | None = None
-    tool_choice: ToolChoice = Field(None, description="the model calls no tools, so none can be required")
+    tools: list[FlatTool] | None = Field(None, max_length=MAX_TOOLS, description="functions that the model may call")
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer")
+    reasoning: ReasoningOptions | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description="auto: leave out the oldest turns of a chat that does not fit into the context"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -13,44 +13,92 @@ from starlette.responses import Response
 
 from inference.generator import TokenOutput
 from serving import protocol
-from serving.chat import ChatBuilder, ChatEndpoint
+from serving.chat import ChatBuilder, ChatEndpoint, call_object
 from serving.endpoint import Choice
 from serving.http import ApiError, to_json
 from serving.stream import EngineError, Stream
 
+TEXT_ITEMS = {"content": ("message", "msg", "output_text"), "reasoning_content": ("reasoning", "rs", "reasoning_text")}
+
 
 class ResponsesEndpoint(ChatEndpoint):
+    format_field = "text"
+
     async def create(self, body: protocol.ResponsesRequest, request: Request) -> Response:  # type: ignore[override]
         self.check(body, request)
-        first = [protocol.Message(role="system", content=body.instructions)] if body.instructions else []
-        asked = [protocol.Message(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-        same = ("model", "stream", "stop", "truncate_prompt_tokens", *protocol.SAMPLING_FIELDS)
+        same = (
+            "model",
+            "stream",
+            "stop",
+            "truncate_prompt_tokens",
+            "parallel_tool_calls",
+            "logit_bias",
+            *protocol.SAMPLING_FIELDS,
+        )
         fields: dict[str, Any] = {name: getattr(body, name) for name in same}
         if body.truncation == "auto":
             fields["truncate_prompt_tokens"] = -1
+        if body.text is not None and body.text.format is not None:
+            form = body.text.format
+            fields["response_format"] = {"type": form.type, "json_schema": {"schema": form.schema_}}
+        if body.reasoning is not None:
+            fields["reasoning_effort"] = body.reasoning.effort
+        if isinstance(body.tool_choice, protocol.NamedFunction):
+            fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
+        else:
+            fields["tool_choice"] = body.tool_choice
+        tools = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or []]
         logprobs = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
         chat = protocol.ChatRequest(
-            **fields, messages=[*first, *asked], max_tokens=body.max_output_tokens,
+            **fields, messages=input_messages(body), max_tokens=body.max_output_tokens, tools=tools,
             logprobs=logprobs, top_logprobs=body.top_logprobs,
         )  # fmt: skip
         return await self.answer(chat, request, functools.partial(ResponsesBuilder, asked=body), "input")
 
 
+def input_messages(body: protocol.ResponsesRequest) -> list[protocol.Message]:
+    """Return the input as messages of a chat; what stands in several items of one answer is joined later."""
+    messages = [protocol.Message(role="system", content=body.instructions)] if body.instructions else []
+    if isinstance(body.input, str):
+        return [*messages, protocol.Message(role="user", content=body.input)]
+    for item in body.input:
+        if isinstance(item, protocol.FunctionCallItem):
+            function = protocol.CalledFunction(name=item.name, arguments=item.arguments)
+            call = protocol.ToolCall(id=item.call_id, function=function)
+            messages.append(protocol.Message(role="assistant", content="", tool_calls=[call]))
+        elif isinstance(item, protocol.FunctionOutputItem):
+            messages.append(protocol.Message(role="tool", content=item.output, tool_call_id=item.call_id))
+        elif isinstance(item, protocol.ReasoningItem):
+            if thoughts := "".join(part.text for part in item.content or []):
+                messages.append(protocol.Message(role="assistant", content="", reasoning_content=thoughts))
+        else:
+            messages.append(item)
+    if not messages:
+        raise ApiError(400, "input has no message: its thoughts have no text", "input")
+    return messages
+
+
 class ResponsesBuilder(ChatBuilder):
+    """The answer as a list of items: its thinking, its text, its calls."""
+
     prefix, object_name = "resp", "response"
 
     def __init__(self, *args: Any, asked: protocol.ResponsesRequest) -> None:
         super().__init__(*args)
-        self.asked, self.item_id = asked, f"msg_{uuid.uuid4().hex}"
+        self.asked = asked
+        self.items: list[dict[str, Any]] = []
+        self.open = False  # the last item is being written
 
     async def collect(self, stream: Stream[TokenOutput]) -> dict:
-        await super().collect(stream)
+        async with stream:
+            async for outputs in stream:
+                self._add(outputs)
+        for _ in self.updates():
+            pass
         return self.response(self.status())
 
     async def events(self, stream: Stream[TokenOutput]) -> AsyncIterator[bytes]:
-        choice, numbers = self.choices[0], itertools.count()
-        item = {"output_index": 0}
-        part = item | {"item_id": self.item_id, "content_index": 0}
+        numbers = itertools.count()
 
         def event(kind: str, **fields: Any) -> bytes:
             data = to_json({"type": kind, "sequence_number": next(numbers), **fields})
@@ -58,26 +106,84 @@ class ResponsesBuilder(ChatBuilder):
 
         yield event("response.created", response=self.response("in_progress"))
         yield event("response.in_progress", response=self.response("in_progress"))
-        yield event("response.output_item.added", item=self.item("in_progress", []), **item)
-        yield event("response.content_part.added", part=self.part(Choice()), **part)
-        characters = tokens = 0  # sent so far
         async with stream:
             try:
                 async for outputs in stream:
                     self._add(outputs)
-                    if new := choice.text[characters:]:
-                        logprobs = self.entries(choice.tokens[tokens:])
-                        yield event("response.output_text.delta", delta=new, logprobs=logprobs, **part)
-                        characters, tokens = len(choice.text), len(choice.tokens)
+                    for kind, fields in self.updates():
+                        yield event(kind, **fields)
             except EngineError as error:
                 problem = {"code": "server_error", "message": ApiError.from_engine(error).detail}
                 yield event("response.failed", response=self.response("failed", problem))
                 return
-        logprobs, status = self.entries(choice.tokens), self.status()
-        yield event("response.output_text.done", text=choice.text, logprobs=logprobs, **part)
-        yield event("response.content_part.done", part=self.part(choice), **part)
-        yield event("response.output_item.done", item=self.item(status, [self.part(choice)]), **item)
-        yield event(f"response.{status}", response=self.response(status))
+        yield event(f"response.{self.status()}", response=self.response(self.status()))
+
+    def updates(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Add what is new in the answer to `items`; yield the events that say so."""
+        choice: Any = self.choices[0]
+        for name, new in self.parts(choice):
+            if name == "tool_calls":
+                yield from self.end_item()
+                call = call_object(new)
+                function = {"type": "function_call", "call_id": call["id"], "name": new["name"], "arguments": ""}
+                yield from self.begin_item("fc", function)
+                self.items[-1]["arguments"] = arguments = call["function"]["arguments"]
+                yield "response.function_call_arguments.delta", self.place() | {"delta": arguments}
+                yield from self.end_item()
+            else:
+                yield from self.add_text(name, new, self.entries(choice.tokens))
+                choice.tokens = []
+        choice.text = ""
+        if choice.finish is not None:
+            if not self.items:
+                yield from self.add_text("content", "", [])
+            yield from self.end_item()
+
+    def add_text(self, name: str, new: str, logprobs: list[dict]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Add to the text or the thoughts that are being written, or begin them."""
+        kind, prefix, part_kind = TEXT_ITEMS[name]
+        if not self.open or self.items[-1]["type"] != kind:
+            yield from self.end_item()
+            own = {"role": "assistant"} if kind == "message" else {"summary": []}
+            yield from self.begin_item(prefix, {"type": kind, **own, "content": []})
+            part: dict[str, Any] = {"type": part_kind, "text": ""}
+            if kind == "message":
+                part |= {"annotations": [], "logprobs": []}
+            yield "response.content_part.added", self.place(content_index=0) | {"part": dict(part)}
+            self.items[-1]["content"] = [part]
+        part = self.items[-1]["content"][0]
+        part["text"] += new
+        if kind == "message":
+            part["logprobs"] = part["logprobs"] + logprobs
+        if new:
+            own = {"logprobs": logprobs} if kind == "message" else {}
+            yield f"response.{part_kind}.delta", self.place(content_index=0) | {"delta": new, **own}
+
+    def begin_item(self, prefix: str, item: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.items.append({"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **item})
+        self.open = True
+        yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": dict(self.items[-1])}
+
+    def end_item(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """End the item that is being written, if there is one."""
+        if not self.open:
+            return
+        item, self.open = self.items[-1], False
+        if item["type"] == "function_call":
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield "response.function_call_arguments.done", self.place() | done
+        else:
+            part = item["content"][0]
+            text = {name: part[name] for name in ("text", "logprobs") if name in part}
+            yield f"response.{part['type']}.done", self.place(content_index=0) | text
+            yield "response.content_part.done", self.place(content_index=0) | {"part": part}
+        cut = self.choices[0].finish == "length"
+        item["status"] = "incomplete" if cut and item["type"] != "function_call" else "completed"
+        yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": item}
+
+    def place(self, **fields: int) -> dict[str, Any]:
+        """Return what tells a client which item an event belongs to."""
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
 
     def status(self) -> str:
         return "completed" if self.choices[0].finish == "stop" else "incomplete"
@@ -86,17 +192,11 @@ class ResponsesBuilder(ChatBuilder):
         found = self.logprobs(Choice(tokens=tokens))
         return found["content"] if found else []
 
-    def part(self, choice: Choice) -> dict:
-        logprobs = self.entries(choice.tokens)
-        return {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
-
-    def item(self, status: str, content: list[dict]) -> dict:
-        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
     def response(self, status: str, error: dict | None = None) -> dict:
         """Return the whole response; it has its text and usage unless it is still in progress."""
         begun = status != "in_progress"
-        asked, used = self.asked, self.usage()
+        asked, used, choice = self.asked, self.usage(), self.asked.tool_choice
+        form = asked.text.format if asked.text is not None else None
         usage = {
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -115,14 +215,14 @@ class ResponsesBuilder(ChatBuilder):
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": (asked.model_extra or {}).get("metadata") or {},
-            "output": [self.item("incomplete" if error else status, [self.part(self.choices[0])])] if begun else [],
-            "parallel_tool_calls": True,
+            "output": self.items if begun else [],
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": asked.tool_choice or "auto",
-            "tools": [],
+            "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
+            "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in asked.tools or []],
             "top_p": asked.top_p,
             "truncation": asked.truncation or "disabled",
             "usage": usage if begun else None,

@@ -97,7 +97,8 @@ def to_markdown(conversation: Conversation, user: str) -> str:
         if exchange.continues:
             parts += [f"## {exchange.model_name}", exchange.question + exchange.text]
         else:
-            parts += [f"## {user}", exchange.question, f"## {exchange.model_name}", exchange.text or exchange.error]
+            answer = exchange.answer().content or exchange.text or exchange.error
+            parts += [f"## {user}", exchange.question, f"## {exchange.model_name}", answer]
     return "\n\n".join(parts) + "\n"
 
 

@@ -11,11 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
-from inference.generator import BatchGenerator
+from inference.detokenizer import Detokenizer
+from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
+from model.chat_format import chat_style, render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
@@ -34,6 +37,38 @@ def tiny_model() -> Transformer:
     torch.manual_seed(5)
     shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
     return Transformer(LMConfig(**shape, initializer_range=0.3)).eval()  # so that its answers are varied
+
+
+QUESTION = [{"role": "user", "content": "What is 3 * (4 + 5)?"}]
+SUM = {"name": "calculator", "arguments": {"expression": "3 * (4 + 5)"}}
+
+
+def answer_ids(**fields) -> list[int]:
+    """The ids of an answer with these fields, up to </s>."""
+    ids, loss_mask = render_chat(TOKENIZER, [*QUESTION, {"role": "assistant", "content": "", **fields}])
+    return [token for token, learned in zip(ids, loss_mask, strict=True) if learned]
+
+
+def scripted_outputs(ids: list[int]) -> Iterator[TokenOutput]:
+    """What a generator yields for an answer of these ids, the last of which is </s>."""
+    detokenizer = Detokenizer(TOKENIZER)
+    for i, token in enumerate(ids):
+        yield TokenOutput(0, token, detokenizer.add(token), "stop" if i == len(ids) - 1 else None)
+
+
+class Scripted(BatchGenerator):
+    """Writes `script` after a question, and `answer` after what a tool returned."""
+
+    script: ClassVar[list[int]] = []
+    answer: ClassVar[str] = "It is 27。"
+
+    def _restrict(self, logits, first):
+        logits = super()._restrict(logits, first).clone()
+        for i, row in enumerate(self.rows[first:]):
+            returned = chat_style(TOKENIZER).tags["<tool_response>"][0] in row.tokens
+            ids = answer_ids(content=self.answer) if returned and self.answer else self.script
+            logits[i, ids[row.num_generated]] += 1e4
+        return logits
 
 
 @dataclasses.dataclass

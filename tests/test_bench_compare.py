@@ -19,7 +19,8 @@ from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer, tokenizer_hash
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 compare = importlib.import_module("bench.compare")
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96, initializer_range=0.3)

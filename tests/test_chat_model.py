@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
+from serving_helpers import SUM, answer_ids, scripted_outputs
 
+from evaluation.tools import chat_tools
 from inference.generator import generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, chat_prompt, text_prompt
-from model.chat_format import truncate_chat
+from model.chat_format import check_messages, render_chat, truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 from serving.chat_model import (
     CONTEXT,
     ENDED,
@@ -61,17 +64,17 @@ def test_chat_prompt_takes_the_turns_it_may():
     turns = chat("a", "b", "c", "d", "e", "f")
     limits = dict(context=96, max_new_tokens=12)
     for n, seen in ((0, []), (1, turns[4:]), (2, turns[2:]), (9, turns)):
-        prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=n, system="short", **limits)
+        prompt = chat_prompt(TOKENIZER, turns, chat("last"), history_turns=n, system="short", **limits)
         messages = [{"role": "system", "content": "short"}, *seen, {"role": "user", "content": "last"}]
         assert prompt == Prompt(truncate_chat(TOKENIZER, messages, 84).ids, turns_seen=len(seen) // 2)
 
 
 def test_chat_prompt_leaves_out_what_does_not_fit():
     turns = chat("word " * 70, "b", "c", "d")
-    prompt = chat_prompt(TOKENIZER, turns, "last", history_turns=5, context=96, max_new_tokens=12)
+    prompt = chat_prompt(TOKENIZER, turns, chat("last"), history_turns=5, context=96, max_new_tokens=12)
     assert (prompt.turns_seen, prompt.turns_left_out) == (1, 1) and len(prompt.ids) <= 84
     with pytest.raises(ValueError, match="48 is the limit"):  # half of the context is for the prompt
-        chat_prompt(TOKENIZER, [], "word " * 60, history_turns=5, context=96, max_new_tokens=90)
+        chat_prompt(TOKENIZER, [], chat("word " * 60), history_turns=5, context=96, max_new_tokens=90)
 
 
 def test_text_prompt_keeps_the_end():
@@ -160,6 +163,58 @@ def test_a_base_model_goes_on_with_the_text(model):
     ids = [BOS_ID, *encode_text(TOKENIZER, "The sun")]
     assert [text] == generate_text(base.generator.checkpoint.model, TOKENIZER, [ids], GREEDY)
     assert conversation.turns() == said  # no dialogue
+
+
+class ScriptedModel:
+    """A TextGenerator that writes given answers, one after the other."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self, *answers: list[int], context: int = 2000) -> None:
+        self.answers, self.context, self.prompts = iter(answers), context, []
+
+    def generate(self, prompt, sampling):
+        self.prompts.append(prompt)
+        return scripted_outputs(next(self.answers))
+
+
+TOOLS = chat_tools(["calculator"])
+
+
+def test_calls_are_run_and_answered():
+    """And they are a part of what was said, also after saving."""
+    called = dict(content="So:", reasoning_content="A sum.", tool_calls=[SUM])
+    scripted = ScriptedModel(answer_ids(**called), answer_ids(content="27"), answer_ids(content="bye"))
+    conversation = Conversation()
+    exchange = conversation.ask("sum?", ChatModel(scripted), GREEDY, system="z", **TOOLS)
+    assert finish(exchange) == "27" and exchange.finish == ENDED
+    expected = [*chat("sum?"), {"role": "assistant", **called}, {"role": "tool", "content": "27"}, *chat("", "27")[1:]]
+    assert conversation.turns() == expected
+    assert exchange.tokens == len(answer_ids(**called)) + len(answer_ids(content="27"))
+    asked = dict(history_turns=3, system="z", **TOOLS)
+    finish(conversation.ask("thanks", ChatModel(scripted), GREEDY, **asked))
+    system = {"role": "system", "content": "z", "tools": TOOLS["tools"]}
+    for prompt, seen in zip(scripted.prompts, ([], expected[1:3], [*expected[1:], *chat("thanks")]), strict=True):
+        assert prompt == render_chat(TOKENIZER, [system, expected[0], *seen], add_generation_prompt=True)[0]
+    adapter = TypeAdapter(Conversation)
+    assert adapter.validate_json(adapter.dump_json(conversation)).turns() == conversation.turns()
+
+
+def test_calls_that_cannot_be_run_end_the_answer():
+    call, seen = answer_ids(tool_calls=[SUM]), chat("sum?", "")
+    without = Conversation()
+    assert finish(without.ask("sum?", ChatModel(ScriptedModel(call)), GREEDY)).startswith("<tool_call>")
+    assert without.turns() == seen
+    endless = Conversation()
+    exchange = endless.ask("sum?", ChatModel(ScriptedModel(*[call] * 9)), GREEDY, **TOOLS)
+    finish(exchange)
+    assert exchange.finish == ENDED and len(exchange.called) == 2 * 8
+    check_messages(endless.turns(), answered=True)
+    full = Conversation()
+    tools = TOOLS | {"call_tool": lambda call: "word " * 3000}
+    exchange = full.ask("sum?", ChatModel(ScriptedModel(call)), GREEDY, **tools)
+    finish(exchange)
+    assert exchange.finish == CONTEXT and full.turns() == seen
 
 
 def test_two_conversations_at_once_do_not_mix(model):

@@ -56,7 +56,7 @@ from model.families import to_halves, to_pairs
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
-from model.weights import Checkpoint
+from model.weights_file import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # Larger weights than usual: logits of about 6, as after training, so that mistakes and rounding show.

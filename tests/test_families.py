@@ -27,7 +27,8 @@ from model.lora import add_adapter, merge
 from model.model import Transformer
 from model.rope import RopeScaling, rope_tables, scaled_frequencies
 from model.tokenizer import TOKENIZER_DIR
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 VOCAB = 61
 COMMON = dict(

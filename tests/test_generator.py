@@ -67,6 +67,26 @@ def test_greedy_is_full_recomputation_alone_and_in_a_ragged_batch(kind):
     assert generate_ids(model, prompts, greedy, eos_id=None, max_rows=2) == plain
 
 
+@pytest.mark.parametrize("compile", ["off", "auto"])
+def test_equal_prompts_are_read_once(monkeypatch, compile):
+    """The answers are those of the prompts one by one, and behind rows that are already there."""
+    model = make()
+    a, b, c = make_prompts(9, 4, 21)
+    prompts = [a, a, a, b, c, c, a]
+    samplings = [SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed) for seed in range(7)]
+    backend = choose_backend(model, compile)
+    alone = [
+        generate_ids(model, [p], s, eos_id=None, backend=backend)[0] for p, s in zip(prompts, samplings, strict=True)
+    ]
+    assert generate_ids(model, prompts, samplings, eos_id=None, max_rows=7, backend=backend) == alone
+    generator = BatchGenerator(model, 8, eos_id=None)
+    read = []
+    monkeypatch.setattr(generator, "_prefill", lambda p, *args: read.append(len(p)) or torch.randn(len(p), VOCAB))
+    generator.add([b], samplings[:1], [7])
+    generator.add(prompts, samplings, range(7))
+    assert read == [1, 4]
+
+
 @kinds
 def test_rows_that_end_and_join_do_not_disturb_the_others(kind):
     model = make(kind)

@@ -274,7 +274,7 @@ def test_wrong_flags_of_the_stage_are_all_named(tmp_path):
     assert done.returncode == 2
     for words in (
         "vlm needs --input",
-        "--max_chars does nothing for vlm",
+        "--max_chars is for the stage pretrain or sft or dpo and does nothing for vlm",
         "--output x.csv must be a name that ends in",
     ):
         assert words in done.stderr

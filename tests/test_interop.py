@@ -16,10 +16,12 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from tolerances import log_probability_rounding
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDTrainer
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
+from trainer.distillation import divergence
 
 kinds = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 CHATS = [
@@ -180,3 +182,14 @@ def test_lora_on_the_output_is_trained_by_the_loss(loss_only):
     if not loss_only:
         logits = out.logits[:, :-1].flatten(0, 1)
         torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("kind, beta", [("forward", 0), ("reverse", 1), ("js", 0.5)])
+def test_divergences_are_those_of_trl(kind, beta):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 30, 50, dtype=torch.float64) * 3
+    expected = GKDTrainer.generalized_jsd_loss(
+        student[None], teacher[None], beta=beta, temperature=2.0, reduction="sum"
+    )
+    ours = divergence((student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), kind).sum()
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)

@@ -24,7 +24,7 @@ from export.huggingface import describe, write_llama
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
-from model.weights import Checkpoint, save_checkpoint
+from model.weights_file import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

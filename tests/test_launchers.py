@@ -28,7 +28,7 @@ from tolerances import assert_moments_alike, assert_trained_alike, rounding, sha
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import save_checkpoint
+from model.weights_file import save_checkpoint
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
 MODEL = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]

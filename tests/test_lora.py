@@ -23,7 +23,8 @@ from model import lora
 from model.LMConfig import LMConfig
 from model.lora import ALL_PROJECTIONS, add_adapter, apply_adapter, load_adapter, merge, save_adapter, trainable_share
 from model.model import Transformer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 from trainer.distributed import DistEnv
 from trainer.losses import next_token_loss
 from trainer.options import TrainOptions

@@ -1,5 +1,6 @@
 """The project's own files agree: version, licence, and the Pythons it runs on."""
 
+import json
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def test_one_range_of_pythons():
     names = [f"3.{minor}" for minor in range(int(lowest), int(end))]
     assert f"{', '.join(names[:-1])} or {names[-1]} is needed" in text("setup_env.sh")
     assert all(name in text("README.md") for name in names)
+    assert f"python: {json.dumps(names)}" in text(".github/workflows/tests.yml")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

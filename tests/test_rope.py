@@ -22,7 +22,8 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rope import DynamicRopeScaling, RopeScaling, doublings, rope_tables, scaled_frequencies
 from model.tokenizer import TOKENIZER_DIR
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 VOCAB, TRAINED = 97, 16
 methods = pytest.mark.parametrize("method", ROPE_SCALING_METHODS)

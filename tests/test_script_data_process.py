@@ -75,9 +75,9 @@ def test_flags_reach_the_filters(raw, tmp_path):
         "pretrain", "--input", "x", "--data_dir", raw, "--min_a_chars", 3, "--history", "only", "--min_chars", 3
     )
     assert wrong.returncode == 2 and wrong.stderr.splitlines() == [
-        "error: --input names the files itself: leave --data_dir out",
         "error: --min_a_chars is for the stage sft and does nothing for pretrain: leave it out",
         "error: --history is for the stage sft and does nothing for pretrain: leave it out",
+        "error: --input names the files itself: leave --data_dir out",
     ]
 
 

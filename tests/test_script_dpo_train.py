@@ -18,7 +18,8 @@ from tolerances import log_probability_rounding
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "5-dpo_train.py"
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)

@@ -15,17 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, run
+from serving_helpers import SUM, answer_ids, scripted_outputs
 
+from data_pipeline.records import parse_conversation
 from export.exporter import export_folder
 from export.options import ExportOptions
 from inference.generator import generate_text
+from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
-from model.chat_format import truncate_chat
+from model.chat_format import render_chat, truncate_chat
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "2-eval.py"
 TOKENIZER = load_tokenizer()
@@ -99,6 +103,38 @@ def test_history(out, tmp_path, call):
         said.append(json.loads(saved.read_text(encoding="utf-8"))["messages"])
         assert said[-1] == conversation(out / "rl_64.pth", ["a", "b", "c"], history_turns)
     assert said[0][:2] == said[1][:2] and said[0] != said[1]
+
+
+def test_tools(out, tmp_path, call, monkeypatch):
+    """The model calls a tool (here by a script), which runs; it reads the response, and the chat can be trained on."""
+    prompts, saved = [], tmp_path / "kept.jsonl"
+    answers = [
+        answer_ids(reasoning_content="A sum.", tool_calls=[SUM]),
+        answer_ids(content="27"),
+        answer_ids(content="bye"),
+    ]
+
+    def scripted(self, prompt, sampling, images=None):
+        prompts.append(prompt)
+        return scripted_outputs(answers[len(prompts) - 1])
+
+    monkeypatch.setattr(TextGenerator, "generate", scripted)
+    lines = ["3 * (4 + 5)?", "thanks", f"/save {saved}"]
+    flags = ["--out_dir", out, *GREEDY, "--max_seq_len", 1500, "--tools", "calculator", "--system", "Be brief."]
+    result = call(*flags, input="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    assert '[thinks: A sum.]\n[calls calculator {"expression": "3 * (4 + 5)"}]' in result.stdout
+    assert "[calculator returns: 27]" in result.stdout and "appended 2 turns" in result.stdout
+    messages = parse_conversation(json.loads(saved.read_text(encoding="utf-8")))
+    assert [message["role"] for message in messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        *["assistant", "user"] * 2,
+    ][:7]
+    for prompt, end in zip(prompts, (2, 4, 6), strict=True):
+        assert prompt == render_chat(TOKENIZER, messages[:end], add_generation_prompt=True)[0]
 
 
 def test_commands(out, tmp_path, call):

@@ -23,7 +23,7 @@ from model.chat_format import render_chat
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import encode_text, load_tokenizer
-from model.weights import save_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "eval_ceval.py"
 HEADER = "id,question,A,B,C,D,answer\n"

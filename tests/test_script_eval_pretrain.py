@@ -19,7 +19,8 @@ from inference.terminal import visible
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "0-eval_pretrain.py"
 TOKENIZER = load_tokenizer()

@@ -21,7 +21,8 @@ from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "export_model.py"
 TINY = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, max_seq_len=128, initializer_range=0.15)

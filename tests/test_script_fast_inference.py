@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving_helpers import SUM, answer_ids, scripted_outputs
 from streamlit.testing.v1 import AppTest
 
 from common.files import atomic_folder
@@ -30,7 +32,8 @@ from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import EOS_ID, TOKENIZER_DIR, load_tokenizer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 from serving.chat_model import ChatModel
 from serving.web.texts import TEXTS
 
@@ -132,6 +135,19 @@ def test_a_conversation(out, open_page):
     assert exchanges(page)[1].text == answer_of(out / "rl_64.pth", "<b>why</b>?") and len(exchanges(page)) == 2
     page.button(key="new_chat").click().run()
     assert exchanges(page) == [] and EN["hello_chat"] in shown(page)
+
+
+def test_tools(out, open_page, monkeypatch):
+    """The model, here a script, calls a tool only while they are switched on; what it calls and thinks is folded."""
+    call = answer_ids(reasoning_content="A sum.", tool_calls=[SUM])
+    answers = iter([call, answer_ids(content="27"), call])
+    monkeypatch.setattr(TextGenerator, "generate", lambda *_: scripted_outputs(next(answers)))
+    page = ask(open_page("--out_dir", out, *GREEDY, "--max_seq_len", 1500, "--tools", "calculator"), "sum?")
+    assert [message["role"] for message in exchanges(page)[0].called] == ["assistant", "tool"]
+    for text in ("Thoughts: A sum.", 'Calls calculator: {"expression": "3 * (4 + 5)"}', "Returned: 27"):
+        assert text in html.unescape(shown(page))
+    page.toggle(key="tools").set_value(False).run()
+    assert exchanges(ask(page, "sum?"))[1].called == []
 
 
 def test_settings_reach_the_decoder(out, open_page):

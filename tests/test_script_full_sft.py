@@ -23,7 +23,8 @@ from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "3-full_sft.py"
 QUICK = "--device cpu --dtype float32 --max_steps 3 --batch_size 2 --log_interval 1 --val_fraction 0".split()

@@ -20,7 +20,8 @@ from model.LMConfig import LMConfig
 from model.lora import load_adapter
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 SCRIPT = "4-lora_sft.py"
 QUICK = (

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_helpers import NAME, TOKENIZER, serving
+from serving_helpers import NAME, QUESTION, SUM, TOKENIZER, Scripted, answer_ids, serving
 from tolerances import close_to, shape_of
 
 from common.cli import parse_options
 from common.errors import UserError
+from data_pipeline.records import parse_conversation
 from export.huggingface import describe, write_llama
 from inference.model_finder import require_model
 from inference.model_loader import load_text_generator
@@ -30,7 +31,8 @@ from model.LMConfig import LMConfig
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--device", "cpu", "--dtype", "float32"]
@@ -252,6 +254,33 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(server):
         out, errors = process.communicate("/save /dev/null\n/exit\n", timeout=120)
         assert process.returncode == 0, errors
         assert "[stopped]" in out and "appended 1 turn to" in out
+
+
+def test_tools_run_on_the_side_of_the_client(chat, tmp_path, monkeypatch):
+    """Calls are shown, run and answered; thoughts are folded; a model that keeps calling is stopped."""
+    thoughts = "A sum. " * 40
+    monkeypatch.setattr(Scripted, "script", answer_ids(reasoning_content=thoughts, content="So:", tool_calls=[SUM]))
+    saved = tmp_path / "chat.jsonl"
+    with serving(generator=Scripted) as found:
+        result = chat("--base_url", found.url, "--tools", input=f"{QUESTION[0]['content']}\n/save {saved}\n")
+        assert result.returncode == 0, result.stderr
+        assert "[thinks: A sum. A sum." in result.stdout and "… 280 characters]\nSo:\n" in result.stdout
+        assert '[calls calculator {"expression": "3 * (4 + 5)"}]' in result.stdout
+        assert "[calculator returns: 27]" in result.stdout and Scripted.answer in result.stdout
+        assert "appended 1 turn to" in result.stdout
+        monkeypatch.setattr(Scripted, "answer", "")
+        monkeypatch.setattr(Scripted, "script", answer_ids(tool_calls=[SUM]))
+        endless = chat("--base_url", found.url, "--tools", "calculator", input="again\n")
+        assert endless.stdout.count("returns: 27]") == 8 and "stopped after 8 rounds" in endless.stdout
+        for name, reason in (("nothing", "'nothing' is unknown"), ("os:nothing", "cannot be imported")):
+            assert reason in chat("--base_url", found.url, "--tools", name, input="x\n").stderr
+    row = json.loads(saved.read_text(encoding="utf-8"))
+    kept = parse_conversation(row)
+    assert [message["role"] for message in kept] == ["system", "user", "assistant", "tool", "assistant"]
+    assert (
+        kept[2]["reasoning_content"] == thoughts
+        and kept[2]["tool_calls"][0]["function"]["arguments"] == SUM["arguments"]
+    )
 
 
 def test_clean_errors(chat, server):

@@ -61,7 +61,8 @@ def same(a: dict, b: dict) -> bool:
 def test_from_text_to_weights(texts, tmp_path, pretrain):
     """In a process of its own, from another folder."""
     out = tmp_path / "out"
-    result = run(SCRIPT, *QUICK, "--data_path", texts, "--out_dir", out, cwd=tmp_path)
+    flags = [*QUICK, "--data_path", texts, "--out_dir", out, "--sample_interval", 4]
+    result = run(SCRIPT, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "step 8/8 100% | loss " in result.stdout and " bpb " in result.stdout
     lines = [json.loads(line) for line in (out / "pretrain_32.metrics.jsonl").read_text().splitlines()]
@@ -71,6 +72,16 @@ def test_from_text_to_weights(texts, tmp_path, pretrain):
     assert checkpoint.info["tokenizer_hash"] and checkpoint.info["train_data"]
     # The tokens are made once: the second run, which replaces the first, reads them.
     first = parameters(out)
+    report = (out / "pretrain_32.report.html").read_text(encoding="utf-8")
+    for words in (
+        "python 1-pretrain.py",
+        "--batch_size 4",
+        "--sample_interval 4",
+        "data:image/png;base64,",
+        "val_loss",
+    ):
+        assert words in report, words
+    assert report.count('<td class="text">The capital of France is</td>') == 2  # after steps 4 and 8
     again = pretrain(*QUICK, "--data_path", texts, "--out_dir", out, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert "kept in" in result.stdout and "kept in" not in again.stdout

@@ -21,7 +21,8 @@ from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.tokenize import TokenizedDataset
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights import load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 from trainer import trainer as trainer_module
 from trainer.distributed import DistEnv
 from trainer.losses import next_token_loss

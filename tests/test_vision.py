@@ -15,9 +15,10 @@ from torch import Tensor
 from common.errors import UserError
 from model.architecture import VisionConfig
 from model.LMConfig import LMConfig, preset
-from model.model import Transformer, parameter_counts
-from model.vision import PretrainedEncoder, VisionLanguageModel, image_positions, model_class
-from model.weights import load_checkpoint, save_checkpoint
+from model.model import Transformer, model_class, parameter_counts
+from model.vision import PretrainedEncoder, VisionLanguageModel, image_positions
+from model.weights import load_checkpoint
+from model.weights_file import save_checkpoint
 
 PAD = 5
 VIT = {"encoder": "vit", "image_ids": [PAD] * 4, "width": 24, "image_size": 8, "patch_size": 4, "n_layers": 2}

@@ -21,6 +21,7 @@ from serving.web.page import (
     literal,
     shown_answer,
     size_text,
+    steps_html,
     text_html,
     title_html,
 )
@@ -158,6 +159,31 @@ def test_an_answer_without_text_says_so():
     running = made(text="", tokens=0)
     running.begin(iter(()), None)
     assert shown_answer(running, texts) == ""
+
+
+def test_thoughts_and_calls_are_folded():
+    call = {"name": "f<b>", "arguments": {"x": "<i>"}}
+    exchange = made(LENGTH, text="<think>final <b>\n\nthoughts</think>yes")
+    exchange.called = [
+        {"role": "assistant", "content": "So", "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "tool", "content": "first <u>" + "\nmore" * 50},
+    ]
+    read = Reader(steps_html(exchange, Texts("en")))
+    assert read.tags == ["details", "summary", "div", "div", "details", "summary", "div", "details", "summary", "div",
+                         "details", "summary", "div"]  # fmt: skip
+    for text in (
+        "Thoughts: hm",
+        "So",
+        'Calls f<b>: {"x": "<i>"}',
+        "Returned: first <u> more",
+        "Thoughts: final <b> thoughts",
+    ):
+        assert text in read.shown
+    assert "yes" not in read.shown and shown_answer(exchange, Texts("en")) == "yes"
+    assert exchange.called[1]["content"] in read.shown  # whole, when it is opened
+    running = made(text="<think>hm</think>yes<tool_c")
+    running.begin(iter(()), None)
+    assert shown_answer(running, Texts("en")) == "yes"  # what may become a call is not shown yet
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -19,7 +19,8 @@ from model.families import config_from_shapes
 from model.LMConfig import LMConfig, preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import check_can_write, load_checkpoint, save_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import check_can_write, save_checkpoint
 
 TINY = dict(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=97)
 MOE = dict(use_moe=True, n_routed_experts=4, n_shared_experts=2)
@@ -334,7 +335,7 @@ def test_old_torch_format_is_read(path):
     path.parent.mkdir()
     torch.save(make().state_dict(), path, _use_new_zipfile_serialization=False)
     assert same_weights(load_checkpoint(path).model, make())
-    save_checkpoint(path, make(1), info={})
+    save_checkpoint(path, make(1), info={}, overwrite=True)
     assert same_weights(load_checkpoint(path).model, make(1))
 
 
@@ -402,7 +403,7 @@ def test_another_architecture_is_not_replaced_unasked(saved):
 def test_what_is_not_a_checkpoint_is_not_replaced_unasked(path):
     path.parent.mkdir()
     path.write_text("my diary")
-    with pytest.raises(ValueError, match="exists and is not a checkpoint that can be read.*overwrite=True"):
+    with pytest.raises(ValueError, match="exists, and no description is beside it.*overwrite=True"):
         save_checkpoint(path, make(), info={})
     assert path.read_text() == "my diary"
     save_checkpoint(path, make(), info={}, overwrite=True)

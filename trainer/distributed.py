@@ -99,6 +99,7 @@ def init_distributed(device_type: str, timeout: float = 600.0) -> DistEnv:
 
 
 def cleanup_distributed(dist_env: DistEnv) -> None:
+    """Wait for all processes, and end what connects them."""
     barrier(dist_env)
     if dist_env.watchdog is not None:
         dist_env.watchdog.stop()

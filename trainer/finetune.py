@@ -18,7 +18,8 @@ from inference.model_finder import find_model
 from model.device import resolve_device, resolve_dtype
 from model.LMConfig import PRESETS
 from model.model import Transformer, describe_parameters
-from model.weights import Checkpoint, load_checkpoint
+from model.weights import load_checkpoint
+from model.weights_file import Checkpoint
 from trainer.distributed import DistEnv, all_gather_object, main_process_first
 from trainer.losses import compute_ref_logps
 from trainer.options import ChatOptions, TrainOptions, TuneOptions

@@ -46,6 +46,7 @@ class Loggers:
         self._call_each(lambda logger: logger.log(metrics, step))
 
     def close(self) -> None:
+        """Close every logger that is still open."""
         self._call_each(lambda logger: logger.close())
         self.active = []
 

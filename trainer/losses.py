@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.progress import Progress
 from data_pipeline.datasets import Batch, Dataset
+from model.model import TransformerOutput
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
@@ -27,14 +28,19 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[s
     """
     # num_items_in_batch=1: the model returns the sum.
     out = model(**batch.inputs, num_items_in_batch=1, loss_only=True, use_cache=False)
-    n_targets = batch.n_targets
-    extras = {"loss": out.loss.detach()}
+    return out.loss, batch.n_targets, token_sums(model, batch, out)
+
+
+def token_sums(model: nn.Module, batch: Batch, out: TransformerOutput) -> dict[str, Tensor]:
+    """Return what `next_token_loss` logs, from the model's output for a batch with labels."""
+    assert out.loss is not None
+    sums = {"loss": out.loss.detach()}
     if out.aux_loss is not None:
         balance = out.aux_loss.detach()
-        extras = {"loss": extras["loss"] - balance if model.training else extras["loss"], "balance_loss": balance}
+        sums = {"loss": sums["loss"] - balance if model.training else sums["loss"], "balance_loss": balance}
     if out.expert_load is not None and model.training:
-        extras |= {name: share * n_targets for name, share in expert_shares(out.expert_load).items()}
-    return out.loss, n_targets, extras
+        sums |= {name: share * batch.n_targets for name, share in expert_shares(out.expert_load).items()}
+    return sums
 
 
 def expert_shares(load: Tensor) -> dict[str, Tensor]:

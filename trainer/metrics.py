@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -23,11 +24,12 @@ from model.model import training_flops
 from trainer.distributed import DistEnv, all_reduce_sum
 from trainer.loggers import Loggers, RankLog, open_loggers
 from trainer.options import TrainOptions
+from trainer.report import write_report
 
 # Parts of the terminal's line that have a form of their own; anything else a loss reports is shown by its name.
 FORMATTED = {
     "step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second", "tokens_per_second_per_process",
-    "mfu", "skew", "slowest_rank", "memory_gb", "eta_seconds",
+    "mfu", "skew", "slowest_rank", "memory_gb", "eta_seconds", "rollout_tokens_per_second", "training_tokens_per_second",
 }  # fmt: skip
 
 
@@ -56,10 +58,12 @@ class MetricsLogger:
 
     def __post_init__(self) -> None:
         self.path: Path = self.options.out_dir / f"{self.name}.metrics.jsonl"
+        self.samples_path: Path = self.options.out_dir / f"{self.name}.samples.jsonl"
         self.peak = peak_flops(self.device, self.dtype)
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._validated_now = False
+        self._waited = 0.0  # seconds for data since the last line
         self._plotted = -math.inf
         self._bar: tqdm | None = None
         self._loggers = Loggers([])
@@ -98,6 +102,7 @@ class MetricsLogger:
         self.close()
 
     def close(self) -> None:
+        """Close the progress bar and the loggers; the metrics file is complete after every line."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None
@@ -114,6 +119,7 @@ class MetricsLogger:
         if step == self.first_step + 1:
             self._first_step_done = now
         waited = self.timer.data_seconds
+        self._waited += waited
         self.rank_log.write(f"step {step}: {now - self._step_since:.4f} s, of which {waited:.4f} s waiting for data")
         self._step_since = now
 
@@ -126,6 +132,7 @@ class MetricsLogger:
         self._step_since = time.perf_counter()
 
     def add_validation(self, means: dict[str, float]) -> None:
+        """Take the means of a validation, for the next line."""
         self._validation = means
         self._validated_now = True
 
@@ -136,18 +143,22 @@ class MetricsLogger:
         seconds, self._since = now - self._since, now
         steps, n_targets = sums.pop("steps"), sums.pop("n_targets")
         tokens, pairs = sums.pop("n_tokens"), sums.pop("attention_pairs")
-        # The learning rate and the gradient's norm are means over steps, everything else over targets.
+        # The learning rate and the gradient's norm are means over steps; for everything else see `means_of`.
         skipped = sums.pop("skipped_steps")
         line: dict[str, float] = {"step": step, "lr": sums.pop("lr") / steps}
         line["grad_norm"] = sums.pop("grad_norm") / max(steps - skipped, 1)
         if skipped:
             line["skipped_steps"] = int(skipped)
-        line |= {name: value / n_targets for name, value in sums.items()}
+        n_rollouts, waited, self._waited = sums.get("n_answers", 0.0), self._waited, 0.0
+        line |= means_of(sums, n_targets)
         if self._validated_now:
             line |= {name if name == "bits_per_byte" else f"val_{name}": v for name, v in self._validation.items()}
         line["tokens"] = tokens_done
         line["tokens_per_second"] = tokens / seconds
         line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
+        if n_rollouts:  # the batches were written by the model, while the loop waited for them
+            line["rollout_tokens_per_second"] = n_rollouts * line["answer_length"] / waited
+            line["training_tokens_per_second"] = tokens / max(seconds - waited, 1e-9)
         if self.peak:
             flops = training_flops(self.config, self.active_parameters, tokens, pairs)
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
@@ -180,7 +191,7 @@ class MetricsLogger:
         step = int(line["step"])
         parts = [f"step {step}/{self.total_steps} {100 * step // self.total_steps}%", f"loss {line['loss']:.4f}"]
         if self._validation:  # the newest; a star marks one of this very step
-            parts.append(f"val {self._validation['loss']:.4f}{'*' if self._validated_now else ''}")
+            parts.append(f"val {self._validation[headline(line)]:.4f}{'*' if self._validated_now else ''}")
             if "bits_per_byte" in self._validation:
                 parts.append(f"bpb {self._validation['bits_per_byte']:.4f}")
         parts += [
@@ -191,6 +202,9 @@ class MetricsLogger:
         if shares := logged_shares(line):
             parts.append(f"experts {min(shares):.0%}-{max(shares):.0%}, busiest {line['expert_max_load']:.2f}x")
         parts += [f"lr {line['lr']:.2e}", f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s"]
+        if "rollout_tokens_per_second" in line:
+            parts[-1] += f" (rollouts {line['rollout_tokens_per_second']:,.0f}, training "
+            parts[-1] += f"{line['training_tokens_per_second']:,.0f})"
         if self.dist_env.size > 1:
             each = "GPU" if self.device.type == "cuda" else "process"
             parts[-1] += f" ({line['tokens_per_second_per_process']:,.0f} per {each})"
@@ -202,18 +216,46 @@ class MetricsLogger:
             parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
         return " | ".join(parts)
 
-    def plot(self, last: bool) -> None:
-        """Draw the losses so far into OUT_DIR/<run>.png: `last`, or if the last drawing is older than ten seconds."""
+    def add_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Print what the model wrote after `step` steps, and keep it for the report."""
+        with jsonlines.open(self.samples_path, "a") as writer:
+            writer.write_all({"step": step} | sample for sample in samples)
+        for sample in samples:
+            tqdm.write(f"  {sample['prompt']} → {' '.join(sample['text'].split())}")
+
+    def report(self, info: dict, last: bool) -> None:
+        """Write OUT_DIR/<run>.png and .report.html of the run so far: `last`, or if the last are older than ten seconds.
+
+        info: the description beside the weights.
+        """
         now = time.perf_counter()
         if (last or now - self._plotted > 10) and (lines := read_metrics(self.path)):
             self._plotted = now
-            plot_losses(lines, self.options.out_dir / f"{self.name}.png", title=self.name)
+            plot = self.options.out_dir / f"{self.name}.png"
+            plot_losses(lines, plot, title=self.name)
+            command = shlex.join(["python", Path(sys.argv[0]).name, *self.options.flags()])
+            facts = {"config": self.config.own_fields()} | info
+            samples = read_metrics(self.samples_path)
+            write_report(plot.with_suffix(".report.html"), self.name, command, facts, lines, samples, plot)
 
     def _delete_lines_after(self, step: int) -> None:
         """Delete the lines of steps that are repeated after a resume."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        with atomic_write(self.path) as file:
-            jsonlines.Writer(file).write_all(kept)
+        for path in (self.path, self.samples_path):
+            kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+            if kept or path.exists():
+                with atomic_write(path) as file:
+                    jsonlines.Writer(file).write_all(kept)
+
+
+def means_of(sums: dict[str, float], n_targets: float) -> dict[str, float]:
+    """Return means of what a loss function logs: over targets, or all but the loss over answers if it counts those, too."""
+    n = sums.get("n_answers", n_targets)
+    return {name: value / (n_targets if name == "loss" else n) for name, value in sums.items() if name != "n_answers"}
+
+
+def headline(line: dict) -> str:
+    """Return the name of the metric that a run is about: the reward if there is one, or else the loss."""
+    return "reward" if "reward" in line else "loss"
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -230,19 +272,21 @@ def logged_shares(line: dict) -> list[float]:
 
 
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
-    """Draw training and validation loss (nats per token) over optimizer steps; and for a mixture, who got the tokens."""
+    """Draw the loss (nats per token) or the reward of training and validation; and for a mixture, who got the tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
     from matplotlib.figure import Figure
 
     lines = list(lines)
+    name = headline(lines[0])
     shared = [(x["step"], shares) for x in lines if (shares := logged_shares(x))]
     n_plots = 2 if shared else 1
     figure = Figure(figsize=(7, 4 * n_plots), layout="constrained")
-    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training")
-    validated = [x for x in lines if "val_loss" in x]
+    ylabel = {"loss": "loss (nats per token)", "reward": "mean reward"}[name]
+    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel=ylabel, title=title)
+    axes.plot([x["step"] for x in lines], [x[name] for x in lines], label="training")
+    validated = [x for x in lines if f"val_{name}" in x]
     if validated:
-        axes.plot([x["step"] for x in validated], [x["val_loss"] for x in validated], "o-", label="validation")
+        axes.plot([x["step"] for x in validated], [x[f"val_{name}"] for x in validated], "o-", label="validation")
     axes.grid(alpha=0.3)
     axes.legend()
     if shared:
@@ -278,6 +322,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """Measure the block as waiting for data."""
         start = time.perf_counter()
         yield
         self.data_seconds = time.perf_counter() - start
@@ -285,6 +330,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
+        """Measure the block as computation of this process."""
         if self.cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()

@@ -111,6 +111,11 @@ class TrainOptions:
     val_tokens: int = flag(100_000, "hold out at most about this many tokens", min=0)
     val_interval: int = flag(200, "optimizer steps between validations (and after the last step)", min=1)
     log_interval: int = flag(10, "optimizer steps between log lines", min=1)
+    sample_interval: int = flag(
+        0,
+        "optimizer steps between texts that the model writes from fixed prompts, for the log and the report; 0: none",
+        min=0,
+    )
     save_interval: int = flag(200, "optimizer steps between saves of weights and training state", min=1)
     keep: int = flag(2, "number of training states to keep (the newest)")
     save_dtype: str = flag(
@@ -210,6 +215,10 @@ class TrainOptions:
                 )
             if device.type == "mps":
                 found.append(f"--{name} needs CUDA devices or CPUs: leave it out")
+        if self.shards_weights and self.sample_interval:
+            found.append(
+                "--sample_interval needs the whole model in one process: leave it out where weights are sharded"
+            )
         if self.deepspeed is not None:
             if self.optimizer != "adamw":
                 found.append(f"--optimizer {self.optimizer} with --deepspeed is not supported: use adamw, or --fsdp")
@@ -231,6 +240,21 @@ class TrainOptions:
 
         return preset(self.preset or "minimind-v1-small", **self.model)
 
+    def flags(self) -> list[str]:
+        """Return the flags that repeat this run: those with other values than the defaults."""
+        defaults = type(self)().describe()
+        values = {name: value for name, value in self.describe().items() if value != defaults[name]}
+        words = []
+        for name, value in (values | values.pop("model", {})).items():
+            if name in ("resume", "overwrite", "local_rank") or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                given = value if isinstance(value, list) else [value]
+                words += [f"--{name}", *map(str, given)]
+        return words
+
     def describe(self) -> dict:
         """Return the flags as JSON-friendly values."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -251,6 +275,50 @@ class ChatOptions(TuneOptions):
     """Flags of the stages that learn from dialogues."""
 
     show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
+
+
+@dataclass
+class RolloutOptions(TuneOptions):
+    """Flags of the stages that learn from the model's own answers."""
+
+    algorithm: str = flag(
+        "grpo", "how it learns from rewards", choices=["grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo"]
+    )
+    group_size: int = flag(8, "answers to each prompt of a step, which are compared with each other", min=1)
+    steps_per_generation: int = flag(
+        1, "optimizer steps on the answers of one generation, each on other prompts: more decode faster together, but "
+        "the later steps learn from answers of older weights; --save_interval must be a multiple", min=1,
+    )  # fmt: skip
+    max_new_tokens: int = flag(
+        256, "maximum length of an answer in tokens; longer ones are cut and get no reward", min=1
+    )
+    max_tool_calls: int = flag(
+        4, "maximum number of calls on the way to an answer; with more there is no reward", min=0
+    )
+    tools: list[str] = flag(
+        [], "functions of your own as module:function, which prompts may name beside our tools", nargs="+"
+    )
+    verifier: str | None = flag(
+        None, "how answers are checked where a prompt does not say it: NAME[:WEIGHT],... or module:function; see "
+        "evaluation/verifiers.py", metavar="SPEC",
+    )  # fmt: skip
+    gamma: float = flag(1.0, "ppo: discount of the reward for each token before it", above=0, max=1)
+    gae_lambda: float = flag(1.0, "ppo: 1: advantages from rewards alone; less: also from later values", min=0, max=1)
+    show_interval: int = flag(50, "optimizer steps between two answers that are printed", min=1)
+
+    def validate(self) -> list[str]:
+        rules = {
+            f"--group_size {self.group_size}: {self.algorithm} compares answers to the same prompt: give at least 2": (
+                self.group_size > 1 or self.algorithm == "ppo"
+            ),
+            f"--save_interval {self.save_interval} must be a multiple of --steps_per_generation": (
+                self.save_interval % self.steps_per_generation == 0
+            ),
+            "--fsdp and --deepspeed do not support this stage: leave them out (torchrun without them works)": not (
+                self.fsdp or self.deepspeed
+            ),
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
 
 
 @dataclass

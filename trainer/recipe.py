@@ -6,10 +6,11 @@ import itertools
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
@@ -18,15 +19,17 @@ from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
 from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights
-from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.vision import model_class
-from model.weights import Checkpoint, build_model, save_checkpoint
-from model.weights_file import read_tensors
+from model.model import Transformer, initial_weights, model_class
+from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer, tokenizer_hash
+from model.weights_file import Checkpoint, build_model, read_tensors, save_checkpoint
 from trainer.checkpoint import check_run
 from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
-from trainer.options import TrainOptions
+from trainer.options import TrainOptions, TuneOptions
 from trainer.trainer import Run
+
+# What a model continues or answers for --sample_interval.
+CONTINUED = ("The capital of France is", "中国的首都是", "Once upon a time", "从前")
+ANSWERED = ("Who are you?", "你是谁？", "What is the capital of Japan?", "水是什么颜色的？")
 
 # Where the batch is chosen by the length of the run:
 MICRO_BATCH = 32  # rows at once
@@ -54,7 +57,7 @@ def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> Pre
 
 def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Transformer:
     """Return a model with random weights, the same for the same seed."""
-    tensors = initial_weights(config, options.seed, model_class(config))
+    tensors = initial_weights(config, options.seed)
     if options.shards_weights:
         return mapped_model(tensors, config, options, dist_env)
     return build_model(dict(tensors), config, "the new model").train()
@@ -122,7 +125,25 @@ def weights_run(
             **identity,
         },
         save_weights=save_weights,
+        sample=partial(sample_texts, tokenizer, isinstance(options, TuneOptions)),
     )
+
+
+def sample_texts(tokenizer: PreTrainedTokenizerFast, chat: bool, model: nn.Module) -> list[dict[str, str]]:
+    """Return how the model answers fixed questions, or continues fixed texts, always with the most probable token."""
+    found = []
+    for prompt in ANSWERED if chat else CONTINUED:
+        if chat:
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = [BOS_ID, *encode_text(tokenizer, prompt)]
+        inputs = torch.tensor([ids], device=next(model.parameters()).device)
+        settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
+        out = model.generate(input_ids=inputs, **settings)  # type: ignore[operator]
+        text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        found.append({"prompt": prompt, "text": str(text)})
+    return found
 
 
 def packed_rows(

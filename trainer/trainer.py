@@ -37,7 +37,7 @@ from trainer.distributed import (
 )
 from trainer.loggers import RankLog
 from trainer.losses import LossFunction
-from trainer.metrics import MetricsLogger, StepTimer, make_profiler
+from trainer.metrics import MetricsLogger, StepTimer, make_profiler, means_of
 from trainer.optim import get_lr
 from trainer.options import TrainOptions
 from trainer.parallel import make_strategy
@@ -59,6 +59,7 @@ class Run:
         identity: what has to be the same to resume it, beside data and flags: tokenizer, starting weights.
         save_weights: write the weights so far for later stages; takes a description of how they were made, and the
             trained tensors with their names, one at a time.
+        sample: return what the model writes from fixed prompts: {"prompt", "text"}; for --sample_interval.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class Run:
     config: LMConfig
     identity: dict
     save_weights: Callable[[dict, Iterable[tuple[str, Tensor]]], None]
+    sample: Callable[[nn.Module], list[dict[str, str]]] | None = None
 
 
 def fit(
@@ -77,15 +79,17 @@ def fit(
     run: Run,
     dist_env: DistEnv,
     before_training: Callable[[nn.Module], None] | None = None,
+    make_loader: Callable[..., BatchLoader] = BatchLoader,
 ) -> dict:
     """Train `model` as `options` say, in place (its parameters may end up sharded); return the last metrics.
 
     before_training: called on every process with the model that has its starting weights, whole or sharded.
+    make_loader: takes what `BatchLoader` takes; for batches that depend on the model.
 
     Raises UserError if there is nothing to resume, the state to resume belongs to a different run, the loss becomes
     non-finite, or the disk is full; SystemExit (128 + signal) after a clean stop on SIGTERM or Ctrl-C.
     """
-    trainer = Trainer(model, loss_fn, train, val, options, run, dist_env)
+    trainer = Trainer(model, loss_fn, train, val, options, run, dist_env, make_loader)
     with hold_run(options.out_dir, run.name) if dist_env.is_main else contextlib.nullcontext(), trainer.log:
         trainer.prepare(before_training)
         with (
@@ -107,6 +111,7 @@ class Trainer:
     options: TrainOptions
     run: Run
     dist_env: DistEnv
+    make_loader: Callable[..., BatchLoader] = BatchLoader
     strategy: ParallelStrategy = field(init=False)
     metrics_logger: MetricsLogger = field(init=False)
 
@@ -126,7 +131,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.best_loss = math.inf  # the lowest that was logged
         self.resumed_loss: float | None = None  # of the state to resume; None once the first step was compared with it
-        self.loader = BatchLoader(
+        self.loader = self.make_loader(
             self.train, self.schedule, dist_env.rank, dist_env.size, options.batch_size, options.num_workers
         )
         self.log = RankLog(options.out_dir, run.name, dist_env)
@@ -358,11 +363,15 @@ class Trainer:
             if last or done % options.log_interval == 0 or step == first:
                 self.metrics = logger.log(done, self.tokens_done)
                 self.best_loss = min(self.best_loss, self.metrics["loss"])
+            if options.sample_interval and (last or done % options.sample_interval == 0):
+                with logger.pause():
+                    self._sample()
             asked_to_stop = all_reduce_sum(self.dist_env, [len(received)], self.device)[0]
-            if last or done % options.save_interval == 0 or asked_to_stop:
+            may_stop = self.loader.resumable(done)
+            if last or (may_stop and (asked_to_stop or done % options.save_interval == 0)):
                 with logger.pause():
                     self.save()
-            if asked_to_stop and not last:
+            if asked_to_stop and may_stop and not last:
                 logger.close()
                 print(f"stopped after step {done}/{self.total_steps}; the state is saved: continue with --resume")
                 raise SystemExit(128 + (received or [signal.SIGTERM])[0])
@@ -382,7 +391,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + (0.0 if batch.dummy else float(value))
         self.strategy.train(was_training)
         *values, total = all_reduce_sum(self.dist_env, [*sums.values(), n_targets], self.device)
-        means = {name: value / total for name, value in zip(sums, values, strict=True)}
+        means = means_of(dict(zip(sums, values, strict=True)), total)
         if not all(math.isfinite(value) for value in means.values()):
             raise UserError(
                 f"validation after step {self.steps_done}: {means} is not finite; the training state is kept"
@@ -391,6 +400,15 @@ class Trainer:
         if max_batches is None and n_bytes and "loss" in means:
             means["bits_per_byte"] = means["loss"] * total / math.log(2) / n_bytes
         return means
+
+    def _sample(self) -> None:
+        """Let the model write texts from fixed prompts, on rank 0; the others wait for it in the next step."""
+        if self.dist_env.is_main and self.run.sample is not None:
+            self.strategy.train(False)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+                samples = self.run.sample(self.model)
+            self.strategy.train(True)
+            self.metrics_logger.add_samples(self.steps_done, samples)
 
     # ---- saving and resuming --------------------------------------------------------------------------------------
 
@@ -457,7 +475,7 @@ class Trainer:
                 **self.run.identity, "train_data": self.train.fingerprint, "options": self.options.describe(),
             }  # fmt: skip
             self.run.save_weights(info, tensors)
-            self.metrics_logger.plot(last=self.steps_done == self.total_steps)
+            self.metrics_logger.report(info, last=self.steps_done == self.total_steps)
         deque(tensors, maxlen=0)  # sharded parameters are gathered by all processes together
 
     def _resume(self, state: TrainingCheckpoint) -> None:

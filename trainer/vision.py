@@ -23,7 +23,7 @@ from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
 from model.tokenizer import IMAGE_TOKEN, encode_text
 from model.vision import PretrainedEncoder, VisionLanguageModel
-from model.weights import Checkpoint, build_model
+from model.weights_file import Checkpoint, build_model
 from trainer.distributed import DistEnv, main_process_first
 from trainer.options import VisionOptions
 from trainer.recipe import packed_rows
@@ -63,11 +63,7 @@ def add_vision(model: Transformer, vision: VisionConfig, seed: int) -> VisionLan
     """Return a vision-language model of the weights of `model`, with a new projector, and a new encoder if it is our own."""
     fields = model.config.own_fields() | {"vision_config": VisionConfig.complete(vars(vision))}
     config = LMConfig(**fields)
-    new = {
-        name: tensor
-        for name, tensor in initial_weights(config, seed, VisionLanguageModel)
-        if name.startswith("vision_")
-    }
+    new = {name: tensor for name, tensor in initial_weights(config, seed) if name.startswith("vision_")}
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     seeing = build_model(state | new, config, "the new model").train()
     assert isinstance(seeing, VisionLanguageModel)

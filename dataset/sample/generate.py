@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import exercises
 import facts
 import phrasings
 import scenes
@@ -421,6 +422,8 @@ def make_files() -> dict[str, str]:
         "dpo/preference.json": json_list(preferences(known, held_out=False)),
         "dpo_heldout.json": json_list(preferences(known, held_out=True)),
     }
+    for name, rows in zip(("sft", "data", "heldout"), exercises.make_rows(Dice), strict=True):
+        files[f"rlvr_{name}.jsonl"] = jsonl(rows)
     for subject, rows in quiz(known).items():
         files[f"ceval/val/{subject}_val.csv"] = quiz_csv(rows[:N_QUIZ], explained=False)
         files[f"ceval/dev/{subject}_dev.csv"] = quiz_csv(rows[N_QUIZ:], explained=True)

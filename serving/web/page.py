@@ -7,6 +7,7 @@ always recognised is a block of code between lines of three backticks; Markdown 
 from __future__ import annotations
 
 import html
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from inference.terminal import visible
 from serving.chat_model import CONTEXT, ENDED, LENGTH, STOPPED, Exchange
 from serving.web.texts import Texts
 
+LINE = 80  # characters of a summary
 STYLE = Path(__file__).parent / "page.css"
 # HTML stays text, dangerous links stay text, and an image becomes a link: looking at an answer must not fetch anything.
 _MARKDOWN = (
@@ -68,6 +70,40 @@ def text_html(text: str, *, beginning: str = "", writing: bool = False, markdown
     return f"{heading}<div class='mm-text' dir='auto'>{''.join(parts)}{cursor}</div>"
 
 
+def folded_html(summary: str, text: str) -> str:
+    """Return a line that opens to show a text."""
+    body = f"<div class='mm-text' dir='auto'>{html.escape(text)}</div>"
+    return f"<details class='mm-folded'><summary>{html.escape(summary)}</summary>{body}</details>"
+
+
+def steps_html(exchange: Exchange, texts: Texts) -> str:
+    """Return what came before the content of an answer: thoughts, folded, and calls with what the tools returned."""
+    parts = []
+    for message in [
+        *exchange.called,
+        exchange.answer().message() | {"content": ""},
+    ]:  # the content comes after all this
+        text = visible(message["content"])
+        if message["role"] == "tool":
+            parts.append(folded_html(texts("returned", text=first_line(text)), text))
+            continue
+        if thoughts := visible(message.get("reasoning_content", "").strip()):
+            parts.append(folded_html(texts("thoughts", text=first_line(thoughts)), thoughts))
+        if text:
+            parts.append(text_html(text))
+        for call in message.get("tool_calls", []):
+            arguments = visible(json.dumps(call["arguments"], ensure_ascii=False))
+            line = texts("calls", name=visible(call["name"]), arguments=first_line(arguments))
+            parts.append(folded_html(line, arguments))
+    return "".join(parts)
+
+
+def first_line(text: str) -> str:
+    """Return the beginning of a text for a summary in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= LINE else line[: LINE - 1] + "…"
+
+
 def facts_html(*lines: str) -> str:
     """Return lines of small print."""
     return f"<div class='mm-facts'>{'<br>'.join(map(html.escape, lines))}</div>"
@@ -98,9 +134,9 @@ def answer_facts(exchange: Exchange, texts: Texts) -> str:
 
 
 def shown_answer(exchange: Exchange, texts: Texts) -> str:
-    """Return the text of an answer; if it has ended without one, a note that says so."""
+    """Return the content of an answer; if it has ended without a text, a note that says so."""
     if exchange.text or exchange.running:
-        return visible(exchange.text)
+        return visible(exchange.answer().content)
     return texts("no_text" if exchange.tokens else "no_text_yet")
 
 

@@ -18,8 +18,9 @@ from streamlit.delta_generator import DeltaGenerator
 from common.errors import UserError, name_flags
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
 from inference.model_loader import TextGenerator, load_text_generator
-from inference.options import ModelOptions, SamplingParams
+from inference.options import ChatOptions, ModelOptions, SamplingParams
 from inference.terminal import visible
+from model.chat_format import chat_style
 from model.model import parameter_counts
 from serving.chat_model import STOPPED, ChatModel, Conversation, Exchange
 from serving.web.page import (
@@ -30,6 +31,7 @@ from serving.web.page import (
     literal,
     shown_answer,
     size_text,
+    steps_html,
     text_html,
 )
 from serving.web.texts import LANGUAGES, Texts, language_of
@@ -37,7 +39,7 @@ from serving.web.texts import LANGUAGES, Texts, language_of
 RELOAD_SECONDS = 3  # between two looks into the folder of models
 DRAW_SECONDS = 0.05  # between two drawings of a growing answer
 MODELS_KEPT = 4  # in memory, the last used
-STAGES = ("pretrain", "full_sft", "rl", "lora")  # that have a name in every language
+STAGES = ("pretrain", "full_sft", "rl", "rlvr", "lora")  # that have a name in every language
 # Range and step of the sliders; a value from the command line may lie outside.
 SLIDERS: dict[str, tuple[float, float, float]] = {
     "temperature": (0.0, 2.0, 0.05),
@@ -136,6 +138,7 @@ def rerun_on_change(options: ModelOptions, shown: list[Entry]) -> None:
 
 
 def show_model_facts(entry: Entry, model: ChatModel | None, texts: Texts) -> None:
+    """Show what is known of the chosen model: stage, size, loss, parameters, context."""
     first = [stage_text(entry, texts), *([texts("exported")] if entry.kind == EXPORT else [])]
     first += [texts("on_base", base=entry.base)] if entry.base else []
     second = [texts("size", size=size_text(entry.size))]
@@ -156,9 +159,11 @@ def show_model_facts(entry: Entry, model: ChatModel | None, texts: Texts) -> Non
 
 
 def choose_settings(
-    start: SamplingParams, history_turns: int, system: str | None, model: ChatModel, texts: Texts
+    start: SamplingParams, options: ChatOptions, tools: dict[str, Any], model: ChatModel, texts: Texts
 ) -> dict[str, Any]:
     """Show the sliders, which begin at the given values; return the arguments of `Conversation.ask`.
+
+    tools: its arguments where tools are switched on.
 
     Streamlit forgets the value of a control that is not shown, and a slider cannot lie outside its range. What the user
     chose is kept beside it, and returns with a model that has the control, or a longer context.
@@ -193,9 +198,12 @@ def choose_settings(
     settings: dict[str, Any] = {"sampling": dataclasses.replace(start, **chosen)}
     if not model.continues:
         with st.expander(texts("conversation"), expanded=True):
-            settings["history_turns"] = slide("history_turns", history_turns, 0, 20, 1)
+            settings["history_turns"] = slide("history_turns", options.history_turns, 0, 20, 1)
             empty = texts("system_empty")
-            settings["system"] = ask(st.text_area, "system", system or "", placeholder=empty, height=80)
+            settings["system"] = ask(st.text_area, "system", options.system or "", placeholder=empty, height=80)
+            knows_tools = bool(chat_style(model.generator.tokenizer).tags)
+            if knows_tools and ask(st.toggle, "tools", options.tools is not None):
+                settings |= tools
     return settings
 
 
@@ -203,6 +211,7 @@ def choose_settings(
 
 
 def show_no_models(folder: Path, texts: Texts) -> None:
+    """Say that there are no models yet, and how to train one."""
     st.warning(literal(texts("no_models", folder=folder)), icon=":material/inbox:")
     st.markdown(texts("no_models_next"))
     st.code(
@@ -224,6 +233,7 @@ def show_examples(model: ChatModel, texts: Texts) -> str | None:
 
 
 def show_question(exchange: Exchange, texts: Texts) -> None:
+    """Show the question of an exchange."""
     if not exchange.continues:  # otherwise it is the beginning of what the model wrote
         with st.chat_message("user", avatar=":material/person:"):
             st.html(text_html(visible(exchange.question), label=texts("question")))
@@ -243,9 +253,11 @@ def show_answer(exchange: Exchange, texts: Texts) -> Placeholders | None:
 
 
 def draw(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
+    """Draw an answer and the facts about it into their places."""
     text, facts = placeholders
     text.html(
-        text_html(
+        steps_html(exchange, texts)
+        + text_html(
             shown_answer(exchange, texts), beginning=visible(exchange.question) if exchange.continues else "",
             writing=exchange.running, markdown=bool(exchange.text) and st.session_state.get("markdown", False),
             label=texts("answer"),
@@ -272,13 +284,14 @@ def component(name: str, html: str) -> Any:
 
 
 def copy_button(exchange: Exchange, key: str, texts: Texts) -> None:
-    """Show a button that copies the answer to the clipboard, if there is one."""
-    if not exchange.text:
+    """Show a button that copies the content of the answer to the clipboard, if there is any."""
+    content = exchange.answer().content
+    if not content:
         return
     beginning = exchange.question if exchange.continues else ""
     mount = component("copy_button", "<button type='button'></button>")
     labels = {"label": texts("copy"), "done": texts("copied"), "failed": texts("not_copied")}
-    mount(key=key, data={"text": visible(beginning + exchange.text), **labels}, width="content")
+    mount(key=key, data={"text": visible(beginning + content), **labels}, width="content")
 
 
 def announce(conversation: Conversation, texts: Texts) -> None:

@@ -3,8 +3,7 @@ export const MODEL = process.env.MODEL;
 export const BASE_URL = process.env.OPENAI_BASE_URL;
 export const QUESTION = "Who are you?";
 export const MESSAGES = [{ role: "user", content: QUESTION }];
-export const LENGTH = 16;
-const REFUSALS = ["this model cannot be held to JSON", "this model calls no tools"];
+export const LENGTH = 48;
 
 export async function run(features) {
   const results = {};
@@ -16,8 +15,8 @@ export async function run(features) {
       const same = results[name.replace(", streamed", "")];
       if (result !== same) throw new Error(`${JSON.stringify(result)} instead of ${JSON.stringify(same)}`);
     } catch (error) {
+      outcome = "FAILED";
       detail = `${error.name}: ${error.message}`;
-      outcome = REFUSALS.some((words) => detail.includes(words)) ? "refused" : "FAILED";
     }
     console.log("\n" + JSON.stringify({ feature: name, outcome, detail: detail.slice(0, 1000) }));
   }

@@ -14,11 +14,10 @@ MODEL = os.environ["MODEL"]
 BASE_URL = os.environ["OPENAI_BASE_URL"]
 QUESTION = "Who are you?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
-LENGTH = 16  # of answers, in tokens
-PARAMETERS = {"type": "object", "properties": {"word": {"type": "string"}}}
+LENGTH = 48  # of answers, in tokens
+NAMES = ("Ann", "Bob")  # few and short: a model with random weights has to come to an end
+PARAMETERS = {"type": "object", "properties": {"word": {"enum": NAMES}}, "required": ["word"]}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": PARAMETERS}}]
-# The server's words for what a model cannot do. Whoever reads them knows what to leave out of the request.
-REFUSALS = ("this model cannot be held to JSON", "this model calls no tools")
 
 
 def named(*functions: Callable[[], object]) -> dict[str, Callable[[], object]]:
@@ -37,8 +36,7 @@ def run(features: dict[str, Callable[[], object]]) -> None:
             assert results[name] == same, f"{results[name]!r} instead of {same!r}"
             outcome, detail = "yes", ""
         except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            outcome = "refused" if any(words in detail for words in REFUSALS) else "FAILED"
+            outcome, detail = "FAILED", f"{type(error).__name__}: {error}"
         print("\n" + json.dumps({"feature": name, "outcome": outcome, "detail": detail[:1000]}), flush=True)
 
 

@@ -5,7 +5,7 @@ import { BASE_URL, LENGTH, MODEL, QUESTION, isEmbedding, joined, run } from "./f
 
 const server = createOpenAI({ baseURL: BASE_URL, apiKey: "none" });
 const greedy = { prompt: QUESTION, temperature: 0, maxOutputTokens: LENGTH, maxRetries: 0 };
-const schema = jsonSchema({ type: "object", properties: { name: { type: "string" } }, required: ["name"], additionalProperties: false });
+const schema = jsonSchema({ type: "object", properties: { name: { enum: ["Ann", "Bob"] } }, required: ["name"], additionalProperties: false });
 const tools = { look_up: tool({ description: "Look a word up.", inputSchema: schema, execute: async () => "found" }) };
 
 await run({
@@ -15,7 +15,7 @@ await run({
   responses: async () => (await generateText({ model: server(MODEL), ...greedy })).text,
   "responses, streamed": async () => joined(streamText({ model: server(MODEL), ...greedy }).textStream),
   "tools offered": async () => (await generateText({ model: server.chat(MODEL), tools, ...greedy })).text,
-  "structured output": async () => (await generateObject({ model: server.chat(MODEL), schema, ...greedy })).object,
+  "structured output": async () => (await generateObject({ model: server.chat(MODEL), schema, ...greedy })).object.name,
   embeddings: async () =>
     isEmbedding((await embedMany({ model: server.embedding(MODEL), values: ["one", "two"] })).embeddings),
 });

@@ -1,15 +1,17 @@
 """instructor: structured output over the openai package, in its modes; and chats without a structure."""
 
+from typing import Literal
+
 import instructor
 import openai
-from features import LENGTH, MESSAGES, MODEL, run
+from features import LENGTH, MESSAGES, MODEL, NAMES, run
 from pydantic import BaseModel
 
 greedy = dict(model=MODEL, messages=MESSAGES, max_tokens=LENGTH, temperature=0, max_retries=0)
 
 
 class Person(BaseModel):
-    name: str
+    name: Literal[NAMES]
 
 
 def chat():
@@ -24,7 +26,8 @@ def parse(mode):
 run(
     {
         "chat": chat,
-        "structured output": lambda: parse(instructor.Mode.JSON),
+        # Mode.JSON asks for any JSON object, and leaves its fields to the model.
+        "structured output": lambda: parse(instructor.Mode.JSON_SCHEMA),
         "required tool": lambda: parse(instructor.Mode.TOOLS),
     }
 )

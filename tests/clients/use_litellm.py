@@ -1,7 +1,9 @@
 """litellm, which many gateways and agent libraries call."""
 
+from typing import Literal
+
 import litellm
-from features import BASE_URL, LENGTH, MESSAGES, MODEL, QUESTION, TOOLS, is_embedding, named, run
+from features import BASE_URL, LENGTH, MESSAGES, MODEL, NAMES, QUESTION, TOOLS, is_embedding, named, run
 from pydantic import BaseModel
 
 server = dict(model=f"openai/{MODEL}", api_base=BASE_URL, api_key="none")
@@ -9,7 +11,7 @@ greedy = dict(**server, temperature=0, max_tokens=LENGTH)
 
 
 class Person(BaseModel):
-    name: str
+    name: Literal[NAMES]
 
 
 def chat():
@@ -46,7 +48,8 @@ def tools_offered():
 
 
 def structured_output():
-    return litellm.completion(messages=MESSAGES, response_format=Person, **greedy)
+    answer = litellm.completion(messages=MESSAGES, response_format=Person, **greedy)
+    return Person.model_validate_json(answer.choices[0].message.content)
 
 
 def embeddings():

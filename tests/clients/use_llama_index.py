@@ -1,6 +1,8 @@
 """llama-index, with its classes for servers that are like OpenAI's."""
 
-from features import BASE_URL, LENGTH, MODEL, QUESTION, is_embedding, run
+from typing import Literal
+
+from features import BASE_URL, LENGTH, MODEL, NAMES, QUESTION, is_embedding, run
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
@@ -17,7 +19,7 @@ messages = [ChatMessage(role="user", content=QUESTION)]
 class Person(BaseModel):
     """A person."""
 
-    name: str
+    name: Literal[NAMES]
 
 
 def look_up(word: str) -> str:

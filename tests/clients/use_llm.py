@@ -1,13 +1,15 @@
 """The command llm, with the model declared in its file of OpenAI-like models, as its documentation says."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from features import BASE_URL, LENGTH, MODEL, QUESTION, run
+from features import BASE_URL, LENGTH, MODEL, PARAMETERS, QUESTION, run
 
+SCHEMA = json.dumps(PARAMETERS)
 home = Path(tempfile.mkdtemp())
 entry = f"model_name: {MODEL}\n  api_base: {BASE_URL}\n  supports_schema: true\n  supports_tools: true\n"
 (home / "extra-openai-models.yaml").write_text(
@@ -41,6 +43,6 @@ run(
         "chat, streamed": lambda: llm(QUESTION),
         "completions": lambda: llm("Once", model="mini-text"),
         "tools offered": lambda: llm(QUESTION, "-T", "llm_time", "--no-stream"),
-        "structured output": lambda: llm(QUESTION, "--schema", "name str", "--no-stream"),
+        "structured output": lambda: llm(QUESTION, "--schema", SCHEMA, "--no-stream"),
     }
 )

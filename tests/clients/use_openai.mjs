@@ -4,7 +4,7 @@ import { LENGTH, MESSAGES, MODEL, QUESTION, isEmbedding, joined, run } from "./f
 
 const client = new OpenAI();
 const greedy = { model: MODEL, temperature: 0 };
-const parameters = { type: "object", properties: { name: { type: "string" } }, required: ["name"], additionalProperties: false };
+const parameters = { type: "object", properties: { name: { enum: ["Ann", "Bob"] } }, required: ["name"], additionalProperties: false };
 
 async function* deltas(stream) {
   for await (const chunk of stream) yield chunk.choices[0]?.delta.content;
@@ -34,7 +34,9 @@ await run({
   },
   "structured output": () => {
     const format = { type: "json_schema", json_schema: { name: "person", schema: parameters, strict: true } };
-    return client.chat.completions.parse({ messages: MESSAGES, response_format: format, ...greedy });
+    return client.chat.completions
+      .parse({ messages: MESSAGES, response_format: format, ...greedy })
+      .then((answer) => answer.choices[0].message.parsed.name);
   },
   embeddings: async () => {
     const answer = await client.embeddings.create({ model: MODEL, input: ["one", "two"] });

@@ -1,7 +1,10 @@
 """The openai package."""
 
+import json
+from typing import Literal
+
 import openai
-from features import LENGTH, MESSAGES, MODEL, QUESTION, TOOLS, is_embedding, named, run
+from features import LENGTH, MESSAGES, MODEL, NAMES, QUESTION, TOOLS, is_embedding, named, run
 from pydantic import BaseModel
 
 client = openai.OpenAI()
@@ -9,7 +12,7 @@ greedy = dict(model=MODEL, temperature=0)
 
 
 class Person(BaseModel):
-    name: str
+    name: Literal[NAMES]
 
 
 def chat():
@@ -44,7 +47,16 @@ def tools_offered():
 
 
 def structured_output():
-    return client.chat.completions.parse(messages=MESSAGES, response_format=Person, **greedy)
+    answer = client.chat.completions.parse(messages=MESSAGES, response_format=Person, **greedy)
+    return answer.choices[0].message.parsed.name
+
+
+def required_tool():
+    answer = client.chat.completions.create(
+        messages=MESSAGES, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=LENGTH, **greedy
+    )
+    assert answer.choices[0].finish_reason == "tool_calls"
+    return json.loads(answer.choices[0].message.tool_calls[0].function.arguments)["word"] in NAMES
 
 
 def embeddings():
@@ -53,5 +65,15 @@ def embeddings():
 
 
 run(
-    named(chat, chat_streamed, completions, responses, responses_streamed, tools_offered, structured_output, embeddings)
+    named(
+        chat,
+        chat_streamed,
+        completions,
+        responses,
+        responses_streamed,
+        tools_offered,
+        structured_output,
+        required_tool,
+        embeddings,
+    )  # fmt: skip
 )

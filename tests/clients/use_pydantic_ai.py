@@ -1,12 +1,18 @@
 """pydantic-ai: agents on both of OpenAI's APIs."""
 
 import asyncio
+from typing import Literal
 
-from features import LENGTH, MODEL, QUESTION, run
+from features import LENGTH, MODEL, NAMES, QUESTION, run
 from pydantic import BaseModel
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.settings import ModelSettings
+
+
+class Person(BaseModel):
+    name: Literal[NAMES]
+
 
 greedy = ModelSettings(temperature=0, max_tokens=LENGTH)
 chat = Agent(OpenAIChatModel(MODEL), model_settings=greedy, instructions="Be kind.")
@@ -15,12 +21,12 @@ with_tools = Agent(OpenAIChatModel(MODEL), model_settings=greedy)
 typed = Agent(
     OpenAIChatModel(MODEL),
     model_settings=greedy,
-    output_type=type("Person", (BaseModel,), {"__annotations__": {"name": str}}),
+    output_type=Person,
 )
 
 
 @with_tools.tool_plain
-def look_up(word: str) -> str:
+def look_up(word: Literal[NAMES]) -> str:
     """Look a word up."""
     return word
 

@@ -49,6 +49,7 @@ class ParallelStrategy:
         self.module.train(mode)
 
     def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all parameters."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -1,0 +1,119 @@
+"""Stage 6, reinforcement learning with verifiable rewards: the model answers questions, and learns from what was right.
+
+    python 6-rlvr_train.py --data_path prompts.jsonl                           # from the newest out/full_sft_*.pth
+    python 6-rlvr_train.py --data_path prompts.jsonl --algorithm dapo --group_size 16 --beta 0.01
+    python 6-rlvr_train.py --resume
+
+In:  out/full_sft_{dim}[_moe].pth, and JSONL of {"messages", "answer", "verifier"}, perhaps with "tools" (the names of tools
+     that the model may call) and "enable_thinking"; {"question", "answer"} as in GSM8K with --verifier number
+Out: out/rlvr_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
+
+In every step the model answers some questions, --group_size times each; calls of tools are run, and it goes on with what
+they return. A verifier compares each answer with the reference and gives it a reward. Answers that are better than the
+others to the same question become more probable, the worse ones less. Nobody has to write good answers: it is enough to
+recognise them. What cannot be learned this way is what the model never does by chance: SFT on some examples comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from common.cli import flag, parse_options
+from common.errors import run_script
+from common.files import ROOT
+from trainer.options import RolloutOptions
+
+
+@dataclass
+class RlvrOptions(RolloutOptions):
+    stage = "rlvr"
+
+    data_path: list[Path] = flag(
+        [ROOT / "dataset" / "rlvr_data.jsonl"],
+        "prompts with answers that can be checked: JSONL (default: dataset/rlvr_data.jsonl)", nargs="+",
+    )  # fmt: skip
+    epsilon: float = flag(
+        0.2, "how far the probability of a token may move in a step before it has no gradient", above=0
+    )
+    epsilon_high: float | None = flag(
+        None,
+        "the same for tokens that become more probable (default: dapo 0.28, cispo 4, the others --epsilon)",
+        above=0,
+    )
+    beta: float = flag(0.0, "strength of the pull towards the model before this stage (KL divergence); 0: none", min=0)
+    value_coef: float = flag(0.1, "ppo: weight of the loss of the value function", above=0)
+    learning_rate: float = flag(1e-4, "peak learning rate")
+    batch_size: int = flag(8, "prompts whose answers go through the model at once, per process")
+    warmup_iters: int = flag(10, "optimizer steps of linear warm-up (at most a tenth of the run)")
+    weight_decay: float = flag(0.0, "weight decay of matrices")
+    log_interval: int = flag(1, "optimizer steps between log lines")
+    val_fraction: float = flag(0.05, "share of the prompts held out for validation, chosen by content; 0: none")
+    val_interval: int = flag(50, "optimizer steps between validations (and after the last step)")
+
+
+def main() -> None:
+    options = parse_options(RlvrOptions, __doc__)
+
+    # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from evaluation.rollouts import read_prompts
+    from evaluation.tools import TOOLS, find_tools
+    from evaluation.verifiers import parse_verifier
+    from model.device import resolve_device, resolve_dtype
+    from trainer.distributed import cleanup_distributed, init_distributed
+    from trainer.finetune import starting_model
+    from trainer.policy_losses import policy_loss
+    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.rollouts import RolloutLoader, add_value_head, frozen_copy, train_and_val_prompts, without_value_head
+    from trainer.trainer import fit
+
+    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    device = resolve_device(options.device)
+    tools = TOOLS | find_tools(options.tools)
+    verifier = parse_verifier(options.verifier, allow_functions=True) if options.verifier else None
+
+    # Model: one that answers, for ppo with a value function, and for --beta a copy of what it is now.
+    tokenizer = open_tokenizer(options)
+    model, origin = starting_model(options, ["full_sft", "rl"], tokenizer, dist_env)
+    run = weights_run(options, model.config, tokenizer, dist_env, origin)
+    names = (
+        "algorithm",
+        "group_size",
+        "max_new_tokens",
+        "max_tool_calls",
+        "verifier",
+        "epsilon",
+        "epsilon_high",
+        "beta",
+    )
+    run = replace(run, identity=run.identity | {"objective": {name: getattr(options, name) for name in names}})
+    require_files(options.data_path, "name your prompts with --data_path; dataset/sample/rlvr_data.jsonl has some")
+    reference = frozen_copy(model, device) if options.beta else None
+    value_head = add_value_head(model) if options.algorithm == "ppo" else None
+    run = without_value_head(run)
+
+    # Data: questions with their answers. The batches are the model's own answers to them.
+    prompts = read_prompts(
+        options.data_path, tokenizer, model.config.max_seq_len - options.max_new_tokens,
+        verifier=verifier, tools=tools, max_dropped=options.max_dropped,
+    )  # fmt: skip
+    train, val = train_and_val_prompts(prompts, options)
+    make_loader = partial(
+        RolloutLoader, model=model, tokenizer=tokenizer, options=options, dtype=resolve_dtype(options.dtype, device),
+        value_head=value_head,
+    )  # fmt: skip
+
+    # Loss: answers with a positive advantage become more probable.
+    loss = policy_loss(
+        options.algorithm, options.max_new_tokens, options.epsilon, options.epsilon_high, options.beta, reference,
+        value_head, options.value_coef,
+    )  # fmt: skip
+    fit(model, loss, train, val, options, run, dist_env, make_loader=make_loader)
+    cleanup_distributed(dist_env)
+    path = options.out_dir / f"{run.name}.pth"
+    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

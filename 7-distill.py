@@ -1,0 +1,111 @@
+"""Stage 7, distillation: a small model learns from the probabilities of a larger one, not only from the text.
+
+    python 7-distill.py --teacher out/full_sft_768.pth --preset minimind-v1-small      # from the newest out/full_sft_512.pth
+    python 7-distill.py --teacher out/full_sft_768.pth --init_from out/pretrain_512.pth --divergence reverse
+    python 7-distill.py --teacher ../llama-folder --top_k 32                           # ask the teacher once, then reuse
+    python 7-distill.py --teacher out/full_sft_768.pth --resume
+
+In:  the teacher: a .pth file, a LoRA folder, an exported folder or a causal language model of Hugging Face with the same
+     tokenizer; the student's out/full_sft_{dim}[_moe].pth or pretrain; dialogues as for 3-full_sft.py
+Out: out/distill_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
+
+For every token of an answer the student sees how probable the teacher finds each token of the vocabulary. The loss is
+--alpha times the cross entropy of 3-full_sft.py, plus (1 - alpha) times the divergence from the teacher. Logged are "loss",
+the cross entropy alone, which is comparable with that of 3-full_sft.py, and "divergence". Answers of a teacher that is only
+behind an API become training data with: python data_process.py distill
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.cli import flag, parse_options
+from common.errors import UserError, run_script
+from common.files import ROOT
+from trainer.options import ChatOptions
+
+
+@dataclass
+class DistillOptions(ChatOptions):
+    stage = "distill"
+
+    data_path: list[Path] = flag(
+        [ROOT / "dataset" / "sft_data.csv"],
+        "dialogues: CSV (history,q,a) or JSONL (messages or conversations) (default: dataset/sft_data.csv)", nargs="+",
+    )  # fmt: skip
+    teacher: Path | None = flag(
+        None,
+        "model to learn from: .pth file, LoRA folder or model folder; every process holds all of it",
+        metavar="PATH",
+    )
+    alpha: float = flag(0.5, "weight of the labels in the loss; the rest is the teacher's", min=0, below=1)
+    temperature: float = flag(1.0, "divide the logits of both by this: above 1, improbable tokens count more", above=0)
+    divergence: str = flag(
+        "forward", "forward: KL(teacher || student); reverse: KL(student || teacher); js: Jensen-Shannon",
+        choices=["forward", "reverse", "js"],
+    )  # fmt: skip
+    top_k: int = flag(
+        0, "keep only this many of the teacher's probabilities for each token, computed once into the cache; 0: all, "
+        "computed while training", min=0, below=2**16,
+    )  # fmt: skip
+    learning_rate: float = flag(5e-4, "peak learning rate")
+    batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
+
+    def validate(self) -> list[str]:
+        missing = [] if self.teacher else ["--teacher PATH is needed: the model to learn from"]
+        return super().validate() + missing
+
+
+def main() -> None:
+    options = parse_options(DistillOptions, __doc__)
+
+    # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from model.device import resolve_device, resolve_dtype
+    from trainer.distillation import cached_top_k, distillation_loss, open_teacher
+    from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
+    from trainer.finetune import chat_rows, starting_model
+    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.trainer import fit
+
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    dist_env = init_distributed(device.type, options.timeout)
+
+    # Model: a student, and a teacher that stays as it is.
+    tokenizer = open_tokenizer(options)
+    model, origin = starting_model(options, ["full_sft", "pretrain"], tokenizer, dist_env)
+    teacher = open_teacher(options.teacher, tokenizer, options.tokenizer, device, dtype)
+    if origin is not None and teacher.fingerprint == origin.fingerprint:
+        raise UserError(
+            f"--teacher {options.teacher} is also what the student starts from: there is nothing to learn. Name smaller "
+            "weights with --init_from, or their size with --preset"
+        )
+    run = weights_run(options, model.config, tokenizer, dist_env, origin, teacher=teacher.fingerprint)
+    objective = {name: getattr(options, name) for name in ("alpha", "temperature", "divergence", "top_k")}
+    run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
+    require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
+
+    # Data: dialogues, with a mask over everything that the assistant does not say.
+    train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)
+    if options.top_k:
+        cache = options.cache_dir or options.out_dir / "cache"
+        with main_process_first(dist_env, "asking the teacher"):
+            train, val = (
+                rows
+                and cached_top_k(
+                    rows, teacher, options.top_k, options.temperature, cache, device, dtype, options.batch_size
+                )
+                for rows in (train, val)
+            )
+
+    # Loss: the labels, and what the teacher thinks of every token.
+    loss = distillation_loss(options.alpha, options.temperature, options.divergence, None if options.top_k else teacher)
+    fit(model, loss, train, val, options, run, dist_env)
+    cleanup_distributed(dist_env)
+    path = options.out_dir / f"{run.name}.pth"
+    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,133 @@
+"""Measure what reinforcement learning adds to SFT: every algorithm, with and without thinking and tools.
+
+    python bench/rlvr.py --init_from out/quickstart/rl_192.pth                        # all algorithms, three seeds
+    python bench/rlvr.py --init_from out/quickstart/rl_192.pth --algorithms grpo --seeds 1 --steps 200
+
+The model first learns the exercises of dataset/sample/rlvr_sft.jsonl by SFT; then each algorithm trains it on
+dataset/sample/rlvr_data.jsonl. Both are measured on the held-out exercises, whose wordings and numbers occur in neither
+file, with the most probable tokens: word problems of two steps, answered at once, with thinking, and with a calculator; and
+all exercises with tools. Results are in --out_dir and are not made again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from common.cli import Parser  # noqa: E402
+from common.errors import UserError, run_script
+from common.files import ROOT
+from data_pipeline.readers import iter_records
+from evaluation.rollouts import Prompt, Rollout, greedy_rollouts, read_prompts
+from inference.model_loader import open_model
+from model.model import Transformer
+from model.tokenizer import load_tokenizer
+from trainer.metrics import read_metrics
+from trainer.policy_losses import ALGORITHMS
+
+SAMPLE = ROOT / "dataset" / "sample"
+MAX_SEQ_LEN, MAX_NEW_TOKENS = 384, 64
+SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2"
+RLVR = "--learning_rate 3e-4 --batch_size 8 --group_size 8"
+
+
+MEASURED = ("two steps at once", "two steps, thinking", "two steps, tools", "all with tools", "calls without error")
+
+
+def read_held_out(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, Prompt]]:
+    """Return the held-out exercises with their kinds."""
+    path = SAMPLE / "rlvr_heldout.jsonl"
+    kinds = [record.data["kind"] for record in iter_records(path, None)]
+    return [*zip(kinds, read_prompts([path], tokenizer, MAX_SEQ_LEN - MAX_NEW_TOKENS), strict=True)]
+
+
+def accuracy(rollouts: Sequence[Rollout]) -> float:
+    return sum(rollout.reward.correct for rollout in rollouts) / len(rollouts)
+
+
+def well_formed(rollouts: Sequence[Rollout]) -> float:
+    """Return the share of the calls that could be read and run without an error."""
+    calls = sum(rollout.calls for rollout in rollouts)
+    return 1 - sum(rollout.failed_calls for rollout in rollouts) / calls if calls else 0.0
+
+
+def measure(
+    model: Transformer, tokenizer: PreTrainedTokenizerFast, exercises: Sequence[tuple[str, Prompt]]
+) -> dict[str, float]:
+    """Return the figures of MEASURED, each from 0 to 1."""
+    rollouts = greedy_rollouts(model, tokenizer, [prompt for _, prompt in exercises], MAX_NEW_TOKENS)
+    with_tools = [rollout for rollout in rollouts if rollout.prompt.tools]
+    two_steps = [rollout for (kind, _), rollout in zip(exercises, rollouts, strict=True) if kind == "two_steps"]
+    without = [rollout for rollout in two_steps if not rollout.prompt.tools]
+    figures = (
+        accuracy([rollout for rollout in without if not rollout.prompt.opening]),
+        accuracy([rollout for rollout in without if rollout.prompt.opening]),
+        accuracy([rollout for rollout in two_steps if rollout.prompt.tools]),
+        accuracy(with_tools),
+        well_formed(with_tools),
+    )
+    return dict(zip(MEASURED, figures, strict=True))
+
+
+def train(script: str, output: Path, flags: str, *paths: object) -> float:
+    """Run a stage, unless its result is there; return its seconds."""
+    if output.exists():
+        return 0.0
+    command = [sys.executable, str(ROOT / script), "--out_dir", output.parent, "--max_seq_len", MAX_SEQ_LEN]
+    command += ["--device", "cpu", "--overwrite", *shlex.split(flags), *paths]
+    started = time.perf_counter()
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise UserError(f"{script} failed: {result.stderr[-1000:]}")
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--init_from", type=Path, required=True, help="a model that answers, as that of the quickstart")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "bench_rlvr")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=[*ALGORITHMS])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sft", default=SFT, help="flags of 3-full_sft.py")
+    parser.add_argument("--rlvr", default=RLVR, help="flags of 6-rlvr_train.py")
+    args = parser.parse_args()
+    tokenizer = load_tokenizer()
+    exercises = read_held_out(tokenizer)
+
+    def cells(paths: list[Path]) -> str:
+        models = [open_model(path, dtype=torch.float32)[0].model for path in paths]
+        rows = [measure(model, tokenizer, exercises) for model in models]
+        return " | ".join(", ".join(f"{row[name]:.1%}" for row in rows) for name in MEASURED)
+
+    name = args.init_from.stem.rpartition("rl_")[2].rpartition("full_sft_")[2]
+    sft = args.out_dir / f"full_sft_{name}.pth"
+    data = ["--data_path", SAMPLE / "rlvr_sft.jsonl", "--init_from", args.init_from]
+    seconds = train("3-full_sft.py", sft, args.sft, *data)
+    print(f"| after | {' | '.join(MEASURED)} | minutes | rollout tokens/s |\n|{'---|' * (len(MEASURED) + 3)}")
+    print(f"| SFT | {cells([sft])} | {seconds / 60:.1f} | – |", flush=True)
+    for algorithm in args.algorithms:
+        outputs, minutes, rates = [], [], []
+        for seed in range(args.seeds):
+            outputs.append(args.out_dir / f"{algorithm}_{seed}" / f"rlvr_{name}.pth")
+            flags = f"{args.rlvr} --algorithm {algorithm} --seed {seed} --max_steps {args.steps} --val_fraction 0"
+            data = ["--data_path", SAMPLE / "rlvr_data.jsonl", "--init_from", sft, "--max_new_tokens", MAX_NEW_TOKENS]
+            minutes.append(train("6-rlvr_train.py", outputs[-1], flags, *data) / 60)
+            lines = read_metrics(outputs[-1].with_name(f"rlvr_{name}.metrics.jsonl"))
+            rates.append(statistics.median(line["rollout_tokens_per_second"] for line in lines))
+        minutes_each, rate = statistics.mean(minutes), statistics.mean(rates)
+        print(f"| {algorithm} | {cells(outputs)} | {minutes_each:.1f} | {rate:,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

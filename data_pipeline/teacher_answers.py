@@ -1,0 +1,214 @@
+"""Ask a model behind an OpenAI-compatible API to answer prompts, and keep its answers as dialogues to train on.
+
+Distillation without the teacher's weights: https://arxiv.org/abs/2212.10560 made an instruction data set like this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+import openai
+
+from common.errors import UserError, stoppable
+from common.files import exclusive, explain_write_errors
+from common.progress import Progress
+from data_pipeline.cleaning import Summary, rejects_file
+from data_pipeline.readers import iter_records
+from data_pipeline.records import PROMPT_COLUMNS, check_columns, parse_prompt
+from data_pipeline.text_files import BadLine
+from model.chat_format import Message
+
+RETRIES = 6  # of one request, after 0.5, 1, 2, 4, 8 and 8 seconds, or when the server says
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind an API.
+
+    Attributes:
+        requests_per_minute: at most this many; 0: no limit.
+        parallel: requests at a time.
+        settings: other fields of a request: max_tokens, temperature, ...
+    """
+
+    base_url: str
+    model: str
+    api_key: str = "none"
+    requests_per_minute: float = 0
+    parallel: int = 4
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system: str | None = None) -> Summary:
+    """Write the answers to all prompts of `inputs` to `output`, JSONL with `messages`.
+
+    Answers are kept beside the output as they come: a run that was stopped goes on where it was. A prompt is asked once,
+    however often it occurs. Prompts that cannot be read or answered are counted and listed beside the output.
+
+    system: message for prompts without one.
+
+    Raises UserError if an input is unusable, the server does not answer or refuses the key or the model, or no prompt got an
+    answer.
+    """
+    for path in inputs:
+        check_columns(path, PROMPT_COLUMNS)
+        if os.path.realpath(path) == os.path.realpath(output):
+            raise UserError(f"{path} is both input and output: choose another --output")
+    summary = Summary(n_bytes=sum(path.stat().st_size for path in inputs))
+    started = time.monotonic()
+    partial = output.with_name(f"{output.name}.partial")
+    kept = f"the answers so far are in {partial}; the same command goes on from there"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_write_errors(output.parent, "another --out_dir", f"; {kept}"))
+        stack.enter_context(stoppable(kept))
+        stack.enter_context(exclusive(output.parent, output.name, f"another process is writing {output}: wait for it"))
+        stack.enter_context(rejects_file(output.with_suffix(".rejects.jsonl"), summary))
+        done = _read_done(partial)
+        if done:
+            print(f"{len(done):,} answers are there already, in {partial}")
+        writer = stack.enter_context(jsonlines.open(partial, "a", flush=True))
+        progress = stack.enter_context(Progress("answers", _count(inputs), "prompts"))
+        client = stack.enter_context(
+            openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=RETRIES)
+        )
+        prompts = _prompts(inputs, system, done, summary, progress)
+        for path, line, messages, answer in _ask_all(client, endpoint, prompts):
+            progress.update(1)
+            if isinstance(answer, str):
+                summary.dropped["no answer"] += 1
+                summary.bad.add(path, BadLine(line, answer))
+            else:
+                writer.write({"messages": [*messages, answer], "asked": endpoint.model})
+                summary.kept += 1
+        if not (summary.kept or done):
+            first = f"; the first: {summary.bad.first[0]}" if summary.bad.count else ""
+            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{first}")
+    os.replace(partial, output)
+    summary.kept += len(done)
+    summary.seconds = time.monotonic() - started
+    summary.written.append(f"wrote {output}: {summary.kept:,} dialogues")
+    return summary
+
+
+def _key(messages: list[Message]) -> bytes:
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()[:16]
+
+
+def _read_done(partial: Path) -> set[bytes]:
+    """Return the keys of the prompts that a stopped run has answered, without a line that it left incomplete."""
+    if not partial.exists():
+        return set()
+    with jsonlines.open(partial) as reader:
+        lines = list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
+    with jsonlines.open(partial, "w") as writer:
+        writer.write_all(lines)
+    return {_key(line["messages"][:-1]) for line in lines}
+
+
+def _count(inputs: list[Path]) -> int:
+    return sum(1 for path in inputs for _ in iter_records(path, lambda bad: None))
+
+
+def _prompts(
+    inputs: list[Path], system: str | None, done: set[bytes], summary: Summary, progress: Progress
+) -> Iterator[tuple[Path, int, list[Message]]]:
+    """Yield (file, line, messages) of the prompts to ask; count the others."""
+    seen = set(done)
+    for path in inputs:
+
+        def unreadable(bad: BadLine, path: Path = path) -> None:
+            summary.dropped["cannot be read"] += 1
+            summary.bad.add(path, bad)
+
+        for record in iter_records(path, unreadable):
+            try:
+                messages = parse_prompt(record.data)
+            except UserError as reason:
+                summary.dropped["not a prompt"] += 1
+                summary.bad.add(path, BadLine(record.line, str(reason)))
+                progress.update(1)
+                continue
+            if system and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": system}, *messages]
+            key = _key(messages)
+            if key in seen:
+                summary.dropped["duplicate"] += key not in done
+                progress.update(1)
+                continue
+            seen.add(key)
+            yield path, record.line, messages
+
+
+def _ask_all(
+    client: openai.OpenAI, endpoint: Endpoint, prompts: Iterator[tuple[Path, int, list[Message]]]
+) -> Iterator[tuple[Path, int, list[Message], Message | str]]:
+    """Yield (file, line, messages, answer) as the answers come; instead of an answer, why there is none."""
+    pause = 60 / endpoint.requests_per_minute if endpoint.requests_per_minute else 0.0
+    next_start = time.monotonic()
+    stopped = threading.Event()
+    waiting: dict[Future, tuple[Path, int, list[Message]]] = {}
+
+    def ask(messages: list[Message], start: float) -> Message | str:
+        if stopped.wait(max(start - time.monotonic(), 0)):
+            return "stopped"
+        return _ask(client, endpoint, messages)
+
+    with ThreadPoolExecutor(endpoint.parallel, thread_name_prefix="requests") as pool:
+        try:
+            for prompt in prompts:
+                next_start = max(next_start + pause, time.monotonic())
+                waiting[pool.submit(ask, prompt[2], next_start)] = prompt
+                while len(waiting) >= endpoint.parallel:
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        yield *waiting.pop(future), future.result()
+            for future in list(waiting):
+                yield *waiting[future], future.result()
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _ask(client: openai.OpenAI, endpoint: Endpoint, messages: list[Message]) -> Message | str:
+    """Return the answer of the model, or why there is none. Raises UserError for what would go wrong for every prompt."""
+    create: Any = client.chat.completions.create  # its overloads know no dict of settings
+    tools = [tool for message in messages for tool in message.get("tools", [])]
+    extra = {"tools": tools} if tools else {}
+    sent = [{name: value for name, value in message.items() if name != "tools"} for message in messages]
+    try:
+        choice = create(model=endpoint.model, messages=sent, **extra, **endpoint.settings).choices[0]
+    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+        raise UserError(
+            f"{endpoint.base_url} refuses the model {endpoint.model} or the key: {error.message}"
+        ) from error
+    except openai.APIConnectionError as error:
+        raise UserError(f"{endpoint.base_url} does not answer, after {RETRIES} more tries") from error
+    except openai.RateLimitError as error:
+        raise UserError(
+            f"{endpoint.base_url} gives no more answers now, after {RETRIES} more tries: {error.message}. Lower "
+            "--requests_per_minute or --parallel, or wait"
+        ) from error
+    except openai.APIStatusError as error:
+        return f"the server answered {error.status_code}: {error.message:.200}"
+    if choice.finish_reason == "length":
+        return "the answer was cut off at --max_tokens"
+    answer = {"role": "assistant", "content": choice.message.content or ""}
+    if reasoning := getattr(choice.message, "reasoning_content", None):
+        answer["reasoning_content"] = reasoning
+    if choice.message.tool_calls:
+        answer["tool_calls"] = [
+            call.model_dump(include={"id", "type", "function"}) for call in choice.message.tool_calls
+        ]
+    elif not answer["content"].strip():
+        return "the answer is empty"
+    return answer

@@ -1,0 +1,152 @@
+"""data_process.py distill, with a server that is busy, breaks and refuses as real ones do."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.readers import iter_records
+from data_pipeline.records import parse_conversation, parse_prompt
+
+
+class Server(ThreadingHTTPServer):
+    """Answers "re: QUESTION". Questions with a word of `troubles` get that status the first times they are asked."""
+
+    def __init__(self, troubles: dict[str, list[int]]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.troubles, self.asked, self.requests = troubles, Counter(), []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        self.server.requests.append(body)
+        word = next((word for word in self.server.troubles if word in question), None)
+        statuses = self.server.troubles.get(word or "", [])
+        number = self.server.asked[question]
+        self.server.asked[question] += 1
+        status = statuses[min(number, len(statuses) - 1)] if statuses else 200
+        finish = "length" if status == 201 else "stop"
+        message = {"role": "assistant", "content": f"re: {question}", "reasoning_content": "hm"}
+        answer = {
+            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        }  # fmt: skip
+        data = json.dumps(answer if status < 300 else {"error": {"message": f"trouble {status}"}}).encode()
+        self.send_response(200 if status < 300 else status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Retry-After-Ms", "5")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(**troubles: list[int]) -> Iterator[Server]:
+    server = Server(troubles)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": "easy one"},
+        {"messages": [{"role": "user", "content": "busy two"}, {"role": "assistant", "content": "an old answer"}]},
+        {"instruction": "cut three", "output": "x"},
+        {"prompt": "easy one"},
+        {"prompt": ""},
+        {"conversations": [{"from": "human", "value": "refused four"}]},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n", encoding="utf-8")
+    return path
+
+
+def test_answers_are_collected_and_what_is_missing_is_listed(run_here, prompts, tmp_path):
+    with serve(busy=[429, 503, 200], cut=[201], refused=[400]) as server:
+        flags = ["--endpoint", server.url, "--model", "big", "--out_dir", tmp_path, "--system", "Be brief."]
+        result = run_here("data_process.py", "distill", "--input", prompts, *flags, "--requests_per_minute", 6000)
+    assert result.returncode == 0, result.stderr
+    output = tmp_path / "distill_data.jsonl"
+    dialogues = [parse_conversation(record.data) for record in iter_records(output, None)]
+    assert sorted(d[-1]["content"] for d in dialogues) == ["re: busy two", "re: easy one"]
+    assert all(d[0] == {"role": "system", "content": "Be brief."} for d in dialogues)
+    assert all(d[-1]["reasoning_content"] == "hm" for d in dialogues)
+    assert server.asked["busy two"] == 3 and server.asked["easy one"] == 1
+    assert {request["model"] for request in server.requests} == {"big"}
+    assert server.requests[0]["max_tokens"] == 512 and server.requests[0]["temperature"] == 0.7
+    listed = (tmp_path / "distill_data.rejects.jsonl").read_text(encoding="utf-8")
+    for reason in (
+        "cut off at --max_tokens",
+        "answered 400: Error code: 400 - trouble 400",
+        "no question",
+        "invalid JSON",
+    ):
+        assert reason in listed, listed
+    assert "dropped: duplicate" in result.stdout and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
+    flags = ["--model", "big", "--out_dir", tmp_path, "--parallel", 1, "--input", prompts]
+    with serve(cut=[401]) as server:
+        result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
+    assert result.returncode == 1 and "refuses the model big or the key" in result.stderr
+    partial = tmp_path / "distill_data.jsonl.partial"
+    assert len(partial.read_text(encoding="utf-8").splitlines()) == 2
+    with partial.open("a", encoding="utf-8") as file:
+        file.write('{"messages": [{"role": "us')  # the power failed
+    with serve() as server:
+        result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "2 answers are there already" in result.stdout and server.asked.keys() == {"cut three", "refused four"}
+    assert len((tmp_path / "distill_data.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_bad_input(run_here, prompts, tmp_path, monkeypatch):
+    def error(*flags: object) -> str:
+        result = run_here("data_process.py", *flags, "--out_dir", tmp_path)
+        assert result.returncode in (1, 2), result.stderr
+        return result.stderr
+
+    assert "distill needs --input" in (message := error("distill", "--output", "x.csv"))
+    assert "must be a name that ends in .jsonl" in message and "--endpoint URL and --model NAME" in message
+    assert "--endpoint is for the stage distill and does nothing for sft" in error("sft", "--endpoint", "http://x/v1")
+    monkeypatch.setattr("data_pipeline.teacher_answers.RETRIES", 0)
+    with serve() as server:
+        closed = server.url
+    assert "does not answer" in error("distill", "--input", prompts, "--endpoint", closed, "--model", "m")
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"q": "one?", "a": "1", "history": '[["zero?", "0"]]'}, ["zero?", "0", "one?"]),
+        ({"prompt": "one?", "system": "short"}, ["short", "one?"]),
+        ({"prompt": '[{"role": "user", "content": "one?"}]'}, ["one?"]),
+    ],
+)
+def test_prompts_of_rows(row, expected):
+    assert [message["content"] for message in parse_prompt(row)] == expected

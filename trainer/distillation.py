@@ -1,0 +1,257 @@
+"""Distillation: a student learns from the probabilities that a teacher gives to every next token.
+
+A label names one token; a teacher also says which other tokens would have been almost as good (Hinton et al. 2015,
+https://arxiv.org/abs/1503.02531).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from common.errors import UserError
+from common.files import atomic_folder, checksum, explain_write_errors
+from common.progress import Progress
+from data_pipeline.datasets import Batch, PackedRows
+from export.huggingface import CLASSES
+from inference.model_loader import open_model
+from model.LMConfig import LMConfig
+from model.model import describe_parameters
+from model.tokenizer import load_tokenizer, tokenizer_hash
+from trainer.losses import LossFunction, token_sums
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is not trained. `fingerprint` changes with its weights."""
+
+    model: nn.Module
+    fingerprint: str
+
+    @torch.no_grad()
+    def logps(self, inputs: dict[str, Tensor], at: Tensor, temperature: float) -> Tensor:
+        """Return the log-probabilities (positions, vocabulary) of the tokens after the positions `at` of flattened rows."""
+        logits = self.model(
+            input_ids=inputs["input_ids"].view(1, -1),
+            position_ids=inputs["position_ids"].view(1, -1),  # they restart: documents do not see each other
+            logits_to_keep=at,
+            use_cache=False,
+        ).logits[0]
+        return (logits.float() / temperature).log_softmax(-1)
+
+
+def open_teacher(
+    path: Path, tokenizer: PreTrainedTokenizerFast, tokenizer_dir: Path, device: torch.device, dtype: torch.dtype
+) -> Teacher:
+    """Return the teacher at `path`: a .pth file, an adapter, an exported folder, or a Hugging Face causal language model.
+
+    Raises UserError if it cannot be read, or if its tokenizer is not the student's.
+    """
+    if not path.exists():
+        raise UserError(f"--teacher {path}: no such file or folder")
+    config = path / "config.json"
+    kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else LMConfig.model_type
+    if kind == LMConfig.model_type or kind in CLASSES:
+        checkpoint, own_tokenizer = open_model(path, tokenizer=tokenizer_dir, device=device, dtype=dtype)
+        model, fingerprint = checkpoint.model, checkpoint.fingerprint
+        print(f"teacher: {path}, {describe_parameters(model)}")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        nn.Module.to(model, device)
+        own_tokenizer, fingerprint = load_tokenizer(path), ""
+        print(f"teacher: {path}, a {kind} of {model.num_parameters() / 1e6:.2f}M parameters")
+    if path.is_dir():
+        files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+        fingerprint += "".join(f"{checksum(file):08x}" for file in files)
+        fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    if tokenizer_hash(own_tokenizer) != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"--teacher {path} has another tokenizer than the student: its probabilities are those of other tokens. Train "
+            "the student with the teacher's tokenizer (--tokenizer)"
+        )
+    model.requires_grad_(False)
+    teacher = Teacher(model, fingerprint)
+    check_packing(teacher, path, device)
+    return teacher
+
+
+def check_packing(teacher: Teacher, path: Path, device: torch.device) -> None:
+    """Raise UserError if, to the teacher, a document in a packed row depends on the one before it."""
+    second = torch.tensor([[5, 6, 7, 8]], device=device)
+    positions = torch.arange(4, device=device)[None]
+    at = torch.tensor([3], device=device)
+    alone = teacher.logps({"input_ids": second, "position_ids": positions}, at, 1.0)
+    rows = {"input_ids": torch.cat([second.flip(1), second], 1), "position_ids": positions.repeat(1, 2)}
+    packed = teacher.logps(rows, at + 4, 1.0)
+    if (packed.exp() - alone.exp()).abs().max() > 0.05 or (packed - alone).abs().mean() > 0.1:
+        raise UserError(
+            f"--teacher {path}: in packed rows this model mixes documents with each other, so its probabilities would be "
+            "wrong. Use one whose implementation in transformers restarts documents at position 0, as Llama's does"
+        )
+
+
+# ---- the loss
+
+
+def divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Return how much distributions differ, (positions,), from log-probabilities (positions, classes).
+
+    forward: KL(teacher || student); the student covers everything that the teacher finds possible.
+    reverse: KL(student || teacher); the student keeps to what the teacher finds probable (https://arxiv.org/abs/2306.08543).
+    js: Jensen-Shannon, the mean of both to their mixture: between the two, at most ln 2 (https://arxiv.org/abs/2306.13649,
+        equation 1 with beta 1/2).
+    """
+    if kind == "forward":
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    if kind == "reverse":
+        return divergence(teacher, student, "forward")
+    mixture = torch.logaddexp(student, teacher) - math.log(2)
+    return (divergence(mixture, teacher, "forward") + divergence(mixture, student, "forward")) / 2
+
+
+def distillation_loss(alpha: float, temperature: float, kind: str, teacher: Teacher | None = None) -> LossFunction:
+    """Return alpha * CE + (1 - alpha) * T^2 * D(teacher, student), summed over targets.
+
+    CE is the cross entropy of `next_token_loss`, D the divergence of both models' probabilities at temperature T: from
+    logits divided by T. Its gradients shrink with 1 / T^2, which the factor makes up for (https://arxiv.org/abs/1503.02531,
+    section 2). Logged are "loss", the cross entropy alone, to compare with training without a teacher, and "divergence".
+
+    teacher: None: the batches hold its `TopK` probabilities.
+    """
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        inputs = batch.inputs
+        at, targets = predicted_targets(inputs["labels"], batch.n_targets)
+        out = model(
+            input_ids=inputs["input_ids"].view(1, -1),
+            position_ids=inputs["position_ids"].view(1, -1),
+            attention_mask=inputs["attention_mask"].view(1, -1),
+            labels=inputs["labels"].view(1, -1),
+            cu_seqlens=inputs["cu_seqlens"],
+            logits_to_keep=at,
+            num_items_in_batch=1,  # the model returns the sum
+            use_cache=False,
+        )
+        logits = out.logits[0].float()  # (targets, vocabulary)
+        student = (logits / temperature).log_softmax(-1)
+        if teacher is not None:
+            reference = teacher.logps(inputs, at, temperature)
+        else:
+            ids = inputs["teacher_ids"].long()
+            reference = _with_rest(inputs["teacher_logps"].float())
+            student = torch.cat([student.gather(1, ids), _rest(student, ids)], dim=1)
+        distance = divergence(student, reference, kind).sum()
+        # Written so that what the model adds to the cross entropy, the balance loss of experts, keeps its weight.
+        loss = out.loss + (1 - alpha) * (temperature**2 * distance - F.cross_entropy(logits, targets, reduction="sum"))
+        return loss, batch.n_targets, token_sums(model, batch, out) | {"divergence": distance.detach()}
+
+    return loss_fn
+
+
+def predicted_targets(labels: Tensor, n_targets: int) -> tuple[Tensor, Tensor]:
+    """Return the positions in flattened rows that predict a target, and the targets; (n_targets,) each, in order.
+
+    The number comes from the batch: to count on a GPU would make the CPU wait for it.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    at = (targets == -100).to(torch.uint8).argsort(stable=True)[:n_targets]
+    return at, targets[at]
+
+
+def _with_rest(top: Tensor) -> Tensor:
+    """Return log-probabilities (positions, k + 1): the last is that of all tokens that are not among the k."""
+    rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return torch.cat([top, rest], dim=1)
+
+
+def _rest(logps: Tensor, ids: Tensor) -> Tensor:
+    """Return the log-probability (positions, 1) of all tokens except `ids` (positions, k)."""
+    return logps.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+# ---- what the teacher says, on disk
+
+
+class TopK:
+    """Rows with the teacher's k most probable tokens for each target, computed once and kept in the cache.
+
+    The rest of the vocabulary counts as one more token. That takes 4 bytes * k for a target on disk, and no teacher in
+    training.
+
+    Args:
+        rows: what is trained on.
+        folder: with `ids.npy` (targets, k) uint16, `logps.npy` (targets, k) float16 and `first.npy` (rows + 1,).
+    """
+
+    def __init__(self, rows: PackedRows, folder: Path) -> None:
+        self.rows, self.n_bytes, self.documents = rows, rows.n_bytes, rows.documents
+        self.fingerprint = f"{rows.fingerprint}-{folder.name}"
+        self.ids, self.logps = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logps"))
+        self.first = np.load(folder / "first.npy")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return rows as `PackedRows.batch` does, and teacher_ids and teacher_logps, (targets, k)."""
+        batch = self.rows.batch(indices)
+        parts = [slice(self.first[row], self.first[row + 1]) for row in indices]
+        extra = {
+            "teacher_ids": torch.from_numpy(np.concatenate([self.ids[part] for part in parts]).astype(np.int32)),
+            "teacher_logps": torch.from_numpy(np.concatenate([self.logps[part] for part in parts])),
+        }
+        return dataclasses.replace(batch, inputs=batch.inputs | extra)
+
+
+def cached_top_k(
+    rows: PackedRows, teacher: Teacher, k: int, temperature: float, cache_dir: Path, device: torch.device,
+    dtype: torch.dtype, batch_size: int,
+) -> TopK:  # fmt: skip
+    """Return `rows` with the teacher's `k` most probable tokens, from the cache or computed now.
+
+    temperature: that of the loss: what is kept are the probabilities at this temperature.
+    """
+    origin = [rows.fingerprint, teacher.fingerprint, k, temperature, str(dtype)]
+    folder = cache_dir / f"teacher-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]}"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found = TopK(rows, folder)
+        if len(found.first) == len(rows) + 1 and found.ids.shape == found.logps.shape == (found.first[-1], k):
+            return found
+    if k >= (n_tokens := rows.dataset.info["vocab_size"]):
+        raise UserError(f"--top_k {k}: there are {n_tokens} tokens; leave it out to use the probabilities of all")
+    labels = [rows.batch([row]).n_targets for row in range(len(rows))]
+    first = np.concatenate([[0], np.cumsum(labels)])
+    shape = (int(first[-1]), k)
+    print(
+        f"the teacher's {k} most probable tokens of {shape[0]:,} targets: {4 * k * shape[0] / 1e6:,.0f} MB in {folder}"
+    )
+    with explain_write_errors(cache_dir, "another --cache_dir"), atomic_folder(folder) as tmp:
+        np.save(tmp / "first.npy", first)
+        ids = np.lib.format.open_memmap(tmp / "ids.npy", "w+", np.uint16, shape)
+        logps = np.lib.format.open_memmap(tmp / "logps.npy", "w+", np.float16, shape)
+        with Progress("teacher", len(rows), "rows") as progress:
+            for begin in range(0, len(rows), batch_size):
+                some = range(begin, min(begin + batch_size, len(rows)))
+                batch = rows.batch(some).to(device)
+                at, _ = predicted_targets(batch.inputs["labels"], batch.n_targets)
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    top = teacher.logps(batch.inputs, at, temperature).topk(k)
+                here = slice(first[begin], first[some[-1] + 1])
+                ids[here], logps[here] = top.indices.cpu().numpy(), top.values.cpu().numpy()
+                progress.update(len(some))
+        ids.flush()
+        logps.flush()
+        del ids, logps  # Windows renames no folder whose files are mapped
+    return TopK(rows, folder)
