@@ -1,4 +1,4 @@
-"""Compare SwiGLU with a ReLU and a GELU feed-forward of as many parameters, over three seeds.
+"""Compare SwiGLU with a ReLU and a GELU feed-forward of as many parameters, for two sizes of the initial weights.
 
     python docs/experiments/swiglu.py
 
@@ -8,6 +8,7 @@ docs/swiglu.md explains what it shows.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from common.cli import flag, parse_options  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from docs.experiments import tiny  # noqa: E402
 
-SEEDS = 3
+SEEDS = 2
+INITIAL = (0.02, 0.1)  # standard deviation of the initial weights
 
 
 @dataclasses.dataclass
 class Options(tiny.ExperimentOptions):
-    steps: int = flag(60, "optimizer steps of each run", min=20)
+    steps: int = flag(50, "optimizer steps of each run", min=20)
 
 
 def main() -> None:
@@ -48,10 +50,10 @@ def main() -> None:
 
     kinds = {"SwiGLU": None, "GELU": F.gelu, "ReLU": F.relu}
     curves, results = {}, []
-    for name, activation in kinds.items():
+    for std, (name, activation) in itertools.product(INITIAL, kinds.items()):
         found, histories = [], []
         for seed in range(SEEDS):
-            model = tiny.new_model(seed=seed, hidden_dim=128)
+            model = tiny.new_model(seed=seed, hidden_dim=128, initializer_range=std)
             if activation is not None:
                 for block in model.layers:
                     block.feed_forward = Plain(64, 192, activation)
@@ -59,9 +61,9 @@ def main() -> None:
             histories.append(tiny.train(model, rows, options.steps, 8e-3, optimizer="muon", seed=seed))
             found.append(tiny.evaluate(model, val))
         parameters = sum(p.numel() for p in model.layers[0].feed_forward.parameters())
-        curves[name] = [sum(one) / SEEDS for one in zip(*map(tiny.losses, histories), strict=True)]
-        results.append((name, parameters, " ".join(f"{loss:.3f}" for loss in found), sum(found) / SEEDS))
-    tiny.table("feed-forward, parameters of a layer, validation loss of each seed, mean", results)
+        curves[std, name] = [sum(one) / SEEDS for one in zip(*map(tiny.losses, histories), strict=True)]
+        results.append((f"{std:g}", name, parameters, " ".join(f"{loss:.3f}" for loss in found), sum(found) / SEEDS))
+    tiny.table("initial weights, feed-forward, parameters of a layer, validation loss of each seed, mean", results)
 
     def draw(function, loss) -> None:
         x = torch.linspace(-4, 4, 161)
@@ -69,10 +71,11 @@ def main() -> None:
             function.plot(x, f(x), label=name)
         function.set(xlabel="x", ylabel="f(x)")
         function.legend(frameon=False)
-        for name, curve in curves.items():
-            loss.plot(range(1, len(curve) + 1), curve, label=name)
+        for (std, name), curve in curves.items():
+            style, colour = "--" if std == INITIAL[0] else "-", f"C{[*kinds].index(name)}"
+            loss.plot(range(1, len(curve) + 1), curve, style, color=colour, label=f"{name}, {std:g}")
         loss.set(xlabel="optimizer step", ylabel=f"training loss, mean of {SEEDS} seeds")
-        loss.legend(frameon=False)
+        loss.legend(frameon=False, title="initial weights", fontsize=8)
 
     tiny.plot(options.output, __file__, draw, n_plots=2)
 
