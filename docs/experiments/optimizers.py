@@ -1,4 +1,4 @@
-"""Compare AdamW and Muon over learning rates, and a schedule with a constant rate.
+"""Compare AdamW and Muon over learning rates.
 
     python docs/experiments/optimizers.py
 
@@ -17,7 +17,7 @@ from common.cli import flag, parse_options  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from docs.experiments import tiny  # noqa: E402
 
-RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
+RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256)
 
 
 @dataclasses.dataclass
@@ -29,33 +29,27 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     rows, val = tiny.text_rows()
 
-    def run(optimizer: str, peak: float, **settings) -> tuple[list[float], float]:
-        model = tiny.new_model()
-        history = tiny.train(model, rows, options.steps, peak, optimizer=optimizer, **settings)
-        return tiny.losses(history), tiny.evaluate(model, val)
-
-    final = {name: [run(name, peak)[1] for peak in RATES] for name in ("adamw", "muon")}
+    curves, final = {}, {}
+    for name in ("AdamW", "Muon"):
+        for peak in RATES:
+            model = tiny.new_model()
+            curves[name, peak] = tiny.losses(tiny.train(model, rows, options.steps, peak, optimizer=name.lower()))
+            final[name, peak] = tiny.evaluate(model, val)
     tiny.table(
         "peak learning rate, validation loss with AdamW, with Muon",
-        [(f"{rate:g}", *(values[i] for values in final.values())) for i, rate in enumerate(RATES)],
+        [(f"{peak:g}", final["AdamW", peak], final["Muon", peak]) for peak in RATES],
     )
-    schedules = {
-        "warm-up, then cosine": {},
-        "warm-up, then constant": {"floor": 1.0},
-        "no warm-up, no clipping, constant": {"warmup": 0, "floor": 1.0, "clip": float("inf")},
-    }
-    curves = {name: run("muon", 2e-2, **settings) for name, settings in schedules.items()}
-    tiny.table("schedule (Muon; 2e-2), validation loss", [(name, loss) for name, (_, loss) in curves.items()])
 
-    def draw(rates, schedule) -> None:
-        for name, values in final.items():
-            rates.plot(RATES, values, "o-", label={"adamw": "AdamW", "muon": "Muon"}[name])
+    def draw(rates, best) -> None:
+        for name in ("AdamW", "Muon"):
+            losses = [final[name, peak] for peak in RATES]
+            rates.plot(RATES, losses, "o-", label=name)
+            peak = RATES[losses.index(min(losses))]
+            best.plot(range(1, options.steps + 1), curves[name, peak], label=f"{name}, {peak:g}")
         rates.set(xscale="log", xlabel="peak learning rate", ylabel=f"validation loss after {options.steps} steps")
         rates.legend(frameon=False)
-        for name, (curve, _) in curves.items():
-            schedule.plot(range(1, len(curve) + 1), curve, label=name)
-        schedule.set(xlabel="optimizer step", ylabel="training loss")
-        schedule.legend(frameon=False)
+        best.set(xlabel="optimizer step", ylabel="training loss at the best rate")
+        best.legend(frameon=False)
 
     tiny.plot(options.output, __file__, draw, n_plots=2)
 
