@@ -30,7 +30,7 @@ from common.errors import UserError, run_script
 from evaluation.tools import chat_tools
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import Chat, print_answer, use_utf8
-from model.chat_format import IMAGE, Message, chat_style
+from model.chat_format import IMAGE, Message, chat_style, with_images
 from model.chat_parser import AnswerParser
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class ImageChat(LocalChat):
         return True
 
     def ask(self, question: str) -> bool:
-        answered = super().ask(f"{IMAGE}\n" * self.n_waiting + question.replace(IMAGE, ""))
+        answered = super().ask(with_images(question, self.n_waiting))
         if answered:
             self.n_waiting = 0
             self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")

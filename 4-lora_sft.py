@@ -80,7 +80,7 @@ def main() -> None:
 
     # Model: an adapter on frozen weights.
     tokenizer = open_tokenizer(options)
-    model, base = starting_model(options, ["full_sft", "rl", "rlvr"], tokenizer, dist_env)
+    model, base = starting_model(options, ["full_sft", "rl", "rlvr", "distill"], tokenizer, dist_env)
     assert base is not None  # --init_from none was refused
     file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
     folder = file.with_suffix("")

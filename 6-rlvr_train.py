@@ -75,7 +75,7 @@ def main() -> None:
 
     # Model: one that answers, for ppo with a value function, and for --beta a copy of what it is now.
     tokenizer = open_tokenizer(options)
-    model, origin = starting_model(options, ["full_sft", "rl"], tokenizer, dist_env)
+    model, origin = starting_model(options, ["full_sft", "rl", "distill"], tokenizer, dist_env)
     run = weights_run(options, model.config, tokenizer, dist_env, origin)
     names = (
         "algorithm",

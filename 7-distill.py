@@ -3,6 +3,7 @@
     python 7-distill.py --teacher out/full_sft_768.pth --preset minimind-v1-small      # from the newest out/full_sft_512.pth
     python 7-distill.py --teacher out/full_sft_768.pth --init_from out/pretrain_512.pth --divergence reverse
     python 7-distill.py --teacher ../llama-folder --top_k 32                           # ask the teacher once, then reuse
+    python 7-distill.py --teacher out/full_sft_768.pth --on_policy --max_new_tokens 128  # learn from its own answers
     python 7-distill.py --teacher out/full_sft_768.pth --resume
 
 In:  the teacher: a .pth file, a LoRA folder, an exported folder or a causal language model of Hugging Face with the same
@@ -11,13 +12,15 @@ Out: out/distill_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as
 
 For every token of an answer the student sees how probable the teacher finds each token of the vocabulary. The loss is
 --alpha times the cross entropy of 3-full_sft.py, plus (1 - alpha) times the divergence from the teacher. Logged are "loss",
-the cross entropy alone, which is comparable with that of 3-full_sft.py, and "divergence". Answers of a teacher that is only
+the cross entropy alone, which is comparable with that of 3-full_sft.py, and "divergence". With --on_policy the student
+answers the questions itself, and learns from the teacher what it should have written. Answers of a teacher that is only
 behind an API become training data with: python data_process.py distill
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common.cli import flag, parse_options
@@ -39,30 +42,54 @@ class DistillOptions(ChatOptions):
         "model to learn from: .pth file, LoRA folder or model folder; every process holds all of it",
         metavar="PATH",
     )
-    alpha: float = flag(0.5, "weight of the labels in the loss; the rest is the teacher's", min=0, below=1)
+    on_policy: bool = flag(
+        False, "learn from the student's own answers to the questions, in place of those in the data"
+    )
+    max_new_tokens: int = flag(256, "on_policy: maximum length of an answer in tokens", min=1)
+    alpha: float | None = flag(
+        None, "weight of the labels in the loss; the rest is the teacher's (default: 0.5; on_policy: 0)", min=0, below=1
+    )
     temperature: float = flag(1.0, "divide the logits of both by this: above 1, improbable tokens count more", above=0)
-    divergence: str = flag(
-        "forward", "forward: KL(teacher || student); reverse: KL(student || teacher); js: Jensen-Shannon",
-        choices=["forward", "reverse", "js"],
+    divergence: str | None = flag(
+        None, "forward: KL(teacher || student); reverse: KL(student || teacher); js: Jensen-Shannon (default: forward; "
+        "on_policy: reverse)", choices=["forward", "reverse", "js"],
     )  # fmt: skip
     top_k: int = flag(
         0, "keep only this many of the teacher's probabilities for each token, computed once into the cache; 0: all, "
         "computed while training", min=0, below=2**16,
     )  # fmt: skip
     learning_rate: float = flag(5e-4, "peak learning rate")
-    batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
+    batch_size: int = flag(
+        16, "rows of max_seq_len tokens (on_policy: questions) that go through the model at once, per process"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is None:
+            self.alpha = 0.0 if self.on_policy else 0.5
+        if self.divergence is None:
+            self.divergence = "reverse" if self.on_policy else "forward"
 
     def validate(self) -> list[str]:
-        missing = [] if self.teacher else ["--teacher PATH is needed: the model to learn from"]
-        return super().validate() + missing
+        rules = {
+            "--teacher PATH is needed: the model to learn from": self.teacher is not None,
+            "--alpha weighs labels, and --on_policy has none: leave --alpha out": not (self.on_policy and self.alpha),
+            "--top_k keeps what the teacher says of the data, and --on_policy has other texts in every step: leave one "
+            "of them out": not (self.on_policy and self.top_k),
+            "--on_policy does not support --fsdp and --deepspeed: leave them out": not (
+                self.on_policy and (self.fsdp or self.deepspeed)
+            ),
+        }
+        return super().validate() + [error for error, kept in rules.items() if not kept]
 
 
 def main() -> None:
     options = parse_options(DistillOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from data_pipeline.datasets import BatchLoader
     from model.device import resolve_device, resolve_dtype
-    from trainer.distillation import cached_top_k, distillation_loss, open_teacher
+    from trainer.distillation import AnswerLoader, Questions, cached_top_k, distillation_loss, open_teacher
     from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
     from trainer.finetune import chat_rows, starting_model
     from trainer.recipe import open_tokenizer, require_files, weights_run
@@ -82,26 +109,29 @@ def main() -> None:
             "weights with --init_from, or their size with --preset"
         )
     run = weights_run(options, model.config, tokenizer, dist_env, origin, teacher=teacher.fingerprint)
-    objective = {name: getattr(options, name) for name in ("alpha", "temperature", "divergence", "top_k")}
+    names = ("alpha", "temperature", "divergence", "top_k", "on_policy", "max_new_tokens")
+    objective = {name: getattr(options, name) for name in names}
     run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
     require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
 
-    # Data: dialogues, with a mask over everything that the assistant does not say.
-    train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)
-    if options.top_k:
+    # Data: dialogues, with a mask over everything that the assistant does not say; or only their questions.
+    rows, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)
+    train, make_loader = rows, BatchLoader
+    if options.on_policy:
+        train = Questions(rows)
+        make_loader = partial(AnswerLoader, model=model, dtype=dtype, max_new_tokens=options.max_new_tokens)
+    elif options.top_k:
         cache = options.cache_dir or options.out_dir / "cache"
+        ask = partial(
+            cached_top_k, teacher=teacher, k=options.top_k, temperature=options.temperature, cache_dir=cache,
+            device=device, dtype=dtype, batch_size=options.batch_size,
+        )  # fmt: skip
         with main_process_first(dist_env, "asking the teacher"):
-            train, val = (
-                rows
-                and cached_top_k(
-                    rows, teacher, options.top_k, options.temperature, cache, device, dtype, options.batch_size
-                )
-                for rows in (train, val)
-            )
+            train, val = ask(rows), ask(val) if val else None
 
     # Loss: the labels, and what the teacher thinks of every token.
     loss = distillation_loss(options.alpha, options.temperature, options.divergence, None if options.top_k else teacher)
-    fit(model, loss, train, val, options, run, dist_env)
+    fit(model, loss, train, val, options, run, dist_env, make_loader=make_loader)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
     print(f"done: {path}; now try: python 2-eval.py --weights {path}")

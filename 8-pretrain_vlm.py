@@ -67,8 +67,6 @@ class PretrainVlmOptions(VisionOptions):
         for name in ("image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"):
             if self.vision_encoder is not None and getattr(self, name) != getattr(PretrainVlmOptions, name):
                 found.append(f"--{name} is for our own encoder and does nothing with --vision_encoder: leave it out")
-        if self.freeze_encoder:
-            found.append("--freeze_encoder would leave a new encoder as it is, random: it is for 9-sft_vlm.py")
         return found
 
 
@@ -100,7 +98,7 @@ def main() -> None:
     require_files(options.data_path, "make it with: python data_process.py vlm, or name one with --data_path")
 
     # Data: dialogues about images, with a mask over everything that the assistant does not say.
-    train, val = image_rows(options, dist_env, tokenizer, model, encoder, origin)
+    train, val = image_rows(options, dist_env, tokenizer, model, encoder)
 
     # Loss: cross entropy of the next token of the assistant.
     fit(model, next_token_loss, train, val, options, run, dist_env)

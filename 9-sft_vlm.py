@@ -33,6 +33,10 @@ class SftVlmOptions(VisionOptions):
         "dialogues about images: Parquet, JSONL or JSON (default: dataset/vlm_sft.parquet)", nargs="+",
     )  # fmt: skip
     learning_rate: float = flag(1e-4, "peak learning rate")
+    freeze_encoder: bool = flag(
+        False, "do not train our own image encoder; its features are then computed once (one of --vision_encoder is always "
+        "frozen)",
+    )  # fmt: skip
     batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
 
 
@@ -64,7 +68,8 @@ def main() -> None:
     require_files(options.data_path, "make it with: python data_process.py vlm, or name one with --data_path")
 
     # Data: dialogues about images, with a mask over everything that the assistant does not say.
-    train, val = image_rows(options, dist_env, tokenizer, model, encoder, origin)
+    frozen_own = origin if options.freeze_encoder and encoder is None else None
+    train, val = image_rows(options, dist_env, tokenizer, model, encoder, frozen_own)
 
     # Loss: cross entropy of the next token of the assistant.
     fit(model, next_token_loss, train, val, options, run, dist_env)

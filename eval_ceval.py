@@ -90,7 +90,7 @@ def main() -> None:
     else:
         path = options.weights
         if path is None and options.lora is None:
-            path = require_model(ROOT / "out", ["rlvr", "rl", "full_sft"], "3-full_sft.py")
+            path = require_model(ROOT / "out", ["rlvr", "rl", "distill", "full_sft"], "3-full_sft.py")
         checkpoint, tokenizer = open_model(
             path, lora=options.lora, tokenizer=options.tokenizer, device=device, dtype=dtype
         )

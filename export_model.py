@@ -41,7 +41,7 @@ def main() -> None:
         check_output(options)
         path = options.weights
         if path is None and options.lora is None:
-            path = require_model(options.out_dir, ["rlvr", "rl", "full_sft", "pretrain"], "1-pretrain.py")
+            path = require_model(options.out_dir, ["rlvr", "rl", "distill", "full_sft", "pretrain"], "1-pretrain.py")
         source, tokenizer = open_model(path, lora=options.lora, tokenizer=options.tokenizer)
         for note in source.notes:
             print(f"note: {note}")

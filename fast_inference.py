@@ -1,4 +1,4 @@
-"""Chat with the models in out/ on a web page, on this machine; base models continue your text instead.
+"""Chat with the models in out/ on a web page, on this machine, and look inside them; base models continue your text.
 
     streamlit run fast_inference.py
     streamlit run fast_inference.py -- --out_dir out/quickstart --temperature 0
@@ -21,7 +21,7 @@ from common.cli import Parser, flag, parse_options
 from common.errors import UserError, name_flags, run_script
 from inference.model_finder import read_entry
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
-from serving.web.texts import LANGUAGES
+from serving.web.texts import LANGUAGES, Texts
 
 
 @dataclass
@@ -57,10 +57,10 @@ def page() -> None:
     import streamlit as st  # `python fast_inference.py --help` needs neither Streamlit nor torch
 
     from evaluation.tools import chat_tools
-    from serving.saved_chats import ChatFolder
-    from serving.web import chat_menu, widgets
-    from serving.web.page import STYLE, literal, title_html
-    from serving.web.texts import Texts, language_of
+    from serving.web import widgets
+    from serving.web.inside import menu, shared
+    from serving.web.page import STYLE, literal
+    from serving.web.texts import language_of
 
     st.set_page_config(page_title="MiniMind", page_icon="💬")
     st.html(STYLE)
@@ -70,10 +70,22 @@ def page() -> None:
     except UserError as error:
         st.error(literal(Texts(language_of(st.context.locale))("wrong_flags", reason=name_flags(str(error)))))
         st.stop()
-    folder = ChatFolder(options.model.out_dir / "chats")
-
     with st.sidebar:
         texts = widgets.choose_language(options.language)
+    shared.keep_choices()
+    menu.choose_page(lambda: chat(options, tools, texts), shared.View(options.model, options.sampling, texts)).run()
+
+
+def chat(options: Options, tools: dict[str, Any], texts: Texts) -> None:
+    """Draw the page of the chat."""
+    import streamlit as st
+
+    from serving.saved_chats import ChatFolder
+    from serving.web import chat_menu, widgets
+    from serving.web.page import title_html
+
+    folder = ChatFolder(options.model.out_dir / "chats")
+    with st.sidebar:
         conversation = chat_menu.choose_chat(folder, texts)
         entry = widgets.choose_model(options.model, texts)
         facts = st.container()
@@ -94,13 +106,12 @@ def page() -> None:
         if conversation.running and st.button(texts("stop"), key="stop", icon=":material/stop_circle:", shortcut="Esc"):
             chat_menu.stop(folder, conversation)
             st.rerun()
-    hint = texts("continue" if entry.continues else "ask")
-    question = st.chat_input(hint, key="question", disabled=model is None)
+    question, images = widgets.ask_question(entry, model, texts)
     widgets.announce(conversation, texts)
     if model is not None and not conversation.exchanges and not question:
         question = widgets.show_examples(model, texts)
     if model is not None and question:
-        conversation.ask(question, model, **settings)
+        conversation.ask(question, model, **settings, images=images)
         chat_menu.save(folder, conversation)
         st.rerun()
 
@@ -121,7 +132,7 @@ def page() -> None:
                 if model is not None and (edited := widgets.edit_question(exchange, f"{conversation.id}_{i}", texts)):
                     chat_menu.stop(folder, conversation)
                     branch = st.session_state.conversation = conversation.branch(i)
-                    branch.ask(edited, model, **settings)
+                    branch.ask(edited, model, **settings, images=exchange.images)
                     chat_menu.save(folder, branch)
                     st.rerun()
                 regenerate, new_chat = st.empty(), st.empty()

@@ -19,6 +19,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
@@ -45,6 +46,14 @@ class Options:
         [], "names by which clients reach the server; *: any (default: localhost and --host; addresses always work)",
         nargs="+", metavar="NAME",
     )  # fmt: skip
+    allow_image_urls: bool = flag(
+        False, "fetch images that requests name by their address, from public addresses only (default: only data URLs)"
+    )
+    vision_encoder: Path | None = flag(
+        None,
+        "folder of the image encoder, for a vision-language model without its own (default: that of its training)",
+        metavar="FOLDER",
+    )
     strict: bool = flag(False, "reject requests with fields that would be ignored, like tools")
     served_model_name: str | None = flag(None, "the model's name in requests (default: the file's)", metavar="NAME")
     max_rows: int = flag(32, "answers that are decoded at the same time", min=1, metavar="N")
@@ -104,9 +113,11 @@ def main() -> None:
     # torch and the server's libraries take seconds to load: --help and wrong flags do not wait for them
     from inference.generator import BatchGenerator
     from inference.model_loader import load_text_generator
+    from inference.vision import ImageProcessor
     from serving.app import create_app
     from serving.endpoint import ServedModel
     from serving.engine import Engine
+    from serving.images import ImageReader
     from serving.server import Server
 
     path = options.model.weights or require_model(options.model.out_dir, CHAT_STAGES, "3-full_sft.py")
@@ -131,7 +142,12 @@ def main() -> None:
         ) from error
     path = checkpoint.path.resolve()
     name = options.served_model_name or (path.name if path.is_dir() else path.stem)
-    served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint)
+    reader = None
+    if config.vision is not None or options.allow_image_urls or options.vision_encoder is not None:
+        reader = ImageReader(
+            ImageProcessor.for_checkpoint(checkpoint, options.vision_encoder), options.allow_image_urls
+        )
+    served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint, images=reader)
     limit = options.sampling.max_new_tokens
     defaults = dataclasses.replace(options.sampling, max_new_tokens=context if limit is None else limit)
     app = create_app(

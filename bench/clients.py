@@ -36,7 +36,7 @@ from common.errors import UserError, run_script  # noqa: E402
 SCRIPTS = ROOT / "tests" / "clients"
 PINS = ROOT / "requirements-clients.txt"
 FEATURES = ("chat", "chat, streamed", "completions", "responses", "responses, streamed", "tools offered")
-FEATURES += ("structured output", "required tool", "embeddings")
+FEATURES += ("structured output", "required tool", "image", "embeddings")
 VENV = ["-m", "venv"]
 TIMEOUT = 300  # seconds for a client
 PYTHON = {  # script, and what pip installs for it
@@ -144,12 +144,14 @@ def server(folder: Path) -> Iterator[tuple[str, str]]:
     import torch
 
     from model.LMConfig import preset
-    from model.model import Transformer
-    from model.tokenizer import EOS_ID
+    from model.tokenizer import EOS_ID, IMAGE_TOKEN, load_tokenizer
+    from model.vision import VisionLanguageModel
     from model.weights_file import save_checkpoint
 
     torch.manual_seed(0)
-    model = Transformer(preset("toy", max_seq_len=2048, initializer_range=0.2))
+    image_ids = [load_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)] * 9
+    vision = {"encoder": "vit", "width": 64, "image_ids": image_ids}
+    model = VisionLanguageModel(preset("toy", max_seq_len=2048, initializer_range=0.2, vision_config=vision))
     with torch.no_grad():
         model.output.weight[EOS_ID] = 0
     save_checkpoint(folder / "full_sft_64.pth", model, info={"stage": "full_sft"})

@@ -54,12 +54,12 @@ from data_pipeline.datasets import PackedRows
 from data_pipeline.packing import sample_order
 from data_pipeline.readers import iter_records
 from data_pipeline.tokenize import tokenize_pretrain_data
+from evaluation.runs import read_metrics
 from model.device import resolve_device, resolve_dtype
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer
 from model.weights import load_checkpoint
-from trainer.metrics import read_metrics
 from trainer.optim import BETAS, get_lr
 from trainer.recipe import best_batch
 

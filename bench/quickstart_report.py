@@ -24,6 +24,7 @@ from common.files import ROOT, atomic_write
 from data_pipeline.preferences import PreferencePairs, read_pairs
 from data_pipeline.readers import iter_records
 from data_pipeline.records import parse_conversation
+from evaluation.runs import read_metrics
 from inference.generator import generate_text
 from inference.model_finder import find_model
 from inference.model_loader import open_model
@@ -33,7 +34,6 @@ from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
 from model.weights_file import Checkpoint
 from trainer.losses import sequence_logps
-from trainer.metrics import read_metrics
 
 OPENINGS = ["The capital of France is", "中国的首都是", "Once upon a time", "从前"]
 QUESTIONS = [

@@ -21,8 +21,9 @@ from torch import Tensor
 from common.errors import UserError, stoppable
 from common.files import atomic_folder, exclusive, explain_write_errors, write_json
 from common.progress import Progress
-from data_pipeline.images import open_image, to_pixels
+from data_pipeline.images import open_image
 from data_pipeline.tokenize import TokenizedDataset
+from model.pixels import to_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

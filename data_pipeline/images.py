@@ -1,8 +1,7 @@
-"""Images as bytes from files, data URLs and Parquet: checked before anything is decoded, and made into pixels.
+"""Images as bytes from files, data URLs and Parquet, checked before anything is decoded.
 
     data = read_image("cat.png", image_dir)          # or a data URL, or bytes
     image = open_image(data)                         # RGB, upright, on white where it is transparent
-    pixels = to_pixels(image, 48)                    # (3, 48, 48) uint8
 
 The size stands in an image's header: a bomb, a few bytes that say 50,000 x 50,000 pixels, is refused before it takes memory.
 """
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from model.pixels import to_rgb
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
 MAX_BYTES = 32 << 20  # of a file
@@ -46,7 +45,7 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
     if not isinstance(source, str) or not source:
         raise BadImage(f"an image is {type(source).__name__}, not bytes, a data URL or the name of a file")
     if source.startswith("data:"):
-        return _from_data_url(source)
+        return check_image(*_from_data_url(source))
     if re.match(r"\w+://", source):
         raise BadImage(f"{source:.80} is an address: download the images first")
     if image_dir is None:
@@ -67,7 +66,13 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
     return check_image(data, path.suffix.removeprefix(".").lower())
 
 
-def _from_data_url(url: str) -> bytes:
+def open_data_url(url: str) -> Image:
+    """Decode a data URL as `open_image` does. Raises BadImage."""
+    return open_image(*_from_data_url(url))
+
+
+def _from_data_url(url: str) -> tuple[bytes, str]:
+    """Return the bytes of an image and the second half of its media type."""
     head = _DATA_URL.match(url)
     if head is None or not head[2].endswith(";base64"):
         raise BadImage(f"{url:.40}... is not a data URL in base64: data:image/png;base64,...")
@@ -80,7 +85,7 @@ def _from_data_url(url: str) -> bytes:
         data = base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadImage(f"a data URL is not base64 ({error})") from None
-    return check_image(data, subtype.removeprefix("x-").lower())
+    return data, subtype.removeprefix("x-").lower()
 
 
 def data_url(data: bytes) -> str:
@@ -108,7 +113,7 @@ def check_image(data: bytes, extension: str) -> bytes:
 
 def open_image(data: bytes, extension: str = "") -> Image:
     """Decode an image to RGB, upright, on white where it is transparent. Raises BadImage."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise BadImage("an image has no bytes")
@@ -127,14 +132,7 @@ def open_image(data: bytes, extension: str = "") -> Image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise BadImage("an animation: save one picture of it")
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "I;16":  # 16 bits of grey: `convert` would make all but the darkest ones white
-                upright = upright.point(lambda value: value * (1 / 256)).convert("L")
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
+            return to_rgb(image)
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -145,13 +143,3 @@ def open_image(data: bytes, extension: str = "") -> Image:
         raise BadImage(
             f"a damaged image ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
-
-
-def to_pixels(image: Image, size: int) -> np.ndarray:
-    """Return an image resized to a square, (3, size, size) uint8."""
-    import numpy as np
-    from PIL import Image
-
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)

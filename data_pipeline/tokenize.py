@@ -255,11 +255,11 @@ def cached_dataset(
         key = [VERSION, kind, settings, tokenizer_hash(tokenizer), list(zip(formats, hashes, strict=True))]
         fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         folder = cache_dir / f"{kind}-{fingerprint}"
-        dataset, built = _open(folder), False
+        dataset, built = open_dataset(folder), False
         if dataset is None:
             busy = f"waiting for another process that tokenizes the same data into {folder}"
             with exclusive(cache_dir, folder.name, busy, wait=-1):
-                dataset = _open(folder)  # the other process has built it
+                dataset = open_dataset(folder)  # the other process has built it
                 if dataset is None:
                     if folder.exists():
                         log(f"{folder} is damaged, or of an earlier version: the data is tokenized again")
@@ -267,10 +267,11 @@ def cached_dataset(
                     with atomic_folder(folder) as tmp:
                         info = _build(tmp, kind, paths, encode, num_workers or os.cpu_count() or 1)
                         info |= {"settings": settings, "vocab_size": len(tokenizer)}
+                        info["tokenizer"] = tokenizer_hash(tokenizer)
                         for source, digest in zip(info["sources"], hashes, strict=True):
                             source["blake2b"] = digest
                         write_json(tmp / "info.json", info)
-                    dataset, built = _open(folder), True
+                    dataset, built = open_dataset(folder), True
                     if dataset is None:
                         raise UserError(f"{folder}: another program changed it just after it was written; run again")
         info = dataset.info
@@ -399,7 +400,7 @@ class _ArrayWriter:
         }
 
 
-def _open(folder: Path) -> TokenizedDataset | None:
+def open_dataset(folder: Path) -> TokenizedDataset | None:
     """Return the dataset in `folder`; None if there is none, it is damaged, or an earlier version wrote it."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
@@ -407,7 +408,8 @@ def _open(folder: Path) -> TokenizedDataset | None:
             return None
         arrays: dict[str, Any] = {"loss_mask": None}
         for name, size in info["files"].items():
-            arrays[name] = np.memmap(folder / f"{name}.bin", DTYPES[name], mode="r")
+            path = folder / f"{name}.bin"  # an empty file, as that of images where there are none, cannot be mapped
+            arrays[name] = np.memmap(path, DTYPES[name], mode="r") if size else np.fromfile(path, DTYPES[name])
             if arrays[name].nbytes != size:
                 return None
         info["folder"] = str(folder)

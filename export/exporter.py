@@ -40,8 +40,11 @@ def export_folder(
     source: Checkpoint, tokenizer: PreTrainedTokenizerFast, options: ExportOptions
 ) -> tuple[Path, Agreement]:
     """Export `source` to a folder for other programs. Raises UserError if the export does not compute the same."""
-    if source.config.vision_config is not None:
-        raise UserError(f"{source.path} sees images, which no format of an export holds; use the .pth file itself")
+    vision = source.config.vision
+    if vision is not None and options.format != "minimind":
+        raise UserError(f"{source.path} sees images, and only --format minimind holds such a model")
+    if vision is not None and vision.encoder != "vit":
+        raise UserError(f"{source.path} has its image encoder in another folder, and no format of an export holds both")
     ceval = read_ceval(options.ceval)
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = options.output or options.out_dir / f"{name}-{options.format}"

@@ -38,11 +38,12 @@ from model.families import (
 )
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer
-from model.remote_code import AUTO_MAP, copy_code
+from model.remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP, VISION_AUTO_MAP, copy_code
 from model.rope import BETA_FAST, BETA_SLOW, yarn_ramp
 from model.weights_file import Checkpoint, build_model, dtype_name, read_tensors, state_to_save
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
+PROCESSOR = "processor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's: zeros if ours has none
 OUR_ROUTER_BIAS = "layers.{}.feed_forward.gate.bias"
@@ -275,15 +276,19 @@ def write_minimind(
     folder: Path, model: Transformer, tokenizer_dir: Path, dtype: torch.dtype, description: dict
 ) -> None:
     """Write our weights with the code that runs them, for `trust_remote_code=True`."""
+    vision = model.config.vision
     content = {
-        "architectures": ["Transformer"],
+        "architectures": [type(model).__name__],
         "model_type": LMConfig.model_type,
-        "auto_map": AUTO_MAP,
+        "auto_map": AUTO_MAP if vision is None else VISION_AUTO_MAP,
         **model.config.own_fields(),
         "dtype": dtype_name(dtype),
         "transformers_version": transformers.__version__,
     }
-    copy_code(folder)
+    copy_code(folder, vision is not None)
+    if vision is not None:
+        processor = {"processor_class": "VisionLanguageProcessor", "auto_map": PROCESSOR_AUTO_MAP}
+        write_json(folder / PROCESSOR, processor | {"image_size": vision.image_size, "image_ids": [*vision.image_ids]})
     _write_folder(folder, content, model.config, export_state(model, dtype), tokenizer_dir, description)
 
 

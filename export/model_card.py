@@ -18,6 +18,14 @@ inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_
 answer = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.9)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```""",
+    "vision": """```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", "{name}"{remote})
+image = {{"type": "image", "url": "cat.png"}}
+chat = [{{"role": "user", "content": [image, {{"type": "text", "text": "描述这张图片。"}}]}}]
+print(pipe(chat, max_new_tokens=100, return_full_text=False)[0]["generated_text"])
+```""",
     "gguf": """```sh
 llama-cli -m {file} --jinja -cnv          # llama.cpp
 ollama create {name} -f Modelfile && ollama run {name}
@@ -73,19 +81,19 @@ def model_card(
         ceval: the accuracy in C-Eval, of each group of subjects.
     """
     library = export_format if export_format in ("gguf", "onnx") else "transformers"
-    header = (
-        f"---\nlanguage:\n- zh\n- en\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- minimind\n---"
-    )
+    sees = checkpoint.config.vision is not None
+    task = "image-text-to-text" if sees else "text-generation"
+    header = f"---\nlanguage:\n- zh\n- en\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- minimind\n---"
     counts = parameter_counts(checkpoint.model)
     active = f", {counts['active'] / 1e6:.2f}M of them active per token" if checkpoint.config.use_moe else ""
     remote = ", trust_remote_code=True" if export_format == "minimind" else ""
     run_as = name.rsplit("/", 1)[-1] if export_format == "gguf" else name
-    code = _CODE.get(export_format, _CODE["llama"]).format(name=run_as, remote=remote, file=file)
+    code = _CODE.get("vision" if sees else export_format, _CODE["llama"]).format(name=run_as, remote=remote, file=file)
     sections = [
         header,
         f"# {name}",
-        f"A small Chinese and English language model of {counts['total'] / 1e6:.2f}M parameters{active}, trained from "
-        "scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
+        f"A small Chinese and English {'vision-' * sees}language model of {counts['total'] / 1e6:.2f}M parameters{active}, "
+        "trained from scratch with MiniMind. It is made for learning how language models work: its answers may be wrong.",
         "## Running it",
         code,
         *(
@@ -119,6 +127,8 @@ def _architecture(model: Transformer, export_format: str) -> dict:
         "rotary base": config.rope_theta,
         "embeddings": "input and output tied" if config.tie_word_embeddings else "input and output separate",
     }
+    if (vision := config.vision) is not None:
+        rows["images"] = f"{vision.image_size} x {vision.image_size} pixels, {len(vision.image_ids)} tokens each"
     if config.qk_norm:
         rows["queries and keys"] = "normalised in every head"
     if config.use_moe:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ from common.errors import UserError
 from common.files import read_lines
 from export.huggingface import CONFIG, read_json, read_weights
 from export.options import MAX_TEXTS
+from model.architecture import VisionConfig
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_texts
@@ -45,15 +47,28 @@ SAMPLE_TEXTS = (
 
 
 def sample_rows(tokenizer: PreTrainedTokenizerFast, path: Path | None, config: LMConfig) -> list[list[int]]:
-    """Encode each line of a file (None: the built-in texts) as `<s>`text`</s>`, cut to the length of the training."""
+    """Encode each line of a file (None: the built-in texts) as `<s>`text`</s>`, cut to the length of the training.
+
+    For a model that sees, an image stands before each text.
+    """
     texts = list(SAMPLE_TEXTS) if path is None else read_lines("--text", path)[:MAX_TEXTS]
-    return [[BOS_ID, *ids, EOS_ID][: config.max_seq_len] for ids in encode_texts(tokenizer, texts)]
+    image_ids = config.vision.image_ids if config.vision is not None else ()
+    return [[BOS_ID, *image_ids, *ids, EOS_ID][: config.max_seq_len] for ids in encode_texts(tokenizer, texts)]
+
+
+def sample_image(vision: VisionConfig | None) -> dict[str, Tensor]:
+    """Return the image that stands in every row for a model that sees, as an argument: all values that pixels may have."""
+    if vision is None:
+        return {}
+    size = vision.image_size
+    return {"pixel_values": torch.arange(3 * size * size).mul(7).remainder(256).view(1, 3, size, size)}
 
 
 @torch.no_grad()
 def model_logits(model: torch.nn.Module, rows: list[list[int]]) -> list[Tensor]:
     """Return the float32 logits (time, vocab_size) of each row of ids, one row at a time: nothing is padded."""
-    return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    image = sample_image(model.config.vision) if isinstance(model, Transformer) else {}
+    return [model(input_ids=torch.tensor([row]), **image).logits[0].float() for row in rows]
 
 
 def folder_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
@@ -63,7 +78,8 @@ def folder_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
     that has no access to this repository. Raises UserError if transformers does not find exactly the weights it expects.
     """
     if is_minimind(folder):
-        return _logits_in_subprocess(folder, rows)
+        fields = read_json(folder / CONFIG).get("vision_config")
+        return _logits_in_subprocess(folder, rows, sample_image(VisionConfig(**fields) if fields else None))
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
@@ -76,22 +92,27 @@ def folder_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
 _SUBPROCESS_CODE = """
 import json, sys
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+import transformers
 folder, task, result = sys.argv[1:]
 task = json.load(open(task))
 torch.set_num_threads(task["threads"])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True, dtype="auto").eval()
+image = load_file(task["image"])
+auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
+model = auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True, dtype="auto").eval()
 with torch.no_grad():
-    rows = [model(input_ids=torch.tensor([row])).logits[0].float().contiguous() for row in task["rows"]]
+    rows = [model(input_ids=torch.tensor([row]), **image).logits[0].float().contiguous() for row in task["rows"]]
 save_file({str(i): row for i, row in enumerate(rows)}, result)
 """
 
 
-def _logits_in_subprocess(folder: Path, rows: list[list[int]]) -> list[Tensor]:
+def _logits_in_subprocess(folder: Path, rows: list[list[int]], sample: dict[str, Tensor]) -> list[Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
-        task, result = Path(scratch) / "task.json", Path(scratch) / "logits.safetensors"
-        task.write_text(json.dumps({"rows": rows, "threads": torch.get_num_threads()}))
+        task, image, result = (
+            Path(scratch) / name for name in ("task.json", "image.safetensors", "logits.safetensors")
+        )
+        save_file(sample, image)
+        task.write_text(json.dumps({"rows": rows, "threads": torch.get_num_threads(), "image": str(image)}))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", _SUBPROCESS_CODE, str(folder.resolve()), str(task), str(result)]

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inference.generator import BatchGenerator
+from inference.generator import BatchGenerator, Images
 from inference.kernels.decode import NativeModel
 from inference.kv_cache import KVCache
+from model.vision import VisionLanguageModel
 
 
 class ChunkedPrefill:
@@ -33,13 +34,17 @@ class ChunkedPrefill:
         self.can_batch = self._kernel is None and generator.dynamic_rope_scaling is None
         self.start(())
 
-    def start(self, tokens: Sequence[int], shared: bool = False) -> int:
+    def start(self, tokens: Sequence[int], shared: bool = False, images: Images | None = None) -> int:
         """Begin a text of at most `max_len` tokens; return how many of them need no reading.
 
         Args:
             shared: take what the generator's `prefixes` have of its beginning, and store it there.
+            images: those of the text; then nothing is shared, because the tokens of all images are the same.
         """
         self.tokens, self.position = tokens, 0
+        self._images = images
+        self._embeddings: Tensor | None = None
+        shared = shared and images is None
         self._scaling = self.generator.scaling_for([len(tokens)])
         # Keys of other angles are of no use to other texts.
         self._prefixes = self.generator.prefixes if shared and self._scaling is None else None
@@ -62,12 +67,16 @@ class ChunkedPrefill:
         """
         start = self.position
         tokens = self.tokens[start : start + n]
-        if self._kernel is not None and self._scaling is None:
+        if self._images is not None and self._embeddings is None:
+            self._embeddings = self._embed(self._images)
+        if self._kernel is not None and self._scaling is None and self._embeddings is None:
             hidden, logits = self._kernel.read(tokens, start, logits_to_keep)
         else:
             self.cache.select(slice(0, 1), start)
+            given = torch.tensor([tokens], device=self.device) if self._embeddings is None else None
             out = self.model(
-                input_ids=torch.tensor([tokens], device=self.device),
+                input_ids=given,
+                inputs_embeds=None if self._embeddings is None else self._embeddings[:, start : start + n],
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=max(logits_to_keep, 1),  # 0 would be all
@@ -78,6 +87,14 @@ class ChunkedPrefill:
         if self._prefixes is not None and not self.left:
             self._prefixes.store(self.tokens, self.cache)
         return hidden, logits
+
+    def _embed(self, images: Images) -> Tensor:
+        """Return the embeddings (1, time, dim) of the whole text, with the features of its images in their places."""
+        assert isinstance(self.model, VisionLanguageModel)
+        given = {name: tensor.to(self.device) for name, tensor in Images.join([images]).items()}
+        features = self.model.encode(given.get("pixel_values"), given.get("image_features"))
+        assert features is not None
+        return self.model.embed(torch.tensor([self.tokens], device=self.device), features)
 
     @torch.inference_mode()
     def prefill_batch(self, texts: Sequence[Sequence[int]], logits: bool) -> list[tuple[Tensor, Tensor]]:

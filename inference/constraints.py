@@ -55,24 +55,27 @@ class Constraint:
         return self._start.deep_copy()
 
 
-def token_masks(matchers: Sequence[Any], vocab_size: int, n_logits: int) -> Tensor:
-    """Return (matchers, n_logits) bool: the tokens that may come next in each answer.
+def blocked_tokens(matchers: Sequence[Any | None], vocab_size: int, n_logits: int) -> Tensor:
+    """Return (answers, n_logits) bool: the tokens that may not come next in each answer.
 
     An answer that is complete may only end; so may one whose grammar became too complex (`is_error`).
 
     Args:
+        matchers: None: the answer is free.
         vocab_size: that of the `Constraint`.
         n_logits: that of the model, which may have entries that its tokenizer does not have.
     """
     from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-    bits = allocate_token_bitmask(len(matchers), vocab_size)
+    allowed = allocate_token_bitmask(len(matchers), vocab_size)  # all are
     for i, matcher in enumerate(matchers):
-        fill_next_token_bitmask(matcher, bits, i)
-    allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
+        if matcher is not None:
+            fill_next_token_bitmask(matcher, allowed, i)
+    blocked = np.unpackbits((~allowed).view(np.uint8), axis=1, bitorder="little", count=vocab_size)
     if n_logits > vocab_size:
-        allowed = np.pad(allowed, ((0, 0), (0, n_logits - vocab_size)))
-    return torch.from_numpy(allowed).view(torch.bool)
+        held = np.array([[matcher is not None] for matcher in matchers], dtype=np.uint8)
+        blocked = np.concatenate([blocked, held.repeat(n_logits - vocab_size, axis=1)], axis=1)
+    return torch.from_numpy(blocked).view(torch.bool)
 
 
 def answer_grammar(

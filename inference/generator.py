@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from inference.backends import Backend
-from inference.constraints import token_masks
+from inference.constraints import blocked_tokens
 from inference.detokenizer import Detokenizer
 from inference.kv_cache import KVCache, PrefixCache
 from inference.options import SamplingParams
@@ -25,6 +25,7 @@ from inference.sampling import BatchedSamplingParams, log_probabilities, sample_
 from model.model import Transformer
 from model.rope import DynamicRopeScaling, RopeScaling
 from model.tokenizer import EOS_ID
+from model.vision import check_places, count_image_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Images:
 
     pixel_values: Tensor | None = None
     image_features: Tensor | None = None  # (images, tokens, width)
+
+    def __len__(self) -> int:
+        return sum(len(x) for field in fields(self) if (x := getattr(self, field.name)) is not None)
 
     @staticmethod
     def join(several: Sequence[Images | None]) -> dict[str, Tensor]:
@@ -147,8 +151,8 @@ class BatchGenerator:
         """Return how many more sequences may join."""
         return self.capacity - len(self.rows)
 
-    def check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """Raise ValueError if this prompt cannot be decoded here."""
+    def check(self, prompt: Sequence[int], sampling: SamplingParams, images: Images | None = None) -> None:
+        """Raise ValueError if this prompt cannot be decoded here, or has not as many places as images."""
         vocab_size = self.model.config.vocab_size
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token, for example <s>")
@@ -162,6 +166,9 @@ class BatchGenerator:
             raise ValueError(f"the prompt has the token {wrong}, the model knows 0 to {vocab_size - 1}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
+        if (vision := self.model.config.vision) is not None:
+            n_ids = len(vision.image_ids)
+            check_places(count_image_tokens(prompt, vision.image_ids), len(images or ()), n_ids, n_ids)
         if any(not 0 <= token < vocab_size for token in sampling.logit_bias):
             raise ValueError(f"logit_bias has a token that the model does not know; it knows 0 to {vocab_size - 1}")
 
@@ -183,11 +190,12 @@ class BatchGenerator:
             return []
         if len(prompts) > self.free:
             raise ValueError(f"{len(prompts)} sequences cannot join: there is room for {self.free}")
-        for prompt, sampling in zip(prompts, samplings, strict=True):
-            self.check(prompt, sampling)
+        given = images or [None] * len(prompts)
+        for prompt, sampling, shown in zip(prompts, samplings, given, strict=True):
+            self.check(prompt, sampling, shown)
         first = len(self.rows)
         scaling = self.scaling_for([len(prompt) for prompt in prompts])
-        seen = Images.join(images or [])
+        seen = Images.join(given)
         # Of equal prompts that stand together, as when one question gets several answers, the first is read for all.
         distinct: list[Sequence[int]] = []
         source: list[int] = []  # of each prompt: its number among them
@@ -203,23 +211,30 @@ class BatchGenerator:
             for i in reversed(range(len(prompts))):  # from the end: no row is overwritten before it was copied
                 self._cache.copy(first + i, self._cache, first + source[i], len(prompts[i]))
             logits = logits[torch.tensor(source, device=logits.device)]
-        for i, (prompt, sampling, key) in enumerate(zip(prompts, samplings, keys, strict=True)):
-            self._append(prompt, sampling, key, images[i] if images else None)
+        for prompt, sampling, key, shown in zip(prompts, samplings, keys, given, strict=True):
+            self._append(prompt, sampling, key, shown)
         return self._sample(logits, first)
 
     @torch.inference_mode()
     def join(
-        self, prompt: Sequence[int], sampling: SamplingParams, key: int, cache: KVCache, logits: Tensor
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        key: int,
+        cache: KVCache,
+        logits: Tensor,
+        images: Images | None = None,
     ) -> list[TokenOutput]:
         """Let a sequence join whose prompt a `ChunkedPrefill` has read; return its first token.
 
         Args:
             cache: its row 0 holds the prompt.
             logits: (1, vocab), of the token after the prompt.
+            images: those of the prompt.
         """
         first = len(self.rows)
         self._cache.copy(first, cache, 0, len(prompt))
-        self._append(prompt, sampling, key)
+        self._append(prompt, sampling, key, images)
         return self._sample(logits, first)
 
     def _append(self, prompt: Sequence[int], sampling: SamplingParams, key: int, images: Images | None = None) -> None:
@@ -350,17 +365,15 @@ class BatchGenerator:
         """Return the logits with the biases of the rows, and -inf for what their grammars do not allow."""
         rows = self.rows[first:]
         biased = [i for i, row in enumerate(rows) if row.sampling.logit_bias]
-        constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
-        if not (biased or constrained):
-            return logits
-        logits = logits.float().clone()
+        if biased:
+            logits = logits.float().clone()
         for i in biased:
             bias = rows[i].sampling.logit_bias
             logits[i, [*bias]] += torch.tensor([*bias.values()], device=self.device)
-        if constrained:
-            vocab_size = rows[constrained[0]].sampling.constraint.vocab_size
-            allowed = token_masks([rows[i].matcher for i in constrained], vocab_size, logits.shape[1])
-            logits[constrained] = logits[constrained].masked_fill(~allowed.to(self.device), -torch.inf)
+        held = next((row.sampling.constraint for row in rows if row.matcher is not None), None)
+        if held is not None:
+            blocked = blocked_tokens([row.matcher for row in rows], held.vocab_size, logits.shape[1])
+            logits = logits.masked_fill(blocked.to(self.device), -torch.inf)
         return logits
 
     def _sample_kind(self, logits: Tensor, members: list[int], index: slice | Tensor, first: int) -> Tensor:
@@ -479,17 +492,18 @@ def generate(
     needed = max(len(prompt) + own.max_new_tokens for prompt, own in zip(prompts, samplings, strict=True))
     rows = min(len(prompts), max_rows)
     generator = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
-    for prompt, own in zip(prompts, samplings, strict=True):
-        generator.check(prompt, own)
-    return _decode_all(generator, prompts, samplings, images)
+    for prompt, own, shown in zip(prompts, samplings, images or [None] * len(prompts), strict=True):
+        generator.check(prompt, own, shown)
+    return decode_all(generator, prompts, samplings, images)
 
 
-def _decode_all(
+def decode_all(
     generator: BatchGenerator,
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[SamplingParams],
-    images: Sequence[Images | None] | None,
+    images: Sequence[Images | None] | None = None,
 ) -> Iterator[TokenOutput]:
+    """Decode prompts with a generator that has no rows; yield each token as soon as it is known."""
     joined = 0
     while joined < len(prompts) or generator.rows:
         if generator.free and joined < len(prompts):

@@ -20,8 +20,8 @@ from common.errors import UserError
 from model.architecture import Architecture, checkpoint_name
 
 WEIGHTS, ADAPTER, EXPORT = "weights", "adapter", "export"
-_STAGE_IN_NAME = re.compile(r"(pretrain|full_sft|rl|rlvr|lora)_")
-CHAT_STAGES = ("full_sft", "rl", "rlvr", "lora")
+_STAGE_IN_NAME = re.compile(r"(pretrain_vlm|sft_vlm|pretrain|full_sft|rl|rlvr|distill|lora)_")
+CHAT_STAGES = ("full_sft", "rl", "rlvr", "distill", "lora")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class SamplingParams:
         errors = range_errors(self, vars(self))
         if not all(isinstance(text, str) and text for text in self.stop):
             errors.append("--stop must not be empty")
+        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+            errors.append("--logit_bias must have finite numbers")
         return errors
 
     @property

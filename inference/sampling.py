@@ -63,6 +63,28 @@ def sample_next(
     if params.greedy:
         return logits.argmax(-1)
     assert uniform is not None
+    p, ids = sampling_weights(logits, params)
+    cumulative = p.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total even after rounding, so that there is always a token whose share reaches beyond it.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    choice = torch.searchsorted(cumulative, target, right=True)
+    if ids is None:
+        return choice.squeeze(1)
+    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)
+    return ids.gather(-1, choice).squeeze(1)
+
+
+def sampling_weights(logits: Tensor, params: BatchedSamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Return the probabilities that temperature, top_k, top_p and min_p leave, not normalised; a pure function.
+
+    Args:
+        logits: (rows, vocab), float32.
+        params: of those rows, which are not greedy.
+
+    Returns:
+        (rows, n) weights and (rows, n) the tokens they belong to, in descending order; None: all tokens in theirs.
+    """
     # Shift the largest to 0 first: divided by a small temperature, nothing then overflows.
     logits = (logits - logits.amax(-1, keepdim=True)) / params.temperature
     ids = None
@@ -76,15 +98,7 @@ def sample_next(
         p = p.masked_fill(before >= params.top_p, 0)
     if params.truncates:
         p = p.masked_fill(p < params.min_p * p[:, :1], 0)
-    cumulative = p.cumsum(-1)
-    total = cumulative[:, -1:]
-    # Below the total even after rounding, so that there is always a token whose share reaches beyond it.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    choice = torch.searchsorted(cumulative, target, right=True)
-    if ids is None:
-        return choice.squeeze(1)
-    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)
-    return ids.gather(-1, choice).squeeze(1)
+    return p, ids
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -228,6 +228,11 @@ def count_images(messages: list[Message]) -> int:
     return sum(message["content"].count(IMAGE) for message in messages if message["role"] == TURN_ROLE)
 
 
+def with_images(text: str, n: int) -> str:
+    """Return a question with the places of `n` images in front, each on a line of its own, as models are trained."""
+    return f"{IMAGE}\n" * n + text.replace(IMAGE, "")
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerFast,
     messages: list[Message],

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from model.attention import attention, cu_seqlens_from_positions, document_ids, varlen_attention
 from model.LMConfig import LMConfig
 from model.moe import FeedForward, MoEFeedForward, Router, Routing, balance_loss, is_tracing, residual_projection
-from model.remote_code import AUTO_MAP, copy_code
+from model.remote_code import AUTO_MAP, VISION_AUTO_MAP, copy_code
 from model.rope import DynamicRopeScaling, RopeScaling, apply_rope, rope_tables
 
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time with gradient checkpointing
@@ -289,10 +289,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Save weights, configuration and the code, so that `AutoModelForCausalLM` loads the folder anywhere."""
         if self._auto_class is None:  # else loaded from such a folder: the library copies the code from there
-            self.config.auto_map = AUTO_MAP
+            self.config.auto_map = AUTO_MAP if self.config.vision is None else VISION_AUTO_MAP
         super().save_pretrained(save_directory, **kwargs)
         if self._auto_class is None:
-            copy_code(Path(save_directory))
+            copy_code(Path(save_directory), self.config.vision is not None)
 
     def _attention_metadata(
         self,

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,13 +185,22 @@ class VisionLanguageModel(Transformer):
 
         Raises ValueError for more or fewer images than places for them.
         """
-        if pixel_values is not None:
-            if self.vision_encoder is None:
-                raise ValueError("this model has no encoder of its own: give image_features instead of pixel_values")
-            image_features = self.vision_encoder(pixel_values)
+        image_features = self.encode(pixel_values, image_features)
         if image_features is not None and input_ids is not None:
             kwargs["inputs_embeds"], input_ids = self.embed(input_ids, image_features), None
+        elif input_ids is not None and not is_tracing():
+            cache = kwargs.get("past_key_values")
+            if cache is None or not cache.get_seq_length():  # in an answer the model may write such a token
+                self._check_places(image_positions(input_ids, self.vision.image_ids), 0, len(self.vision.image_ids))
         return super().forward(input_ids, attention_mask, **kwargs)
+
+    def encode(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:
+        """Return the features of images that are given as pixels or as features, as `forward` takes them."""
+        if pixel_values is None:
+            return image_features
+        if self.vision_encoder is None:
+            raise ValueError("this model has no encoder of its own: give image_features instead of pixel_values")
+        return self.vision_encoder(pixel_values)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Give `generate` the images with the prompt only: afterwards they are in the cache."""
@@ -204,13 +214,30 @@ class VisionLanguageModel(Transformer):
         x = self.tok_embeddings(input_ids)
         here = image_positions(input_ids, self.vision.image_ids)
         projected = self.vision_proj(image_features.to(self.tok_embeddings.weight.dtype)).to(x.dtype)
-        if not is_tracing() and int(here.sum()) != projected.shape[0] * projected.shape[1]:
-            n_places = int(here.sum()) / len(self.vision.image_ids)
-            raise ValueError(
-                f"{len(image_features)} images of {image_features.shape[1]} features, and the prompts have places for "
-                f"{n_places:g} of {len(self.vision.image_ids)}"
-            )
+        self._check_places(here, *projected.shape[:2])
         return x.masked_scatter(here[..., None], projected)
+
+    def _check_places(self, here: Tensor, n_images: int, n_features: int) -> None:
+        """Raise ValueError unless as many tokens stand for images as the images have features.
+
+        On a GPU it is a RuntimeError at some later time: to wait for the number would cost time in every step.
+        """
+        if is_tracing():
+            return
+        if here.is_cuda:
+            torch._assert_async(
+                here.sum() == n_images * n_features, "as many images are needed as the prompts have places"
+            )
+        else:
+            check_places(int(here.sum()), n_images, n_features, len(self.vision.image_ids))
+
+
+def check_places(n_tokens: int, n_images: int, n_features: int, n_ids: int) -> None:
+    """Raise ValueError unless `n_tokens` that stand for images are the places of all features of `n_images` images."""
+    if n_tokens != n_images * n_features:
+        raise ValueError(
+            f"{n_images} images of {n_features} features, and the prompts have places for {n_tokens / n_ids:g} of {n_ids}"
+        )
 
 
 def image_positions(input_ids: Tensor, image_ids: tuple[int, ...]) -> Tensor:
@@ -226,6 +253,11 @@ def image_positions(input_ids: Tensor, image_ids: tuple[int, ...]) -> Tensor:
     for offset in range(n):
         here[:, offset : offset + begins.shape[1]] |= begins
     return here
+
+
+def count_image_tokens(ids: Sequence[int], image_ids: tuple[int, ...]) -> int:
+    """Return how many tokens of a prompt stand for images."""
+    return int(image_positions(torch.tensor([ids]), image_ids).sum())
 
 
 MODEL_CLASSES["minimind-v"] = VisionLanguageModel

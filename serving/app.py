@@ -28,7 +28,8 @@ from serving.completions import CompletionEndpoint
 from serving.embeddings import EmbeddingEndpoint
 from serving.endpoint import ServedModel
 from serving.engine import Engine
-from serving.http import ApiError, Auth, ClientDisconnected, json_response
+from serving.http import MAX_BODY, ApiError, Auth, ClientDisconnected, json_response
+from serving.images import MAX_IMAGE_BODY
 from serving.metrics import Metrics
 from serving.pages import docs_page, index_page
 from serving.responses import ResponsesEndpoint
@@ -66,7 +67,9 @@ def create_app(
         yield
         await engine.close()
 
-    middleware = [Middleware(Auth, api_key=api_key, count=metrics.count, allowed_hosts=allowed_hosts)]
+    limit = MAX_BODY if model.images is None else MAX_IMAGE_BODY
+    auth = dict(api_key=api_key, count=metrics.count, allowed_hosts=allowed_hosts, max_body=limit)
+    middleware = [Middleware(Auth, **auth)]
     if cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -187,7 +190,8 @@ EXPECTED = {
     "prompt": _TEXTS_OR_IDS,
     "input": _TEXTS_OR_IDS,
     "stop": f"a text of at most 1024 characters, or a list of at most {protocol.MAX_STOPS} such texts",
-    "content": 'a text, or a list of parts like {"type": "text", "text": "..."}: this model reads nothing else',
+    "content": 'a text, or a list of parts like {"type": "text", "text": "..."} or {"type": "image_url", "image_url": '
+    '{"url": "data:image/png;base64,..."}}',
     "role": "system, developer, user, assistant or tool",
     "tool_calls": 'a list like [{"type": "function", "function": {"name": "...", "arguments": "{...}"}}]',
     "tools": 'at most 128 of {"type": "function", "function": {"name": "...", "parameters": {...}}}; names are at most '

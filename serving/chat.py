@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from common.errors import UserError
 from inference.constraints import Constraint, answer_grammar
-from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_tools
+from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_images, with_tools
 from model.chat_parser import THINK, AnswerParser, AnswerPart
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
@@ -45,7 +45,11 @@ class ChatEndpoint(Endpoint):
     ) -> Response:
         """Answer a chat in the form that `builder` knows; `param`: what a prompt that is too long is called in an error."""
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        messages = arrange([plain_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)])
+        reader = self.model.images
+        plain = [
+            plain_message(message, f"messages[{i}]", reader is not None) for i, message in enumerate(body.messages)
+        ]
+        messages = arrange(plain)
         tags, tools, thinking = chat_style(self.model.tokenizer).tags, offered_tools(body), thinking_switch(body)
         if not tags:  # how such a model writes its thinking is not known here
             messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
@@ -66,7 +70,8 @@ class ChatEndpoint(Endpoint):
         begun = self.model.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
         choices = [ChatChoice(parser=AnswerParser(thinking=begun, calls=bool(tools))) for _ in samplings]
         built = builder(self.model, choices, len(prompt), body, top)
-        return await self.respond(built, [prompt] * len(samplings), samplings, body, request)
+        images = None if reader is None else await reader.read(body.messages, self.model.count_images(prompt))
+        return await self.respond(built, [prompt] * len(samplings), samplings, body, request, images)
 
     def prompt(
         self, messages: list[Message], keep: int | None = None, enable_thinking: bool | None = None
@@ -77,15 +82,17 @@ class ChatEndpoint(Endpoint):
             keep: leave out the oldest turns of a chat that has more tokens; None: none.
             enable_thinking: False: the answer is to begin without thinking.
         """
-        tokenizer = self.model.tokenizer
+        tokenizer, image_ids = self.model.tokenizer, self.model.image_ids
         if keep is not None:
-            messages = truncate_chat(tokenizer, messages, keep, enable_thinking=enable_thinking).messages
+            chat = truncate_chat(tokenizer, messages, keep, enable_thinking=enable_thinking, image_ids=image_ids)
+            messages = chat.messages
         return render_chat(
             tokenizer,
             messages,
             add_generation_prompt=True,
             continue_final_message=True,
             enable_thinking=enable_thinking,
+            image_ids=image_ids,
         )[0]
 
     async def constraint(
@@ -161,12 +168,24 @@ def thinking_switch(body: protocol.ChatRequest) -> bool | None:
     return given
 
 
-def plain_message(message: protocol.Message, param: str) -> Message:
-    """Return a message as model/chat_format.py has it; `param`: its name in an error."""
+def plain_message(message: protocol.Message, param: str, sees: bool = False) -> Message:
+    """Return a message as model/chat_format.py has it.
+
+    param: its name in an error; sees: questions may have images, for which `IMAGE` stands.
+    """
     content = message.content
     if content is None and not message.tool_calls:
         raise ApiError(400, f"{param}.content must be a text: this message has no tool_calls", f"{param}.content")
-    text = content if isinstance(content, str) else "".join(part.text for part in content or [])
+    parts = content if isinstance(content, list) else []
+    text = content if isinstance(content, str) else "".join(p.text for p in parts if isinstance(p, protocol.TextPart))
+    if n_images := sum(not isinstance(part, protocol.TextPart) for part in parts):
+        reason = (
+            "only messages of the user may have images" if sees else "this model does not see images, it reads text"
+        )
+        if not sees or message.role != "user":
+            raise ApiError(400, f"{param}.content has an image: {reason}", f"{param}.content")
+    if sees:
+        text = with_images(text, n_images)
     plain: Message = {"role": "system" if message.role == "developer" else message.role, "content": text}
     if message.reasoning_content and message.role == "assistant":
         plain["reasoning_content"] = message.reasoning_content

@@ -19,12 +19,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.errors import UserError
+from data_pipeline.images import open_data_url
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, chat_prompt, text_prompt
 from inference.terminal import MAX_ROUNDS
-from model.chat_format import Message, chat_style
+from inference.vision import ImageProcessor
+from model.chat_format import Message, chat_style, with_images
 from model.chat_parser import ParsedAnswer, parse_answer
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
@@ -38,6 +41,7 @@ class ChatModel:
     Args:
         name: as a user knows it.
         continues: it continues texts instead of answering questions.
+        prepare: makes what the model takes of images; None: it does not see.
         thread: where tokens are computed; None: in the caller's thread. With one thread for all, conversations at the same
             time take turns token by token and do not compete for the same cores.
     """
@@ -46,6 +50,7 @@ class ChatModel:
     name: str = ""
     continues: bool = False
     thread: Executor | None = None
+    prepare: ImageProcessor | None = None
 
 
 @dataclass
@@ -56,7 +61,8 @@ class Exchange:
     prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; called: answers that called tools,
     and what these returned; text: the answer after them so far, as the model writes it; tokens: of all; seconds: computing
     time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while it is being
-    written, and for ever if nobody finished it; error: why there is no answer.
+    written, and for ever if nobody finished it; error: why there is no answer; images: shown with the question, as
+    data URLs.
     """
 
     question: str
@@ -74,6 +80,7 @@ class Exchange:
     finish: str | None = None
     error: str = ""
     called: list[Message] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._outputs: Iterator[TokenOutput] | None = None
@@ -181,19 +188,28 @@ class Conversation:
         """Return whether an answer is being written; only the last one can be."""
         return bool(self.exchanges) and self.exchanges[-1].running
 
-    def turns(self, *, tags: bool = True) -> list[Message]:
-        """Return the dialogue so far, for the next question: without continued texts, and questions without an answer.
+    def answered(self) -> list[Exchange]:
+        """Return the exchanges of the dialogue: no continued texts, and no questions without an answer."""
+        return [one for one in self.exchanges if (one.text or one.called) and not one.continues]
 
-        tags: the model knows thinking and calls; otherwise an answer is its text.
+    def turns(self, *, tags: bool = True, places: bool = False) -> list[Message]:
+        """Return the dialogue so far, for the next question.
+
+        Args:
+            tags: the model knows thinking and calls; otherwise an answer is its text.
+            places: `IMAGE` stands in the questions for every image of `images`.
         """
         turns: list[Message] = []
-        for exchange in self.exchanges:
-            if not (exchange.text or exchange.called) or exchange.continues:
-                continue
+        for exchange in self.answered():
+            question = with_images(exchange.question, len(exchange.images)) if places else exchange.question
             answer = exchange.answer().message() if tags else {"role": "assistant", "content": exchange.text}
             answer.pop("tool_calls", None)  # nothing answered them
-            turns += [{"role": "user", "content": exchange.question}, *(exchange.called if tags else []), answer]
+            turns += [{"role": "user", "content": question}, *(exchange.called if tags else []), answer]
         return turns
+
+    def images(self) -> list[str]:
+        """Return the images of the dialogue so far, as data URLs."""
+        return [url for exchange in self.answered() for url in exchange.images]
 
     def ask(
         self,
@@ -205,21 +221,31 @@ class Conversation:
         system: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
         call_tool: Callable[[dict[str, Any]], str] | None = None,
+        images: Sequence[str] = (),
     ) -> Exchange:
         """Begin an answer, and stop the one that is being written. If it cannot begin, the exchange has the error.
 
-        tools, call_tool: as for `inference.terminal.Chat`.
+        Args:
+            tools, call_tool: as for `inference.terminal.Chat`.
+            images: data URLs of what is shown with the question.
         """
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
-        exchange = Exchange(question, model.name, model.continues, sampling, context)
+        exchange = Exchange(question, model.name, model.continues, sampling, context, images=[*images])
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
-        turns = self.turns(tags=bool(chat_style(tokenizer).tags))
+        turns = self.turns(tags=bool(chat_style(tokenizer).tags), places=model.prepare is not None)
+        shown = [*self.images(), *images]
+        if model.prepare is not None:
+            question = with_images(question, len(images))
+            limits["image_ids"] = model.prepare.model.vision.image_ids
 
         def begin(prompt: Prompt) -> Iterator[TokenOutput]:
             exchange.prompt_tokens, exchange.tokens_left_out = len(prompt.ids), prompt.tokens_left_out
             exchange.turns_seen, exchange.turns_left_out = prompt.turns_seen, prompt.turns_left_out
-            return model.generator.generate(prompt.ids, sampling)
+            seen = None
+            if model.prepare is not None and prompt.n_images:  # those of turns that were left out are the first ones
+                seen = model.prepare([open_data_url(url) for url in shown[-prompt.n_images :]])
+            return model.generator.generate(prompt.ids, sampling, seen)
 
         def begin_after(called: list[Message]) -> Iterator[TokenOutput]:
             turn = [{"role": "user", "content": question}, *called]
@@ -227,6 +253,8 @@ class Conversation:
             return begin(chat_prompt(tokenizer, turns, turn, **asked, **limits))
 
         try:
+            if images and model.prepare is None:
+                raise UserError(f"{model.name} does not see images: choose a model of 9-sft_vlm.py")
             if model.continues:
                 exchange.begin(begin(text_prompt(tokenizer, question, **limits)), model.thread)
             else:
@@ -240,7 +268,8 @@ class Conversation:
     def regenerate(self, *args: Any, **kwargs: Any) -> Exchange:
         """Ask the last question again and replace its answer. Takes the arguments of `ask` after the question."""
         self.stop()
-        return self.ask(self.exchanges.pop().question, *args, **kwargs)
+        last = self.exchanges.pop()
+        return self.ask(last.question, *args, images=last.images, **kwargs)
 
     def branch(self, index: int) -> Conversation:
         """Return a new conversation with the exchanges before `index`; this one stays as it is."""

@@ -23,12 +23,14 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerFast
 
 from inference.detokenizer import token_bytes
-from inference.generator import TokenOutput
+from inference.generator import Images, TokenOutput
 from inference.options import SamplingParams
 from model.tokenizer import BOS_ID, encode_texts
+from model.vision import count_image_tokens
 from serving import protocol
 from serving.engine import Engine
 from serving.http import ApiError, SSEResponse, add_header, cancel_on_disconnect, json_response, log, to_json
+from serving.images import ImageReader
 from serving.scoring import Scores
 from serving.stream import EngineError, Stream
 
@@ -52,10 +54,20 @@ class ServedModel:
     vocab_size: int
     fingerprint: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    images: ImageReader | None = None  # for a model that sees
 
     @functools.cached_property
     def special(self) -> frozenset[int]:
         return frozenset(self.tokenizer.all_special_ids)
+
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        """Return the tokens that stand for an image; none if the model does not see."""
+        return self.images.image_ids if self.images is not None else ()
+
+    def count_images(self, prompt: Sequence[int]) -> int:
+        """Return for how many images a prompt has places."""
+        return count_image_tokens(prompt, self.image_ids) // len(self.image_ids) if self.image_ids else 0
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for; for a special token its name."""
@@ -253,6 +265,9 @@ class Endpoint:
             if max(ids) >= self.model.vocab_size:
                 message = f"token {max(ids)} does not exist; the model has 0 to {self.model.vocab_size - 1}"
                 raise ApiError(400, message, param)
+            if self.model.count_images(ids):
+                message = f"{param} has the tokens that stand for an image: only /v1/chat/completions takes images"
+                raise ApiError(400, message, param)
         return many if keep is None else [ids[max(len(ids) - keep, 0) :] for ids in many]
 
     def prompt_limit(self, body: protocol.Request, answer: int | None = None) -> int | None:
@@ -317,8 +332,9 @@ class Endpoint:
         samplings: list[SamplingParams],
         body: protocol.SamplingRequest,
         request: Request,
+        images: Images | None = None,
     ) -> Response:
-        """Run the model on the prompts; return the answer, or the response that streams it."""
+        """Run the model on the prompts, each with the same images; return the answer, or the response that streams it."""
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true", "stream_options")
         most = self.engine.rows + self.engine.max_queue
@@ -326,7 +342,7 @@ class Endpoint:
             message = f"the request asks for {len(prompts)} answers; this server takes at most {most} at a time"
             raise ApiError(400, message, "n")
         try:
-            stream = self.engine.submit(prompts, samplings)
+            stream = self.engine.submit(prompts, samplings, images)
         except ValueError as error:  # checked above, except for what only the generator knows
             raise ApiError(400, str(error)) from error
         if body.stream:

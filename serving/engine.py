@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from inference.chunked_prefill import ChunkedPrefill
-from inference.generator import BatchGenerator, TokenOutput
+from inference.generator import BatchGenerator, Images, TokenOutput
 from inference.kv_cache import PrefixCache
 from inference.options import SamplingParams
 from serving.scoring import Scores, TextRequest, TextState
@@ -70,6 +70,7 @@ class _Sequence:
     sampling: SamplingParams
     key: int
     submitted: float
+    images: Images | None = None
     joined: float = 0.0
     latest: float = 0.0  # when its last token came
 
@@ -161,8 +162,10 @@ class Engine:
         """Return the number of sequences, and of requests with texts, that wait."""
         return len(self._waiting) + len(self._texts)
 
-    def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams]) -> Stream[TokenOutput]:
-        """Queue sequences that belong together.
+    def submit(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingParams], images: Images | None = None
+    ) -> Stream[TokenOutput]:
+        """Queue sequences that belong together, and each have the same images.
 
         Raises ValueError for a prompt that cannot be decoded, QueueFull, ShuttingDown, EngineStopped.
         """
@@ -171,7 +174,7 @@ class Engine:
             self._check_open()
             raise QueueFull("the engine is restarting after an error: try again", retry_after=1)
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            generator.check(prompt, sampling)
+            generator.check(prompt, sampling, images)
         stream: Stream[TokenOutput] = Stream(
             self._cancel, len(prompts), is_last=lambda output: output.finish is not None
         )
@@ -179,7 +182,7 @@ class Engine:
         with self._wakeup:
             self._check_room(len(prompts))
             for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-                self._waiting.append(_Sequence(stream, index, prompt, sampling, self._next_key, now))
+                self._waiting.append(_Sequence(stream, index, prompt, sampling, self._next_key, now, images))
                 self._next_key += 1
             self._wakeup.notify()
         return stream
@@ -360,7 +363,9 @@ class Engine:
                 self._running[item.key] = item
                 self.statistics.on_joined(item.joined - item.submitted)
                 self.statistics.prompt_tokens += len(item.prompt)
-                self.statistics.cached_tokens += self._prompt_prefill.start(item.prompt, shared=True)
+                self.statistics.cached_tokens += self._prompt_prefill.start(
+                    item.prompt, shared=True, images=item.images
+                )
         return self._joining is not None
 
     def _prefill_prompt(self, generator: BatchGenerator, limit: int) -> int:
@@ -376,7 +381,8 @@ class Engine:
             return cost
         if last:
             self._joining = None
-            self._publish_tokens(generator.join(item.prompt, item.sampling, item.key, chunked.cache, logits))
+            joined = generator.join(item.prompt, item.sampling, item.key, chunked.cache, logits, item.images)
+            self._publish_tokens(joined)
         return cost
 
     def _next_text(self) -> bool:

@@ -88,15 +88,21 @@ class Auth:
     """ASGI middleware: let requests in that have the key, a known Host and a JSON body of an acceptable size; count all."""
 
     def __init__(
-        self, app: ASGIApp, api_key: str | None, count: Callable[[str, int], None], allowed_hosts: Sequence[str]
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        count: Callable[[str, int], None],
+        allowed_hosts: Sequence[str],
+        max_body: int = MAX_BODY,
     ) -> None:
         """
         Args:
             api_key: bearer token required for /v1; None: no key.
             count: called with the path and the status of every response.
             allowed_hosts: names by which clients may address this server; "*": all. Addresses always may.
+            max_body: bytes of a request.
         """
-        self.app, self.count = app, count
+        self.app, self.count, self.max_body = app, count, max_body
         self.key = None if api_key is None else api_key.encode()
         self.hosts = {host.lower() for host in allowed_hosts}
 
@@ -132,11 +138,11 @@ class Auth:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MAX_BODY:
+            if received > self.max_body:
                 if message.get("more_body", False):
                     await _discard(receive, headers)
-                size = headers.get(b"content-length", b"more than %d" % MAX_BODY).decode()
-                text = f"the body has {size} bytes; the limit is {MAX_BODY}"
+                size = headers.get(b"content-length", b"more than %d" % self.max_body).decode()
+                text = f"the body has {size} bytes; the limit is {self.max_body}"
                 raise ApiError(413, text, code="request_too_large")
             return message
 

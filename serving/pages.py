@@ -45,8 +45,8 @@ def docs_page(document: dict[str, Any]) -> HTMLResponse:
 
 def _types(schema: dict[str, Any]) -> Iterator[str]:
     """Yield the types that a field may have, as readers know them."""
-    if "anyOf" in schema:
-        for option in schema["anyOf"]:
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        for option in options:
             yield from _types(option)
     elif "enum" in schema or "const" in schema:
         yield from (f"<code>{escape(repr(value))}</code>" for value in schema.get("enum", [schema.get("const")]))

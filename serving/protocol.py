@@ -114,9 +114,41 @@ class SamplingRequest(create_model("SamplingFields", __base__=Request, **_sampli
     )
 
 
-class ContentPart(OpenSchema):
+class TextPart(OpenSchema):
     type: Literal["text", "input_text", "output_text"]  # the other two: in /v1/responses
     text: str
+
+
+Detail = Literal["auto", "low", "high", "original"] | None
+
+
+class ImageUrl(OpenSchema):
+    url: str = Field(description="data:image/png;base64,...; an http(s) address if the server allows that")
+    detail: Detail = Field(None, description="accepted; every image has the same number of tokens")
+
+
+class ImagePart(OpenSchema):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @property
+    def source(self) -> str:
+        return self.image_url.url
+
+
+class InputImagePart(OpenSchema):
+    """An image in /v1/responses."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Detail = None
+
+    @property
+    def source(self) -> str:
+        return self.image_url
+
+
+ContentPart = Annotated[TextPart | ImagePart | InputImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(OpenSchema):
@@ -134,7 +166,8 @@ class Message(OpenSchema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = Field(
         None,
-        description="a text, or parts of type text, which are joined; only an answer with tool_calls may have none",
+        description="a text, or parts: those of type text are joined, and those of type image_url stand before the text of "
+        "their message; only an answer with tool_calls may have none",
     )
     name: str | None = Field(None, description="accepted; the model does not see it")
     tool_calls: list[ToolCall] | None = Field(None, description="calls in an earlier answer; tool messages must follow")

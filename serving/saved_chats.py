@@ -20,6 +20,8 @@ from pydantic import TypeAdapter
 from common.errors import UserError
 from common.files import atomic_write
 from inference.terminal import visible
+from model.chat_format import IMAGE
+from model.tokenizer import IMAGE_TOKEN
 from serving.chat_model import Conversation, new_id
 
 TITLE_CHARACTERS = 50
@@ -97,16 +99,19 @@ def to_markdown(conversation: Conversation, user: str) -> str:
         if exchange.continues:
             parts += [f"## {exchange.model_name}", exchange.question + exchange.text]
         else:
+            shown = [f"![]({url})" for url in exchange.images]
             answer = exchange.answer().content or exchange.text or exchange.error
-            parts += [f"## {user}", exchange.question, f"## {exchange.model_name}", answer]
+            parts += [f"## {user}", *shown, exchange.question, f"## {exchange.model_name}", answer]
     return "\n\n".join(parts) + "\n"
 
 
 def to_jsonl(conversation: Conversation) -> str:
-    """Return a chat as a line that 3-full_sft.py can train on; "" if nothing was answered."""
+    """Return a chat as a line that 3-full_sft.py (with images: 9-sft_vlm.py) trains on; "" if nothing was answered."""
     system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    turns = conversation.turns()
-    return json.dumps({"messages": [*system, *turns]}, ensure_ascii=False) + "\n" if turns else ""
+    turns, images = conversation.turns(places=True), conversation.images()
+    turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in turns]
+    row = {"messages": [*system, *turns]} | ({"images": images} if images else {})
+    return json.dumps(row, ensure_ascii=False) + "\n" if turns else ""
 
 
 def _stamp(path: Path) -> Stamp | None:

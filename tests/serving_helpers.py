@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import io
 import json
 import re
 import socket
@@ -13,30 +14,48 @@ import time
 from collections.abc import Iterator
 from typing import ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 
 from inference.detokenizer import Detokenizer
 from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
+from inference.vision import ImageProcessor
 from model.chat_format import chat_style, render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
+from model.vision import VisionLanguageModel
 from serving.app import create_app
 from serving.chat import ChatEndpoint
 from serving.endpoint import ServedModel
 from serving.engine import Engine
+from serving.images import ImageReader
 from serving.server import Server
 
 TOKENIZER = load_tokenizer()
 NAME = "tiny"
 CONTEXT = 1500
+IMAGE_IDS = [TOKENIZER.convert_tokens_to_ids("<image>")] * 4
 
 
-def tiny_model() -> Transformer:
+def tiny_model(sees: bool = False) -> Transformer:
     torch.manual_seed(5)
     shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
-    return Transformer(LMConfig(**shape, initializer_range=0.3)).eval()  # so that its answers are varied
+    vision = dict(encoder="vit", image_size=16, patch_size=8, width=16, n_layers=1, n_heads=2, image_ids=IMAGE_IDS)
+    config = LMConfig(**shape, initializer_range=0.3, vision_config=vision if sees else None)
+    return (VisionLanguageModel if sees else Transformer)(
+        config
+    ).eval()  # with this range of weights its answers are varied
+
+
+def png(seed: int, size: int = 16) -> bytes:
+    """A picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 QUESTION = [{"role": "user", "content": "What is 3 * (4 + 5)?"}]
@@ -140,12 +159,15 @@ def serving(
     generator=BatchGenerator,
     drain: float = 0,
     keep_alive: int = 60,
+    sees: bool = False,
+    allow_urls: bool = False,
     **settings,
 ) -> Iterator[Running]:
     """A running server; it is shut down in the end."""
-    model = tiny_model()
+    model = tiny_model(sees)
     engine = Engine(lambda: generator(model, rows, tokenizer=TOKENIZER), max_queue, prefix_bytes=10**6)
-    served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc")
+    reader = ImageReader(ImageProcessor(model, None), allow_urls) if sees else None
+    served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc", images=reader)
     defaults = defaults or SamplingParams(max_new_tokens=CONTEXT)
     app = create_app(engine, served, defaults, **settings)
     server = Server(app, engine, drain, port=0, log_level="warning", timeout_keep_alive=keep_alive)

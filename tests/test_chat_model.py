@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from serving_helpers import SUM, answer_ids, scripted_outputs
+from serving_helpers import IMAGE_IDS, SUM, answer_ids, png, scripted_outputs, tiny_model
 
+from data_pipeline.image_records import parse_image_row
+from data_pipeline.images import data_url, open_image
 from evaluation.tools import chat_tools
 from inference.generator import generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, chat_prompt, text_prompt
+from inference.vision import ImageProcessor
 from model.chat_format import check_messages, render_chat, truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
@@ -29,6 +34,7 @@ from serving.chat_model import (
     Conversation,
     Exchange,
 )
+from serving.saved_chats import to_jsonl, to_markdown
 
 TOKENIZER = load_tokenizer()
 GREEDY = SamplingParams(max_new_tokens=12)
@@ -165,6 +171,33 @@ def test_a_base_model_goes_on_with_the_text(model):
     assert conversation.turns() == said  # no dialogue
 
 
+def test_questions_about_images(model):
+    tiny = tiny_model(sees=True)
+    prepare = ImageProcessor(tiny, None)
+    sees = ChatModel(TextGenerator(Checkpoint(tiny, tiny.config, {}, Path(), ""), TOKENIZER, 96), prepare=prepare)
+    urls = [data_url(png(i)) for i in range(3)]
+    shown = [open_image(png(i)) for i in range(3)]
+    conversation = Conversation()
+    first = finish(conversation.ask("one", sees, GREEDY, history_turns=3, images=urls[:2]))
+    second = finish(conversation.ask("t\ufffcwo", sees, GREEDY, history_turns=3, images=urls[2:]))
+    again = finish(conversation.regenerate(sees, GREEDY, history_turns=0))
+    questions = chat("\ufffc\n\ufffc\none", first, "\ufffc\ntwo")
+    for messages, images, answer in (
+        (questions[:1], shown[:2], first), (questions, shown, second), (questions[2:], shown[2:], again),
+    ):  # fmt: skip
+        ids = truncate_chat(TOKENIZER, messages, 84, image_ids=IMAGE_IDS).ids
+        assert generate_text(tiny, TOKENIZER, [ids], GREEDY, images=[prepare(images)]) == [answer]
+    assert len({first, second, again}) == 3 and conversation.exchanges[1].images == urls[2:]
+    messages, images = parse_image_row(json.loads(to_jsonl(conversation)), None)
+    assert images == [png(i) for i in range(3)] and messages[:3] == questions
+    assert f"![]({urls[2]})" in to_markdown(conversation, "me")
+    assert "does not see images" in conversation.regenerate(model, GREEDY).error
+    answer = conversation.ask("three", model, GREEDY, history_turns=5)  # a model of text reads the words alone
+    alone = Conversation()
+    alone.exchanges = [dataclasses.replace(exchange, images=[]) for exchange in conversation.exchanges[:-1]]
+    assert finish(answer) == finish(alone.ask("three", model, GREEDY, history_turns=5))
+
+
 class ScriptedModel:
     """A TextGenerator that writes given answers, one after the other."""
 
@@ -173,7 +206,7 @@ class ScriptedModel:
     def __init__(self, *answers: list[int], context: int = 2000) -> None:
         self.answers, self.context, self.prompts = iter(answers), context, []
 
-    def generate(self, prompt, sampling):
+    def generate(self, prompt, sampling, images=None):
         self.prompts.append(prompt)
         return scripted_outputs(next(self.answers))
 

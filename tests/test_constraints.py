@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from serving_helpers import TOKENIZER, tiny_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bench.json_schemas import check_answers
 from common.errors import UserError
-from inference.constraints import Constraint, answer_grammar, token_masks, without_other_properties
+from inference.constraints import Constraint, answer_grammar, blocked_tokens, without_other_properties
 from inference.generator import generate
 from inference.options import SamplingParams
 from model.chat_format import chat_style
@@ -143,8 +142,8 @@ def test_a_model_may_have_more_logits_than_tokens(model):
     text, finish = answers(model, answer_grammar(TAGS, schema={"const": "é"}))[0]
     assert (text, finish) == ('"é"', "stop")
     constraint = Constraint(TOKENIZER, answer_grammar(TAGS, schema={"const": 1}))
-    mask = token_masks([constraint.matcher()], constraint.vocab_size, 6500)
-    assert mask.shape == (1, 6500) and mask.sum() == 1 and torch.equal(mask[:, 6400:], torch.zeros(1, 100).bool())
+    free, held = blocked_tokens([None, constraint.matcher()], constraint.vocab_size, 6500)
+    assert not free.any() and held.sum() == 6499 and held[6400:].all()
 
 
 def test_a_token_that_does_not_exist_is_refused(model):

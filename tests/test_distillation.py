@@ -20,7 +20,15 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer, tokenizer_hash
 from model.weights_file import save_checkpoint
-from trainer.distillation import Teacher, cached_top_k, distillation_loss, open_teacher
+from trainer.distillation import (
+    Questions,
+    Teacher,
+    answer_batch,
+    cached_top_k,
+    distillation_loss,
+    open_teacher,
+    predicted_targets,
+)
 
 CPU = torch.device("cpu")
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
@@ -237,6 +245,33 @@ def test_the_script(run_here, out, chats, tmp_path):
     assert 0 < metrics(out)[0]["divergence"] <= lines[0]["divergence"]  # what is merged cannot differ
 
 
+def test_questions_end_with_the_header_of_the_last_answer(rows, tokenizer):
+    questions = Questions(rows)
+    texts = {tokenizer.decode(questions.question(i)) for i in range(len(questions))}
+    assert texts == {f"<s>user\nWhat is {i}?</s>\n<s>assistant\n" for i in range(40)}
+    batch = answer_batch([(questions.question(0), [7, 8]), (questions.question(1), [9])])
+    assert batch.n_targets == 3
+    _, targets = predicted_targets(batch.inputs["labels"], 3)
+    assert targets.tolist() == [7, 8, 9]
+
+
+def test_a_student_learns_from_its_own_answers(run_here, out, chats):
+    def distill(*flags: object):
+        result = run_here("7-distill.py", *QUICK, "--out_dir", out, "--data_path", chats, *flags)
+        assert result.returncode == 0, result.stderr
+        return torch.load(out / "distill_32.pth", weights_only=True), metrics(out)
+
+    flags = ["--init_from", out / "full_sft_32.pth", "--teacher", out / "full_sft_64.pth", "--on_policy", "--overwrite"]
+    flags += ["--max_new_tokens", 6, "--max_steps", 8, "--save_interval", 4, "--learning_rate", 3e-3]
+    whole, lines = distill(*flags)
+    assert lines[-1]["divergence"] < lines[0]["divergence"] and "val_divergence" in lines[-1]
+    resumed, again = distill(
+        "--resume", out / "distill_32.resume" / "step_00000004", "--teacher", out / "full_sft_64.pth"
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [line["divergence"] for line in again] == [line["divergence"] for line in lines]
+
+
 def test_bad_input(run_here, out, chats, tmp_path, tokenizer):
     def error(*flags: object, code: int = 1) -> str:
         result = run_here("7-distill.py", *QUICK, "--out_dir", out, "--data_path", chats, *flags)
@@ -246,6 +281,7 @@ def test_bad_input(run_here, out, chats, tmp_path, tokenizer):
     assert "--teacher PATH is needed" in error(code=2)
     assert "no such file" in error("--teacher", out / "none.pth")
     same = out / "full_sft_64.pth"
+    assert "--on_policy has none: leave --alpha out" in error("--on_policy", "--alpha", 0.5, "--top_k", 3, code=2)
     assert "nothing to learn" in error("--teacher", same, "--init_from", same)
     GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
     assert "tokenizer" in error("--teacher", tmp_path / "gpt2", "--init_from", same)

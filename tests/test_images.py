@@ -20,10 +20,11 @@ from PIL import Image
 from common.errors import UserError
 from data_pipeline.image_data import convert_images
 from data_pipeline.image_records import parse_image_row
-from data_pipeline.images import BadImage, check_image, open_image, read_image, to_pixels
+from data_pipeline.images import BadImage, check_image, open_image, read_image
 from data_pipeline.images import data_url as image_url
 from data_pipeline.readers import iter_records
 from model.chat_format import IMAGE
+from model.pixels import to_pixels
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dot."}]

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_helpers import SUM, answer_ids, scripted_outputs
+from serving_helpers import SUM, answer_ids, png, scripted_outputs, tiny_model
 from streamlit.testing.v1 import AppTest
 
 from common.files import atomic_folder
+from data_pipeline.images import data_url, open_image
 from export.huggingface import describe, write_minimind
 from inference.generator import generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
-from model.chat_format import truncate_chat
+from inference.vision import ImageProcessor
+from model.chat_format import truncate_chat, with_images
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -53,6 +55,14 @@ def save(path: Path, stage: str, seed: int, endless: bool = False) -> Path:
             model.output.weight[EOS_ID] = 0  # never a likely token: this model writes until it is stopped
     save_checkpoint(path, model, info={"stage": stage, "step": 7, "loss": 1.5})
     return path
+
+
+def save_sft_vlm(folder: Path) -> Transformer:
+    model = tiny_model(sees=True)
+    model.config.max_seq_len = 96
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(folder / "sft_vlm_32.pth", model, info={"stage": "sft_vlm"})
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +404,28 @@ def test_wrong_flags_are_one_line_in_the_page(out, open_page):
     assert "--history_turns N" in open_page("--help").code[0].value
 
 
+def test_questions_about_pictures(tmp_path, open_page):
+    model = save_sft_vlm(tmp_path)
+    page = open_page("--out_dir", tmp_path, *GREEDY)
+    assert f"sft_vlm_32.pth · {EN['stage_sft_vlm']}" in page.selectbox(key="model").options
+    page.chat_input(key="question").upload("a.png", png(0), "image/png").upload("b.png", png(1), "image/png")
+    ask(page, "What is this?")
+    (exchange,) = exchanges(page)
+    image_ids = model.config.vision.image_ids
+    ids = truncate_chat(
+        TOKENIZER, [{"role": "user", "content": with_images("What is this?", 2)}], 84, image_ids=image_ids
+    ).ids
+    seen = ImageProcessor(model, None)([open_image(png(i)) for i in range(2)])
+    assert [exchange.text] == generate_text(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12), images=[seen])
+    assert exchange.images == [data_url(png(i)) for i in range(2)] == page.get("image")[0].value
+    page.chat_input(key="question").upload("c.png", png(2)[:-200], "image/png")
+    assert "c.png cannot be used: a damaged image" in error(ask(page, "And this?")) and len(exchanges(page)) == 1
+    page.chat_input(key="question").upload("d.png", png(3), "image/png").run()  # without words
+    assert exchanges(page)[1].question == EN["about_image"] and not page.error
+    again = open_page("--out_dir", tmp_path, *GREEDY, chat=page.session_state["conversation"].id)
+    assert exchanges(again) == exchanges(page)
+
+
 def test_started_like_any_other_script(monkeypatch, capsys):
     def run(*flags) -> int:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
@@ -568,6 +600,7 @@ def test_in_a_browser(tmp_path):
         try:
             browser.driver.get(address)
             drive(browser, folder, address)
+            look_inside(browser, folder, address)
             check_that_nothing_left_the_machine(browser)
         finally:
             browser.driver.quit()
@@ -722,6 +755,51 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     until(new_chat, "a click on New chat")
     browser.sees(".mm-empty", en["hello_base"])
     browser.has_messages(0)
+
+    # A picture with a question.
+    save_sft_vlm(folder)
+
+    def chosen() -> bool:
+        browser.click(".st-key-model [data-baseweb=select], .st-key-model input")
+        options = [option for option in browser.find("[role=option]") if "sft_vlm_32.pth" in option.text]
+        for option in options:
+            option.click()
+        return bool(options)
+
+    until(chosen, "the model that sees in the list")
+    (folder.parent / "dot.png").write_bytes(png(0))
+    until(lambda: browser.find("input[type=file]"), "the button for pictures")
+    browser.find("input[type=file]")[0].send_keys(str(folder.parent / "dot.png"))
+    browser.sees("[data-testid=stChatInput]", "dot.png")
+    browser.ask("What is this?")
+    until(lambda: browser.find("[data-testid=stChatMessage] img"), "the picture in the conversation")
+    browser.waits_for_more("")
+
+
+def look_inside(browser: Browser, folder: Path, address: str) -> None:
+    """The pages beside the chat, as far as they need a browser: the menu, a click into a chart, curves that grow."""
+    en, zh = TEXTS["en"], TEXTS["zh"]
+    browser.click("[data-testid=stTopNavSection]", en["inside"])
+    browser.click("[data-testid=stTopNavDropdownLink]", en["next_token_page"])
+    browser.sees("h1", en["next_token_page"])  # the language stays
+    bar = "[aria-roledescription=bar]"
+    until(lambda: browser.find(bar)[0].click() or True, "a bar")
+    browser.sees(".mm-facts", "1 tokens appended")
+    until(lambda: browser.find(bar)[0].click() or True, "a bar")
+    browser.sees(".mm-facts", "2 tokens appended")
+
+    # Of another tab: the address leads to a page, in the browser's language.
+    browser.driver.get(f"{address}/runs")
+    browser.sees("[data-testid=stAlert]", str(folder))
+    for name in ("pretrain_64", "rl_64"):
+        with (folder / f"{name}.metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, "loss": 5 / step}) + "\n" for step in (1, 2, 3))
+        browser.sees("svg text", name)
+    browser.driver.get(f"{address}/logit_lens")
+    browser.sees(".mm-lens th", zh["embedding"])
+    wide = "return document.documentElement.scrollWidth > window.innerWidth"
+    browser.driver.set_window_size(420, 900)
+    assert not browser.driver.execute_script(wide)
 
 
 def check_that_nothing_left_the_machine(browser: Browser) -> None:

@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from serving_helpers import png
 from test_vision import save_encoder
 from tolerances import assert_logits_close, rounding
+from transformers import pipeline
 
 from common.errors import UserError
 from data_pipeline.datasets import ImageRows
@@ -25,10 +27,11 @@ from data_pipeline.image_features import Features, Pixels, cached_features
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.tokenize_chats import tokenize_image_data
 from evaluation.vlm import ImageQuestion, evaluate, is_right, wrong_images
-from inference.generator import Images, generate_text
+from inference.generator import Images, generate, generate_text
+from inference.model_loader import open_model
 from inference.options import SamplingParams
 from inference.vision import ImageProcessor
-from model.chat_format import IMAGE, render_chat, truncate_chat
+from model.chat_format import IMAGE, render_chat, truncate_chat, with_images
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
 from model.tokenizer import encode_text, load_tokenizer, tokenizer_hash
@@ -52,13 +55,6 @@ def run(script: str, *args) -> None:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             assert not stop.code, f"{script} exited with {stop.code}"
-
-
-def png(seed: int, size: int = 16) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def row(i: int, n_images: int = 1, n_turns: int = 1, **more) -> dict:
@@ -92,6 +88,8 @@ def trained(tmp_path_factory, tokenizer, data) -> Path:
     text = Transformer(LMConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=96))
     info = {"stage": "full_sft", "tokenizer_hash": tokenizer_hash(tokenizer)}
     save_checkpoint(out / "full_sft_32.pth", text, info=info)
+    blind = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (out / "text.jsonl").write_text(json.dumps(blind) + "\n", encoding="utf-8")
     run("8-pretrain_vlm.py", *QUICK, *TINY, "--out_dir", out, "--data_path", data, "--max_steps", 2)
     run("9-sft_vlm.py", *QUICK, "--out_dir", out, "--data_path", data, "--max_steps", 6, "--save_interval", 3)
     return out
@@ -164,7 +162,8 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("script", "flags", "error"),
     [
-        ("8-pretrain_vlm.py", ["--freeze_encoder"], "--freeze_encoder would leave a new encoder"),
+        ("8-pretrain_vlm.py", ["--freeze_encoder"], "unrecognized arguments: --freeze_encoder"),
+        ("9-sft_vlm.py", ["--data_path", "{out}/text.jsonl", "--freeze_encoder"], "text.jsonl: no images in it"),
         ("8-pretrain_vlm.py", ["--fsdp"], "--fsdp and --deepspeed do not support vision-language models"),
         (
             "8-pretrain_vlm.py",
@@ -319,8 +318,9 @@ def test_prompts_with_and_without_images_are_decoded_together(model, tokenizer):
     for prompt, own, answer in zip(prompts, images, together, strict=True):
         assert generate_text(model, tokenizer, [prompt], sampling, images=[own]) == [answer]
     assert Images.join([None, None]) == {}
-    with pytest.raises(ValueError, match="1 images of 4 features, and the prompts have places for 2 of 4"):
-        generate_text(model, tokenizer, [prompts[2]], sampling, images=[images[0]])
+    for shown, n in ((images[0], 1), (None, 0)):
+        with pytest.raises(ValueError, match=f"{n} images of 4 features, and the prompts have places for 2 of 4"):
+            generate_text(model, tokenizer, [prompts[2]], sampling, images=[shown])
 
 
 def test_a_cache_of_prompts_with_images_gives_the_logits_of_the_whole(model):
@@ -431,3 +431,39 @@ def test_which_tokens_stand_for_an_image(tokenizer):
     published.get_added_vocab = dict
     left, right = (encode_text(tokenizer, text)[0] for text in "<>")
     assert image_ids(published, 5) == [left] * 2 + [right] * 3
+
+
+# ---- export_model.py
+
+
+def test_an_exported_folder_runs_in_a_pipeline(trained, tokenizer, tmp_path, capsys, monkeypatch):
+    folder, picture = tmp_path / "x", tmp_path / "0.png"
+    picture.write_bytes(png(0))
+    weights = ["--weights", trained / "sft_vlm_32.pth", "--output", folder]
+    run("export_model.py", *weights, "--format", "minimind")  # compared there with its source, without this repository
+    assert "(allowed: 0)" in capsys.readouterr().out
+    assert "image-text-to-text" in (folder / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(AssertionError, match="exited with"):
+        run("export_model.py", *weights, "--overwrite")
+    assert "only --format minimind holds such a model" in capsys.readouterr().err
+    model = open_model(folder)[0].model
+    assert changed(load_checkpoint(trained / "sft_vlm_32.pth").model.state_dict(), model.state_dict()) == set()
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pipe = pipeline("image-text-to-text", str(folder), trust_remote_code=True)
+    assert type(pipe.model) is not VisionLanguageModel
+    sampling = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    settings = dict(generate_kwargs=sampling, return_full_text=False)
+    parts = [{"type": "image", "url": str(picture)}, {"type": "text", "text": "What?"}]
+    prepared = ImageProcessor(model, None)([Image.open(picture)])
+    for inputs, images in (
+        ({"text": [{"role": "user", "content": parts}]}, prepared),
+        ({"images": Image.open(picture), "text": "What?"}, prepared),
+        ({"text": [{"role": "user", "content": "What?"}]}, None),
+    ):
+        chat = [{"role": "user", "content": with_images("What?", len(images or ()))}]
+        ids = render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=model.vision.image_ids)[0]
+        outputs = generate(model, [ids], SamplingParams(max_new_tokens=8), eos_id=None, images=[images])
+        expected = tokenizer.decode([output.token for output in outputs], skip_special_tokens=True)
+        assert pipe(**inputs, **settings)[0]["generated_text"] == expected

@@ -121,10 +121,9 @@ def test_text_is_computed_to_the_bit_as_without_vision():
     model = make()
     text = Transformer(LMConfig(**SMALL)).eval()
     text.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("vision_")})
-    ids = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(PAD + 1, 97, (3, 20), generator=torch.Generator().manual_seed(1))
     assert torch.equal(model(ids).logits, text(ids).logits)
     no_images = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
-    ids[ids == PAD] = 6
     assert torch.equal(model(ids, pixel_values=no_images).logits, text(ids).logits)
 
 
@@ -160,6 +159,8 @@ def test_places_and_images_must_be_as_many():
     pixels = torch.zeros(2, 3, 8, 8)
     with pytest.raises(ValueError, match="2 images of 4 features, and the prompts have places for 1 of 4"):
         model(torch.tensor([[1, *[PAD] * 4, 2]]), pixel_values=pixels)
+    with pytest.raises(ValueError, match="0 images of 4 features, and the prompts have places for 1 of 4"):
+        model(torch.tensor([[1, *[PAD] * 4, 2]]))
     published = VisionLanguageModel(LMConfig(**SMALL, vision_config={"width": 8}))
     with pytest.raises(ValueError, match="no encoder of its own"):
         published(torch.tensor([[1]]), pixel_values=pixels)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from inference.options import SamplingParams
 from serving.chat_model import LENGTH, STOPPED, Exchange
+from serving.web.inside import runs
+from serving.web.inside.menu import PAGES
 from serving.web.page import (
     answer_facts,
     blocks,
@@ -213,12 +215,14 @@ def test_every_language_has_every_text(language):
 
 
 def test_every_text_is_used_and_every_used_one_exists():
-    files = ("fast_inference.py", *(f"serving/web/{name}.py" for name in ("page", "widgets", "chat_menu")))
-    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
+    files = [*ROOT.glob("serving/web/*.py"), *ROOT.glob("serving/web/inside/*.py"), ROOT / "fast_inference.py"]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
     built = {f"stage_{stage}" for stage in STAGES} | {"export_md", "export_jsonl"}
     built |= {
         f"{what}_{kind}{more}" for what in ("hello", "example") for kind in ("chat", "base") for more in ("", "_more")
     }
+    built |= {f"{name}_{what}" for name in PAGES for what in ("page", "about")}
+    built |= {f"over_{name}" for name in runs.OVER}
     used = set(re.findall(r"['\"](\w+)['\"]", code)) | built
     assert {key for key in TEXTS["en"] if key.removesuffix("_help") not in used} == set()
     assert set(re.findall(r"\btexts\(['\"](\w+)['\"]", code)) <= set(TEXTS["en"])

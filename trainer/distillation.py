@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,14 @@ from common.files import atomic_folder, checksum, explain_write_errors
 from common.progress import Progress
 from data_pipeline.datasets import Batch, PackedRows
 from export.huggingface import CLASSES
+from inference.generator import decode_all
 from inference.model_loader import open_model
+from inference.options import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import describe_parameters
-from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.tokenizer import EOS_ID, load_tokenizer, tokenizer_hash
 from trainer.losses import LossFunction, token_sums
+from trainer.rollouts import OnPolicyLoader
 
 
 @dataclass(frozen=True)
@@ -255,3 +258,79 @@ def cached_top_k(
         logps.flush()
         del ids, logps  # Windows renames no folder whose files are mapped
     return TopK(rows, folder)
+
+
+# ---- the student's own answers
+
+
+class Questions:
+    """The questions of dialogues as a data set for the loop; the batches come from `AnswerLoader`.
+
+    rows: of dialogues. The question is everything before the last answer.
+    """
+
+    def __init__(self, rows: PackedRows) -> None:
+        self.dataset, self.numbers = rows.dataset, np.unique(rows.packing.document)
+        self.fingerprint = f"{rows.fingerprint}-questions"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def documents(self, indices: Sequence[int]) -> list[int]:
+        return sorted(int(self.numbers[i]) for i in indices)
+
+    def question(self, index: int) -> list[int]:
+        """Return the tokens up to the header of the last answer."""
+        document, dataset = self.numbers[index], self.dataset
+        assert dataset.loss_mask is not None
+        end = int(dataset.offsets[document + 1])
+        begin = end - int(dataset.lengths[document])
+        learned = dataset.loss_mask[begin:end].astype(bool)
+        answer = int(np.flatnonzero(learned & ~np.concatenate([[False], learned[:-1]]))[-1])
+        return dataset.tokens[begin : begin + answer].tolist()
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return empty answers, for passes that count for nothing."""
+        return answer_batch([(self.question(i), [EOS_ID]) for i in indices])
+
+
+def answer_batch(dialogues: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """Return questions and their answers, as tokens, as one packed row: the inputs of `PackedRows.batch`."""
+    ids = [token for question, answer in dialogues for token in question + answer]
+    labels = [token for question, answer in dialogues for token in [-100] * len(question) + answer]
+    lengths = np.array([len(question) + len(answer) for question, answer in dialogues])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.from_numpy(positions)[None],
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+        "cu_seqlens": torch.from_numpy(np.concatenate([[0], lengths.cumsum()])).int(),
+    }
+    return Batch(inputs, sum(len(answer) for _, answer in dialogues), len(ids), int((lengths**2).sum()))
+
+
+@dataclass
+class AnswerLoader(OnPolicyLoader):
+    """Batches of the student's own answers, for on-policy distillation (https://arxiv.org/abs/2306.13649).
+
+    The student learns from what it writes itself, mistakes included: there, and not only in good texts, the teacher says
+    what should come next. A step's answers depend on weights, seed and step: a resumed run repeats them.
+    """
+
+    data: Questions
+    max_new_tokens: int = field(kw_only=True)
+
+    def batches(self, step: int, size: int | None = None) -> list[Batch]:
+        """Return the student's answers to this process's questions of a step."""
+        size, samples = size or self.micro_batch, self.schedule.samples(step)
+        numbers = range(self.rank, len(samples), self.world_size)  # in the step: the seeds depend on them
+        questions = [self.data.question(samples[n]) for n in numbers]
+        samplings = [SamplingParams(self.max_new_tokens, temperature=1.0, seed=self.seed_of(step, n)) for n in numbers]
+        answers: list[list[int]] = [[] for _ in questions]
+        for output in decode_all(self.generator(size), questions, samplings):
+            answers[output.key].append(output.token)
+        dialogues = list(zip(questions, answers, strict=True))
+        found = [answer_batch(dialogues[i : i + size]) for i in range(0, len(dialogues), size)]
+        dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
+        return found + [dummy] * (-(-len(samples[:: self.world_size]) // size) - len(found))

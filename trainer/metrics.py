@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
+from evaluation.runs import logged_shares, read_metrics
 from model.device import peak_flops
 from model.LMConfig import LMConfig
 from model.model import training_flops
@@ -256,19 +257,6 @@ def means_of(sums: dict[str, float], n_targets: float) -> dict[str, float]:
 def headline(line: dict) -> str:
     """Return the name of the metric that a run is about: the reward if there is one, or else the loss."""
     return "reward" if "reward" in line else "loss"
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics file, without a last line that a killed process left incomplete."""
-    if not path.exists():
-        return []
-    with jsonlines.open(path) as reader:
-        return list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
-
-
-def logged_shares(line: dict) -> list[float]:
-    """Return the share of the tokens of every expert, from the metrics of a mixture; else none."""
-    return [value for name, value in line.items() if name.startswith("expert_") and name.endswith("_share")]
 
 
 def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:

@@ -329,10 +329,6 @@ class VisionOptions(ChatOptions):
         "none", "what of the language model stays as it is: language: all of it; middle: all but its first and last layer; "
         "none", choices=["language", "middle", "none"],
     )  # fmt: skip
-    freeze_encoder: bool = flag(
-        False, "do not train our own image encoder; its features are then computed once (one of --vision_encoder is always "
-        "frozen)",
-    )  # fmt: skip
     vision_encoder: Path | None = flag(
         None, "folder of a CLIP or SigLIP that makes features of the images (default: that of the weights it starts "
         "from)", metavar="FOLDER",

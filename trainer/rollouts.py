@@ -163,30 +163,50 @@ class Sampler:
 
 
 @dataclass
-class RolloutLoader(BatchLoader):
+class OnPolicyLoader(BatchLoader):
     """One process's micro-batches of every step, made when the step begins; `micro_batch` counts prompts.
 
     Attributes:
         model: the one that is trained, on its device.
         dtype: of the sampler's weights.
-        value_head: of `model`, for ppo.
     """
 
-    data: PromptSet
     model: Transformer = field(kw_only=True)
-    tokenizer: PreTrainedTokenizerFast = field(kw_only=True)
-    options: RolloutOptions = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)
-    value_head: nn.Module | None = field(kw_only=True, default=None)
     _sampler: Sampler | None = field(init=False, default=None)
-    _ready: dict[tuple[int, int], list[Batch]] = field(init=False, default_factory=dict)  # of (step, micro-batch)
-    _silent: bool = field(init=False, default=False)  # the last step had no gradient
-    _errors: set[str] = field(init=False, default_factory=set)  # of verifiers, that were printed
 
     def prefetch(self, first: int) -> Iterator[list[Batch] | DataFailure]:
         """Yield the batches of every step from `first` on, each made with the weights of that moment."""
         for step in range(first, self.schedule.total_steps):
             yield self.batches(step)
+
+    def generator(self, rows: int) -> BatchGenerator:
+        """Return a generator with the newest weights; `rows` is the number of sequences at a time."""
+        if self._sampler is None:
+            self._sampler = Sampler(self.model, self.dtype, rows)
+        return self._sampler.refresh()
+
+    def seed_of(self, *numbers: int) -> int:
+        """Return a seed that depends on the run's seed and on these numbers."""
+        seed = np.random.SeedSequence([self.schedule.seed, *numbers]).generate_state(1, np.uint64)[0]
+        return int(seed >> np.uint64(1))
+
+
+@dataclass
+class RolloutLoader(OnPolicyLoader):
+    """The batches of reinforcement learning.
+
+    Attributes:
+        value_head: of `model`, for ppo.
+    """
+
+    data: PromptSet
+    tokenizer: PreTrainedTokenizerFast = field(kw_only=True)
+    options: RolloutOptions = field(kw_only=True)
+    value_head: nn.Module | None = field(kw_only=True, default=None)
+    _ready: dict[tuple[int, int], list[Batch]] = field(init=False, default_factory=dict)  # of (step, micro-batch)
+    _silent: bool = field(init=False, default=False)  # the last step had no gradient
+    _errors: set[str] = field(init=False, default_factory=set)  # of verifiers, that were printed
 
     def resumable(self, step: int) -> bool:
         """Return whether the next step begins with new answers: those of a generation are not saved."""
@@ -209,7 +229,7 @@ class RolloutLoader(BatchLoader):
             numbers = range(self.rank, len(samples), self.world_size)  # in the step: the seeds depend on them
             counts.append(len(numbers))
             prompts += [self.data.prompts[samples[n]] for n in numbers for _ in range(group_size)]
-            seeds = [self._seed(step, n, k) for n in numbers for k in range(group_size)]
+            seeds = [self.seed_of(step, n, k) for n in numbers for k in range(group_size)]
             samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
         rollouts = iter(self._run(prompts, samplings))
         made = {}
@@ -236,17 +256,11 @@ class RolloutLoader(BatchLoader):
             nothing = [torch.zeros(1)] * len(rollouts)
             yield make_batch(rollouts, nothing, [False] * len(rollouts), self.options.algorithm)
 
-    def _seed(self, *numbers: int) -> int:
-        seed = np.random.SeedSequence([self.schedule.seed, *numbers]).generate_state(1, np.uint64)[0]
-        return int(seed >> np.uint64(1))
-
     def _sampling(self, temperature: float, seed: int | None = None) -> SamplingParams:
         return SamplingParams(self.options.max_new_tokens, temperature, seed=seed, logprobs=0)
 
     def _run(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Rollout]:
-        if self._sampler is None:
-            self._sampler = Sampler(self.model, self.dtype, self.micro_batch * self.options.group_size)
-        generator = self._sampler.refresh()
+        generator = self.generator(self.micro_batch * self.options.group_size)
         rollouts = run_rollouts(generator, self.tokenizer, prompts, samplings, self.options.max_tool_calls)
         for error in {error for rollout in rollouts for error in rollout.reward.errors} - self._errors:
             self._errors.add(error)

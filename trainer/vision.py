@@ -112,23 +112,29 @@ def image_rows(
     tokenizer: PreTrainedTokenizerFast,
     model: VisionLanguageModel,
     encoder: PretrainedEncoder | None,
-    origin: Checkpoint | None,
+    frozen: Checkpoint | None = None,
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return training and validation rows of dialogues about images.
 
-    encoder: what makes the features of the images, outside of the model; None: the model does.
+    Args:
+        encoder: what makes the features of the images, outside of the model; None: the model does.
+        frozen: the weights it starts from, if its own encoder is not trained: features are then computed once.
+
+    Raises UserError if the data has no images.
     """
     config, vision = model.config, model.vision
     cache = options.cache_dir or options.out_dir / "cache"
     encode: Encoder | None = encoder
     identity = encoder.fingerprint if encoder is not None else ""
-    if encoder is None and options.freeze_encoder:
-        assert origin is not None  # a new encoder is not frozen
-        encode, identity = _own_encoder(model, options), origin.fingerprint
+    if frozen is not None:
+        encode, identity = _own_encoder(model, options), frozen.fingerprint
 
     loaders: dict[str, Pixels | Features] = {}  # one for training and validation
 
     def rows(dataset: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int) -> ImageRows:
+        if dataset.n_images is None or not dataset.n_images.any():
+            files = " ".join(map(str, options.data_path))
+            raise UserError(f"{files}: no images in it; 3-full_sft.py learns from dialogues without images")
         if not loaders and encode is None:
             loaders["pixel_values"] = Pixels(dataset, vision.image_size)
         elif not loaders and encode is not None:

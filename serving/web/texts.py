@@ -1,4 +1,4 @@
-"""The texts of the web page, in every language it has: `locales/LANGUAGE.json`.
+"""The texts of the web page, in every language it has: `locales/LANGUAGE.json`, and the same in `inside/`.
 
 texts = Texts("ja")
 texts("tokens", made=12, prompt=40)
@@ -10,8 +10,13 @@ import json
 from pathlib import Path
 
 LANGUAGES = {"zh": "中文", "en": "English", "ja": "日本語"}
+FOLDERS = [Path(__file__).parent / "locales", Path(__file__).parent / "inside" / "locales"]
 TEXTS: dict[str, dict[str, str]] = {
-    language: json.loads((Path(__file__).parent / "locales" / f"{language}.json").read_text(encoding="utf-8"))
+    language: {
+        key: text
+        for folder in FOLDERS
+        for key, text in json.loads((folder / f"{language}.json").read_text(encoding="utf-8")).items()
+    }
     for language in LANGUAGES
 }
 

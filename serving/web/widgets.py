@@ -16,10 +16,12 @@ import torch
 from streamlit.delta_generator import DeltaGenerator
 
 from common.errors import UserError, name_flags
+from data_pipeline.images import FORMATS, check_image, data_url
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
 from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import ChatOptions, ModelOptions, SamplingParams
 from inference.terminal import visible
+from inference.vision import ImageProcessor
 from model.chat_format import chat_style
 from model.model import parameter_counts
 from serving.chat_model import STOPPED, ChatModel, Conversation, Exchange
@@ -39,7 +41,8 @@ from serving.web.texts import LANGUAGES, Texts, language_of
 RELOAD_SECONDS = 3  # between two looks into the folder of models
 DRAW_SECONDS = 0.05  # between two drawings of a growing answer
 MODELS_KEPT = 4  # in memory, the last used
-STAGES = ("pretrain", "full_sft", "rl", "rlvr", "lora")  # that have a name in every language
+# Those that have a name in every language:
+STAGES = ("pretrain", "full_sft", "rl", "rlvr", "distill", "lora", "pretrain_vlm", "sft_vlm")
 # Range and step of the sliders; a value from the command line may lie outside.
 SLIDERS: dict[str, tuple[float, float, float]] = {
     "temperature": (0.0, 2.0, 0.05),
@@ -47,6 +50,8 @@ SLIDERS: dict[str, tuple[float, float, float]] = {
     "top_k": (0, 200, 1),
     "repetition_penalty": (1.0, 2.0, 0.01),
 }
+IMAGE_TYPES = [ending for endings in FORMATS.values() for ending in endings]
+IMAGE_WIDTH = 240  # pixels, of a picture on the page
 FOLDER = Path(__file__).parent
 Placeholders = tuple[DeltaGenerator, DeltaGenerator]  # of the text of an answer and of the facts below it
 
@@ -64,12 +69,18 @@ def available_models(options: ModelOptions) -> list[Entry]:
 
 
 @st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
-def cached_model(path: Path, _options: ModelOptions, flags: str, stamp: tuple) -> TextGenerator:
-    """Load a model once for all sessions, and again if one of its files changed: `path`, `flags`, `stamp` are the key.
+def cached_model(
+    path: Path, _options: ModelOptions, flags: str, stamp: tuple
+) -> tuple[TextGenerator, ImageProcessor | None]:
+    """Load a model, and what prepares images for it if it sees.
+
+    Once for all sessions, and again if one of its files changed: `path`, `flags`, `stamp` are the key.
 
     Raises UserError or OSError if that fails.
     """
-    return load_text_generator(path, _options)
+    generator = load_text_generator(path, _options)
+    sees = generator.checkpoint.config.vision is not None
+    return generator, ImageProcessor.for_checkpoint(generator.checkpoint) if sees else None
 
 
 @st.cache_resource(show_spinner=False)
@@ -82,12 +93,12 @@ def load_model(entry: Entry, options: ModelOptions, texts: Texts) -> ChatModel |
     """Return the model; show an error and return None if it cannot be loaded."""
     try:
         with st.spinner(literal(texts("loading", name=entry.path.name))):
-            generator = cached_model(entry.path, options, repr(options), entry.stamp)
+            generator, prepare = cached_model(entry.path, options, repr(options), entry.stamp)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         reason = visible(name_flags(str(error))).strip().partition("\n")[0]
         st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
         return None
-    return ChatModel(generator, entry.path.name, entry.continues, decoding_thread())
+    return ChatModel(generator, entry.path.name, entry.continues, decoding_thread(), prepare)
 
 
 # ---- the sidebar
@@ -232,10 +243,34 @@ def show_examples(model: ChatModel, texts: Texts) -> str | None:
     return None
 
 
+def ask_question(entry: Entry, model: ChatModel | None, texts: Texts) -> tuple[str, list[str]]:
+    """Show the field for a question; return the question and its images as data URLs, or "" until it is sent.
+
+    An image that cannot be used is named, and nothing is asked then.
+    """
+    sees = model is not None and model.prepare is not None
+    sent: Any = st.chat_input(
+        texts("continue" if entry.continues else "ask"), key="question", disabled=model is None,
+        accept_file="multiple" if sees else False, file_type=IMAGE_TYPES if sees else None,
+    )  # fmt: skip
+    if not sent or isinstance(sent, str):
+        return sent or "", []
+    images = []
+    for file in sent.files:
+        try:
+            images.append(data_url(check_image(file.getvalue(), "")))
+        except UserError as error:
+            st.error(literal(texts("bad_image", name=file.name, reason=visible(str(error)))), icon=":material/error:")
+            return "", []
+    return sent.text or (texts("about_image") if images else ""), images
+
+
 def show_question(exchange: Exchange, texts: Texts) -> None:
     """Show the question of an exchange."""
     if not exchange.continues:  # otherwise it is the beginning of what the model wrote
         with st.chat_message("user", avatar=":material/person:"):
+            if exchange.images:
+                st.image(exchange.images, width=IMAGE_WIDTH)
             st.html(text_html(visible(exchange.question), label=texts("question")))
 
 

@@ -14,6 +14,9 @@ MODEL = os.environ["MODEL"]
 BASE_URL = os.environ["OPENAI_BASE_URL"]
 QUESTION = "Who are you?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
+IMAGE_URL = (  # one blue pixel
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYPgPAAEDAQAIicLsAAAAAElFTkSuQmCC"
+)
 LENGTH = 48  # of answers, in tokens
 NAMES = ("Ann", "Bob")  # few and short: a model with random weights has to come to an end
 PARAMETERS = {"type": "object", "properties": {"word": {"enum": NAMES}}, "required": ["word"]}

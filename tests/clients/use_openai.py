@@ -4,7 +4,7 @@ import json
 from typing import Literal
 
 import openai
-from features import LENGTH, MESSAGES, MODEL, NAMES, QUESTION, TOOLS, is_embedding, named, run
+from features import IMAGE_URL, LENGTH, MESSAGES, MODEL, NAMES, QUESTION, TOOLS, is_embedding, named, run
 from pydantic import BaseModel
 
 client = openai.OpenAI()
@@ -59,6 +59,14 @@ def required_tool():
     return json.loads(answer.choices[0].message.tool_calls[0].function.arguments)["word"] in NAMES
 
 
+def image():
+    content = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": IMAGE_URL}}]
+    question = {"role": "user", "content": content}
+    answer = client.chat.completions.create(messages=[question], max_tokens=LENGTH, **greedy)
+    assert answer.choices[0].message.content != chat(), "the same as without the image"
+    return answer.choices[0].message.content
+
+
 def embeddings():
     data = client.embeddings.create(model=MODEL, input=["one", "two"]).data
     return is_embedding(*(item.embedding for item in data))
@@ -74,6 +82,7 @@ run(
         tools_offered,
         structured_output,
         required_tool,
+        image,
         embeddings,
     )  # fmt: skip
 )

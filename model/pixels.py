@@ -1,0 +1,33 @@
+"""Pictures as a vision-language model takes them: RGB, upright, square, whole numbers from 0 to 255."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+def to_rgb(image: Image) -> Image:
+    """Return an image as RGB, turned as its camera says, on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "I;16":  # 16 bits of grey: `convert` would make all but the darkest ones white
+        upright = upright.point(lambda value: value * (1 / 256)).convert("L")
+    if "A" in upright.getbands() or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright)
+    return upright.convert("RGB")
+
+
+def to_pixels(image: Image, size: int) -> np.ndarray:
+    """Return an RGB image resized to a square, (3, size, size) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
