@@ -105,16 +105,23 @@ def _find(lines: list[str], start: str, first: int) -> int:
 
 def main() -> None:
     options = parse_options(Options, __doc__)
-    outdated = []
+    outdated, errors = [], []
     for path in pages():
         text = path.read_text(encoding="utf-8")
-        if (new := update(text, path.name)) != text:
+        try:
+            new = update(text, str(path.relative_to(ROOT)))
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        if new != text:
             outdated.append(str(path.relative_to(ROOT)))
             if not options.check:
                 with atomic_write(path) as file:
                     file.write(new)
     if options.check and outdated:
-        raise UserError(f"quotes are out of date in {', '.join(outdated)}: python docs/quotes.py")
+        errors.append(f"quotes are out of date in {', '.join(outdated)}: python docs/quotes.py")
+    if errors:
+        raise UserError("\n".join(errors))
     print(f"wrote {', '.join(outdated)}" if outdated else "all quotes are up to date")
 
 
