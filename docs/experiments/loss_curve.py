@@ -31,8 +31,6 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     import numpy as np
 
-    from model.tokenizer import BOS_ID
-
     rows, val = tiny.text_rows()
 
     def shuffle_targets(batch):
@@ -59,7 +57,6 @@ def main() -> None:
 
     chance = math.log(model.config.vocab_size)
     counts = np.bincount(np.asarray(rows.dataset.tokens))
-    counts[BOS_ID] = 0  # it begins every text, and is no target
     shares = counts[counts > 0] / counts.sum()
     entropy = float(-(shares * np.log(shares)).sum())
     print(f"ln(vocabulary) {chance:.3f}; entropy of single tokens {entropy:.3f}")
