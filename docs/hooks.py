@@ -37,6 +37,9 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     """Return the page with its formulas as MathML."""
 
     def formula(match: re.Match) -> str:
-        return convert(html.unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
+        tex = html.unescape(match[2]).strip()
+        if match[1] == "span":
+            return convert(tex)
+        return f'<div style="overflow-x: auto">{convert(tex, display="block")}</div>'  # wider than a phone
 
     return FORMULA.sub(formula, content)
