@@ -45,24 +45,25 @@ class ParsedAnswer(NamedTuple):
         return message | ({"tool_calls": self.calls} if self.calls else {})
 
 
-def parse_answer(text: str, *, thinking: bool = False, unfinished: bool = False) -> ParsedAnswer:
+def parse_answer(text: str, *, thinking: bool = False, calls: bool = True, unfinished: bool = False) -> ParsedAnswer:
     """Return the thinking, the content and the calls of an answer. Whatever the model wrote, this is no error.
 
     Args:
-        thinking: the prompt ends in <think>, so that the answer begins with its thoughts.
+        thinking, calls: as for `AnswerParser`.
         unfinished: more will follow: leave out what may become a tag or a call.
     """
-    parser = AnswerParser(thinking=thinking)
+    parser = AnswerParser(thinking=thinking, calls=calls)
     thoughts = "" if thinking else None
-    content, calls = "", []
+    content: str = ""
+    found = []
     for field, new in [*parser.add(text), *([] if unfinished else parser.finish())]:
         if field == "reasoning_content":
             thoughts = (thoughts or "") + new
         elif field == "content":
             content += new
         else:
-            calls.append(new)
-    return ParsedAnswer(thoughts, content, calls)
+            found.append(new)
+    return ParsedAnswer(thoughts, content, found)
 
 
 class AnswerParser:

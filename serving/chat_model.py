@@ -58,11 +58,11 @@ class Exchange:
     """A question and its answer, a text that is being written. The fields are plain data, which can be saved.
 
     continues: the answer continues the text of the question; context: that of the model; prompt_tokens: length of the
-    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; called: answers that called tools,
-    and what these returned; text: the answer after them so far, as the model writes it; tokens: of all; seconds: computing
-    time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH, CONTEXT, STOPPED); None while it is being
-    written, and for ever if nobody finished it; error: why there is no answer; images: shown with the question, as
-    data URLs.
+    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; with_tools: it could call some;
+    called: answers that called tools, and what these returned; text: the answer after them so far, as the model writes it;
+    tokens: of all; seconds: computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH,
+    CONTEXT, STOPPED); None while it is being written, and for ever if nobody finished it; error: why there is no answer;
+    images: shown with the question, as data URLs.
     """
 
     question: str
@@ -80,6 +80,7 @@ class Exchange:
     finish: str | None = None
     error: str = ""
     called: list[Message] = field(default_factory=list)
+    with_tools: bool = False
     images: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,7 +145,7 @@ class Exchange:
         """Return the answer so far: its thinking, its content, and its calls. A continued text is only content."""
         if self.continues:
             return ParsedAnswer(None, self.text, [])
-        return parse_answer(self.text, unfinished=self.running)
+        return parse_answer(self.text, calls=self.with_tools, unfinished=self.running)
 
     @property
     def running(self) -> bool:
@@ -231,7 +232,9 @@ class Conversation:
         """
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
-        exchange = Exchange(question, model.name, model.continues, sampling, context, images=[*images])
+        exchange = Exchange(
+            question, model.name, model.continues, sampling, context, images=[*images], with_tools=bool(tools)
+        )
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
         turns = self.turns(tags=bool(chat_style(tokenizer).tags), places=model.prepare is not None)
         shown = [*self.images(), *images]

@@ -237,7 +237,7 @@ def test_calls_that_cannot_be_run_end_the_answer():
     call, seen = answer_ids(tool_calls=[SUM]), chat("sum?", "")
     without = Conversation()
     assert finish(without.ask("sum?", ChatModel(ScriptedModel(call)), GREEDY)).startswith("<tool_call>")
-    assert without.turns() == seen
+    assert without.turns() == chat("sum?", without.exchanges[0].text)  # no tools: it is text
     endless = Conversation()
     exchange = endless.ask("sum?", ChatModel(ScriptedModel(*[call] * 9)), GREEDY, **TOOLS)
     finish(exchange)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,11 @@ from data_pipeline.cleaning import STAGES, CleaningOptions, chinese_ratio, clean
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.images import open_image
 from data_pipeline.readers import iter_records
+from data_pipeline.records import parse_conversation
+from evaluation.rollouts import read_prompts
+from evaluation.tools import TOOLS
 from model.chat_format import IMAGE
+from model.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DICE = [18, 68, 41, 75, 64, 13, 3, 84]
@@ -78,7 +83,10 @@ def chat(row: dict) -> tuple[str, str]:
 
 
 def run(*args: str, script: Path = SAMPLE / "generate.py") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, cwd=script.parents[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # a copy of the script finds our packages, too
+    return subprocess.run(
+        [sys.executable, str(script), *args], capture_output=True, text=True, cwd=script.parents[1], env=environment
+    )
 
 
 def test_the_files_are_what_the_generator_writes():
@@ -89,7 +97,7 @@ def test_the_files_are_what_the_generator_writes():
 def test_check_names_a_changed_and_a_missing_file_and_a_run_repairs_both(tmp_path):
     folder = tmp_path / "sample"
     folder.mkdir()
-    for name in ("generate.py", "facts.py", "phrasings.py"):
+    for name in ("generate.py", "exercises.py", "facts.py", "phrasings.py"):
         (folder / name).write_bytes((SAMPLE / name).read_bytes())
     pictures = (SAMPLE / "scenes.py").read_text(encoding="utf-8")
     few = re.sub(r"^(N_\w+) = \d+", r"\1 = 4", pictures, flags=re.MULTILINE)
@@ -119,7 +127,7 @@ def test_files_are_small_and_end_lines_as_everywhere(generate):
     files = [path for path in SAMPLE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     pictures = [path for path in files if path.suffix == ".parquet"]
     files = [path for path in files if path not in pictures]
-    assert sum(path.stat().st_size for path in files) < 4_000_000
+    assert sum(path.stat().st_size for path in files) < 5_000_000
     assert sum(path.stat().st_size for path in pictures) < 4_000_000
     assert {path.name for path in pictures} == {"vlm_pretrain.parquet", "vlm_sft.parquet", "vlm_heldout.parquet"}
     for path in files:
@@ -127,7 +135,7 @@ def test_files_are_small_and_end_lines_as_everywhere(generate):
         assert b"\r" not in data and data.endswith(b"\n"), path
         data.decode("utf-8")
     assert {str(path.relative_to(SAMPLE).as_posix()) for path in files} == {
-        *generate.make_files(), "generate.py", "facts.py", "phrasings.py", "scenes.py", "README.md",
+        *generate.make_files(), "generate.py", "exercises.py", "facts.py", "phrasings.py", "scenes.py", "README.md",
     }  # fmt: skip
 
 
@@ -385,3 +393,40 @@ def test_answers_about_pictures_are_true(scenes, generate):
             parts = [re.fullmatch(r"(\w+)有一个(\w\w)的(\w+)", part) for part in answer.rstrip("。").split("，")]
             told = [(chinese[part[2]], scenes.PLACES.index(chinese[part[1]])) for part in parts]
         assert told == found
+
+
+# ---- exercises
+
+
+def test_exercises_that_are_held_out_are_new(generate):
+    """Their numbers and their combinations of sentences occur nowhere else; one question stands in one place only."""
+    asked = {name: [row["messages"][0]["content"] for row in jsonl(f"rlvr_{name}.jsonl")] for name in ("sft", "data")}
+    held_out = [row["messages"][0]["content"] for row in jsonl("rlvr_heldout.jsonl")]
+    taught = {*asked["sft"], *asked["data"]}
+
+    names, things = generate.exercises.NAMES, generate.exercises.THINGS
+    words = [word for listed in (*names.values(), *things.values()) for word in listed]
+
+    def shape(question: str) -> str:
+        return re.sub("|".join([*words, r"\d"]), "#", question)
+
+    assert taught.isdisjoint(held_out)
+    word_problems = [row for row in jsonl("rlvr_heldout.jsonl") if row["kind"] in ("two_steps", "three_steps")]
+    assert {shape(q) for q in taught}.isdisjoint(shape(row["messages"][0]["content"]) for row in word_problems)
+    assert len(word_problems) > 200
+
+
+def test_solutions_of_exercises_are_true():
+    """Each row is a valid dialogue; its calls return what it says, and thinking gives the answer."""
+    for row in jsonl("rlvr_sft.jsonl")[::3]:
+        messages = parse_conversation(row)
+        for message, response in zip(messages[1:], messages[2:], strict=False):
+            for call in message.get("tool_calls") or []:
+                function = call.get("function", call)
+                assert TOOLS[function["name"]](**function["arguments"]) == response["content"]
+        if thought := messages[-1].get("reasoning_content"):
+            steps = [step.split("=") for step in thought.split(", ")]
+            assert all(TOOLS["calculator"](expression) == result for expression, result in steps)
+            assert steps[-1][1] == messages[-1]["content"]
+    prompts = read_prompts([SAMPLE / "rlvr_heldout.jsonl"], load_tokenizer(), 384 - 64)
+    assert len(prompts) == len(jsonl("rlvr_heldout.jsonl"))

@@ -172,7 +172,8 @@ def test_a_verifier_that_raises_ends_no_run(run, base, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     text = "WARNING: a verifier failed, and its answer got no reward: my_picky_rewards:picky: RuntimeError: not x"
     assert (result.stderr + result.stdout).count(text) == 1
-    assert 0 < metrics(tmp_path)[0]["accuracy"] < 0.5
+    first = metrics(tmp_path)[0]
+    assert 0 < first["accuracy"] < 0.5 and first["verifier_errors"] == pytest.approx(1 - first["accuracy"])
 
 
 def test_wrong_flags_and_data_are_named_before_any_work(run, base, prompts, tmp_path):

@@ -185,6 +185,8 @@ def test_thoughts_and_calls_are_folded():
     assert exchange.called[1]["content"] in read.shown  # whole, when it is opened
     running = made(text="<think>hm</think>yes<tool_c")
     running.begin(iter(()), None)
+    assert shown_answer(running, Texts("en")) == "yes<tool_c"
+    running.with_tools = True
     assert shown_answer(running, Texts("en")) == "yes"  # what may become a call is not shown yet
 
 

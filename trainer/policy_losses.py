@@ -104,7 +104,9 @@ def policy_loss(
 
 
 # What a batch of `trainer.rollouts` knows of each answer, (answers,): the log has the means.
-ROLLOUT_METRICS = ("reward", "accuracy", "answer_length", "cut", "tool_calls", "failed_calls", "equal_rewards")
+ROLLOUT_METRICS = (
+    "reward", "accuracy", "answer_length", "cut", "tool_calls", "failed_calls", "verifier_errors", "equal_rewards",
+)  # fmt: skip
 
 
 def policy_forward(model: nn.Module, inputs: dict[str, Tensor]) -> Any:

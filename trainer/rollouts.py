@@ -109,6 +109,7 @@ def make_batch(
         "cut": torch.tensor([rollout.cut for rollout in rollouts]),
         "tool_calls": torch.tensor([rollout.calls for rollout in rollouts]),
         "failed_calls": torch.tensor([rollout.failed_calls for rollout in rollouts]),
+        "verifier_errors": torch.tensor([len(rollout.reward.errors) for rollout in rollouts]),
         "equal_rewards": torch.tensor([*equal]),
     }
     if algorithm == "ppo":

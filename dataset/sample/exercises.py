@@ -1,12 +1,13 @@
 """Exercises with answers that can be checked: word problems, units, dates, look-ups; solved at once, by thinking, by tools.
 
-`examples` are dialogues for SFT, `prompts` are questions for reinforcement learning and for measuring. Numbers and wordings
-of held-out exercises never occur in the others.
+There are dialogues for SFT, and questions for reinforcement learning and for measuring. The numbers of held-out exercises
+never occur in the others, and neither do the combinations of sentences that tell them.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,72 +25,60 @@ THINGS = {
     "en": ["apples", "pens", "books", "coins", "cards", "eggs", "stones", "cups"],
     "zh": ["苹果", "梨", "鸡蛋", "球", "杯子", "橘子", "玩具", "贝壳"],
 }
-# Expression, and wordings: of the training data, then the held-out ones. {n}: a name, {o}: things, a to d: numbers.
-PROBLEMS = {
-    "two_steps": [
-        ("b*c+a", {
-            "en": (["{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} does {n} have now?",
-                    "There are {a} {o} on the table. {n} brings {b} boxes with {c} {o} each. How many {o} are there now?"],
-                   ["{n} owned {a} {o}, then got {b} packs of {c} {o}. How many {o} is that in all?"]),
-            "zh": (["{n}有{a}个{o}，又买了{b}袋，每袋{c}个。现在有多少个{o}？",
-                    "桌上有{a}个{o}，{n}拿来{b}盒，每盒{c}个。现在有多少个{o}？"],
-                   ["{n}原来有{a}个{o}，后来得到{b}包，每包{c}个。一共有多少个{o}？"]),
-        }),
-        ("a*b-c", {
-            "en": (["A shop has {a} boxes of {b} {o} and sells {c}. How many {o} are left?",
-                    "{n} buys {a} bags of {b} {o} and gives {c} to a friend. How many {o} does {n} keep?"],
-                   ["{n} had {a} packs of {b} {o} and lost {c}. How many {o} are still there?"]),
-            "zh": (["商店有{a}盒{o}，每盒{b}个，卖了{c}个。还剩多少个{o}？",
-                    "{n}买了{a}袋{o}，每袋{b}个，送给朋友{c}个。还有多少个{o}？"],
-                   ["{n}有{a}包{o}，每包{b}个，丢了{c}个。还剩下多少个{o}？"]),
-        }),
-        ("a+b-c", {
-            "en": (["{n} has {a} {o}, finds {b} more and gives {c} away. How many {o} are left?",
-                    "There are {a} {o} in a box. {n} puts {b} in and takes {c} out. How many {o} are in the box?"],
-                   ["{n} had {a} {o}, got {b} and then lost {c}. How many {o} are still there?"]),
-            "zh": (["{n}有{a}个{o}，又捡到{b}个，送出{c}个。还剩多少个{o}？",
-                    "盒子里有{a}个{o}，{n}放进{b}个，拿走{c}个。盒子里有多少个{o}？"],
-                   ["{n}原来有{a}个{o}，得到{b}个，后来丢了{c}个。还剩下多少个{o}？"]),
-        }),
-    ],
-    "three_steps": [
-        ("a*b+c-d", {
-            "en": (["A shop has {a} boxes of {b} {o}, gets {c} more and sells {d}. How many {o} are left?",
-                    "{n} buys {a} bags of {b} {o}, finds {c} and gives {d} away. How many {o} does {n} have?"],
-                   ["{n} had {a} packs of {b} {o}, got {c} and lost {d}. How many {o} are still there?"]),
-            "zh": (["商店有{a}盒{o}，每盒{b}个，又进了{c}个，卖了{d}个。还剩多少个{o}？",
-                    "{n}买了{a}袋{o}，每袋{b}个，又捡到{c}个，送出{d}个。有多少个{o}？"],
-                   ["{n}有{a}包{o}，每包{b}个，得到{c}个，丢了{d}个。还剩下多少个{o}？"]),
-        }),
-    ],
+# A word problem is told in sentences: what there is at first, what happens, the question. {n}: a name, {o}: things.
+SENTENCES = {
+    "en": {
+        "start": ["{n} has {x} {o}.", "There are {x} {o} in the bag of {n}.", "{n} counts {x} {o}."],
+        "groups": [
+            "{n} has {x} boxes of {y} {o}.", "There are {x} bags with {y} {o} each.", "{n} buys {x} packs of {y} {o}.",
+        ],
+        "plus": ["Then {n} finds {x} more.", "A friend brings {x} more.", "{n} buys {x} more."],
+        "plus_groups": [
+            "Then {n} finds {x} bags of {y}.", "A friend brings {x} boxes of {y}.", "{n} buys {x} packs of {y}.",
+        ],
+        "minus": ["{n} gives {x} away.", "Then {n} loses {x}.", "A friend takes {x}."],
+        "question": ["How many {o} are there now?", "How many {o} does {n} have now?", "How many {o} is that?"],
+    },
+    "zh": {
+        "start": ["{n}有{x}个{o}。", "{n}的袋子里有{x}个{o}。", "{n}数了数，有{x}个{o}。"],
+        "groups": ["{n}有{x}盒{o}，每盒{y}个。", "这里有{x}袋{o}，每袋{y}个。", "{n}买了{x}包{o}，每包{y}个。"],
+        "plus": ["后来又找到{x}个。", "朋友又送来{x}个。", "{n}又买了{x}个。"],
+        "plus_groups": ["后来又找到{x}袋，每袋{y}个。", "朋友又送来{x}盒，每盒{y}个。", "{n}又买了{x}包，每包{y}个。"],
+        "minus": ["{n}送出{x}个。", "后来丢了{x}个。", "朋友拿走{x}个。"],
+        "question": ["现在有多少个{o}？", "{n}现在有多少个{o}？", "一共有多少个{o}？"],
+    },
 }  # fmt: skip
+PROBLEMS = {
+    "two_steps": [("start", "plus_groups"), ("groups", "minus"), ("start", "plus", "minus"), ("groups", "plus")],
+    "three_steps": [("groups", "plus", "minus"), ("start", "plus_groups", "minus")],
+}
+TERMS = {"start": "{x}", "groups": "{x}*{y}", "plus": "{e}+{x}", "plus_groups": "{x}*{y}+{e}", "minus": "{e}-{x}"}
 QUESTIONS = {
     "unit": {
-        "en": (["How many {u} are {a} {t}?", "Convert {a} {t} to {u}."], ["{a} {t} is how many {u}?"]),
-        "zh": (["{a} {t}等于多少{u}？", "把{a} {t}换算成{u}。"], ["{a} {t}是多少{u}？"]),
+        "en": ["How many {u} are {a} {t}?", "Convert {a} {t} to {u}.", "{a} {t} is how many {u}?"],
+        "zh": ["{a} {t}等于多少{u}？", "把{a} {t}换算成{u}。", "{a} {t}是多少{u}？"],
     },
     "date": {
-        "en": (["Which date is {a} days after {t}?", "What is the date {a} days from {t}?"],
-               ["It is {t}. Which date will it be in {a} days?"]),
-        "zh": (["{t}之后{a}天是几号？", "从{t}起过{a}天是哪天？"], ["今天是{t}，{a}天后是哪一天？"]),
+        "en": ["Which date is {a} days after {t}?", "It is {t}. Which date is it in {a} days?"],
+        "zh": ["{t}之后{a}天是几号？", "今天是{t}，{a}天后是哪一天？"],
     },
     "weekday": {
-        "en": (["Which day of the week is {t}?", "What weekday is {t}?"], ["{t} is which day of the week?"]),
-        "zh": (["{t}是星期几？", "请问{t}那天星期几？"], ["{t}这天是星期几？"]),
+        "en": ["Which day of the week is {t}?", "What weekday is {t}?"],
+        "zh": ["{t}是星期几？", "请问{t}那天星期几？"],
     },
     "price": {
-        "en": (["What does the {t} cost in the shop?", "What is the price of the {t}?"], ["How much is the {t}?"]),
-        "zh": (["店里的{t}多少钱？", "{t}的价格是多少？"], ["{t}卖多少钱？"]),
+        "en": ["What does the {t} cost in the shop?", "What is the price of the {t}?"],
+        "zh": ["店里的{t}多少钱？", "{t}的价格是多少？"],
     },
     "stock": {
-        "en": (["How many of the item {t} are in stock?", "What is the stock of {t}?"], ["How much {t} is there?"]),
-        "zh": (["店里的{t}还有多少库存？", "{t}的库存是多少？"], ["店里有多少{t}？"]),
+        "en": ["How many of the item {t} are in stock?", "What is the stock of {t}?"],
+        "zh": ["店里的{t}还有多少库存？", "{t}的库存是多少？"],
     },
     "total": {
-        "en": (["What do {a} of the item {t} cost?", "What is the price of {a} times {t}?"], ["How much is {a} x {t}?"]),
-        "zh": (["买{a}个{t}要多少钱？", "{a}个{t}一共多少钱？"], ["{a}份{t}共卖多少钱？"]),
+        "en": ["What do {a} of the item {t} cost?", "What is the price of {a} times {t}?"],
+        "zh": ["买{a}个{t}要多少钱？", "{a}个{t}一共多少钱？"],
     },
-}  # fmt: skip
+}
 CONVERSIONS = [
     ("m", "cm"),
     ("km", "m"),
@@ -102,7 +91,6 @@ CONVERSIONS = [
 ]
 WEEKDAYS_ZH = ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日")
 FIRST_DAY = datetime.date(2024, 1, 1)
-ARITHMETIC = ("two_steps", "three_steps")
 
 
 @dataclass(frozen=True)
@@ -129,6 +117,7 @@ def _call(name: str, **arguments: object) -> tuple[str, tuple[tuple[str, object]
     return name, tuple(arguments.items())
 
 
+@functools.cache
 def _compute(expression: str) -> str:
     return TOOLS["calculator"](expression)
 
@@ -150,21 +139,28 @@ def _steps(expression: str) -> str:
     return ", ".join(shown)
 
 
-def _problem(kind: str, language: str, dice, held_out: bool) -> Exercise | None:
-    formula, wordings = dice.choice(PROBLEMS[kind])
-    values = {name: 2 + dice.below(8) for name in "abcd"}
-    expression = "".join(str(values.get(sign, sign)) for sign in formula)
-    steps = _steps(expression)
-    if any(not 0 <= int(step.split("=")[1]) < 100 for step in steps.split(", ")):
-        return None
+def _problem(kind: str, language: str, dice) -> tuple[Exercise, list[str]] | None:
+    """Return a word problem, and what must be new if it is held out: its numbers, and how its sentences are combined."""
+    events = dice.choice(PROBLEMS[kind])
     words = {"n": dice.choice(NAMES[language]), "o": dice.choice(THINGS[language])}
-    question = dice.choice(wordings[language][held_out]).format(**values, **words)
-    answer = _compute(expression)
-    return Exercise(kind, language, question, answer, steps, (_call("calculator", expression=expression),))
+    expression, told, wording = "", [], []
+    for event in (*events, "question"):
+        numbers = {"x": 2 + dice.below(8), "y": 2 + dice.below(8)}
+        wording.append(dice.below(len(SENTENCES[language][event])))
+        told.append(SENTENCES[language][event][wording[-1]].format(**numbers, **words))
+        expression = TERMS.get(event, "{e}").format(e=expression, **numbers)
+    steps = _steps(expression)
+    if any(int(step.split("=")[1]) < 0 for step in steps.split(", ")):
+        return None
+    question = (" " if language == "en" else "").join(told)
+    calls = (_call("calculator", expression=expression),)
+    exercise = Exercise(kind, language, question, _compute(expression), steps, calls)
+    return exercise, [expression, f"{language} {events} {wording}"]
 
 
-def _question(kind: str, language: str, dice, held_out: bool) -> Exercise:
-    wording = dice.choice(QUESTIONS[kind][language][held_out])
+def _question(kind: str, language: str, dice) -> tuple[Exercise, list[str]]:
+    """Return a question, and what must be new if it is held out: its numbers."""
+    wording = dice.choice(QUESTIONS[kind][language])
     a, steps = 2 + dice.below(8), ""
     day = (FIRST_DAY + datetime.timedelta(days=dice.below(366))).isoformat()
     item = dice.choice([*TABLE])
@@ -194,17 +190,17 @@ def _question(kind: str, language: str, dice, held_out: bool) -> Exercise:
             expression = f"{a}*{answer}"
             answer = _compute(expression)
             calls.append(_call("calculator", expression=expression))
-    return Exercise(kind, language, wording.format(**values), answer, steps, tuple(calls))
+    exercise = Exercise(kind, language, wording.format(**values), answer, steps, tuple(calls))
+    return exercise, [str(calls)]
 
 
 def make(kind: str, language: str, n: int, dice, is_held_out: Callable[[str], bool], held_out: bool) -> list[Exercise]:
-    """Return n different exercises. Look-ups have few numbers: only their wordings are held out."""
+    """Return n different exercises of which all parts are held out, or none; fewer where there are not so many."""
     found: dict[str, Exercise] = {}
-    for _ in range(20 * n):
-        new = (_problem if kind in PROBLEMS else _question)(kind, language, dice, held_out)
-        if new is None or (kind not in ("price", "stock") and is_held_out(f"{kind} {new.calls}") != held_out):
-            continue
-        found.setdefault(new.question, new)
+    for _ in range(100 * n):
+        made = (_problem if kind in PROBLEMS else _question)(kind, language, dice)
+        if made is not None and {is_held_out(part) for part in made[1]} == {held_out}:
+            found.setdefault(made[0].question, made[0])
         if len(found) == n:
             break
     return [*found.values()]
@@ -230,28 +226,25 @@ def example(exercise: Exercise, mode: str) -> dict:
 
 def prompt(exercise: Exercise, mode: str) -> dict:
     """Return a question with its answer, for reinforcement learning."""
-    row = {
-        "messages": [{"role": "user", "content": exercise.question}], "answer": exercise.answer,
-        "verifier": exercise.verifier, "kind": exercise.kind, "language": exercise.language,
-    }  # fmt: skip
-    if mode.endswith("tools"):
-        return row | {"tools": exercise.tools}
-    return row | {"enable_thinking": mode == "thinking"}
+    row = {"messages": [{"role": "user", "content": exercise.question}], "answer": exercise.answer}
+    row["verifier"] = exercise.verifier
+    return row | ({"tools": exercise.tools} if mode == "tools" else {"enable_thinking": mode == "thinking"})
 
 
 # How many exercises of each kind and mode, per language: for SFT, for reinforcement learning, held out.
 PLAN = [
-    ("two_steps", "thinking", 400, 400, 50), ("two_steps", "direct", 200, 0, 50), ("two_steps", "tools", 80, 150, 25),
-    ("three_steps", "thinking", 150, 150, 0), ("three_steps", "tools", 40, 75, 25),
-    ("unit", "thinking", 40, 40, 15), ("unit", "tools", 30, 40, 15), ("unit", "thinking_tools", 15, 0, 0),
-    ("date", "tools", 50, 60, 15), ("weekday", "tools", 30, 40, 15), ("price", "tools", 15, 15, 10),
-    ("stock", "tools", 15, 15, 10), ("total", "tools", 25, 30, 15),
+    ("two_steps", "thinking", 1500, 600, 50), ("two_steps", "direct", 400, 0, 50), ("two_steps", "tools", 150, 200, 25),
+    ("three_steps", "thinking", 400, 200, 25), ("three_steps", "tools", 50, 75, 25),
+    ("unit", "thinking", 50, 50, 0), ("unit", "tools", 30, 40, 0), ("unit", "thinking_tools", 15, 0, 0),
+    ("date", "tools", 50, 60, 15), ("weekday", "tools", 30, 40, 15), ("price", "tools", 15, 15, 0),
+    ("stock", "tools", 15, 15, 0), ("total", "tools", 25, 30, 10),
 ]  # fmt: skip
 
 
 def make_rows(new_dice: Callable) -> tuple[list[dict], list[dict], list[dict]]:
     """Return the rows for SFT, for reinforcement learning, and held-out prompts."""
 
+    @functools.cache
     def is_held_out(name: str) -> bool:
         return new_dice(name).below(8) == 0
 
@@ -263,6 +256,7 @@ def make_rows(new_dice: Callable) -> tuple[list[dict], list[dict], list[dict]]:
             sft += [example(exercise, mode) for exercise in made[:n_sft]]
             rlvr += [prompt(exercise, mode) for exercise in made[::-1][:n_rlvr]]  # both have some where there are few
             others = make(kind, language, n_held_out, dice, is_held_out, held_out=True) if n_held_out else []
-            held_out += [prompt(exercise, mode) for exercise in others]
+            labels = {"kind": kind, "language": language}
+            held_out += [prompt(exercise, mode) | labels for exercise in others]
     dice = new_dice("order of exercises")
     return dice.shuffled(sft), dice.shuffled(rlvr), held_out
