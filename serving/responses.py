@@ -133,7 +133,6 @@ class ResponsesBuilder(ChatBuilder):
             else:
                 yield from self.add_text(name, new, self.entries(choice.tokens))
                 choice.tokens = []
-        choice.text = ""
         if choice.finish is not None:
             if not self.items:
                 yield from self.add_text("content", "", [])
@@ -201,7 +200,7 @@ class ResponsesBuilder(ChatBuilder):
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": used["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": used["completion_tokens_details"],
             "total_tokens": used["total_tokens"],
         }
         return {

@@ -600,7 +600,7 @@ def test_in_a_browser(tmp_path):
         try:
             browser.driver.get(address)
             drive(browser, folder, address)
-            look_inside(browser, folder, address)
+            look_inside(browser, folder)
             check_that_nothing_left_the_machine(browser)
         finally:
             browser.driver.quit()
@@ -776,30 +776,39 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     browser.waits_for_more("")
 
 
-def look_inside(browser: Browser, folder: Path, address: str) -> None:
+def look_inside(browser: Browser, folder: Path) -> None:
     """The pages beside the chat, as far as they need a browser: the menu, a click into a chart, curves that grow."""
-    en, zh = TEXTS["en"], TEXTS["zh"]
-    browser.click("[data-testid=stTopNavSection]", en["inside"])
-    browser.click("[data-testid=stTopNavDropdownLink]", en["next_token_page"])
-    browser.sees("h1", en["next_token_page"])  # the language stays
-    bar = "[aria-roledescription=bar]"
-    until(lambda: browser.find(bar)[0].click() or True, "a bar")
-    browser.sees(".mm-facts", "1 tokens appended")
-    until(lambda: browser.find(bar)[0].click() or True, "a bar")
-    browser.sees(".mm-facts", "2 tokens appended")
+    en = TEXTS["en"]
 
-    # Of another tab: the address leads to a page, in the browser's language.
-    browser.driver.get(f"{address}/runs")
+    def visit(name: str) -> None:
+        browser.click("[data-testid=stTopNavSection]", en["inside"])
+        browser.click("[data-testid=stTopNavDropdownLink]", en[f"{name}_page"])
+        browser.sees("h1", en[f"{name}_page"])  # in the language of the chat
+
+    visit("next_token")
+
+    def appended() -> int:
+        """Click on a bar, which does nothing if Streamlit replaces the chart just now; how many tokens that has made."""
+        browser.find("[aria-roledescription=bar]")[0].click()
+        time.sleep(0.5)
+        found = re.search(r"Tokens appended: (\d+)", " ".join(e.text for e in browser.find(".mm-facts")))
+        return int(found[1]) if found else 0
+
+    until(lambda: appended() >= 2, "two clicks on bars")
+
+    visit("runs")
     browser.sees("[data-testid=stAlert]", str(folder))
     for name in ("pretrain_64", "rl_64"):
-        with (folder / f"{name}.metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": step, "loss": 5 / step}) + "\n" for step in (1, 2, 3))
+        lines = ({"step": step, "loss": 5 / step} for step in (1, 2, 3))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.metrics.jsonl").write_text(text, encoding="utf-8")
         browser.sees("svg text", name)
-    browser.driver.get(f"{address}/logit_lens")
-    browser.sees(".mm-lens th", zh["embedding"])
-    wide = "return document.documentElement.scrollWidth > window.innerWidth"
-    browser.driver.set_window_size(420, 900)
-    assert not browser.driver.execute_script(wide)
+
+    visit("logit_lens")
+    browser.sees(".mm-lens th", en["embedding"])
+    browser.driver.set_window_size(500, 900)  # the narrowest that Chromium has
+    until(lambda: browser.driver.execute_script("return innerWidth") <= 500, "a narrow window")
+    assert not browser.driver.execute_script("return document.documentElement.scrollWidth > innerWidth")
 
 
 def check_that_nothing_left_the_machine(browser: Browser) -> None:

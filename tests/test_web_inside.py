@@ -149,7 +149,7 @@ def test_next_token(out, open_page):
     assert branches.steps == [(first, pytest.approx(float(logits.softmax(-1)[first]), rel=1e-4))]
     page.button(key="greedy").click().run()
     second = int(next_token_logits(model(out, "pretrain_64.pth"), [*prompt, first]).argmax())
-    assert [id for id, _ in branches.steps] == [first, second] and "2 tokens appended" in shown(page)
+    assert [id for id, _ in branches.steps] == [first, second] and "Tokens appended: 2" in shown(page)
 
     # Another branch, and back to the first one.
     page.button(key="back").click().run()
@@ -231,10 +231,10 @@ def test_compare(out, open_page):
 
 def test_data(open_page):
     page = open_page("data")
-    assert "1 documents, " in shown(page)
+    assert "Documents: 1; " in shown(page)
     assert "mm-c0 mm-untrained" in html(page) and EN["counted"] in html(page)
     page.selectbox(key="row_length").set_value(64).run()
-    assert "tokens of padding" in shown(page)
+    assert "padding: " in shown(page)
 
 
 def test_white_space_and_line_ends_can_be_seen():
