@@ -84,6 +84,11 @@ class AnswerParser:
         self._inside = THINK if thinking else None  # the tag that is open; "": none, and the thinking is over
         self._after_call = False
 
+    @property
+    def thinking(self) -> bool:
+        """Return whether the text so far ends within the thoughts."""
+        return self._inside == THINK
+
     def add(self, text: str) -> list[AnswerPart]:
         """Return what is certain now as pairs of a field and what is new in it: a text (perhaps empty), or a whole call."""
         self._text += text

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from common.errors import UserError
 from inference.constraints import Constraint, answer_grammar
+from inference.generator import TokenOutput
 from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_images, with_tools
 from model.chat_parser import THINK, AnswerParser, AnswerPart
 from serving import protocol
@@ -233,7 +234,9 @@ class ChatChoice(Choice):
     """An answer that may have thinking and calls beside its content."""
 
     parser: AnswerParser = field(default_factory=AnswerParser)
+    found: list[AnswerPart] = field(default_factory=list)  # not yet sent
     n_calls: int = 0  # so far
+    n_thinking: int = 0  # tokens of the thoughts
 
 
 class ChatBuilder(ResponseBuilder):
@@ -246,8 +249,8 @@ class ChatBuilder(ResponseBuilder):
         self.max_calls = 1 if body.parallel_tool_calls is False else None
 
     def parts(self, choice: ChatChoice) -> list[AnswerPart]:
-        """Return what the new text of a choice adds to the fields of its message."""
-        found = choice.parser.add(choice.text) + (choice.parser.finish() if choice.finish is not None else [])
+        """Return what is new in the fields of an answer, each part once."""
+        found, choice.found = choice.found, []
         kept = []
         for name, new in found:
             if name == "tool_calls":
@@ -257,6 +260,20 @@ class ChatBuilder(ResponseBuilder):
             if new:
                 kept.append((name, new))
         return kept
+
+    def usage(self) -> dict[str, Any]:
+        thinking = sum(choice.n_thinking for choice in self.choices if isinstance(choice, ChatChoice))
+        return super().usage() | {"completion_tokens_details": {"reasoning_tokens": thinking}}
+
+    def _add(self, outputs: list[tuple[int, TokenOutput]]) -> list[int]:
+        for index, output in outputs:
+            choice = self.choices[index]
+            assert isinstance(choice, ChatChoice)
+            choice.found += choice.parser.add(output.text)
+            choice.n_thinking += choice.parser.thinking
+            if output.finish is not None:
+                choice.found += choice.parser.finish()
+        return super()._add(outputs)
 
     def finish_reason(self, choice: ChatChoice) -> str | None:
         return "tool_calls" if choice.n_calls and choice.finish == "stop" else choice.finish

@@ -162,7 +162,7 @@ class ResponseBuilder:
         """Return what is new in a choice as entries of chunks. `first`: before the model has written anything."""
         raise NotImplementedError
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Return the numbers of tokens, as OpenAI reports them."""
         prompt, completion = self.prompt_tokens, self.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -113,6 +113,8 @@ class ResponsesBuilder(ChatBuilder):
                     for kind, fields in self.updates():
                         yield event(kind, **fields)
             except EngineError as error:
+                for item in self.items[-1:] if self.open else []:
+                    item["status"] = "incomplete"
                 problem = {"code": "server_error", "message": ApiError.from_engine(error).detail}
                 yield event("response.failed", response=self.response("failed", problem))
                 return
@@ -132,8 +134,7 @@ class ResponsesBuilder(ChatBuilder):
                 yield from self.end_item()
             else:
                 yield from self.add_text(name, new, self.entries(choice.tokens))
-                choice.tokens = []
-        choice.text = ""
+            choice.tokens = []
         if choice.finish is not None:
             if not self.items:
                 yield from self.add_text("content", "", [])
@@ -201,7 +202,7 @@ class ResponsesBuilder(ChatBuilder):
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": used["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": used["completion_tokens_details"],
             "total_tokens": used["total_tokens"],
         }
         return {

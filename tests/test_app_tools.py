@@ -155,6 +155,16 @@ def test_thoughts_that_are_cut_are_thoughts(scripted, stream):
     assert not message["content"] and message["reasoning_content"].startswith("well, well") and finish == "length"
 
 
+def test_usage_tells_the_tokens_of_the_thoughts(scripted):
+    Scripted.script = answer_ids(reasoning_content="well, " * 9, content="x")
+    thoughts = len(encode_text(TOKENIZER, "well, " * 9))
+    usage = scripted.chat.completions.create(model=NAME, messages=QUESTION).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 1 + thoughts  # <think>, too
+    assert usage.completion_tokens == len(Scripted.script)
+    usage = scripted.responses.create(model=NAME, input=QUESTION).usage
+    assert usage.output_tokens_details.reasoning_tokens == 1 + thoughts
+
+
 def test_log_probabilities_of_calls_are_those_of_all_tokens(scripted):
     Scripted.script = answer_ids(reasoning_content="A sum.", tool_calls=[SUM])
     asked = dict(model=NAME, messages=QUESTION, tools=OFFERED, logprobs=True)
