@@ -113,6 +113,8 @@ class ResponsesBuilder(ChatBuilder):
                     for kind, fields in self.updates():
                         yield event(kind, **fields)
             except EngineError as error:
+                for item in self.items[-1:] if self.open else []:
+                    item["status"] = "incomplete"
                 problem = {"code": "server_error", "message": ApiError.from_engine(error).detail}
                 yield event("response.failed", response=self.response("failed", problem))
                 return
@@ -132,7 +134,7 @@ class ResponsesBuilder(ChatBuilder):
                 yield from self.end_item()
             else:
                 yield from self.add_text(name, new, self.entries(choice.tokens))
-                choice.tokens = []
+            choice.tokens = []
         if choice.finish is not None:
             if not self.items:
                 yield from self.add_text("content", "", [])

@@ -8,6 +8,7 @@ import altair as alt
 import pandas as pd
 
 ROW = 26  # pixels of a bar
+FEW_COLUMNS = 16  # of a map: their labels have room side by side
 FEW_POINTS = 60  # of all curves together: each is then drawn as a dot too
 
 
@@ -20,6 +21,7 @@ def candidate_bars(table: pd.DataFrame, names: dict[str, str]) -> alt.Chart:
     """
     table = table.assign(kind=table["kind"].map(names))
     order = table["token"].drop_duplicates().tolist()
+    legend = alt.Legend(orient="top", direction="vertical", labelLimit=0)  # one below the other: that fits a phone
     clicked = alt.selection_point(name="token", fields=["id"], on="click", clear=False)
     return (
         alt.Chart(table)
@@ -28,13 +30,11 @@ def candidate_bars(table: pd.DataFrame, names: dict[str, str]) -> alt.Chart:
             x=alt.X("probability:Q", title=None, axis=alt.Axis(format="%")),
             y=alt.Y("token:N", sort=order, title=None, axis=alt.Axis(labelLimit=160, ticks=False)),
             yOffset=alt.YOffset("kind:N", sort=list(names.values())),
-            color=alt.Color(
-                "kind:N", sort=list(names.values()), title=None, legend=alt.Legend(orient="top", labelLimit=0)
-            ),
+            color=alt.Color("kind:N", sort=list(names.values()), title=None, legend=legend),
             tooltip=["token", "kind", alt.Tooltip("probability:Q", format=".2%")],
         )
         .add_params(clicked)
-        .properties(height=ROW * len(order) + 50)
+        .properties(height=ROW * len(order) + 70)
     )
 
 
@@ -53,11 +53,14 @@ def heatmap(
     ]
     row, column, value = names
     axis = alt.Axis(labelLimit=90, ticks=False, labelOverlap=True)
+    across = alt.Axis(
+        labelLimit=90, ticks=False, labelOverlap=True, labelAngle=0 if len(columns) <= FEW_COLUMNS else -90
+    )
     return (
         alt.Chart(pd.DataFrame(cells, columns=["row", "column", "value"]))
         .mark_rect()
         .encode(
-            x=alt.X("column:N", sort=list(columns), title=column, axis=axis),
+            x=alt.X("column:N", sort=list(columns), title=column, axis=across),
             y=alt.Y("row:N", sort=list(rows), title=row, axis=axis),
             color=alt.Color("value:Q", legend=None, scale=alt.Scale(domainMin=0)),
             tooltip=[

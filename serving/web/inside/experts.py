@@ -17,6 +17,7 @@ from serving.web.inside.shared import (
     compute,
     facts,
     head,
+    section,
     tokens_html,
     tokens_of,
 )
@@ -43,7 +44,7 @@ def show(view: View) -> None:
     load = routing.load / routing.load.sum(-1, keepdim=True)  # (layers, experts)
     rows = [texts("layer_n", n=n + 1) for n in range(len(load))]
     columns = [str(expert) for expert in range(routing.n_experts)]
-    st.subheader(texts("load_now"))
+    section(texts("load_now"))
     chart = charts.heatmap(load.tolist(), rows, columns, (texts("layer"), texts("expert"), texts("share")))
     st.altair_chart(chart.properties(height=24 * len(rows) + 80), alt=texts("load_now"))
     show_training_load(model, view)
@@ -79,7 +80,7 @@ def show_training_load(model: ChatModel, view: View) -> None:
         for n in range(model.generator.checkpoint.config.n_routed_experts)
         for x, y in curve(lines, f"expert_{n}_share")
     ]
-    st.subheader(texts("load_then"))
+    section(texts("load_then"))
     if rows:
         table = pd.DataFrame(rows, columns=["run", "x", "y"])
         chart = charts.curves(table, texts("over_step"), texts("share"), percent=True)

@@ -179,5 +179,10 @@ def in_turn(n: int) -> list[str]:
     return [f"mm-c{i % COLOURS}" for i in range(n)]
 
 
+def section(name: str) -> None:
+    """Show a heading below that of the page."""
+    st.html(f"<h2 class='mm-section'>{html.escape(name)}</h2>")
+
+
 def facts(*lines: str) -> None:
     st.html(facts_html(*lines))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from pathlib import Path
 
 import pandas as pd
@@ -29,8 +31,7 @@ def show(view: View) -> None:
             texts("characters_shortened", shown=MOST_CHARACTERS, characters=len(text)), icon=":material/content_cut:"
         )
         text = text[:MOST_CHARACTERS]
-    folders = tokenizer_folders(view.model)
-    choices = [*map(str, folders), BYTES]
+    choices = [*map(str, without_copies(tokenizer_folders(view.model))), BYTES]
     for i, column in enumerate(st.columns(2)):
         with column:
             chosen = st.selectbox(
@@ -54,6 +55,15 @@ def tokenizer_folders(options: ModelOptions) -> list[Path]:
         *sorted(path.parent for path in options.out_dir.glob("*/tokenizer.json")),
     ]
     return list({path.resolve(): path for path in found}.values())
+
+
+def without_copies(folders: list[Path]) -> list[Path]:
+    """Return the folders without those whose tokenizer another one has already: an export has a copy."""
+    found: dict[bytes, Path] = {}
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            found.setdefault(hashlib.sha256((folder / "tokenizer.json").read_bytes()).digest(), folder)
+    return list(found.values())
 
 
 def folder_name(path: str) -> str:
