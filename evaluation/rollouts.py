@@ -30,7 +30,7 @@ from evaluation.verifiers import Reward, Verifier, parse_verifier
 from inference.backends import choose_backend
 from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
-from model.chat_format import Message, chat_style, check_messages, render_chat, with_tools
+from model.chat_format import Message, check_messages, render_chat, with_tools
 from model.chat_parser import THINK, parse_answer
 from model.tokenizer import EOS_ID
 
@@ -141,10 +141,7 @@ def _read_prompt(
     if thinking not in (True, False, None):
         raise Malformed(f"enable_thinking is {thinking!r}; use true, false, or leave it out: then the model chooses")
     ids, _ = render_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking)
-    opening = THINK if thinking else ""
-    if opening:
-        ids += chat_style(tokenizer).tags[opening]
-    return Prompt(messages, ids, reference, own, mine, opening)
+    return Prompt(messages, ids, reference, own, mine, THINK if thinking else "")
 
 
 def _tool_name(tool: Any) -> str:
