@@ -217,7 +217,9 @@ def test_transformers_has_the_same_thinking_switch(enable_thinking):
         ids, _ = render_chat(TOKENIZER, messages, **options)
         assert truncate_chat(TOKENIZER, messages, 99, enable_thinking=enable_thinking).ids == ids
         assert TOKENIZER.apply_chat_template(messages, return_dict=False, **options) == ids
-        opening = {None: "assistant\n", True: "assistant\n<think>", False: "assistant\n<think></think>"}[enable_thinking]
+        opening = {None: "assistant\n", True: "assistant\n<think>", False: "assistant\n<think></think>"}[
+            enable_thinking
+        ]
         assert TOKENIZER.decode(ids).endswith(opening)
 
 
