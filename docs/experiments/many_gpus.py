@@ -67,8 +67,7 @@ def main() -> None:
 
     def draw(differences, held) -> None:
         for column, name in ((1, "sum / targets of the step"), (2, "mean of the means")):
-            values = [max(row[column], 1e-9) for row in results]
-            differences.plot(SIZES, values, "o-", label=name)
+            differences.plot(SIZES[1:], [row[column] for row in results[1:]], "o-", label=name)
         differences.set(xlabel="processes", ylabel="relative difference of the gradient", xscale="log", yscale="log")
         for name, values in memory.items():
             held.plot(SIZES, values, "o-", label=name)
