@@ -113,7 +113,7 @@ def test_both_languages_have_the_same(name):
 
 
 def test_every_page_is_translated_and_in_the_site():
-    assert {f"{name}.md" for name in EXPERIMENTS} | {"README.md", "questions.md"} == set(CHINESE)
+    assert {f"{name}.md" for name in EXPERIMENTS} | {"README.md", "questions.md", "troubleshooting.md"} == set(CHINESE)
 
     def leaves(node) -> list[str]:
         if isinstance(node, dict):
