@@ -40,6 +40,6 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
         tex = html.unescape(match[2]).strip()
         if match[1] == "span":
             return convert(tex)
-        return f'<div style="overflow-x: auto">{convert(tex, display="block")}</div>'  # wider than a phone
+        return f'<div style="overflow: auto hidden">{convert(tex, display="block")}</div>'  # wider than a phone
 
     return FORMULA.sub(formula, content)

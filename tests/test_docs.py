@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def test_every_idea_has_a_page_an_experiment_and_a_picture():
         assert f"](figures/{name}.svg)" in page and (DOCS / "figures" / f"{name}.svg").is_file(), name
         assert QUOTE.search(page) and "$$" in page, name
         assert len(page.splitlines()) <= 150, name
-        assert re.findall(r"^(\d)\. ", page.split("\n## Questions\n")[1], re.MULTILINE) == ["1", "2", "3"], name
+        questions, _, answers = page.split("\n## Questions\n")[1].partition("<summary>Answers</summary>")
+        assert re.findall(r"^(\d)\. ", questions, re.MULTILINE) == ["1", "2", "3"], name
+        assert re.findall(r"^- \*\*(\d)\.\*\* ", answers, re.MULTILINE) == ["1", "2", "3"], name
         for index, line in (("README.md", f"]({name}.md)"), ("zh/README.md", f"]({name}.md)")):
             assert line in text(index), f"{index}: {name}"
 
@@ -97,6 +100,7 @@ def test_both_languages_have_the_same(name):
             "headings": re.findall(r"^(#+) ", prose, re.MULTILINE),
             "quotes": re.findall(r"<!-- quote: .*? -->", page),
             "commands": re.findall(r"(?:python|mkdocs|pip install) [ -_a-~]*\w", prose),
+            "answers": re.findall(r"^- \*\*\d\.\*\* ", prose, re.MULTILINE),
             "figures": re.findall(r"figures/[\w.]+", page),
             "formulas": re.findall(r"^\$\$.*\$\$$", prose, re.MULTILINE),
             "rows of tables": ["|"] * len(re.findall(r"^\|", prose, re.MULTILINE)),
@@ -109,7 +113,7 @@ def test_both_languages_have_the_same(name):
 
 
 def test_every_page_is_translated_and_in_the_site():
-    assert {f"{name}.md" for name in EXPERIMENTS} | {"README.md", "questions.md"} == set(CHINESE)
+    assert {f"{name}.md" for name in EXPERIMENTS} | {"README.md", "questions.md", "troubleshooting.md"} == set(CHINESE)
 
     def leaves(node) -> list[str]:
         if isinstance(node, dict):
@@ -119,6 +123,30 @@ def test_every_page_is_translated_and_in_the_site():
     listed = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "flags"]
     assert sorted(listed) == sorted(pages)
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the names that a module has at its top."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign):
+            found |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+    return found
+
+
+@pytest.mark.parametrize("name", ["tiny", *EXPERIMENTS])
+def test_what_an_experiment_imports_is_there(name):
+    """They import what they need after their flags were read: a name that has changed would be found only by running."""
+    tree = ast.parse((DOCS / "experiments" / f"{name}.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = {node: ROOT / f"{str(node.module).replace('.', '/')}.py" for node in imports}
+    ours = {node: path for node, path in ours.items() if path.exists()}
+    missing = {alias.name for node, path in ours.items() for alias in node.names} - set().union(
+        *map(names_in, ours.values())
+    )
+    assert ours and missing == set()
 
 
 def test_an_experiment_runs(run_here, tmp_path):

@@ -771,6 +771,8 @@ def drive(browser: Browser, folder: Path, address: str) -> None:
     until(lambda: browser.find("input[type=file]"), "the button for pictures")
     browser.find("input[type=file]")[0].send_keys(str(folder.parent / "dot.png"))
     browser.sees("[data-testid=stChatInput]", "dot.png")
+    sending = "[data-testid=stChatInputSubmitButton]"  # works once the picture has arrived
+    until(lambda: browser.find(sending)[0].is_enabled(), "the picture at the server")
     browser.ask("What is this?")
     until(lambda: browser.find("[data-testid=stChatMessage] img"), "the picture in the conversation")
     browser.waits_for_more("")

@@ -234,7 +234,7 @@ def test_data(open_page):
     page = open_page("data")
     assert "Documents: 1; " in shown(page)
     assert "mm-c0 mm-untrained" in html(page) and EN["counted"] in html(page)
-    page.selectbox(key="row_length").set_value(64).run()
+    page.selectbox(key="seq_len").set_value(64).run()
     assert "padding: " in shown(page)
 
 

@@ -17,7 +17,7 @@ from serving.web.inside.shared import COLOURS, View, facts, head, show_error, to
 from serving.web.inside.tokens import open_tokenizer, tokenizer_folders
 from serving.web.page import literal
 
-ROW_LENGTHS = (64, 128, 256, 512, 1024, 2048)
+SEQ_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 FIRST_LENGTH = 512  # that of the presets
 
 
@@ -37,7 +37,7 @@ def show(view: View) -> None:
         texts("dataset"), list(infos), key="dataset", format_func=lambda folder: dataset_name(infos[folder], view)
     )
     seq_len = right.selectbox(
-        texts("row_length"), ROW_LENGTHS, ROW_LENGTHS.index(FIRST_LENGTH), key="row_length", persist_state="session"
+        texts("seq_len"), SEQ_LENGTHS, SEQ_LENGTHS.index(FIRST_LENGTH), key="seq_len", persist_state="session"
     )
     try:
         rows = cached_rows(Path(chosen), seq_len)

@@ -125,7 +125,7 @@ def compute(function: Callable[..., Any], texts: Texts, *arguments: Any) -> Any:
     """
     try:
         return widgets.decoding_thread().submit(function, *arguments).result()
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (ValueError, torch.OutOfMemoryError) as error:  # a text may hold the tokens that stand for an image
         show_error(error, texts)
         st.stop()
 
