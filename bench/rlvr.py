@@ -37,8 +37,8 @@ from trainer.policy_losses import ALGORITHMS
 
 SAMPLE = ROOT / "dataset" / "sample"
 MAX_SEQ_LEN, MAX_NEW_TOKENS = 384, 64
-SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 1"
-RLVR = "--learning_rate 2e-4 --batch_size 24 --group_size 16 --warmup_iters 2"
+SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 2"
+RLVR = "--learning_rate 5e-5 --batch_size 8 --group_size 16 --warmup_iters 2"
 
 
 MEASURED = ("two steps at once", "two steps, thinking", "two steps, tools", "all with tools", "calls without error")
