@@ -12,6 +12,8 @@ In every step the model answers some questions, --group_size times each; calls o
 they return. A verifier compares each answer with the reference and gives it a reward. Answers that are better than the
 others to the same question become more probable, the worse ones less. Nobody has to write good answers: it is enough to
 recognise them. What cannot be learned this way is what the model never does by chance: SFT on some examples comes first.
+
+For a mixture of experts the balance loss is not part of this stage, as in stage 5.
 """
 
 from __future__ import annotations
@@ -86,6 +88,11 @@ def main() -> None:
         "epsilon",
         "epsilon_high",
         "beta",
+        "value_coef",
+        "gamma",
+        "gae_lambda",
+        "steps_per_generation",
+        "tools",
     )
     run = replace(run, identity=run.identity | {"objective": {name: getattr(options, name) for name in names}})
     require_files(options.data_path, "name your prompts with --data_path; dataset/sample/rlvr_data.jsonl has some")

@@ -118,7 +118,7 @@ def main() -> None:
     rows, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len)
     train, make_loader = rows, BatchLoader
     if options.on_policy:
-        train = Questions(rows)
+        train = Questions(rows, model.config.max_seq_len - options.max_new_tokens)
         make_loader = partial(AnswerLoader, model=model, dtype=dtype, max_new_tokens=options.max_new_tokens)
     elif options.top_k:
         cache = options.cache_dir or options.out_dir / "cache"
@@ -128,9 +128,11 @@ def main() -> None:
         )  # fmt: skip
         with main_process_first(dist_env, "asking the teacher"):
             train, val = ask(rows), ask(val) if val else None
+        del ask
+        teacher = None  # training does not need it any more
 
     # Loss: the labels, and what the teacher thinks of every token.
-    loss = distillation_loss(options.alpha, options.temperature, options.divergence, None if options.top_k else teacher)
+    loss = distillation_loss(options.alpha, options.temperature, options.divergence, teacher, model.config.use_moe)
     fit(model, loss, train, val, options, run, dist_env, make_loader=make_loader)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"

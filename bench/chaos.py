@@ -150,9 +150,11 @@ class Launch:
         """Return an upper bound of `steps_done` for a full disk, on which the last lines of some files may be lost."""
         lines = re.findall(r'^{"step": (\d+)', metrics.read_text(errors="replace"), re.MULTILINE)
         printed = re.findall(r"^step (\d+)/", self.text(), re.MULTILINE)
-        step = max(self.steps_done(), *map(int, lines[-1:] + printed[-1:]))
-        in_a_save = "no space left in" in self.text()
-        return step if in_a_save else step + 1  # the step whose line could not be written
+        shown, logged = max([-1, *map(int, lines[-1:] + printed[-1:])]), self.steps_done()
+        if "no space left in" in self.text():  # in a save
+            return max(shown, logged)
+        # The log of a process has a step first. Where it has one more, the other line could not be written.
+        return logged if logged > shown else shown + 1
 
     def wait_for_states(self, folder: Path, n: int) -> None:
         """Wait until there are `n` complete states. RuntimeError if the launch ends earlier."""

@@ -33,7 +33,7 @@ from inference.model_loader import open_model
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
 from trainer.metrics import read_metrics
-from trainer.policy_losses import ALGORITHMS
+from trainer.options import ALGORITHMS
 
 SAMPLE = ROOT / "dataset" / "sample"
 MAX_SEQ_LEN, MAX_NEW_TOKENS = 384, 64

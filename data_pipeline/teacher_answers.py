@@ -21,7 +21,7 @@ import jsonlines
 import openai
 
 from common.errors import UserError, stoppable
-from common.files import exclusive, explain_write_errors
+from common.files import atomic_write, exclusive, explain_write_errors
 from common.progress import Progress
 from data_pipeline.cleaning import Summary, rejects_file
 from data_pipeline.readers import iter_records
@@ -53,13 +53,14 @@ class Endpoint:
 def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system: str | None = None) -> Summary:
     """Write the answers to all prompts of `inputs` to `output`, JSONL with `messages`.
 
-    Answers are kept beside the output as they come: a run that was stopped goes on where it was. A prompt is asked once,
-    however often it occurs. Prompts that cannot be read or answered are counted and listed beside the output.
+    Answers are written as they come, and what the output has is not asked again: a run that was stopped goes on where it
+    was. A prompt is asked once, however often it occurs. Prompts that cannot be read or answered are counted and listed
+    beside the output.
 
     system: message for prompts without one.
 
-    Raises UserError if an input is unusable, the server does not answer or refuses the key or the model, or no prompt got an
-    answer.
+    Raises UserError if an input is unusable, the output has answers of another model or with other settings, the server does
+    not answer or refuses the key or the model, or no prompt got an answer.
     """
     for path in inputs:
         check_columns(path, PROMPT_COLUMNS)
@@ -67,17 +68,17 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system
             raise UserError(f"{path} is both input and output: choose another --output")
     summary = Summary(n_bytes=sum(path.stat().st_size for path in inputs))
     started = time.monotonic()
-    partial = output.with_name(f"{output.name}.partial")
-    kept = f"the answers so far are in {partial}; the same command goes on from there"
+    kept = f"the answers so far are in {output}; the same command goes on from there"
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_write_errors(output.parent, "another --out_dir", f"; {kept}"))
         stack.enter_context(stoppable(kept))
         stack.enter_context(exclusive(output.parent, output.name, f"another process is writing {output}: wait for it"))
         stack.enter_context(rejects_file(output.with_suffix(".rejects.jsonl"), summary))
-        done = _read_done(partial)
+        asked = {"model": endpoint.model} | endpoint.settings
+        done = _read_done(output, asked)
         if done:
-            print(f"{len(done):,} answers are there already, in {partial}")
-        writer = stack.enter_context(jsonlines.open(partial, "a", flush=True))
+            print(f"{len(done):,} answers are there already, in {output}")
+        writer = stack.enter_context(jsonlines.open(output, "a", flush=True))
         progress = stack.enter_context(Progress("answers", _count(inputs), "prompts"))
         client = stack.enter_context(
             openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=RETRIES)
@@ -89,12 +90,12 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system
                 summary.dropped["no answer"] += 1
                 summary.bad.add(path, BadLine(line, answer))
             else:
-                writer.write({"messages": [*messages, answer], "asked": endpoint.model})
+                writer.write({"messages": [*messages, answer], "asked": asked})
                 summary.kept += 1
         if not (summary.kept or done):
+            output.unlink(missing_ok=True)
             first = f"; the first: {summary.bad.first[0]}" if summary.bad.count else ""
             raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{first}")
-    os.replace(partial, output)
     summary.kept += len(done)
     summary.seconds = time.monotonic() - started
     summary.written.append(f"wrote {output}: {summary.kept:,} dialogues")
@@ -105,14 +106,19 @@ def _key(messages: list[Message]) -> bytes:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()[:16]
 
 
-def _read_done(partial: Path) -> set[bytes]:
-    """Return the keys of the prompts that a stopped run has answered, without a line that it left incomplete."""
-    if not partial.exists():
+def _read_done(output: Path, asked: dict[str, Any]) -> set[bytes]:
+    """Return the keys of the prompts that earlier runs have answered; remove a line that a killed one left incomplete."""
+    if not output.exists():
         return set()
-    with jsonlines.open(partial) as reader:
+    with jsonlines.open(output) as reader:
         lines = list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
-    with jsonlines.open(partial, "w") as writer:
-        writer.write_all(lines)
+    if others := [line.get("asked") for line in lines if line.get("asked") != asked]:
+        raise UserError(f"{output} has answers of {others[0]}, and this run asks {asked}: choose another --output")
+    with output.open(encoding="utf-8") as file:
+        n_lines = sum(1 for _ in file)
+    if n_lines != len(lines):
+        with atomic_write(output) as file:
+            jsonlines.Writer(file).write_all(lines)
     return {_key(line["messages"][:-1]) for line in lines}
 
 

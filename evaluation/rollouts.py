@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from data_pipeline.readers import Record, iter_records
-from data_pipeline.records import Malformed, read_messages
+from data_pipeline.records import Malformed, parse_prompt
 from data_pipeline.text_files import BadLine, BadLineLog
 from data_pipeline.tokenize import check_dropped
 from evaluation.tools import TOOLS, Tool, call_tool, tool_schema
@@ -30,7 +30,7 @@ from evaluation.verifiers import Reward, Verifier, parse_verifier
 from inference.backends import choose_backend
 from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
-from model.chat_format import Message, chat_style, check_messages, render_chat, with_tools
+from model.chat_format import Message, check_messages, render_chat, with_tools
 from model.chat_parser import THINK, parse_answer
 from model.tokenizer import EOS_ID
 
@@ -64,7 +64,7 @@ class Prompt:
 
     def content_hash(self) -> int:
         """Return a 64-bit hash of the content: duplicates have the same."""
-        content = json.dumps([self.ids, self.answer]).encode()
+        content = json.dumps([self.ids, self.answer, self.verifier.spec]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -120,9 +120,7 @@ def _read_prompt(
     if (answer := data.pop("answer", None)) is None:
         raise Malformed("no answer to compare with")
     spec, names, thinking = data.pop("verifier", None), data.pop("tools", None) or [], data.pop("enable_thinking", None)
-    if isinstance(question := data.get("prompt", data.get("question")), str):
-        data = {"messages": [{"role": "user", "content": question}]}
-    messages = read_messages(data)
+    messages = parse_prompt(data)
     if not isinstance(names, list):
         raise Malformed("tools must be a list of names")
     if unknown := [name for name in map(_tool_name, names) if name not in tools]:
@@ -134,17 +132,14 @@ def _read_prompt(
         raise Malformed("no verifier in the row: add one, or name one for all with --verifier")
     own = parse_verifier(str(spec)) if spec is not None else verifier
     assert own is not None
-    reference = answer if isinstance(answer, str) else json.dumps(answer)
-    if "####" in reference:  # GSM8K: the result stands after the way to it
+    reference = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    if "####" in reference and own.spec.startswith("number"):  # GSM8K: the result stands after the way to it
         reference = reference.rpartition("####")[2].strip().replace(",", "")
     own.check(reference)
     if thinking not in (True, False, None):
         raise Malformed(f"enable_thinking is {thinking!r}; use true, false, or leave it out: then the model chooses")
     ids, _ = render_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking)
-    opening = THINK if thinking else ""
-    if opening:
-        ids += chat_style(tokenizer).tags[opening]
-    return Prompt(messages, ids, reference, own, mine, opening)
+    return Prompt(messages, ids, reference, own, mine, THINK if thinking else "")
 
 
 def _tool_name(tool: Any) -> str:
@@ -221,9 +216,10 @@ def run_rollouts(
             _end_answer(rollout, starts[output.key], output, tokenizer)
             responses = [] if rollout.cut else _call_tools(rollout, max_tool_calls)
             if responses:
-                rollout.append(response_ids(tokenizer, responses), sampled=False)
-                rollout.cut = len(rollout.ids) >= generator.max_len
+                ids = response_ids(tokenizer, responses)
+                rollout.cut = len(rollout.ids) + len(ids) >= generator.max_len
             if responses and not rollout.cut:
+                rollout.append(ids, sampled=False)
                 starts[output.key], turns[output.key] = len(rollout.ids), turns[output.key] + 1
                 waiting.append(output.key)
             elif not rollout.cut:

@@ -27,7 +27,8 @@ from model.chat_parser import END_THINK, parse_answer
 
 VerifierFunction = Callable[[str, str], float]
 
-_NUMBER = re.compile(r"(?<![\d.])-?\d+(?:\.\d+)?")  # the minus of "5-3" is no sign
+_NUMBER = re.compile(r"(?<![A-Za-z\d.])-?\d+(?:\.\d+)?")  # not of "CO2" or "m2"; the minus of "5-3" is no sign
+_RAISED = str.maketrans("", "", "⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉")
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 _CHOSEN = re.compile(r"(?i:answer is|choose|option|答案是|答案|选)[\s:：(（*]*([A-Z])(?![A-Za-z])")
 
@@ -40,13 +41,15 @@ def exact(answer: str, reference: str) -> float:
 def number(answer: str, reference: str) -> float:
     """Return 1 if the last number in the answer is the reference: "so it is 1,024.0 m" for 1024."""
     expected = float(reference)
+    if not math.isfinite(expected):
+        raise ValueError(f"{reference} is not a number")
     found = _NUMBER.findall(_plain_digits(answer))
     return float(bool(found) and math.isclose(float(found[-1]), expected, rel_tol=1e-6, abs_tol=1e-9))
 
 
 def _plain_digits(text: str) -> str:
     """Return a text with ASCII digits and minus signs, and without commas between thousands."""
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    text = unicodedata.normalize("NFKC", text.translate(_RAISED)).replace("−", "-")
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
@@ -54,7 +57,8 @@ def choice(answer: str, reference: str) -> float:
     """Return 1 if the answer chooses this letter: after "answer is" or 答案是, or else the last that stands alone."""
     if not re.fullmatch("[A-Z]", reference):
         raise ValueError(f"the answer to a choice is a letter from A to Z, not {reference!r}")
-    found = _CHOSEN.findall(answer) or _LETTER.findall(answer)
+    letters = _LETTER.findall(answer)
+    found = _CHOSEN.findall(answer) or [letter for letter in letters if letter != "I"] or letters  # as in "B, I think"
     return float(bool(found) and found[-1] == reference)
 
 
@@ -79,6 +83,8 @@ def _json_validator(schema_text: str) -> Any:
     from jsonschema.validators import validator_for
 
     schema = json.loads(schema_text)
+    if re.search(r'"\$(dynamic)?[rR]ef":\s*"[^#]', json.dumps(schema)):
+        raise ValueError("its $ref is an address, and data must not make a program open addresses")
     kind = validator_for(schema)
     try:
         kind.check_schema(schema)
@@ -146,6 +152,7 @@ class Verifier:
     """A weighted sum of verifiers; see `parse_verifier`."""
 
     parts: tuple[_Part, ...]
+    spec: str
 
     def __call__(self, answer: str, reference: str) -> Reward:
         """Return the reward of an answer (its whole text, with thinking and calls). Never raises an error."""
@@ -166,7 +173,7 @@ class Verifier:
             if part.name in VERIFIERS:
                 try:
                     part("", reference)
-                except (ValueError, re.error) as error:
+                except Exception as error:  # whatever is wrong with the reference, it is the row's fault
                     raise UserError(f"the verifier {part.name} cannot use this answer: {error}") from None
 
 
@@ -197,4 +204,4 @@ def parse_verifier(spec: str, *, allow_functions: bool = False) -> Verifier:
         else:
             raise UserError(f"verifier {name!r} is unknown; {known}; functions of your own only with --verifier")
         parts.append(_Part(name, function, argument if equals else None, weight))
-    return Verifier(tuple(parts))
+    return Verifier(tuple(parts), spec)

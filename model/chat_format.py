@@ -91,6 +91,7 @@ CHAT_TEMPLATE = (
     "{% set ns.last = 'tool_calls' if message['tool_calls'] else role %}"
     "{% endfor %}"
     "{% if add_generation_prompt and 'assistant' in followed_by[ns.last] %}{{ '<s>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is true %}{{ '<think>' }}{% endif %}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
     "{% endif %}"
 )
@@ -106,6 +107,7 @@ class ChatStyle:
         answer_header: token ids in front of an answer; a template may write more than the role, as an empty <think>.
         generation_prompt: token ids in front of the answer that is asked for.
         no_thinking_prompt: the same for an answer without thinking.
+        thinking_prompt: the same for an answer that begins with thinking.
         tags: token ids of <think>, </think>, <tools> and so on; none if the template writes thinking and tools otherwise.
     """
 
@@ -114,6 +116,7 @@ class ChatStyle:
     answer_header: tuple[int, ...]
     generation_prompt: tuple[int, ...]
     no_thinking_prompt: tuple[int, ...]
+    thinking_prompt: tuple[int, ...]
     tags: dict[str, tuple[int, ...]]
 
 
@@ -253,7 +256,8 @@ def render_chat(
     Args:
         add_generation_prompt: end with the header of the next answer (not if the chat ends with an answer).
         continue_final_message: leave out the end of the last message if it is an answer, so that the model continues it.
-        enable_thinking: False: the next answer shall not think: an empty <think></think> stands before it.
+        enable_thinking: True: the next answer begins with thinking: <think> stands before it. False: it shall not think: an
+            empty <think></think> stands there. None: as the model likes.
         image_ids: what every `IMAGE` in a message becomes; none: `IMAGE` is a character like any other.
 
     Raises UserError for messages out of order, and for thinking and tools that the tokenizer's template writes otherwise.
@@ -402,7 +406,8 @@ def _render_messages(
         else:
             rendered.append(_Rendered([BOS_ID, *ids, EOS_ID, *newline], [], []))
     if add_generation_prompt and ANSWER_ROLE in FOLLOWED_BY[messages[-1]["role"]]:
-        prompt = style.no_thinking_prompt if enable_thinking is False else style.generation_prompt
+        prompts = {None: style.generation_prompt, False: style.no_thinking_prompt, True: style.thinking_prompt}
+        prompt = prompts[enable_thinking]
         rendered.append(_Rendered([*prompt], [], []))
     return rendered
 
@@ -490,14 +495,17 @@ def _read_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
 
     tags = _tags(tokenizer)
     no_thinking = encode(header + split(render("user", enable_thinking=False), question, 2)[1])
-    if no_thinking == encode(header + prompt) and tags:  # of a time when no model thought
+    thinking = encode(header + split(render("user", enable_thinking=True), question, 2)[1])
+    if no_thinking == thinking == encode(header + prompt) and tags:  # of a time when no model thought
         no_thinking += tags["<think>"] + tags["</think>"]
+        thinking += tags["<think>"]
     return ChatStyle(
         system == with_header,
         encode(default),
         encode(header + before_answer),
         encode(header + prompt),
         no_thinking,
+        thinking,
         tags,
     )
 

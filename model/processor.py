@@ -19,7 +19,7 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import load_image
 
-from model.chat_format import Message, render_chat, with_images
+from model.chat_format import Message, render_chat, with_images, with_tools
 from model.pixels import to_pixels, to_rgb
 
 
@@ -55,6 +55,8 @@ class VisionLanguageProcessor(ProcessorMixin):
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Return input_ids and attention_mask (1, time), and pixel_values (images, 3, size, size) if there are images.
@@ -70,8 +72,8 @@ class VisionLanguageProcessor(ProcessorMixin):
             messages.append({**message, "content": with_images(text, len(shown))})
             images += shown
         ids, _ = render_chat(
-            self.tokenizer, messages, add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message, image_ids=self.image_ids,
+            self.tokenizer, with_tools(messages, tools or []), add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, enable_thinking=enable_thinking, image_ids=self.image_ids,
         )  # fmt: skip
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if images:

@@ -81,7 +81,7 @@ class ChatEndpoint(Endpoint):
 
         Args:
             keep: leave out the oldest turns of a chat that has more tokens; None: none.
-            enable_thinking: False: the answer is to begin without thinking.
+            enable_thinking: as in `render_chat`.
         """
         tokenizer, image_ids = self.model.tokenizer, self.model.image_ids
         if keep is not None:
@@ -162,11 +162,9 @@ def response_schema(body: protocol.ChatRequest, param: str) -> dict[str, Any] | 
 
 
 def thinking_switch(body: protocol.ChatRequest) -> bool | None:
-    """Return whether the answer is to begin with thinking; None: as the model likes."""
+    """Return whether the answer is to begin with thinking; None: as the model likes, which may never have learned to."""
     given = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs is not None else None
-    if given is None and body.reasoning_effort is not None:
-        return body.reasoning_effort not in ("none", "minimal")
-    return given
+    return False if given is None and body.reasoning_effort in ("none", "minimal") else given
 
 
 def plain_message(message: protocol.Message, param: str, sees: bool = False) -> Message:

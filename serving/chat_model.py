@@ -32,6 +32,7 @@ from model.chat_parser import ParsedAnswer, parse_answer
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"
+ROUNDS = "rounds"  # because it called tools again and again
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Exchange:
     """A question and its answer, a text that is being written. The fields are plain data, which can be saved.
 
     continues: the answer continues the text of the question; context: that of the model; prompt_tokens: length of the
-    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; with_tools: it could call some;
+    prompt; turns_seen, turns_left_out, tokens_left_out: see `inference.prompts.Prompt`; tools: those it could call;
     called: answers that called tools, and what these returned; text: the answer after them so far, as the model writes it;
     tokens: of all; seconds: computing time so far, reading the prompt included; finish: why it ended (ENDED, LENGTH,
-    CONTEXT, STOPPED); None while it is being written, and for ever if nobody finished it; error: why there is no answer;
-    images: shown with the question, as data URLs.
+    CONTEXT, ROUNDS, STOPPED); None while it is being written, and for ever if nobody finished it; error: why there is no
+    answer; images: shown with the question, as data URLs.
     """
 
     question: str
@@ -80,7 +81,7 @@ class Exchange:
     finish: str | None = None
     error: str = ""
     called: list[Message] = field(default_factory=list)
-    with_tools: bool = False
+    tools: list[dict[str, Any]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -129,8 +130,11 @@ class Exchange:
         """Run the calls in an answer that is complete, and begin the next answer; without calls it was the last one."""
         answer = self.answer()
         rounds = sum(message["role"] == "assistant" for message in self.called)
-        if self._call_tool is None or self._begin_after is None or not answer.calls or rounds >= MAX_ROUNDS:
+        if self._call_tool is None or self._begin_after is None or not answer.calls:
             self._end(ENDED)
+            return
+        if rounds >= MAX_ROUNDS:
+            self._end(ROUNDS)
             return
         responses = [{"role": "tool", "content": self._call_tool(call)} for call in answer.calls]
         called = [*self.called, answer.message(), *responses]
@@ -145,7 +149,7 @@ class Exchange:
         """Return the answer so far: its thinking, its content, and its calls. A continued text is only content."""
         if self.continues:
             return ParsedAnswer(None, self.text, [])
-        return parse_answer(self.text, calls=self.with_tools, unfinished=self.running)
+        return parse_answer(self.text, calls=bool(self.tools), unfinished=self.running)
 
     @property
     def running(self) -> bool:
@@ -232,9 +236,7 @@ class Conversation:
         """
         self.stop()
         tokenizer, context = model.generator.tokenizer, model.generator.context
-        exchange = Exchange(
-            question, model.name, model.continues, sampling, context, images=[*images], with_tools=bool(tools)
-        )
+        exchange = Exchange(question, model.name, model.continues, sampling, context, images=[*images], tools=[*tools])
         limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
         turns = self.turns(tags=bool(chat_style(tokenizer).tags), places=model.prepare is not None)
         shown = [*self.images(), *images]

@@ -7,12 +7,14 @@ number. One thread does that for all requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import http.client
 import ipaddress
 import socket
 import ssl
 import threading
+import time
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,15 +90,16 @@ def fetch_image(url: str) -> bytes:
     The name of the host is resolved once, and only public addresses are connected to, also after a redirect: with this
     server's help nobody shall see what only machines of its own network can.
     """
+    deadline = time.monotonic() + FETCH_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
-        data, target = _get(url)
+        data, target = _get(url, deadline)
         if target is None:
             return data
         url = urllib.parse.urljoin(url, target)
     raise BadImage(f"{url:.80}: more than {MAX_REDIRECTS} redirects")
 
 
-def _get(url: str) -> tuple[bytes, str | None]:
+def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
     """Return the content at an address, or where it redirects to."""
     shown = f"{url:.80}"
     try:
@@ -107,16 +110,19 @@ def _get(url: str) -> tuple[bytes, str | None]:
     if parts.scheme not in ("http", "https") or not host:
         raise BadImage(f"{shown} is neither a data URL nor an http or https address")
     try:
-        with _connect(host, port or {"http": 80, "https": 443}[parts.scheme]) as plain:
+        with _connect(host, port or {"http": 80, "https": 443}[parts.scheme], deadline) as plain:
+            connection = http.client.HTTPConnection(parts.netloc.rpartition("@")[2])
+            connection.sock = plain
             # Whatever the other side does, this ends it: timeouts of a socket count from the last byte.
-            end = threading.Timer(FETCH_SECONDS, functools.partial(plain.shutdown, socket.SHUT_RDWR))
+            end = threading.Timer(max(deadline - time.monotonic(), 0), functools.partial(_end, connection))
             end.daemon = True
             end.start()
             try:
-                connection = http.client.HTTPConnection(parts.netloc.rpartition("@")[2])
-                connection.sock = plain
                 if parts.scheme == "https":
-                    connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+                    context = ssl.create_default_context()
+                    # Its socket takes the place of the plain one before anything is sent: `_end` must find it.
+                    connection.sock = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+                    connection.sock.do_handshake()
                 path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
                 connection.request("GET", path, headers={"User-Agent": "minimind", "Accept": "image/*"})
                 answer = connection.getresponse()
@@ -136,13 +142,19 @@ def _get(url: str) -> tuple[bytes, str | None]:
     return data, None
 
 
-def _connect(host: str, port: int) -> socket.socket:
+def _end(connection: http.client.HTTPConnection) -> None:
+    """End a connection; a read that waits in another thread ends, too."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
     """Return a connection to a host, if all its addresses are public ones."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for _, _, _, _, address in found:
         if not is_public(str(address[0])):
             raise BadImage(f"{host} is a private address, from which this server fetches nothing")
-    return socket.create_connection((str(found[0][4][0]), port), FETCH_SECONDS)
+    return socket.create_connection((str(found[0][4][0]), port), max(deadline - time.monotonic(), 0.01))
 
 
 def is_public(address: str) -> bool:

@@ -213,7 +213,7 @@ class ResponseFormat(OpenSchema):
 
 
 class TemplateArguments(OpenSchema):
-    enable_thinking: bool | None = Field(None, description="false: the model answers at once")
+    enable_thinking: bool | None = Field(None, description="true: the answer begins with thinking; false: without")
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]

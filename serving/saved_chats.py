@@ -14,6 +14,7 @@ import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -110,7 +111,9 @@ def to_jsonl(conversation: Conversation) -> str:
     system = [{"role": "system", "content": conversation.system}] if conversation.system else []
     turns, images = conversation.turns(places=True), conversation.images()
     turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in turns]
-    row = {"messages": [*system, *turns]} | ({"images": images} if images else {})
+    row: dict[str, Any] = {"messages": [*system, *turns]} | ({"images": images} if images else {})
+    if tools := next((one.tools for one in reversed(conversation.answered()) if one.called), None):
+        row["tools"] = tools
     return json.dumps(row, ensure_ascii=False) + "\n" if turns else ""
 
 

@@ -185,7 +185,7 @@ def test_the_thinking_switch_is_part_of_the_prompt(client):
     plain = len(render_chat(TOKENIZER, QUESTION, add_generation_prompt=True)[0])
     off = len(render_chat(TOKENIZER, QUESTION, add_generation_prompt=True, enable_thinking=False)[0])
     assert off == plain + 2 and used() == plain
-    for value, expected in ((False, off), (True, plain), (None, plain)):
+    for value, expected in ((False, off), (True, plain + 1), (None, plain)):
         assert used(extra_body={"chat_template_kwargs": {"enable_thinking": value}}) == expected
     for effort, expected in {"none": off, "minimal": off, "low": plain, "high": plain}.items():
         assert used(reasoning_effort=effort) == expected

@@ -25,15 +25,7 @@ from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer
 from model.weights_file import Checkpoint
-from serving.chat_model import (
-    CONTEXT,
-    ENDED,
-    LENGTH,
-    STOPPED,
-    ChatModel,
-    Conversation,
-    Exchange,
-)
+from serving.chat_model import CONTEXT, ENDED, LENGTH, ROUNDS, STOPPED, ChatModel, Conversation, Exchange
 from serving.saved_chats import to_jsonl, to_markdown
 
 TOKENIZER = load_tokenizer()
@@ -231,6 +223,7 @@ def test_calls_are_run_and_answered():
         assert prompt == render_chat(TOKENIZER, [system, expected[0], *seen], add_generation_prompt=True)[0]
     adapter = TypeAdapter(Conversation)
     assert adapter.validate_json(adapter.dump_json(conversation)).turns() == conversation.turns()
+    assert json.loads(to_jsonl(conversation))["tools"] == TOOLS["tools"]
 
 
 def test_calls_that_cannot_be_run_end_the_answer():
@@ -241,7 +234,7 @@ def test_calls_that_cannot_be_run_end_the_answer():
     endless = Conversation()
     exchange = endless.ask("sum?", ChatModel(ScriptedModel(*[call] * 9)), GREEDY, **TOOLS)
     finish(exchange)
-    assert exchange.finish == ENDED and len(exchange.called) == 2 * 8
+    assert exchange.finish == ROUNDS and len(exchange.called) == 2 * 8
     check_messages(endless.turns(), answered=True)
     full = Conversation()
     tools = TOOLS | {"call_tool": lambda call: "word " * 3000}

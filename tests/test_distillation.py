@@ -90,7 +90,7 @@ def test_loss_and_gradients_equal_those_of_single_documents(rows, moe):
     batch = rows.batch([0, 1])
     model = make(1, use_moe=moe, aux_loss_alpha=0.0).train()
     teacher = Teacher(make(2).eval(), "")
-    loss, n_targets, sums = distillation_loss(0.3, 2.0, "forward", teacher)(model, batch)
+    loss, n_targets, sums = distillation_loss(0.3, 2.0, "forward", teacher, moe)(model, batch)
     assert n_targets == batch.n_targets > 10
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -111,7 +111,7 @@ def test_the_balance_loss_of_experts_keeps_its_weight(rows):
 
     def loss_of(aux_loss_alpha: float) -> torch.Tensor:
         model = make(1, use_moe=True, aux_loss_alpha=aux_loss_alpha).train()
-        loss, _, sums = distillation_loss(0.0, 1.0, "reverse", teacher)(model, batch)
+        loss, _, sums = distillation_loss(0.0, 1.0, "reverse", teacher, use_moe=True)(model, batch)
         return loss.detach() - sums.get("balance_loss", 0)
 
     torch.testing.assert_close(loss_of(0.5), loss_of(0.0))
@@ -246,7 +246,7 @@ def test_the_script(run_here, out, chats, tmp_path):
 
 
 def test_questions_end_with_the_header_of_the_last_answer(rows, tokenizer):
-    questions = Questions(rows)
+    questions = Questions(rows, 60)
     texts = {tokenizer.decode(questions.question(i)) for i in range(len(questions))}
     assert texts == {f"<s>user\nWhat is {i}?</s>\n<s>assistant\n" for i in range(40)}
     batch = answer_batch([(questions.question(0), [7, 8]), (questions.question(1), [9])])

@@ -18,7 +18,8 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from evaluation.rollouts import Prompt, Rollout
 from evaluation.verifiers import Reward, parse_verifier
-from trainer.policy_losses import ALGORITHMS, EPSILON_HIGH, group_advantages, policy_loss, token_advantages
+from trainer.options import ALGORITHMS
+from trainer.policy_losses import EPSILON_HIGH, group_advantages, policy_loss, token_advantages
 from trainer.rollouts import make_batch
 
 LONGEST = 40  # max_new_tokens

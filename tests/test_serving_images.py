@@ -6,6 +6,7 @@ import base64
 import contextlib
 import http.server
 import io
+import socket
 import struct
 import threading
 import zlib
@@ -269,6 +270,15 @@ def test_addresses_that_give_no_image(server, pictures, monkeypatch, name, reaso
     status, body = server.post("/v1/chat/completions", messages=[question("?", f"{pictures}/{name}")])
     found = body["error"]["message"]
     assert status == 400 and (reason in found or (name == "slow" and "known format" in found)), found
+
+
+def test_a_server_that_says_nothing_is_left_in_time(server, pictures, monkeypatch):
+    """With https, where the handshake already waits."""
+    monkeypatch.setattr(serving_images, "FETCH_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/x.png"
+        status, body = server.post("/v1/chat/completions", messages=[question("?", url)])
+    assert status == 400 and "cannot be fetched within 0.3 s" in body["error"]["message"], body
 
 
 def test_addresses_are_only_fetched_where_it_is_allowed(pictures):

@@ -106,7 +106,7 @@ def test_answers_are_collected_and_what_is_missing_is_listed(run_here, prompts, 
         "invalid JSON",
     ):
         assert reason in listed, listed
-    assert "dropped: duplicate" in result.stdout and not list(tmp_path.glob("*.partial"))
+    assert "dropped: duplicate" in result.stdout
 
 
 def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
@@ -114,15 +114,17 @@ def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
     with serve(cut=[401]) as server:
         result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
     assert result.returncode == 1 and "refuses the model big or the key" in result.stderr
-    partial = tmp_path / "distill_data.jsonl.partial"
-    assert len(partial.read_text(encoding="utf-8").splitlines()) == 2
-    with partial.open("a", encoding="utf-8") as file:
+    output = tmp_path / "distill_data.jsonl"
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 2
+    with output.open("a", encoding="utf-8") as file:
         file.write('{"messages": [{"role": "us')  # the power failed
     with serve() as server:
         result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
     assert result.returncode == 0, result.stderr
     assert "2 answers are there already" in result.stdout and server.asked.keys() == {"cut three", "refused four"}
-    assert len((tmp_path / "distill_data.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 4
+    result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags, "--temperature", 0)
+    assert result.returncode == 1 and "choose another --output" in result.stderr
 
 
 def test_bad_input(run_here, prompts, tmp_path, monkeypatch):

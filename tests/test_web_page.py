@@ -186,7 +186,7 @@ def test_thoughts_and_calls_are_folded():
     running = made(text="<think>hm</think>yes<tool_c")
     running.begin(iter(()), None)
     assert shown_answer(running, Texts("en")) == "yes<tool_c"
-    running.with_tools = True
+    running.tools = [{"name": "calculator"}]
     assert shown_answer(running, Texts("en")) == "yes"  # what may become a call is not shown yet
 
 

@@ -124,28 +124,33 @@ def divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     return (divergence(mixture, teacher, "forward") + divergence(mixture, student, "forward")) / 2
 
 
-def distillation_loss(alpha: float, temperature: float, kind: str, teacher: Teacher | None = None) -> LossFunction:
+def distillation_loss(
+    alpha: float, temperature: float, kind: str, teacher: Teacher | None = None, use_moe: bool = False
+) -> LossFunction:
     """Return alpha * CE + (1 - alpha) * T^2 * D(teacher, student), summed over targets.
 
     CE is the cross entropy of `next_token_loss`, D the divergence of both models' probabilities at temperature T: from
     logits divided by T. Its gradients shrink with 1 / T^2, which the factor makes up for (https://arxiv.org/abs/1503.02531,
     section 2). Logged are "loss", the cross entropy alone, to compare with training without a teacher, and "divergence".
 
-    teacher: None: the batches hold its `TopK` probabilities.
+    Args:
+        teacher: None: the batches hold its `TopK` probabilities.
+        use_moe: the student is a mixture of experts, whose balance loss is added.
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         inputs = batch.inputs
         at, targets = predicted_targets(inputs["labels"], batch.n_targets)
+        # The labels are for the balance loss, which only the model can compute; as a sum, because 1 is its divisor.
+        given = {"labels": inputs["labels"].view(1, -1), "num_items_in_batch": 1} if use_moe else {}
         out = model(
             input_ids=inputs["input_ids"].view(1, -1),
             position_ids=inputs["position_ids"].view(1, -1),
             attention_mask=inputs["attention_mask"].view(1, -1),
-            labels=inputs["labels"].view(1, -1),
             cu_seqlens=inputs["cu_seqlens"],
             logits_to_keep=at,
-            num_items_in_batch=1,  # the model returns the sum
             use_cache=False,
+            **given,
         )
         logits = out.logits[0].float()  # (targets, vocabulary)
         student = (logits / temperature).log_softmax(-1)
@@ -156,9 +161,12 @@ def distillation_loss(alpha: float, temperature: float, kind: str, teacher: Teac
             reference = _with_rest(inputs["teacher_logps"].float())
             student = torch.cat([student.gather(1, ids), _rest(student, ids)], dim=1)
         distance = divergence(student, reference, kind).sum()
-        # Written so that what the model adds to the cross entropy, the balance loss of experts, keeps its weight.
-        loss = out.loss + (1 - alpha) * (temperature**2 * distance - F.cross_entropy(logits, targets, reduction="sum"))
-        return loss, batch.n_targets, token_sums(model, batch, out) | {"divergence": distance.detach()}
+        cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        sums = token_sums(model, batch, out) if use_moe else {"loss": cross_entropy.detach()}
+        # Written so that what the model adds to the cross entropy, the balance loss, keeps its weight.
+        alone = out.loss if use_moe else cross_entropy
+        loss = alone + (1 - alpha) * (temperature**2 * distance - cross_entropy)
+        return loss, batch.n_targets, sums | {"divergence": distance.detach()}
 
     return loss_fn
 
@@ -195,14 +203,20 @@ class TopK:
 
     Args:
         rows: what is trained on.
-        folder: with `ids.npy` (targets, k) uint16, `logps.npy` (targets, k) float16 and `first.npy` (rows + 1,).
+        folder: with `ids.bin` (targets, k) uint16, `logps.bin` (targets, k) float16 and `first.npy` (rows + 1,).
+
+    Raises OSError or ValueError if they are not there, or not complete.
     """
 
-    def __init__(self, rows: PackedRows, folder: Path) -> None:
+    def __init__(self, rows: PackedRows, folder: Path, k: int) -> None:
         self.rows, self.n_bytes, self.documents = rows, rows.n_bytes, rows.documents
         self.fingerprint = f"{rows.fingerprint}-{folder.name}"
-        self.ids, self.logps = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logps"))
         self.first = np.load(folder / "first.npy")
+        shape = (int(self.first[-1]), k)
+        if len(self.first) != len(rows) + 1 or (folder / "ids.bin").stat().st_size != 2 * shape[0] * k:
+            raise ValueError(f"{folder} is not complete")
+        self.ids = np.memmap(folder / "ids.bin", np.uint16, "r", shape=shape)
+        self.logps = np.memmap(folder / "logps.bin", np.float16, "r", shape=shape)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -229,35 +243,30 @@ def cached_top_k(
     origin = [rows.fingerprint, teacher.fingerprint, k, temperature, str(dtype)]
     folder = cache_dir / f"teacher-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]}"
     with contextlib.suppress(OSError, ValueError, EOFError):
-        found = TopK(rows, folder)
-        if len(found.first) == len(rows) + 1 and found.ids.shape == found.logps.shape == (found.first[-1], k):
-            return found
+        return TopK(rows, folder, k)
     if k >= (n_tokens := rows.dataset.info["vocab_size"]):
         raise UserError(f"--top_k {k}: there are {n_tokens} tokens; leave it out to use the probabilities of all")
     labels = [rows.batch([row]).n_targets for row in range(len(rows))]
     first = np.concatenate([[0], np.cumsum(labels)])
-    shape = (int(first[-1]), k)
-    print(
-        f"the teacher's {k} most probable tokens of {shape[0]:,} targets: {4 * k * shape[0] / 1e6:,.0f} MB in {folder}"
-    )
+    size = 4 * k * int(first[-1]) / 1e6
+    print(f"the teacher's {k} most probable tokens of {first[-1]:,} targets: {size:,.0f} MB in {folder}")
     with explain_write_errors(cache_dir, "another --cache_dir"), atomic_folder(folder) as tmp:
         np.save(tmp / "first.npy", first)
-        ids = np.lib.format.open_memmap(tmp / "ids.npy", "w+", np.uint16, shape)
-        logps = np.lib.format.open_memmap(tmp / "logps.npy", "w+", np.float16, shape)
-        with Progress("teacher", len(rows), "rows") as progress:
+        with (
+            (tmp / "ids.bin").open("wb") as ids,
+            (tmp / "logps.bin").open("wb") as logps,
+            Progress("teacher", len(rows), "rows") as progress,
+        ):
             for begin in range(0, len(rows), batch_size):
                 some = range(begin, min(begin + batch_size, len(rows)))
                 batch = rows.batch(some).to(device)
                 at, _ = predicted_targets(batch.inputs["labels"], batch.n_targets)
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     top = teacher.logps(batch.inputs, at, temperature).topk(k)
-                here = slice(first[begin], first[some[-1] + 1])
-                ids[here], logps[here] = top.indices.cpu().numpy(), top.values.cpu().numpy()
+                ids.write(top.indices.cpu().numpy().astype(np.uint16).tobytes())
+                logps.write(top.values.cpu().numpy().astype(np.float16).tobytes())
                 progress.update(len(some))
-        ids.flush()
-        logps.flush()
-        del ids, logps  # Windows renames no folder whose files are mapped
-    return TopK(rows, folder)
+    return TopK(rows, folder, k)
 
 
 # ---- the student's own answers
@@ -266,12 +275,26 @@ def cached_top_k(
 class Questions:
     """The questions of dialogues as a data set for the loop; the batches come from `AnswerLoader`.
 
-    rows: of dialogues. The question is everything before the last answer.
+    The question is everything before the last answer; one that leaves no room for an answer is left out.
+
+    Args:
+        rows: of dialogues.
+        max_tokens: of a question.
+
+    Raises UserError if all are longer.
     """
 
-    def __init__(self, rows: PackedRows) -> None:
+    def __init__(self, rows: PackedRows, max_tokens: int) -> None:
         self.dataset, self.numbers = rows.dataset, np.unique(rows.packing.document)
-        self.fingerprint = f"{rows.fingerprint}-questions"
+        self.fingerprint = f"{rows.fingerprint}-questions-{max_tokens}"
+        n_all = len(self.numbers)
+        self.numbers = self.numbers[[len(self.question(i)) <= max_tokens for i in range(n_all)]]
+        if not len(self.numbers):
+            raise UserError(
+                f"none of the {n_all:,} questions has at most {max_tokens} tokens, which --max_new_tokens leaves of "
+                "--max_seq_len: lower the one or raise the other"
+            )
+        print(f"{len(self.numbers):,} of {n_all:,} questions leave room to answer")
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -234,7 +234,9 @@ class MetricsLogger:
             self._plotted = now
             plot = self.options.out_dir / f"{self.name}.png"
             plot_losses(lines, plot, title=self.name)
-            command = shlex.join(["python", Path(sys.argv[0]).name, *self.options.flags()])
+            size = self.dist_env.size
+            launcher = ["python"] if size == 1 else ["torchrun", "--nproc_per_node", str(size)]
+            command = shlex.join([*launcher, Path(sys.argv[0]).name, *self.options.flags()])
             facts = {"config": self.config.own_fields()} | info
             samples = read_metrics(self.samples_path)
             write_report(plot.with_suffix(".report.html"), self.name, command, facts, lines, samples, plot)

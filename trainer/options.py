@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from model.LMConfig import LMConfig
 
 OPTIMIZERS = ("auto", "muon", "adamw")
+ALGORITHMS = (
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "rloo",
+    "ppo",
+)  # of reinforcement learning: see trainer/policy_losses.py
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -281,9 +289,7 @@ class ChatOptions(TuneOptions):
 class RolloutOptions(TuneOptions):
     """Flags of the stages that learn from the model's own answers."""
 
-    algorithm: str = flag(
-        "grpo", "how it learns from rewards", choices=["grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo"]
-    )
+    algorithm: str = flag("grpo", "how it learns from rewards", choices=ALGORITHMS)
     group_size: int = flag(8, "answers to each prompt of a step, which are compared with each other", min=1)
     steps_per_generation: int = flag(
         1, "optimizer steps on the answers of one generation, each on other prompts: more decode faster together, but "

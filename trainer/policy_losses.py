@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from data_pipeline.datasets import Batch
 from trainer.losses import LossFunction
 
-ALGORITHMS = ("grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo")
 TOKEN_MEAN = ("dapo", "cispo", "ppo")  # the mean over all tokens that were sampled; the others: over answers
 EPSILON_HIGH = {"dapo": 0.28, "cispo": 4.0}  # the others: as epsilon
 MAX_CORRECTION = 2.0  # of a token whose probability the sampler rounded

@@ -75,7 +75,9 @@ def _summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     last = {name: value for line in lines for name, value in line.items()}
     found = {name: value for name, value in last.items() if name not in ("eta_seconds", "slowest_rank")}
     found["loss at first"] = lines[0].get("loss")
-    if validated := [line["val_loss"] for line in lines if "val_loss" in line]:
+    if rewards := [line["val_reward"] for line in lines if "val_reward" in line]:
+        found["highest val_reward"] = max(rewards)
+    elif validated := [line["val_loss"] for line in lines if "val_loss" in line]:
         found["lowest val_loss"] = min(validated)
     for name in ("tokens_per_second", "mfu", "skew"):
         if values := [line[name] for line in lines[1:] if name in line]:

@@ -179,7 +179,10 @@ class OnPolicyLoader(BatchLoader):
     def prefetch(self, first: int) -> Iterator[list[Batch] | DataFailure]:
         """Yield the batches of every step from `first` on, each made with the weights of that moment."""
         for step in range(first, self.schedule.total_steps):
-            yield self.batches(step)
+            try:
+                yield self.batches(step)
+            except Exception as error:  # all processes have to learn of it before they stop
+                yield DataFailure(error)
 
     def generator(self, rows: int) -> BatchGenerator:
         """Return a generator with the newest weights; `rows` is the number of sequences at a time."""
@@ -276,19 +279,22 @@ class RolloutLoader(OnPolicyLoader):
         advantages = group_advantages(rewards, options.algorithm) if options.algorithm != "ppo" else rewards
         batch = make_batch(rollouts, [*advantages.flatten()[:, None]], equal, options.algorithm)
         if options.algorithm == "ppo" or options.steps_per_generation > 1:
-            batch.inputs.update(self._before_training(batch, rollouts))
+            batch.inputs.update(self._old_policy(batch, rollouts))
         return batch
 
     @torch.no_grad()
-    def _before_training(self, batch: Batch, rollouts: list[Rollout]) -> dict[str, Tensor]:
+    def _old_policy(self, batch: Batch, rollouts: list[Rollout]) -> dict[str, Tensor]:
         """Return what the model now thinks of its answers, for losses that compare: each (sampled tokens,) float32."""
         options, device = self.options, self.model.tok_embeddings.weight.device
         x = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        was_training = self.model.training
+        self.model.eval()  # without dropout, as the sampler: a resumed run gets the same
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             out = policy_forward(self.model, x)
             values = None
             if self.value_head is not None:
                 values = self.value_head(out.last_hidden_state[0, x["predicts"]]).squeeze(-1).float().cpu()
+        self.model.train(was_training)
         found = {}
         if options.steps_per_generation > 1:
             found["old_logps"] = pick(out.logits[0].float().log_softmax(-1), x["targets"]).cpu()

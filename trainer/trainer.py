@@ -458,7 +458,8 @@ class Trainer:
     def _save_weights(self) -> None:
         """Write the weights for later stages, unless the loss has exploded since better ones were written."""
         loss = self.metrics.get("loss", self.best_loss)
-        if has_exploded(loss, self.best_loss):
+        # The loss of a policy goes with its rewards: it may rise while they do.
+        if "reward" not in self.metrics and has_exploded(loss, self.best_loss):
             message = (
                 f"the loss is {loss:.4g} after step {self.steps_done}, and was {self.best_loss:.4g} before: the weights "
                 f"of {self.run.name} for later stages stay those of the last good save"
@@ -488,7 +489,7 @@ class Trainer:
         self.steps_done = self._saved_step = state.step
         self.tokens_done, self.metrics = state.run["tokens"], state.run["metrics"]
         self.best_loss = state.run["best_loss"] if state.run["best_loss"] is not None else math.inf
-        self.resumed_loss = self.metrics.get("loss")
+        self.resumed_loss = None if "reward" in self.metrics else self.metrics.get("loss")
         if self.options.auto_batch:  # more did not fit into the memory
             self.loader.micro_batch = min(self.loader.micro_batch, state.run["micro_batch"])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from inference.terminal import visible
-from serving.chat_model import CONTEXT, ENDED, LENGTH, STOPPED, Exchange
+from serving.chat_model import CONTEXT, ENDED, LENGTH, ROUNDS, STOPPED, Exchange
 from serving.web.texts import Texts
 
 LINE = 80  # characters of a summary
@@ -127,7 +127,7 @@ def answer_facts(exchange: Exchange, texts: Texts) -> str:
     """Return the line below an answer: how many tokens, how fast, why it ended, by which model."""
     facts = [texts("tokens", made=exchange.tokens, prompt=exchange.prompt_tokens), texts("rate", rate=exchange.rate)]
     if not exchange.running:
-        names = {ENDED: "ended", LENGTH: "cut_length", CONTEXT: "cut_context", STOPPED: "stopped"}
+        names = {ENDED: "ended", LENGTH: "cut_length", CONTEXT: "cut_context", ROUNDS: "cut_rounds", STOPPED: "stopped"}
         name = names.get(exchange.finish or "", "interrupted")
         facts.append(texts(name, limit=exchange.sampling.max_new_tokens, context=exchange.context))
     return " · ".join([*facts, exchange.model_name])

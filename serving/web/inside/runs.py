@@ -33,10 +33,18 @@ def show(view: View) -> None:
     live(view)
 
 
-@st.cache_resource(max_entries=64, show_spinner=False)
+@st.cache_resource(show_spinner=False)
+def files_read() -> dict[Path, tuple[tuple[int, int], list[dict]]]:
+    """Return what was read last of every metrics file, with its stamp; the same for all who look at the page."""
+    return {}
+
+
 def metrics(path: Path, stamp: tuple[int, int]) -> list[dict]:
-    """Read a metrics file again only if it has changed: `stamp` is part of the key."""
-    return read_metrics(path)
+    """Return the lines of a metrics file, which is read again only if its stamp has changed."""
+    known = files_read()
+    if path not in known or known[path][0] != stamp:
+        known[path] = stamp, read_metrics(path)
+    return known[path][1]
 
 
 @st.fragment(run_every=REFRESH_SECONDS)
