@@ -36,11 +36,11 @@ python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json \
 stage exercises "learn to think and to call tools, from examples"
 exercises="$common --out_dir $out/exercises --max_seq_len 384"
 python 3-full_sft.py $exercises --init_from $out/full_sft_192.pth --data_path dataset/sample/rlvr_sft.jsonl \
-    --optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2
+    --optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 2
 
 stage rlvr "learn from answers that were right"
-python 6-rlvr_train.py $exercises --data_path dataset/sample/rlvr_data.jsonl --max_new_tokens 64 --max_steps 60 \
-    --learning_rate 3e-4 --val_interval 30
+python 6-rlvr_train.py $exercises --data_path dataset/sample/rlvr_data.jsonl --max_new_tokens 64 --max_steps 25 \
+    --batch_size 8 --group_size 16 --learning_rate 5e-5 --warmup_iters 2
 
 stage quiz "choose one of four answers, as in C-Eval"
 python eval_ceval.py --weights $out/full_sft_192.pth --data_dir dataset/sample/ceval --out_dir $out/ceval --score text --device cpu

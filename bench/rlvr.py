@@ -1,7 +1,7 @@
 """Measure what reinforcement learning adds to SFT: every algorithm, with and without thinking and tools.
 
     python bench/rlvr.py --init_from out/quickstart/rl_192.pth                        # all algorithms, three seeds
-    python bench/rlvr.py --init_from out/quickstart/rl_192.pth --algorithms grpo --seeds 1 --steps 200
+    python bench/rlvr.py --init_from out/quickstart/rl_192.pth --algorithms grpo --seeds 1 --steps 20
 
 The model first learns the exercises of dataset/sample/rlvr_sft.jsonl by SFT; then each algorithm trains it on
 dataset/sample/rlvr_data.jsonl. Both are measured on the held-out exercises, whose wordings and numbers occur in neither
@@ -37,8 +37,8 @@ from trainer.options import ALGORITHMS
 
 SAMPLE = ROOT / "dataset" / "sample"
 MAX_SEQ_LEN, MAX_NEW_TOKENS = 384, 64
-SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2"
-RLVR = "--learning_rate 3e-4 --batch_size 8 --group_size 8"
+SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 2"
+RLVR = "--learning_rate 5e-5 --batch_size 8 --group_size 16 --warmup_iters 2"
 
 
 MEASURED = ("two steps at once", "two steps, thinking", "two steps, tools", "all with tools", "calls without error")
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "bench_rlvr")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=[*ALGORITHMS])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--sft", default=SFT, help="flags of 3-full_sft.py")
     parser.add_argument("--rlvr", default=RLVR, help="flags of 6-rlvr_train.py")
     args = parser.parse_args()

@@ -234,10 +234,10 @@ def prompt(exercise: Exercise, mode: str) -> dict:
 # How many exercises of each kind and mode, per language: for SFT, for reinforcement learning, held out.
 PLAN = [
     ("two_steps", "thinking", 1500, 600, 50), ("two_steps", "direct", 400, 0, 50), ("two_steps", "tools", 150, 200, 25),
-    ("three_steps", "thinking", 400, 200, 25), ("three_steps", "tools", 50, 75, 25),
-    ("unit", "thinking", 50, 50, 0), ("unit", "tools", 30, 40, 0), ("unit", "thinking_tools", 15, 0, 0),
-    ("date", "tools", 50, 60, 15), ("weekday", "tools", 30, 40, 15), ("price", "tools", 15, 15, 0),
-    ("stock", "tools", 15, 15, 0), ("total", "tools", 25, 30, 10),
+    ("three_steps", "thinking", 400, 200, 25), ("three_steps", "tools", 50, 100, 25),
+    ("unit", "thinking", 50, 30, 0), ("unit", "tools", 30, 30, 0), ("unit", "thinking_tools", 15, 0, 0),
+    ("date", "tools", 50, 15, 15), ("weekday", "tools", 30, 15, 15), ("price", "tools", 15, 10, 0),
+    ("stock", "tools", 15, 10, 0), ("total", "tools", 25, 15, 10),
 ]  # fmt: skip
 
 
