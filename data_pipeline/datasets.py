@@ -45,7 +45,7 @@ class Batch:
     dummy: bool = False
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; to a GPU it is copied while other work goes on."""
+        """Return the batch on a device; to a GPU it is copied while other work continues."""
         if device.type != "cuda":
             return dataclasses.replace(self, inputs={name: x.to(device) for name, x in self.inputs.items()})
         moved = {name: x.pin_memory().to(device, non_blocking=True) for name, x in self.inputs.items()}
@@ -234,7 +234,7 @@ class BatchLoader:
         return list(self.shard(self.data, self.schedule.samples(step), size or self.micro_batch))
 
     def resumable(self, step: int) -> bool:
-        """Return whether a run that is saved after so many steps can continue exactly."""
+        """Return whether a run that is saved after this many steps can continue exactly."""
         return True
 
     def shard(self, data: Dataset, samples: list[int], micro_batch: int) -> Iterator[Batch]:

@@ -53,7 +53,7 @@ class Endpoint:
 def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system: str | None = None) -> Summary:
     """Write the answers to all prompts of `inputs` to `output`, JSONL with `messages`.
 
-    Answers are written as they come, and what the output has is not asked again: a run that was stopped goes on where it
+    Answers are written as they come, and what the output has is not asked again: a run that was stopped continues where it
     was. A prompt is asked once, however often it occurs. Prompts that cannot be read or answered are counted and listed
     beside the output.
 
@@ -68,7 +68,7 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system
             raise UserError(f"{path} is both input and output: choose another --output")
     summary = Summary(n_bytes=sum(path.stat().st_size for path in inputs))
     started = time.monotonic()
-    kept = f"the answers so far are in {output}; the same command goes on from there"
+    kept = f"the answers so far are in {output}; the same command continues from there"
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_write_errors(output.parent, "another --out_dir", f"; {kept}"))
         stack.enter_context(stoppable(kept))
