@@ -33,7 +33,7 @@ from model.architecture import TOKENIZER_DIR
 
 @dataclass
 class CevalOptions:
-    weights: Path | None = flag(None, ".pth file (default: the newest of rl and full_sft in out)")
+    weights: Path | None = flag(None, ".pth file (default: the newest of rlvr, rl, distill and full_sft in out)")
     lora: Path | None = flag(None, "adapter folder; its base is found from the adapter's description")
     hf: Path | None = flag(None, "folder that transformers can load: an export, or another model")
     trust_remote_code: bool = flag(False, "let --hf run Python code in that folder", action="store_true")

@@ -144,8 +144,10 @@ def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
 
 def _end(connection: http.client.HTTPConnection) -> None:
     """End a connection; a read that waits in another thread ends, too."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+    sock = connection.sock
+    if sock is not None:  # not closed meanwhile
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
