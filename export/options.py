@@ -20,7 +20,8 @@ class ExportOptions:
     format: str = flag("llama", "see above", choices=["llama", "minimind", "gguf", "onnx", "pth"])
     weights: Path | None = flag(
         None,
-        "a .pth file; for --format pth an exported folder (default: the newest of rlvr, rl, distill, full_sft, pretrain in OUT_DIR; with "
+        "a .pth file; for --format pth an exported folder (default: the newest of rlvr, rl, distill, full_sft, "
+        "pretrain in OUT_DIR; with "
         "--lora the weights it was trained on)",
         metavar="PATH",
     )

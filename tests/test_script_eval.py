@@ -246,7 +246,9 @@ def test_wrong_input_is_one_clear_line(out, tmp_path, call):
         return message(call(*args))
 
     assert "no checkpoint" in fails("--weights", out / "none.pth")
-    assert f"no full_sft_*.pth, rl_*.pth, lora_* in {tmp_path}: run 3-full_sft.py" in fails("--out_dir", tmp_path)
+    assert f"no full_sft_*.pth, rl_*.pth, rlvr_*.pth, distill_*.pth, lora_* in {tmp_path}: run 3-full_sft.py" in fails(
+        "--out_dir", tmp_path
+    )
     assert "is not an adapter" in fails("--lora", tmp_path / "none")
     wrong = message(call("--min_p", 3, "--history_turns", -1, "--max_seq_len", 1), lines=3, code=2)
     assert "--min_p 3.0 must be between 0 and 1" in wrong and "--history_turns -1 must be at least 0" in wrong

@@ -155,7 +155,7 @@ def test_failures_leave_nothing(out, tmp_path, main):
     for message, args in {
         "is damaged or cut off": ["--weights", broken],
         "no checkpoint .*missing.pth": ["--weights", tmp_path / "missing.pth"],
-        r"no rl_\*.pth, full_sft_\*.pth, pretrain_\*.pth in .*empty": ["--out_dir", empty],
+        r"no rlvr_\*.pth, rl_\*.pth, distill_\*.pth, full_sft_\*.pth, pretrain_\*.pth in .*empty": ["--out_dir", empty],
         "does not compute what its source does": ["--weights", good, "--tolerance", "1e-12"],
         "is not an adapter": ["--lora", empty],
         "--text .* cannot be read": ["--weights", good, "--text", tmp_path / "missing.txt"],

@@ -32,15 +32,9 @@ if TYPE_CHECKING:
     from model.LMConfig import LMConfig
 
 OPTIMIZERS = ("auto", "muon", "adamw")
-ALGORITHMS = (
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "cispo",
-    "rloo",
-    "ppo",
-)  # of reinforcement learning: see trainer/policy_losses.py
 DTYPES = ("bfloat16", "float16", "float32")
+# Of reinforcement learning: see trainer/policy_losses.py.
+ALGORITHMS = ("grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo")
 
 
 def _model_flags() -> dict[str, tuple[Any, str]]:
