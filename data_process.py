@@ -115,6 +115,8 @@ class Options(CleaningOptions):
             errors += [f"--image_dir {self.image_dir} is not a folder"]
         if self.stage == "distill" and not (self.endpoint and self.model):
             errors += ["distill needs --endpoint URL and --model NAME: who answers"]
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            errors += [f"--endpoint {self.endpoint} must begin with http:// or https://"]
         return errors + validate_folder("--out_dir", self.out_dir)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system
         done = _read_done(output, asked)
         if done:
             print(f"{len(done):,} answers are there already, in {output}")
+        stack.callback(_delete_if_empty, output)
         writer = stack.enter_context(jsonlines.open(output, "a", flush=True))
         progress = stack.enter_context(Progress("answers", _count(inputs), "prompts"))
         client = stack.enter_context(
@@ -93,13 +95,17 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system
                 writer.write({"messages": [*messages, answer], "asked": asked})
                 summary.kept += 1
         if not (summary.kept or done):
-            output.unlink(missing_ok=True)
             first = f"; the first: {summary.bad.first[0]}" if summary.bad.count else ""
             raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{first}")
     summary.kept += len(done)
     summary.seconds = time.monotonic() - started
     summary.written.append(f"wrote {output}: {summary.kept:,} dialogues")
     return summary
+
+
+def _delete_if_empty(path: Path) -> None:
+    if path.exists() and not path.stat().st_size:
+        path.unlink()
 
 
 def _key(messages: list[Message]) -> bytes:
@@ -161,28 +167,35 @@ def _ask_all(
 ) -> Iterator[tuple[Path, int, list[Message], Message | str]]:
     """Yield (file, line, messages, answer) as the answers come; instead of an answer, why there is none."""
     pause = 60 / endpoint.requests_per_minute if endpoint.requests_per_minute else 0.0
-    next_start = time.monotonic()
-    stopped = threading.Event()
-    waiting: dict[Future, tuple[Path, int, list[Message]]] = {}
+    questions: queue.Queue[tuple[Path, int, list[Message]]] = queue.Queue()
+    answers: queue.Queue[tuple[tuple[Path, int, list[Message]], Message | str | BaseException]] = queue.Queue()
 
-    def ask(messages: list[Message], start: float) -> Message | str:
-        if stopped.wait(max(start - time.monotonic(), 0)):
-            return "stopped"
-        return _ask(client, endpoint, messages)
+    def work() -> None:
+        while True:
+            prompt = questions.get()
+            try:
+                answers.put((prompt, _ask(client, endpoint, prompt[2])))
+            except BaseException as error:
+                answers.put((prompt, error))
 
-    with ThreadPoolExecutor(endpoint.parallel, thread_name_prefix="requests") as pool:
-        try:
-            for prompt in prompts:
-                next_start = max(next_start + pause, time.monotonic())
-                waiting[pool.submit(ask, prompt[2], next_start)] = prompt
-                while len(waiting) >= endpoint.parallel:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        yield *waiting.pop(future), future.result()
-            for future in list(waiting):
-                yield *waiting[future], future.result()
-        finally:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+    # Threads of a pool would keep the program from ending until their requests, and all further tries, have ended.
+    for number in range(endpoint.parallel):
+        threading.Thread(target=work, daemon=True, name=f"request {number}").start()
+    waiting, next_start = 0, time.monotonic()
+    for prompt in itertools.chain(prompts, itertools.repeat(None)):
+        if prompt is not None:
+            time.sleep(max(next_start - time.monotonic(), 0))
+            next_start = max(next_start, time.monotonic()) + pause
+            questions.put(prompt)
+            waiting += 1
+        while waiting and (prompt is None or waiting >= endpoint.parallel):
+            asked, answer = answers.get()
+            waiting -= 1
+            if isinstance(answer, BaseException):
+                raise answer
+            yield *asked, answer
+        if prompt is None:
+            return
 
 
 def _ask(client: openai.OpenAI, endpoint: Endpoint, messages: list[Message]) -> Message | str:
@@ -198,7 +211,10 @@ def _ask(client: openai.OpenAI, endpoint: Endpoint, messages: list[Message]) -> 
             f"{endpoint.base_url} refuses the model {endpoint.model} or the key: {error.message}"
         ) from error
     except openai.APIConnectionError as error:
-        raise UserError(f"{endpoint.base_url} does not answer, after {RETRIES} more tries") from error
+        reason = error.__cause__ or error
+        raise UserError(
+            f"{endpoint.base_url} does not answer ({reason}), not even when asked {RETRIES + 1} times"
+        ) from error
     except openai.RateLimitError as error:
         raise UserError(
             f"{endpoint.base_url} gives no more answers now, after {RETRIES} more tries: {error.message}. Lower "

@@ -116,11 +116,11 @@ def read_prompts(
 def _read_prompt(
     record: Record, tokenizer: PreTrainedTokenizerFast, verifier: Verifier | None, tools: Mapping[str, Tool]
 ) -> Prompt:
-    data = dict(record.data)
-    if (answer := data.pop("answer", None)) is None:
+    data = record.data
+    if (answer := data.get("answer")) is None:
         raise Malformed("no answer to compare with")
-    spec, names, thinking = data.pop("verifier", None), data.pop("tools", None) or [], data.pop("enable_thinking", None)
-    messages = parse_prompt(data)
+    spec, names, thinking = data.get("verifier"), data.get("tools") or [], data.get("enable_thinking")
+    messages = parse_prompt({name: value for name, value in data.items() if name != "tools"})
     if not isinstance(names, list):
         raise Malformed("tools must be a list of names")
     if unknown := [name for name in map(_tool_name, names) if name not in tools]:

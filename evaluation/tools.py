@@ -231,13 +231,15 @@ def find_tools(names: Sequence[str]) -> dict[str, Tool]:
 
 
 def chat_tools(names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the arguments `tools` and `call_tool` of a chat with the tools of these names; without a name with all.
+    """Return the arguments `tools` and `call_tool` of a chat with the tools of these names; without a name the calculator.
+
+    (The descriptions of all four take more than the 512 tokens of a default model.)
 
     Raises UserError like `find_tools`. None: a chat without tools.
     """
     if names is None:
         return {}
-    tools = find_tools(names or list(TOOLS))
+    tools = find_tools(names or ["calculator"])
     schemas = [tool_schema(function) for function in tools.values()]
     return {"tools": schemas, "call_tool": functools.partial(call_tool, tools=tools)}
 

@@ -142,7 +142,7 @@ class ChatOptions:
     history_turns: int = flag(5, "how many earlier questions, with their answers, the model sees", min=0, metavar="N")
     tools: list[str] | None = flag(
         None, "let the model call tools, which run on this machine: calculator, calendar, unit_converter, lookup, or a "
-        "function of yours as module:function; without a name the first four (default: none)", nargs="*", metavar="NAME",
+        "function of yours as module:function; without a name the calculator (default: none)", nargs="*", metavar="NAME",
     )  # fmt: skip
 
 

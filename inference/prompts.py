@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model.chat_format import Message, count_images, split_turns, truncate_chat, with_tools
+from common.errors import UserError
+from model.chat_format import Message, PromptTooLong, count_images, split_turns, truncate_chat, with_tools
 from model.tokenizer import BOS_ID, encode_text
 
 
@@ -55,7 +56,15 @@ def chat_prompt(
     history = split_turns(turns)[1][-history_turns:] if history_turns else []
     room = context - min(max_new_tokens, context // 2)
     messages = [*first, *(message for earlier in history for message in earlier), *turn]
-    chat = truncate_chat(tokenizer, with_tools(messages, [*tools]), room, image_ids=image_ids)
+    try:
+        chat = truncate_chat(tokenizer, with_tools(messages, [*tools]), room, image_ids=image_ids)
+    except PromptTooLong as error:
+        if tools:
+            names = ", ".join(str(tool.get("name") or tool["function"]["name"]) for tool in tools)
+            raise UserError(
+                f"{error}. The descriptions of the tools count, too ({names}): offer fewer of them, or raise --max_seq_len"
+            ) from None
+        raise
     n_images = count_images(chat.messages) if image_ids else 0
     seen = len(history) - chat.dropped_turns
     return Prompt(chat.ids, turns_seen=seen, turns_left_out=chat.dropped_turns, n_images=n_images)

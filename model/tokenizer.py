@@ -80,6 +80,10 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = 
         raise UserError(f"{path}: no chat_template; copy the whole tokenizer folder again")
 
 
+# Former hashes of the shipped tokenizer: only what its template does for `enable_thinking: true` was another.
+SAME_IDS = {"a89c8f5e716be760": "34a854e9aee2bbe7"}
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return 16 hex digits that change with whatever changes ids: vocabulary, merges, splitting, specials, template."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

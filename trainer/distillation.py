@@ -285,6 +285,10 @@ class Questions:
     """
 
     def __init__(self, rows: PackedRows, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise UserError(
+                "--max_new_tokens leaves nothing of --max_seq_len for the question: lower the one or raise the other"
+            )
         self.dataset, self.numbers = rows.dataset, np.unique(rows.packing.document)
         self.fingerprint = f"{rows.fingerprint}-questions-{max_tokens}"
         n_all = len(self.numbers)

@@ -221,6 +221,7 @@ class MetricsLogger:
         """Print what the model wrote after `step` steps, and keep it for the report."""
         with jsonlines.open(self.samples_path, "a") as writer:
             writer.write_all({"step": step} | sample for sample in samples)
+        tqdm.write(f"written after step {step}:")
         for sample in samples:
             tqdm.write(f"  {sample['prompt']} → {' '.join(sample['text'].split())}")
 
