@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.errors import UserError, stoppable
+from common.errors import UserError
 from common.files import atomic_write
 from data_pipeline.datasets import Batch
-from data_pipeline.records import iter_preferences
-from data_pipeline.text_files import BadLine, BadLineLog
-from data_pipeline.tokenize import STOPPED, check_dropped, split_by_hash
-from data_pipeline.tokenize_chats import NothingToTrainOn, encode_preference
+from data_pipeline.records import Preference, iter_preferences
+from data_pipeline.tokenize import split_by_hash
+from data_pipeline.tokenize_chats import collect_rows, encode_preference
 from model.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -41,35 +38,16 @@ class EncodedPair:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-@stoppable(STOPPED)
 def read_pairs(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, max_tokens: int, max_dropped: float
 ) -> list[EncodedPair]:
-    """Return all usable pairs of the files; count and list the other rows.
+    """Return all usable pairs of the files; count and list the other rows. Raises UserError as `collect_rows`."""
 
-    Preference data is small (people wrote it): it is kept in memory.
-    Raises UserError if a file has none, or more than the share `max_dropped` of the rows cannot be used (see
-    `check_dropped`).
-    """
-    pairs: list[EncodedPair] = []
-    bad = BadLineLog()
-    too_long: Counter[str] = Counter()
-    for path in paths:
-        before = len(pairs)
-        for preference in iter_preferences(path, functools.partial(bad.add, path)):
-            try:
-                pairs.append(EncodedPair(*encode_preference(tokenizer, preference, max_tokens)))
-            except NothingToTrainOn as error:
-                too_long[str(error)] += 1
-                bad.add(path, BadLine(preference.line, f"{error} in {max_tokens} tokens"))
-        if len(pairs) == before:
-            first = next((f" ({shown})" for shown in bad.first if shown.startswith(f"{path}:")), "")
-            raise UserError(f"{path}: no usable preference pair in it{first}")
-    print(f"{len(pairs):,} preference pairs, {bad.count:,} unusable rows", *bad.shown(), sep="\n  ")
-    skipped = {"unreadable or not a valid pair": bad.count - too_long.total()} | too_long
-    skipped = {reason: count for reason, count in skipped.items() if count}
-    check_dropped(paths, skipped, len(pairs), bad.first, bad.incomplete, max_dropped)
-    return pairs
+    def make(preference: Preference) -> EncodedPair:
+        return EncodedPair(*encode_preference(tokenizer, preference, max_tokens))
+
+    invalid = "unreadable or not a valid pair"
+    return collect_rows(paths, iter_preferences, make, "preference pair", invalid, max_dropped)
 
 
 class PreferencePairs:

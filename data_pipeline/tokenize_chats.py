@@ -8,19 +8,27 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, stoppable
 from data_pipeline.image_records import IMAGE_COLUMNS, parse_image_row
 from data_pipeline.images import BadImage
 from data_pipeline.readers import Block
 from data_pipeline.records import CHAT_COLUMNS, Malformed, Preference, WrongStage, check_columns, parse_conversation
-from data_pipeline.text_files import BadLine
-from data_pipeline.tokenize import MAX_DROPPED, EncodedBlock, TokenizedDataset, cached_dataset
+from data_pipeline.text_files import BadLine, BadLineLog
+from data_pipeline.tokenize import (
+    MAX_DROPPED,
+    STOPPED,
+    EncodedBlock,
+    TokenizedDataset,
+    cached_dataset,
+    check_dropped,
+)
 from model.chat_format import (
     ANSWER_ROLE,
     Message,
@@ -45,7 +53,68 @@ SAME_AFTER_CUT = "too long: the answers are the same as far as there is room"
 
 
 class NothingToTrainOn(Exception):
-    """No token of a valid dialogue can be trained on. The text is a line of the summary, without details of the row."""
+    """No token of a valid dialogue can be trained on.
+
+    reason: a line of the summary, without details of the row; detail: what follows it in the list of bad lines.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+class _Row(Protocol):
+    @property
+    def line(self) -> int: ...
+
+
+Source = TypeVar("Source", bound=_Row)
+Kept = TypeVar("Kept")
+
+
+@stoppable(STOPPED)
+def collect_rows(
+    paths: Sequence[Path],
+    rows_of: Callable[[Path, Callable[[BadLine], None]], Iterable[Source]],
+    make: Callable[[Source], Kept],
+    name: str,
+    invalid: str,
+    max_dropped: float,
+) -> list[Kept]:
+    """Return what `make` makes of the rows of all files; count and list the rows that cannot be used.
+
+    For data that people wrote, of which there is little: it is kept in memory.
+
+    Args:
+        rows_of: yields the rows of a file, and hands those that cannot be read to its second argument.
+        make: raises UserError for a row that is not valid, NothingToTrainOn for one that is and cannot be used.
+        name: of what is made, for messages.
+        invalid: line of the summary for rows that cannot be read or are not valid.
+
+    Raises UserError if a file has no usable row, or more than the share `max_dropped` of the rows cannot be used (see
+    `check_dropped`).
+    """
+    kept: list[Kept] = []
+    bad = BadLineLog()
+    unused: Counter[str] = Counter()
+    for path in paths:
+        before = len(kept)
+        for row in rows_of(path, functools.partial(bad.add, path)):
+            try:
+                kept.append(make(row))
+            except NothingToTrainOn as error:
+                unused[str(error)] += 1
+                bad.add(path, BadLine(row.line, f"{error}{error.detail}"))
+            except UserError as error:
+                bad.add(path, BadLine(row.line, str(error)))
+        if len(kept) == before:
+            first = next((f" ({shown})" for shown in bad.first if shown.startswith(f"{path}:")), "")
+            raise UserError(f"{path}: no usable {name} in it{first}")
+    print(f"{len(kept):,} {name}s, {bad.count:,} unusable rows", *bad.shown(), sep="\n  ")
+    skipped = {invalid: bad.count - unused.total()} | unused
+    skipped = {reason: count for reason, count in skipped.items() if count}
+    check_dropped(paths, skipped, len(kept), bad.first, bad.incomplete, max_dropped)
+    return kept
 
 
 def tokenize_chat_data(
@@ -113,7 +182,7 @@ def encode_preference(
     chat = _truncate(tokenizer, messages, max_tokens)
     room = max_tokens - chat.answer_start
     if chosen[:room] == rejected[:room]:
-        raise NothingToTrainOn(SAME_AFTER_CUT)
+        raise NothingToTrainOn(SAME_AFTER_CUT, f" in {max_tokens} tokens")
     return chat.ids[: chat.answer_start], chosen[:room], rejected[:room]
 
 
@@ -123,7 +192,7 @@ def _truncate(
     try:
         return truncate_chat(tokenizer, messages, max_tokens, image_ids=image_ids)
     except PromptTooLong:
-        raise NothingToTrainOn(QUESTION_TOO_LONG) from None
+        raise NothingToTrainOn(QUESTION_TOO_LONG, f" in {max_tokens} tokens") from None
 
 
 def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> EncodedBlock:

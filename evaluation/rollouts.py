@@ -11,20 +11,17 @@ responses. Used to measure a model, and by `trainer.rollouts` to train one.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UserError
 from data_pipeline.readers import Record, iter_records
 from data_pipeline.records import Malformed, parse_prompt
-from data_pipeline.text_files import BadLine, BadLineLog
-from data_pipeline.tokenize import check_dropped
+from data_pipeline.tokenize_chats import NothingToTrainOn, collect_rows
 from evaluation.tools import TOOLS, Tool, call_tool, tool_schema
 from evaluation.verifiers import Reward, Verifier, parse_verifier
 from inference.backends import choose_backend
@@ -86,31 +83,14 @@ def read_prompts(
 
     Raises UserError if a file has none, or more than the share `max_dropped` of the rows cannot be used.
     """
-    prompts: list[Prompt] = []
-    bad = BadLineLog()
-    skipped: Counter[str] = Counter()
-    for path in paths:
-        before = len(prompts)
-        for record in iter_records(path, functools.partial(bad.add, path)):
-            try:
-                prompt = _read_prompt(record, tokenizer, verifier, tools)
-            except UserError as error:
-                bad.add(path, BadLine(record.line, str(error)))
-                continue
-            if len(prompt.ids) > max_tokens:
-                skipped[NO_ROOM] += 1
-                reason = f"{NO_ROOM}: it has {len(prompt.ids)} tokens, and {max_tokens} is the limit"
-                bad.add(path, BadLine(record.line, reason))
-            else:
-                prompts.append(prompt)
-        if len(prompts) == before:
-            first = next((f" ({shown})" for shown in bad.first if shown.startswith(f"{path}:")), "")
-            raise UserError(f"{path}: no usable prompt in it{first}")
-    print(f"{len(prompts):,} prompts, {bad.count:,} unusable rows", *bad.shown(), sep="\n  ")
-    if others := bad.count - skipped.total():
-        skipped[NOT_A_PROMPT] = others
-    check_dropped(paths, skipped, len(prompts), bad.first, bad.incomplete, max_dropped)
-    return prompts
+
+    def make(record: Record) -> Prompt:
+        prompt = _read_prompt(record, tokenizer, verifier, tools)
+        if len(prompt.ids) > max_tokens:
+            raise NothingToTrainOn(NO_ROOM, f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit")
+        return prompt
+
+    return collect_rows(paths, iter_records, make, "prompt", NOT_A_PROMPT, max_dropped)
 
 
 def _read_prompt(
