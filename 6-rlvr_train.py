@@ -8,7 +8,7 @@ In:  out/full_sft_{dim}[_moe].pth, and JSONL of {"messages", "answer", "verifier
      that the model may call) and "enable_thinking"; {"question", "answer"} as in GSM8K with --verifier number
 Out: out/rlvr_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
 
-In every step the model answers some questions, --group_size times each; calls of tools are run, and it goes on with what
+In every step the model answers some questions, --group_size times each; tool calls are run, and it goes on with what
 they return. A verifier compares each answer with the reference and gives it a reward. Answers that are better than the
 others to the same question become more probable, the worse ones less. Nobody has to write good answers: it is enough to
 recognise them. What cannot be learned this way is what the model never does by chance: SFT on some examples comes first.
@@ -54,6 +54,15 @@ class RlvrOptions(RolloutOptions):
     val_fraction: float = flag(0.05, "share of the prompts held out for validation, chosen by content; 0: none")
     val_interval: int = flag(50, "optimizer steps between validations (and after the last step)")
 
+    def validate(self) -> list[str]:
+        for_ppo = ("value_coef", "gamma", "gae_lambda")
+        changed = [name for name in for_ppo if getattr(self, name) != getattr(RlvrOptions, name)]
+        return super().validate() + [
+            f"--{name} is for --algorithm ppo and does nothing for {self.algorithm}: leave it out"
+            for name in changed
+            if self.algorithm != "ppo"
+        ]
+
 
 def main() -> None:
     options = parse_options(RlvrOptions, __doc__)
@@ -70,8 +79,8 @@ def main() -> None:
     from trainer.rollouts import RolloutLoader, add_value_head, frozen_copy, train_and_val_prompts, without_value_head
     from trainer.trainer import fit
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
     device = resolve_device(options.device)
+    dist_env = init_distributed(device.type, options.timeout)
     tools = TOOLS | find_tools(options.tools)
     verifier = parse_verifier(options.verifier, allow_functions=True) if options.verifier else None
 

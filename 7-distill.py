@@ -76,6 +76,9 @@ class DistillOptions(ChatOptions):
             "--alpha weighs labels, and --on_policy has none: leave --alpha out": not (self.on_policy and self.alpha),
             "--top_k keeps what the teacher says of the data, and --on_policy has other texts in every step: leave one "
             "of them out": not (self.on_policy and self.top_k),
+            f"--max_new_tokens {self.max_new_tokens} is for --on_policy: leave it out": (
+                self.on_policy or self.max_new_tokens == DistillOptions.max_new_tokens
+            ),
             "--on_policy does not support --fsdp and --deepspeed: leave them out": not (
                 self.on_policy and (self.fsdp or self.deepspeed)
             ),
@@ -121,9 +124,8 @@ def main() -> None:
         train = Questions(rows, model.config.max_seq_len - options.max_new_tokens)
         make_loader = partial(AnswerLoader, model=model, dtype=dtype, max_new_tokens=options.max_new_tokens)
     elif options.top_k:
-        cache = options.cache_dir or options.out_dir / "cache"
         ask = partial(
-            cached_top_k, teacher=teacher, k=options.top_k, temperature=options.temperature, cache_dir=cache,
+            cached_top_k, teacher=teacher, k=options.top_k, temperature=options.temperature, cache_dir=options.cache_folder,
             device=device, dtype=dtype, batch_size=options.batch_size,
         )  # fmt: skip
         with main_process_first(dist_env, "asking the teacher"):

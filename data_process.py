@@ -13,11 +13,12 @@ sft       sft_data_zh.jsonl                                      sft_data_single
 dpo       dpo/*.json                                             dpo/train_data.json                a JSON list
 vlm       the files of --input: dialogues about images           the file of --output               conversations,
                                                                                                     image_bytes
-distill   the files of --input: prompts, or dialogues whose last   the file of --output               messages
-          answer is to be given anew, by the model of --endpoint
+distill   the files of --input: prompts, or dialogues whose      the file of --output               messages
+          last answer the model of --endpoint gives anew
 
 Inputs may be JSONL, JSON, CSV, TXT (each also .gz or .zst) or Parquet, of any size: they are streamed. Rows that cannot
-be read are skipped, counted and listed with file, line and reason. An output file is replaced when its stage is done.
+be read are skipped, counted and listed with file, line and reason. An output file is replaced when its stage is done;
+that of distill grows with every answer, and a run that was stopped continues it.
 """
 
 from __future__ import annotations
@@ -164,10 +165,10 @@ def main() -> None:
 
 def ask(options: Options, output: Path) -> Summary:
     """Collect the answers of the model of --endpoint."""
-    from data_pipeline.teacher_answers import Endpoint, collect_answers  # openai takes a second to import
+    from data_pipeline.teacher_answers import TeacherAPI, collect_answers  # openai takes a second to import
 
     assert options.endpoint and options.model
-    endpoint = Endpoint(
+    endpoint = TeacherAPI(
         options.endpoint, options.model, options.api_key or os.environ.get("OPENAI_API_KEY", "none"),
         options.requests_per_minute, options.parallel,
         {"max_tokens": options.max_tokens, "temperature": options.temperature},

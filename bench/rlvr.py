@@ -28,7 +28,7 @@ from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from common.files import ROOT
 from data_pipeline.readers import iter_records
-from evaluation.rollouts import Prompt, Rollout, greedy_rollouts, read_prompts
+from evaluation.rollouts import Rollout, RolloutPrompt, greedy_rollouts, read_prompts
 from inference.model_loader import open_model
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ RLVR = "--learning_rate 5e-5 --batch_size 8 --group_size 16 --warmup_iters 2"
 MEASURED = ("two steps at once", "two steps, thinking", "two steps, tools", "all with tools", "calls without error")
 
 
-def read_held_out(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, Prompt]]:
+def read_held_out(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, RolloutPrompt]]:
     """Return the held-out exercises with their kinds."""
     path = SAMPLE / "rlvr_heldout.jsonl"
     kinds = [record.data["kind"] for record in iter_records(path, None)]
@@ -62,7 +62,7 @@ def well_formed(rollouts: Sequence[Rollout]) -> float:
 
 
 def measure(
-    model: Transformer, tokenizer: PreTrainedTokenizerFast, exercises: Sequence[tuple[str, Prompt]]
+    model: Transformer, tokenizer: PreTrainedTokenizerFast, exercises: Sequence[tuple[str, RolloutPrompt]]
 ) -> dict[str, float]:
     """Return the figures of MEASURED, each from 0 to 1."""
     rollouts = greedy_rollouts(model, tokenizer, [prompt for _, prompt in exercises], MAX_NEW_TOKENS)

@@ -34,7 +34,7 @@ RETRIES = 6  # of one request, after 0.5, 1, 2, 4, 8 and 8 seconds, or when the 
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class TeacherAPI:
     """A model behind an API.
 
     Attributes:
@@ -51,7 +51,7 @@ class Endpoint:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def collect_answers(inputs: list[Path], output: Path, endpoint: Endpoint, system: str | None = None) -> Summary:
+def collect_answers(inputs: list[Path], output: Path, endpoint: TeacherAPI, system: str | None = None) -> Summary:
     """Write the answers to all prompts of `inputs` to `output`, JSONL with `messages`.
 
     Answers are written as they come, and what the output has is not asked again: a run that was stopped continues where it
@@ -116,16 +116,21 @@ def _read_done(output: Path, asked: dict[str, Any]) -> set[bytes]:
     """Return the keys of the prompts that earlier runs have answered; remove a line that a killed one left incomplete."""
     if not output.exists():
         return set()
-    with jsonlines.open(output) as reader:
-        lines = list(reader.iter(type=dict, skip_empty=True, skip_invalid=True))
-    if others := [line.get("asked") for line in lines if line.get("asked") != asked]:
-        raise UserError(f"{output} has answers of {others[0]}, and this run asks {asked}: choose another --output")
-    with output.open(encoding="utf-8") as file:
-        n_lines = sum(1 for _ in file)
-    if n_lines != len(lines):
-        with atomic_write(output) as file:
-            jsonlines.Writer(file).write_all(lines)
-    return {_key(line["messages"][:-1]) for line in lines}
+    complete, newline, rest = output.read_bytes().rpartition(b"\n")
+    if rest:
+        with atomic_write(output, "wb") as file:
+            file.write(complete + newline)
+    if not complete:
+        return set()
+    done = set()
+    for record in iter_records(output, None):
+        if record.data.get("asked") != asked:
+            raise UserError(
+                f"{output}, line {record.line}: an answer of {record.data.get('asked') or 'an unknown model'}, and this run "
+                f"asks {asked}: choose another --output"
+            )
+        done.add(_key(record.data["messages"][:-1]))
+    return done
 
 
 def _count(inputs: list[Path]) -> int:
@@ -163,7 +168,7 @@ def _prompts(
 
 
 def _ask_all(
-    client: openai.OpenAI, endpoint: Endpoint, prompts: Iterator[tuple[Path, int, list[Message]]]
+    client: openai.OpenAI, endpoint: TeacherAPI, prompts: Iterator[tuple[Path, int, list[Message]]]
 ) -> Iterator[tuple[Path, int, list[Message], Message | str]]:
     """Yield (file, line, messages, answer) as the answers come; instead of an answer, why there is none."""
     pause = 60 / endpoint.requests_per_minute if endpoint.requests_per_minute else 0.0
@@ -198,7 +203,7 @@ def _ask_all(
             return
 
 
-def _ask(client: openai.OpenAI, endpoint: Endpoint, messages: list[Message]) -> Message | str:
+def _ask(client: openai.OpenAI, endpoint: TeacherAPI, messages: list[Message]) -> Message | str:
     """Return the answer of the model, or why there is none. Raises UserError for what would go wrong for every prompt."""
     create: Any = client.chat.completions.create  # its overloads know no dict of settings
     tools = [tool for message in messages for tool in message.get("tools", [])]

@@ -42,7 +42,7 @@ NOT_A_PROMPT = "not a valid prompt"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RolloutPrompt:
     """A question, and how its answer is checked.
 
     Attributes:
@@ -73,7 +73,7 @@ def read_prompts(
     verifier: Verifier | None = None,
     tools: Mapping[str, Tool] = TOOLS,
     max_dropped: float = 0.0,
-) -> list[Prompt]:
+) -> list[RolloutPrompt]:
     """Return the prompts of JSONL files with `messages`, `answer` and perhaps `verifier`, `tools`, `enable_thinking`.
 
     Args:
@@ -84,7 +84,7 @@ def read_prompts(
     Raises UserError if a file has none, or more than the share `max_dropped` of the rows cannot be used.
     """
 
-    def make(record: Record) -> Prompt:
+    def make(record: Record) -> RolloutPrompt:
         prompt = _read_prompt(record, tokenizer, verifier, tools)
         if len(prompt.ids) > max_tokens:
             raise NothingToTrainOn(NO_ROOM, f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit")
@@ -95,7 +95,7 @@ def read_prompts(
 
 def _read_prompt(
     record: Record, tokenizer: PreTrainedTokenizerFast, verifier: Verifier | None, tools: Mapping[str, Tool]
-) -> Prompt:
+) -> RolloutPrompt:
     data = record.data
     if (answer := data.get("answer")) is None:
         raise Malformed("no answer to compare with")
@@ -119,7 +119,7 @@ def _read_prompt(
     if thinking not in (True, False, None):
         raise Malformed(f"enable_thinking is {thinking!r}; use true, false, or leave it out: then the model chooses")
     ids, _ = render_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking)
-    return Prompt(messages, ids, reference, own, mine, THINK if thinking else "")
+    return RolloutPrompt(messages, ids, reference, own, mine, THINK if thinking else "")
 
 
 def _tool_name(tool: Any) -> str:
@@ -143,7 +143,7 @@ class Rollout:
         calls, failed_calls: how many tools it called; how many of these could not be read or returned an error.
     """
 
-    prompt: Prompt
+    prompt: RolloutPrompt
     ids: list[int]
     sampled: list[bool]
     logps: list[float] = field(default_factory=list)
@@ -166,7 +166,7 @@ class Rollout:
 def run_rollouts(
     generator: BatchGenerator,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[RolloutPrompt],
     samplings: Sequence[SamplingParams],
     max_tool_calls: int = MAX_TOOL_CALLS,
 ) -> list[Rollout]:
@@ -208,7 +208,7 @@ def run_rollouts(
 
 
 def greedy_rollouts(
-    model: Transformer, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], max_new_tokens: int = 96
+    model: Transformer, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[RolloutPrompt], max_new_tokens: int = 96
 ) -> list[Rollout]:
     """Return the rollouts of a model that always takes the most probable token: how good it is."""
     generator = BatchGenerator(model, min(64, len(prompts)), backend=choose_backend(model))

@@ -18,7 +18,7 @@ RUNNING_SECONDS = 120  # a file that was written so recently belongs to a run th
 
 
 @dataclass(frozen=True)
-class Run:
+class RunMetrics:
     """The metrics file of a run.
 
     name: its path below the folder that was searched, without the suffix; stamp: (time of writing in ns, bytes), which
@@ -35,7 +35,7 @@ class Run:
         return recent and bool(lines) and lines[-1].get("eta_seconds") != 0
 
 
-def list_runs(folder: Path) -> list[Run]:
+def list_runs(folder: Path) -> list[RunMetrics]:
     """Return the runs in a folder and in the folders in it, the newest first; none for a folder that does not exist."""
     found = []
     for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]:
@@ -44,7 +44,7 @@ def list_runs(folder: Path) -> list[Run]:
         except OSError:  # deleted meanwhile
             continue
         name = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
-        found.append(Run(name, path, (stat.st_mtime_ns, stat.st_size)))
+        found.append(RunMetrics(name, path, (stat.st_mtime_ns, stat.st_size)))
     return sorted(found, key=lambda run: (-run.stamp[0], run.name))
 
 

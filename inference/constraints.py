@@ -1,4 +1,4 @@
-"""Constrained decoding: answers that are held to JSON, to a schema, or to calls of tools, by masks over the next token.
+"""Constrained decoding: answers that are held to JSON, to a schema, or to tool calls, by masks over the next token.
 
     grammar = answer_grammar(chat_style(tokenizer).tags, schema={"type": "object"})
     generate(model, [ids], SamplingParams(constraint=Constraint(tokenizer, grammar)))

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError
 from model.chat_format import Message, PromptTooLong, count_images, split_turns, truncate_chat, with_tools
 from model.tokenizer import BOS_ID, encode_text
 
@@ -60,8 +59,8 @@ def chat_prompt(
         chat = truncate_chat(tokenizer, with_tools(messages, [*tools]), room, image_ids=image_ids)
     except PromptTooLong as error:
         if tools:
-            names = ", ".join(str(tool.get("name") or tool["function"]["name"]) for tool in tools)
-            raise UserError(
+            names = ", ".join(tool["name"] for tool in tools)
+            raise PromptTooLong(
                 f"{error}. The descriptions of the tools count, too ({names}): offer fewer of them, or raise --max_seq_len"
             ) from None
         raise

@@ -4,7 +4,7 @@
     prompt = truncate_chat(tokenizer, [*dialogue, {"role": "user", "content": "and now?"}], max_tokens=512).ids
 
 A chat is `<s>user\\n…</s>\\n<s>assistant\\n…</s>\\n`, with the system message in front of it as bare text. It may list
-tools; an answer may begin with its thinking and end with calls of tools; and what a tool returns is a message, too:
+tools; an answer may begin with its thinking and end with tool calls; and what a tool returns is a message, too:
 
     {"role": "system", "content": "…", "tools": [{"name", "description", "parameters"}]}  …\\n<tools>{"name": …}</tools>
     {"role": "assistant", "content": "…", "reasoning_content": "…"}                       <think>…</think>…

@@ -1,4 +1,4 @@
-"""Read a generated answer: split its text into thinking, content and calls of tools. The inverse of `chat_format`.
+"""Read a generated answer: split its text into thinking, content and tool calls. The inverse of `chat_format`.
 
     thinking, content, calls = parse_answer('<think>A sum.</think><tool_call>{"name": "add", "arguments": {}}</tool_call>')
 

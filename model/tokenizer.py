@@ -80,8 +80,9 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, path: Path | str = 
         raise UserError(f"{path}: no chat_template; copy the whole tokenizer folder again")
 
 
-# Former hashes of the shipped tokenizer: only what its template does for `enable_thinking: true` was another.
-SAME_IDS = {"a89c8f5e716be760": "34a854e9aee2bbe7"}
+# Of the shipped tokenizer, by its hash: the hash that it had when its template did nothing for `enable_thinking: true`. What
+# was trained and tokenized with that one has the same ids.
+_SAME_AS = {"34a854e9aee2bbe7": "a89c8f5e716be760"}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -92,7 +93,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     content["special_tokens"] = tokenizer.special_tokens_map
     content["chat_template"] = tokenizer.chat_template
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+    digest = hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+    return _SAME_AS.get(digest, digest)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -27,7 +27,7 @@ from model.families import (
     vision_config_from_shapes,
 )
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
-from model.tokenizer import SAME_IDS, tokenizer_hash
+from model.tokenizer import tokenizer_hash
 from model.vision import VisionLanguageModel  # noqa: F401  (registers its class)
 from model.weights_file import (
     EMBEDDING,
@@ -179,7 +179,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: LMConfig, info:
             f"{path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: pass the one it was trained with"
         )
     trained_with, given = info.get("tokenizer_hash"), tokenizer_hash(tokenizer)
-    if trained_with is not None and SAME_IDS.get(trained_with, trained_with) != given:
+    if trained_with is not None and trained_with != given:
         raise UserError(
             f"{path} was trained with the tokenizer {trained_with}, this one is {given}: name the folder of the one it was "
             "trained with, with --tokenizer"

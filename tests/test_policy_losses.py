@@ -16,7 +16,7 @@ from torch import nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from evaluation.rollouts import Prompt, Rollout
+from evaluation.rollouts import Rollout, RolloutPrompt
 from evaluation.verifiers import Reward, parse_verifier
 from trainer.options import ALGORITHMS
 from trainer.policy_losses import EPSILON_HIGH, group_advantages, policy_loss, token_advantages
@@ -41,7 +41,7 @@ def rollouts(request, models) -> list[Rollout]:
     made = []
     for i, (n_prompt, n) in enumerate(LENGTHS):
         ids = torch.randint(3, 6400, (n_prompt + n,)).tolist()
-        prompt = Prompt([], ids[:n_prompt], "", parse_verifier("exact"), {})
+        prompt = RolloutPrompt([], ids[:n_prompt], "", parse_verifier("exact"), {})
         sampled = [False] * n_prompt + [not (request.param and i % 2 and 1 < t < 5) for t in range(n)]
         rollout = Rollout(prompt, ids, sampled, reward=Reward(REWARDS.flatten()[i].item(), False))
         rollout.logps = token_logps(models[1], rollout)[torch.tensor(sampled)[1:]].tolist()

@@ -178,8 +178,9 @@ def test_a_verifier_that_raises_ends_no_run(run, base, tmp_path, monkeypatch):
 
 def test_wrong_flags_and_data_are_named_before_any_work(run, base, prompts, tmp_path):
     result = run(
-        "--group_size", 1, "--fsdp", "--beta", -1, "--epsilon", 0, "--max_new_tokens", 0, "--out_dir", tmp_path
-    )
+        "--group_size", 1, "--fsdp", "--beta", -1, "--epsilon", 0, "--max_new_tokens", 0, "--gamma", 0.9,
+        "--out_dir", tmp_path,
+    )  # fmt: skip
     assert result.returncode == 2
     for part in (
         "--group_size 1: grpo compares",
@@ -187,6 +188,7 @@ def test_wrong_flags_and_data_are_named_before_any_work(run, base, prompts, tmp_
         "--beta -1",
         "--epsilon 0",
         "_tokens 0",
+        "--gamma is for --algorithm ppo and does nothing for grpo",
     ):
         assert part in result.stderr, part
     flags = [*QUICK, "--init_from", base, "--out_dir", tmp_path]

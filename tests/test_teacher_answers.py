@@ -125,6 +125,11 @@ def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
     assert len(output.read_text(encoding="utf-8").splitlines()) == 4
     result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags, "--temperature", 0)
     assert result.returncode == 1 and "choose another --output" in result.stderr
+    assert f"{output}, line 1: an answer of" in result.stderr
+    output.write_text("{}\nno JSON\n", encoding="utf-8")  # the same name, but a file of something else
+    result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
+    assert result.returncode == 1 and f"{output}, line 1: an answer of an unknown model" in result.stderr
+    assert output.read_text(encoding="utf-8") == "{}\nno JSON\n"
 
 
 def test_bad_input(run_here, prompts, tmp_path, monkeypatch):

@@ -350,14 +350,12 @@ class AnswerLoader(OnPolicyLoader):
 
     def batches(self, step: int, size: int | None = None) -> list[Batch]:
         """Return the student's answers to this process's questions of a step."""
-        size, samples = size or self.micro_batch, self.schedule.samples(step)
-        numbers = range(self.rank, len(samples), self.world_size)  # in the step: the seeds depend on them
-        questions = [self.data.question(samples[n]) for n in numbers]
-        samplings = [SamplingParams(self.max_new_tokens, temperature=1.0, seed=self.seed_of(step, n)) for n in numbers]
+        size, mine = size or self.micro_batch, self.numbered(step)
+        questions = [self.data.question(sample) for _, sample in mine]
+        samplings = [SamplingParams(self.max_new_tokens, temperature=1.0, seed=self.seed_of(step, n)) for n, _ in mine]
         answers: list[list[int]] = [[] for _ in questions]
         for output in decode_all(self.generator(size), questions, samplings):
             answers[output.key].append(output.token)
         dialogues = list(zip(questions, answers, strict=True))
         found = [answer_batch(dialogues[i : i + size]) for i in range(0, len(dialogues), size)]
-        dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
-        return found + [dummy] * (-(-len(samples[:: self.world_size]) // size) - len(found))
+        return self.padded(found, step, size)

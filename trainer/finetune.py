@@ -89,7 +89,6 @@ def add_ref_logps(
     """
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    cache = options.cache_dir or options.out_dir / "cache"
 
     def on_all_processes(found: bool) -> bool:
         return all(all_gather_object(dist_env, found)) if options.shards_weights else found
@@ -99,4 +98,4 @@ def add_ref_logps(
         compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size, heartbeat)
         one_by_one = main_process_first(dist_env, "computing the reference")
         with contextlib.nullcontext() if options.shards_weights else one_by_one:
-            part.add_ref_logps(cache, [weights, str(dtype)], compute, on_all_processes)
+            part.add_ref_logps(options.cache_folder, [weights, str(dtype)], compute, on_all_processes)

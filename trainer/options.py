@@ -230,6 +230,11 @@ class TrainOptions:
         return found
 
     @property
+    def cache_folder(self) -> Path:
+        """Return the folder for tokens, reference log-probabilities and image features, each computed once."""
+        return self.cache_dir or self.out_dir / "cache"
+
+    @property
     def shards_weights(self) -> bool:
         """Return whether every process holds only a part of the weights."""
         return self.fsdp or (

@@ -160,7 +160,7 @@ def packed_rows(
         make_rows: takes what `PackedRows` takes.
     """
     with main_process_first(dist_env, "preparing tokens"):
-        dataset = tokenize(options.cache_dir or options.out_dir / "cache")
+        dataset = tokenize(options.cache_folder)
     n_tokens = max(int(dataset.offsets[-1]), 1)
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
     train = make_rows(dataset, train_ids, seq_len, options.seed)

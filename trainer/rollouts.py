@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.datasets import Batch, BatchLoader, DataFailure
 from data_pipeline.tokenize import split_by_hash
-from evaluation.rollouts import Prompt, Rollout, run_rollouts
+from evaluation.rollouts import Rollout, RolloutPrompt, run_rollouts
 from evaluation.verifiers import Reward
 from inference.backends import choose_backend
 from inference.generator import BatchGenerator
@@ -37,7 +37,7 @@ from trainer.trainer import Run
 class PromptSet:
     """Prompts as a data set for the loop, which asks it for numbers only: the batches come from `RolloutLoader`."""
 
-    def __init__(self, prompts: Sequence[Prompt], algorithm: str) -> None:
+    def __init__(self, prompts: Sequence[RolloutPrompt], algorithm: str) -> None:
         self.prompts, self.algorithm = prompts, algorithm
         hashes = json.dumps([prompt.content_hash() for prompt in prompts])
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
@@ -54,11 +54,11 @@ class PromptSet:
         return make_batch(rollouts, [torch.zeros(1)] * len(rollouts), [False] * len(rollouts), self.algorithm)
 
 
-def _empty(prompt: Prompt) -> Rollout:
+def _empty(prompt: RolloutPrompt) -> Rollout:
     return Rollout(prompt, [*prompt.ids, EOS_ID], [False] * len(prompt.ids) + [True], [0.0])
 
 
-def train_and_val_prompts(prompts: list[Prompt], options: RolloutOptions) -> tuple[PromptSet, PromptSet | None]:
+def train_and_val_prompts(prompts: list[RolloutPrompt], options: RolloutOptions) -> tuple[PromptSet, PromptSet | None]:
     """Split prompts by content, so that duplicates stay on one side; hold out as --val_fraction and --val_tokens say."""
     hashes = np.array([prompt.content_hash() for prompt in prompts], np.uint64)
     n_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -190,6 +190,16 @@ class OnPolicyLoader(BatchLoader):
             self._sampler = Sampler(self.model, self.dtype, rows)
         return self._sampler.refresh()
 
+    def numbered(self, step: int) -> list[tuple[int, int]]:
+        """Return (number in the step, sample) of this process's prompts of a step; the seeds depend on the numbers."""
+        return list(enumerate(self.schedule.samples(step)))[self.rank :: self.world_size]
+
+    def padded(self, batches: list[Batch], step: int, size: int) -> list[Batch]:
+        """Return micro-batches of `size` prompts, and as many more that do not count as other processes have."""
+        samples = self.schedule.samples(step)
+        dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
+        return batches + [dummy] * (-(-len(samples[:: self.world_size]) // size) - len(batches))
+
     def seed_of(self, *numbers: int) -> int:
         """Return a seed that depends on the run's seed and on these numbers."""
         seed = np.random.SeedSequence([self.schedule.seed, *numbers]).generate_state(1, np.uint64)[0]
@@ -229,11 +239,10 @@ class RolloutLoader(OnPolicyLoader):
         """Let the model answer the prompts of some steps; return the batches of each, of `size` prompts."""
         group_size, prompts, samplings, counts = self.options.group_size, [], [], []
         for step in steps:
-            samples = self.schedule.samples(step)
-            numbers = range(self.rank, len(samples), self.world_size)  # in the step: the seeds depend on them
-            counts.append(len(numbers))
-            prompts += [self.data.prompts[samples[n]] for n in numbers for _ in range(group_size)]
-            seeds = [self.seed_of(step, n, k) for n in numbers for k in range(group_size)]
+            mine = self.numbered(step)
+            counts.append(len(mine))
+            prompts += [self.data.prompts[sample] for _, sample in mine for _ in range(group_size)]
+            seeds = [self.seed_of(step, n, k) for n, _ in mine for k in range(group_size)]
             samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
         rollouts = iter(self._run(prompts, samplings))
         made = {}
@@ -241,10 +250,7 @@ class RolloutLoader(OnPolicyLoader):
             groups = [[next(rollouts) for _ in range(group_size)] for _ in range(count)]
             self._report(step, groups)
             found = [self._learnable(groups[i : i + size]) for i in range(0, count, size)]
-            samples = self.schedule.samples(step)
-            n_batches = -(-len(samples[:: self.world_size]) // size)  # of the process that has most
-            dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
-            made[step, size] = found + [dummy] * (n_batches - len(found))
+            made[step, size] = self.padded(found, step, size)
         return made
 
     def shard(self, data: PromptSet, samples: list[int], micro_batch: int) -> Iterator[Batch]:  # type: ignore[override]
@@ -263,7 +269,7 @@ class RolloutLoader(OnPolicyLoader):
     def _sampling(self, temperature: float, seed: int | None = None) -> SamplingParams:
         return SamplingParams(self.options.max_new_tokens, temperature, seed=seed, logprobs=0)
 
-    def _run(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Rollout]:
+    def _run(self, prompts: list[RolloutPrompt], samplings: list[SamplingParams]) -> list[Rollout]:
         generator = self.generator(self.micro_batch * self.options.group_size)
         rollouts = run_rollouts(generator, self.tokenizer, prompts, samplings, self.options.max_tool_calls)
         for error in {error for rollout in rollouts for error in rollout.reward.errors} - self._errors:

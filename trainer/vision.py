@@ -123,7 +123,6 @@ def image_rows(
     Raises UserError if the data has no images.
     """
     config, vision = model.config, model.vision
-    cache = options.cache_dir or options.out_dir / "cache"
     encode: Encoder | None = encoder
     identity = encoder.fingerprint if encoder is not None else ""
     if frozen is not None:
@@ -139,7 +138,7 @@ def image_rows(
             loaders["pixel_values"] = Pixels(dataset, vision.image_size)
         elif not loaders and encode is not None:
             with main_process_first(dist_env, "computing the features of images"):
-                loaders["image_features"] = Features(cached_features(dataset, encode, identity, cache))
+                loaders["image_features"] = Features(cached_features(dataset, encode, identity, options.cache_folder))
         name, load = next(iter(loaders.items()))
         return ImageRows(dataset, documents, seq_len, seed, load, name)
 

@@ -95,7 +95,7 @@ FIRST_DAY = datetime.date(2024, 1, 1)
 
 @dataclass(frozen=True)
 class Exercise:
-    """A question with its answer, the steps to it, and the calls of tools that give it."""
+    """A question with its answer, the steps to it, and the tool calls that give it."""
 
     kind: str
     language: str

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from evaluation.runs import Run, curve, list_runs, read_metrics
+from evaluation.runs import RunMetrics, curve, list_runs, read_metrics
 from serving.web.inside import charts
 from serving.web.inside.shared import View, facts, head
 from serving.web.page import literal
@@ -100,13 +100,13 @@ def ask_runs(names: list[str], view: View) -> list[str]:
     return st.multiselect(view.texts("runs_page"), names, key="runs", placeholder=view.texts("choose_runs"))
 
 
-def points(runs: list[tuple[Run, list[dict]]], metric: str, over: str) -> pd.DataFrame:
+def points(runs: list[tuple[RunMetrics, list[dict]]], metric: str, over: str) -> pd.DataFrame:
     """Return the curves of a metric as a table with the columns run, x and y."""
     rows = [(run.name, x, y) for run, lines in runs for x, y in curve(lines, metric, over)]
     return pd.DataFrame(rows, columns=["run", "x", "y"])
 
 
-def show_table(lines: dict[Run, list[dict]], view: View) -> None:
+def show_table(lines: dict[RunMetrics, list[dict]], view: View) -> None:
     """Show the state of each run in a line."""
     texts = view.texts
     columns = [texts(key) for key in ("run", "state", "over_step", "train_loss", "val_loss", "speed", "time_left")]
