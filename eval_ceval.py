@@ -28,16 +28,11 @@ from pathlib import Path
 from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, run_script
 from common.files import ROOT
-from model.architecture import TOKENIZER_DIR
+from evaluation.options import EvaluatedModelOptions
 
 
 @dataclass
-class CevalOptions:
-    weights: Path | None = flag(None, ".pth file (default: the newest of rlvr, rl, distill and full_sft in out)")
-    lora: Path | None = flag(None, "adapter folder; its base is found from the adapter's description")
-    hf: Path | None = flag(None, "folder that transformers can load: an export, or another model")
-    trust_remote_code: bool = flag(False, "let --hf run Python code in that folder", action="store_true")
-    tokenizer: Path = flag(TOKENIZER_DIR, "tokenizer folder for .pth files (default: in model/)")
+class CevalOptions(EvaluatedModelOptions):
     data_dir: Path = flag(ROOT / "dataset" / "ceval" / "ceval-exam", "folder with val, dev, test")
     out_dir: Path = flag(ROOT / "out" / "ceval", "folder for the results (default: out/ceval)")
     subjects: list[str] = flag([], "only these subjects (default: all in the folder)", nargs="+")
@@ -45,21 +40,10 @@ class CevalOptions:
     score: str = flag("letter", "what is compared, see above", choices=["letter", "text"])
     plain: bool = flag(False, "bare text instead of the chat format: for pretrained models", action="store_true")
     test: bool = flag(False, "answer the test questions and write submission.json", action="store_true")
-    max_seq_len: int | None = flag(
-        None, "longest prompt in tokens (default: the length the model was trained at)", min=8
-    )
-    batch_tokens: int | None = flag(None, "tokens in one forward pass (default: 512 on a CPU, else 16384)", min=1)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "precision, see above", choices=["auto", "bfloat16", "float16", "float32"])
 
     def validate(self) -> list[str]:
-        errors = validate_folder("--out_dir", self.out_dir)
-        named = [f"--{name}" for name in ("weights", "lora", "hf") if getattr(self, name) is not None]
-        if len(named) > 1:
-            errors.append(f"{' and '.join(named)} name different models: give only one of them")
-        if self.trust_remote_code and self.hf is None:
-            errors.append("--trust_remote_code is for --hf")
-        return errors
+        return super().validate() + validate_folder("--out_dir", self.out_dir)
 
 
 def main() -> None:
@@ -69,10 +53,8 @@ def main() -> None:
 
     from evaluation import ceval_results
     from evaluation.ceval import read_examples, read_questions
-    from evaluation.evaluated_model import EvaluatedModel, open_transformers_folder
-    from inference.model_finder import require_model
-    from inference.model_loader import open_model
-    from model.device import DTYPES, resolve_device
+    from evaluation.evaluated_model import open_evaluated_model
+    from model.device import DTYPES
 
     part = "test" if options.test else "val"
     questions = read_questions(options.data_dir, part, answers=not options.test, subjects=options.subjects)
@@ -83,26 +65,9 @@ def main() -> None:
     if empty:
         print(f"warning: {len(empty)} of {len(questions)} questions have an empty option, the first: {empty[0].where}")
 
-    device, dtype = resolve_device(options.device), DTYPES.get(options.dtype, torch.float32)
-    if options.hf is not None:
-        trust, plain = options.trust_remote_code, options.plain
-        model = open_transformers_folder(options.hf, device, dtype, trust_remote_code=trust, plain=plain)
-    else:
-        path = options.weights
-        if path is None and options.lora is None:
-            path = require_model(ROOT / "out", ["rlvr", "rl", "distill", "full_sft"], "3-full_sft.py")
-        checkpoint, tokenizer = open_model(
-            path, lora=options.lora, tokenizer=options.tokenizer, device=device, dtype=dtype
-        )
-        for note in checkpoint.notes:
-            print(f"note: {note}")
-        model = EvaluatedModel(checkpoint.model, tokenizer, str(checkpoint.path), checkpoint.config.max_seq_len)
+    model = open_evaluated_model(options, DTYPES.get(options.dtype, torch.float32), plain=options.plain)
+    device, context = model.model.device, model.context
     print(f"{model.name}: {len(questions):,} questions, {options.shots} examples each, by {options.score}, on {device}")
-    context = options.max_seq_len or model.context
-    if context > model.context:
-        print(f"note: trained at {model.context} tokens; --max_seq_len {context} allows longer prompts")
-    model.context = context
-
     encoded = [model.to_multiple_choice(q, examples[q.subject], options.score, options.plain) for q in questions]
     items = [item for item, _, _ in encoded]
     n_dropped, n_cut = sum(dropped for _, dropped, _ in encoded), sum(cut for _, _, cut in encoded)

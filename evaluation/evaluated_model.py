@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.files import ROOT
 from evaluation.ceval import Question, answer_texts, chat_prompt, plain_prompt
+from evaluation.options import EvaluatedModelOptions
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
+from inference.model_finder import require_model
+from inference.model_loader import open_model
 from model.chat_format import CHAT_TEMPLATE, chat_style, render_chat
-from model.device import resolve_dtype
+from model.device import resolve_device, resolve_dtype
 from model.tokenizer import BOS_ID, encode_text, encode_texts
 from model.weights_file import dtype_name
 
@@ -73,14 +77,22 @@ class EvaluatedModel:
         write = plain_prompt if plain else chat_prompt
         for dropped in range(len(examples) + 1):
             item, n_kept = self.encode(write(question, examples[dropped:], style), answer_texts(question, style))
-            ids, room = item.prompt, max(1, self.context - max(map(len, item.options)) + 1)
-            if len(ids) <= room:
+            cut = self.cut(item, n_kept)
+            if cut is item:
                 break
-        too_long = len(ids) > room
-        if too_long:
-            n_kept = min(n_kept, room - 1)
-            ids = ids[:n_kept] + ids[len(ids) - (room - n_kept) :]
-        return MultipleChoice(ids, item.options, item.lengths if style == "text" else None), dropped, too_long
+        return (
+            MultipleChoice(cut.prompt, item.options, item.lengths if style == "text" else None),
+            dropped,
+            cut is not item,
+        )
+
+    def cut(self, item: MultipleChoice, n_kept: int) -> MultipleChoice:
+        """Return `item` itself if it fits into the context, else without some tokens after the first `n_kept`."""
+        ids, room = item.prompt, max(1, self.context - max(map(len, item.options)) + 1)
+        if len(ids) <= room:
+            return item
+        n_kept = min(n_kept, room - 1)
+        return replace(item, prompt=ids[:n_kept] + ids[len(ids) - (room - n_kept) :])
 
     def score(self, items: list[MultipleChoice], dtype: str, batch_tokens: int | None) -> tuple[list[Tensor], dict]:
         """Score every item; return also, for the summary, the precision of the computation.
@@ -91,7 +103,7 @@ class EvaluatedModel:
         half = resolve_dtype("auto", device)
         batch_tokens = batch_tokens or (BATCH_TOKENS if device.type == "cpu" else 16384)
         drafts = draft_models(self.model, half) if dtype == "auto" and half != torch.float32 else []
-        with tqdm(total=len(items), desc="C-Eval", unit="question", disable=None, leave=False) as bar:
+        with tqdm(total=len(items), desc="scoring", unit="question", disable=None, leave=False) as bar:
             if drafts:
                 scores, counts = score_cascade(
                     [*drafts, self.model], items, batch_tokens=batch_tokens, on_done=bar.update
@@ -104,6 +116,32 @@ class EvaluatedModel:
         if broken:
             raise UserError(f"{self.name}: probabilities of {broken} questions are not finite; try --dtype float32")
         return scores, precision
+
+
+def open_evaluated_model(options: EvaluatedModelOptions, dtype: torch.dtype, *, plain: bool) -> EvaluatedModel:
+    """Open the model that the flags name, and print what has to be known about it. Raises UserError if it cannot be used.
+
+    plain: it will be asked in bare text, so that it needs no chat template.
+    """
+    device = resolve_device(options.device)
+    if options.hf is not None:
+        trust = options.trust_remote_code
+        model = open_transformers_folder(options.hf, device, dtype, trust_remote_code=trust, plain=plain)
+    else:
+        path = options.weights
+        if path is None and options.lora is None:
+            path = require_model(ROOT / "out", ["rlvr", "rl", "distill", "full_sft"], "3-full_sft.py")
+        checkpoint, tokenizer = open_model(
+            path, lora=options.lora, tokenizer=options.tokenizer, device=device, dtype=dtype
+        )
+        for note in checkpoint.notes:
+            print(f"note: {note}")
+        model = EvaluatedModel(checkpoint.model, tokenizer, str(checkpoint.path), checkpoint.config.max_seq_len)
+    if options.max_seq_len is not None:
+        if options.max_seq_len > model.context:
+            print(f"note: trained at {model.context} tokens; --max_seq_len {options.max_seq_len} allows longer prompts")
+        model.context = options.max_seq_len
+    return model
 
 
 def open_transformers_folder(

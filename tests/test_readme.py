@@ -65,6 +65,7 @@ def test_every_flag_that_is_named_exists(name):
     elsewhere |= {"--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
     elsewhere |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"}
     elsewhere |= {"--requeue", "--signal", "--kill-on-bad-exit"}
+    elsewhere |= {"--repo-type", "--local-dir"}  # of hf, which downloads data sets
     actions_of = MAKE_FLAGS["actions_of"]
     if name == "docs/scaling.md":
         elsewhere |= actions_of("bench/scaling.py").keys()
