@@ -1,10 +1,10 @@
 # The toolkit with everything it needs, and its server:
 #   CPU:         docker build -t minimind .
-#   NVIDIA GPUs: docker build -t minimind:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
+#   NVIDIA GPUs: docker build -t minimind:cuda --build-arg TORCH_INDEX= .
 # Any other script: docker run --rm -v ./dataset:/minimind/dataset -v ./out:/minimind/out minimind python 1-pretrain.py
 FROM python:3.12-slim
 
-# Python's own index has PyTorch with CUDA for Linux, this one has the smaller build without it.
+# This index has PyTorch without CUDA, which is much smaller; pip's own index (an empty TORCH_INDEX) has it with CUDA.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 # The decoding kernels are compiled at first use.
@@ -16,7 +16,7 @@ RUN apt-get update \
 WORKDIR /minimind
 # torch first and alone, as in setup_env.sh; these layers are only built again when the requirements change.
 COPY requirements.txt .
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)" \
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)" \
     && pip install --no-cache-dir -r requirements.txt
 
 COPY . .

@@ -48,10 +48,7 @@ def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed: pip install -r requirements-suite.txt")
 
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }  # a task that we cannot redirect must not download
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # a task that is not redirected must not download
     # Heavy imports come after the command line is checked, so that --help is fast.
     from evaluation.evaluated_model import open_evaluated_model
     from evaluation.suite import evaluate_tasks, format_results, load_tasks
