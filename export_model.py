@@ -7,7 +7,8 @@
 
 format    what loads it                                                       written
 llama     transformers, vLLM, ... without code of ours: dense as Llama,       a folder: safetensors, configuration,
-          mixture of experts as Ernie 4.5 MoE; with qk_norm as Qwen3 (MoE)    tokenizer with chat template
+          mixture of experts as Ernie 4.5 MoE; with qk_norm as Qwen3 (MoE);   tokenizer with chat template
+          one that sees through a CLIP as LLaVA (linear projector only)       and its CLIP
 minimind  transformers with trust_remote_code=True: our names, our code       the same, and model.py with what it imports
 gguf      llama.cpp, Ollama                                                   a folder: one .gguf, a Modelfile
 onnx      onnxruntime (no KV cache: for scoring and short answers)            a folder: model.onnx, the tokenizer

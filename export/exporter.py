@@ -22,6 +22,7 @@ from export.huggingface import (
     write_llama,
     write_minimind,
 )
+from export.llava import compare_llava, open_clip, write_llava
 from export.model_card import model_card
 from export.options import GGUF_TYPES, ExportOptions
 from export.self_check import Agreement, compare_folder, sample_rows
@@ -41,10 +42,13 @@ def export_folder(
 ) -> tuple[Path, Agreement]:
     """Export `source` to a folder for other programs. Raises UserError if the export does not compute the same."""
     vision = source.config.vision
-    if vision is not None and options.format != "minimind":
-        raise UserError(f"{source.path} sees images, and only --format minimind holds such a model")
-    if vision is not None and vision.encoder != "vit":
-        raise UserError(f"{source.path} has its image encoder in another folder, and no format of an export holds both")
+    clip = None
+    if vision is not None and options.format == "llama":
+        clip = open_clip(source, tokenizer, options.vision_encoder)
+    elif vision is not None and options.format != "minimind":
+        raise UserError(f"{source.path} sees images, and --format {options.format} cannot hold that")
+    elif vision is not None and vision.encoder != "vit":
+        raise UserError(f"{source.path} has its image encoder in another folder: only --format llama holds both")
     ceval = read_ceval(options.ceval)
     name = source.path.stem if source.path.suffix == ".pth" else source.path.name
     target = options.output or options.out_dir / f"{name}-{options.format}"
@@ -76,6 +80,10 @@ def export_folder(
                 agreement = compare_onnx(file, source.model, rows, options.tolerance)
                 copy_tokenizer(tokenizer_dir, folder)
                 write_json(folder / DESCRIPTION, description)
+            elif clip is not None:
+                write_llava(folder, source.model, clip, tokenizer_dir, getattr(torch, dtype), description)
+                agreement = compare_llava(folder, source.model, clip, rows, options.tolerance)
+                file = folder
             else:
                 write = write_llama if options.format == "llama" else write_minimind
                 write(folder, source.model, tokenizer_dir, getattr(torch, dtype), description)

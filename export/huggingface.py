@@ -44,6 +44,7 @@ from model.weights_file import Checkpoint, build_model, dtype_name, read_tensors
 
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 PROCESSOR = "processor_config.json"
+LLAVA = "llava"  # the model type of what export/llava.py writes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's: zeros if ours has none
 OUR_ROUTER_BIAS = "layers.{}.feed_forward.gate.bias"
@@ -269,7 +270,7 @@ def config_from_minimind(content: dict, qk_norm: bool, where: Path | str) -> LMC
 def write_llama(folder: Path, model: Transformer, tokenizer_dir: Path, dtype: torch.dtype, description: dict) -> None:
     """Write the files that plain transformers, vLLM and llama.cpp's converter read."""
     state = to_llama_state(export_state(model, dtype), model.config)
-    _write_folder(folder, llama_config(model.config, dtype), model.config, state, tokenizer_dir, description)
+    write_folder(folder, llama_config(model.config, dtype), model.config, state, tokenizer_dir, description)
 
 
 def write_minimind(
@@ -289,7 +290,7 @@ def write_minimind(
     if vision is not None:
         processor = {"processor_class": "VisionLanguageProcessor", "auto_map": PROCESSOR_AUTO_MAP}
         write_json(folder / PROCESSOR, processor | {"image_size": vision.image_size, "image_ids": [*vision.image_ids]})
-    _write_folder(folder, content, model.config, export_state(model, dtype), tokenizer_dir, description)
+    write_folder(folder, content, model.config, export_state(model, dtype), tokenizer_dir, description)
 
 
 def export_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -303,9 +304,10 @@ def describe(checkpoint: Checkpoint, dtype: str) -> dict:
     return {"config": checkpoint.config.own_fields(), "dtype": dtype, **_without_paths(made)}
 
 
-def _write_folder(
+def write_folder(
     folder: Path, content: dict, config: LMConfig, state: dict[str, Tensor], tokenizer_dir: Path, description: dict
 ) -> None:
+    """Write the files that every exported folder has. content: of `config.json`; state: the weights under their names."""
     write_json(folder / CONFIG, content)
     version = {"transformers_version": transformers.__version__}
     write_json(folder / "generation_config.json", _token_ids(config) | version)
@@ -350,6 +352,8 @@ def read_folder(folder: Path | str) -> Checkpoint:
     content = read_json(folder / CONFIG)
     kind = content.get("model_type")
     description = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else {}
+    if kind == LLAVA:
+        raise UserError(f"{folder} is a MiniMind-V as a LLaVA, which is for other programs: use the .pth it was made from")
     if kind != LMConfig.model_type and kind not in CLASSES:
         raise UserError(f"{folder / CONFIG}: a {kind} is not an export of a MiniMind (minimind, {', '.join(CLASSES)})")
     state = read_weights(folder / WEIGHTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from export.huggingface import stock_architecture
 from export.self_check import Agreement
+from model.LMConfig import LMConfig
 from model.model import Transformer, parameter_counts
 from model.weights_file import Checkpoint
 
@@ -117,7 +118,7 @@ def model_card(
 def _architecture(model: Transformer, export_format: str) -> dict:
     config = model.config
     rows = {
-        "architecture": _STOCK[stock_architecture(config)] if export_format == "llama" else "MiniMind",
+        "architecture": _stock_name(config) if export_format == "llama" else "MiniMind",
         "layers": config.n_layers,
         "width": config.dim,
         "query heads / key-value heads": f"{config.n_heads} / {config.n_kv_heads}",
@@ -128,7 +129,8 @@ def _architecture(model: Transformer, export_format: str) -> dict:
         "embeddings": "input and output tied" if config.tie_word_embeddings else "input and output separate",
     }
     if (vision := config.vision) is not None:
-        rows["images"] = f"{vision.image_size} x {vision.image_size} pixels, {len(vision.image_ids)} tokens each"
+        size = f"{vision.image_size} x {vision.image_size} pixels, " if vision.encoder == "vit" else "through a CLIP, "
+        rows["images"] = f"{size}{len(vision.image_ids)} tokens each"
     if config.qk_norm:
         rows["queries and keys"] = "normalised in every head"
     if config.use_moe:
@@ -138,6 +140,11 @@ def _architecture(model: Transformer, export_format: str) -> dict:
             f"{config.n_shared_experts} times the width"
         )
     return rows
+
+
+def _stock_name(config: LMConfig) -> str:
+    name = _STOCK[stock_architecture(config)]
+    return name if config.vision is None else f"LLaVA of a CLIP and {name}"
 
 
 def _training(description: dict) -> dict:

@@ -26,6 +26,9 @@ class ExportOptions:
         metavar="PATH",
     )
     lora: Path | None = flag(None, "an adapter to merge into the weights first", metavar="FOLDER")
+    vision_encoder: Path | None = flag(
+        None, "folder of the CLIP of a model that sees through one (default: that of its training)", metavar="FOLDER"
+    )
     output: Path | None = flag(
         None,
         "file or folder to write (default: OUT_DIR/<name of the weights>-<format>; for --format pth <folder>.pth)",
@@ -76,6 +79,8 @@ class ExportOptions:
                 errors.append("--format pth needs --weights FOLDER")
         if self.push_to_hub is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", self.push_to_hub):
             errors.append(f"--push_to_hub {self.push_to_hub}: give user/name")
+        if self.vision_encoder is not None and self.format != "llama":
+            errors.append("--vision_encoder is for --format llama: no other one holds an encoder of its own folder")
         if self.private and self.push_to_hub is None:
             errors.append("--private is for --push_to_hub")
         if self.output is None:

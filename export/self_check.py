@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -65,9 +66,15 @@ def sample_image(vision: VisionConfig | None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def model_logits(model: torch.nn.Module, rows: list[list[int]]) -> list[Tensor]:
-    """Return the float32 logits (time, vocab_size) of each row of ids, one row at a time: nothing is padded."""
-    image = sample_image(model.config.vision) if isinstance(model, Transformer) else {}
+def model_logits(
+    model: torch.nn.Module, rows: list[list[int]], image: dict[str, Tensor] | None = None
+) -> list[Tensor]:
+    """Return the float32 logits (time, vocab_size) of each row of ids, one row at a time: nothing is padded.
+
+    image: the image in every row, as an argument of the model; None: `sample_image`.
+    """
+    if image is None:
+        image = sample_image(model.config.vision) if isinstance(model, Transformer) else {}
     return [model(input_ids=torch.tensor([row]), **image).logits[0].float() for row in rows]
 
 
@@ -75,18 +82,26 @@ def folder_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
     """Compute the logits of an exported folder as its users will.
 
     `llama`: in float32 by transformers itself. `minimind`: in the stored precision by the code in the folder, in a process
-    that has no access to this repository. Raises UserError if transformers does not find exactly the weights it expects.
+    that has no access to this repository.
     """
     if is_minimind(folder):
         fields = read_json(folder / CONFIG).get("vision_config")
         return _logits_in_subprocess(folder, rows, sample_image(VisionConfig(**fields) if fields else None))
-    model, found = AutoModelForCausalLM.from_pretrained(
+    return model_logits(load_stock(AutoModelForCausalLM, folder), rows)
+
+
+def load_stock(auto_class: Any, folder: Path) -> torch.nn.Module:
+    """Load an exported folder by an auto class of transformers, in float32 and without code in the folder.
+
+    Raises UserError if transformers does not find exactly the weights it expects.
+    """
+    model, found = auto_class.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     errors = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if errors:
         raise UserError(f"transformers does not find the weights it expects in {folder}: {errors}")
-    return model_logits(model.eval(), rows)
+    return model.eval()
 
 
 _SUBPROCESS_CODE = """

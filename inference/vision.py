@@ -39,10 +39,10 @@ class ImageProcessor:
         model = require_vision(checkpoint.model, checkpoint.path)
         if model.vision.encoder == "vit":
             return cls(model, None)
-        folder = vision_encoder or stored_encoder(checkpoint)
+        folder = vision_encoder or checkpoint.vision_encoder
         if folder is None:
             raise UserError(f"{checkpoint.path} needs the image encoder it was trained with: --vision_encoder FOLDER")
-        return cls(model, PretrainedEncoder(folder, model.tok_embeddings.weight.device))
+        return cls(model, PretrainedEncoder(folder, model.tok_embeddings.weight.device, len(model.vision.image_ids)))
 
     def __call__(self, images: list[Image]) -> Images | None:
         """Return the images of one prompt as the model takes them; None: it has none."""
@@ -58,12 +58,6 @@ class ImageProcessor:
                 )
             return Images(image_features=features)
         return Images(pixel_values=pixel_values(images, self.model.vision.image_size))
-
-
-def stored_encoder(checkpoint: Checkpoint) -> Path | None:
-    """Return the folder of the encoder with which these weights were trained, as their description has it."""
-    folder = checkpoint.info.get("options", {}).get("vision_encoder")
-    return Path(folder) if folder else None
 
 
 def require_vision(model: Transformer, path: Path) -> VisionLanguageModel:

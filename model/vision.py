@@ -264,9 +264,12 @@ MODEL_CLASSES["minimind-v"] = VisionLanguageModel
 
 
 class PretrainedEncoder:
-    """The image half of a CLIP or SigLIP in a local folder, frozen. It is no part of the model that uses its features."""
+    """The image half of a CLIP or SigLIP in a local folder, frozen. It is no part of the model that uses its features.
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+    n_tokens: features of an image that a trained model takes. Some published ones leave out that of CLIP's class token.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu", n_tokens: int | None = None) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
         if not (folder / "config.json").is_file():
@@ -283,6 +286,10 @@ class PretrainedEncoder:
             raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, device
+        sizes = self.model.config
+        self.is_clip = sizes.model_type == "clip_vision_model"
+        # The class token is the first one.
+        self.first = int(self.is_clip and n_tokens == (sizes.image_size // sizes.patch_size) ** 2)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -291,15 +298,16 @@ class PretrainedEncoder:
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(b"no class token" * self.first)
         return digest.hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, images: list[Image]) -> Tensor:
-        """Return the last hidden states (images, tokens, width), float32: CLIP's before its final norm, with class token.
+        """Return the last hidden states (images, tokens, width), float32: CLIP's before its final norm.
 
         Images are resized to a square, so that nothing of them is cut off.
         """
         if size := getattr(self.model.config, "image_size", None):
             images = [image.resize((size, size)) for image in images]
         inputs = self.processor(images=images, return_tensors="pt").to(self.device)
-        return self.model(**inputs).last_hidden_state.float()
+        return self.model(**inputs).last_hidden_state[:, self.first :].float()

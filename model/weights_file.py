@@ -52,6 +52,12 @@ class Checkpoint:
     fingerprint: str
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def vision_encoder(self) -> Path | None:
+        """Return the folder of the CLIP or SigLIP with which these weights were trained, as their description has it."""
+        folder = self.info.get("options", {}).get("vision_encoder")
+        return Path(folder) if folder else None
+
 
 # ---- writing
 

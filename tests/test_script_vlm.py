@@ -19,8 +19,9 @@ from PIL import Image
 from serving_helpers import png
 from test_vision import save_encoder
 from tolerances import assert_logits_close, rounding
-from transformers import pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
+import export_model
 from common.errors import UserError
 from data_pipeline.datasets import ImageRows
 from data_pipeline.image_features import Features, Pixels, cached_features
@@ -445,7 +446,7 @@ def test_an_exported_folder_runs_in_a_pipeline(trained, tokenizer, tmp_path, cap
     assert "image-text-to-text" in (folder / "README.md").read_text(encoding="utf-8")
     with pytest.raises(AssertionError, match="exited with"):
         run("export_model.py", *weights, "--overwrite")
-    assert "only --format minimind holds such a model" in capsys.readouterr().err
+    assert "an image encoder of its own, and only --format minimind holds such a model" in capsys.readouterr().err
     model = open_model(folder)[0].model
     assert changed(load_checkpoint(trained / "sft_vlm_32.pth").model.state_dict(), model.state_dict()) == set()
 
@@ -467,3 +468,86 @@ def test_an_exported_folder_runs_in_a_pipeline(trained, tokenizer, tmp_path, cap
         outputs = generate(model, [ids], SamplingParams(max_new_tokens=8), eos_id=None, images=[images])
         expected = tokenizer.decode([output.token for output in outputs], skip_special_tokens=True)
         assert pipe(**inputs, **settings)[0]["generated_text"] == expected
+
+
+@pytest.fixture(scope="module")
+def sees_through_clip(tokenizer, tmp_path_factory) -> Path:
+    """The weights of a model with a linear projector, and the folder of its CLIP, of random weights."""
+    out = tmp_path_factory.mktemp("clip")
+    save_encoder(out / "clip", "clip")
+    save_encoder(out / "siglip", "siglip")
+    return out
+
+
+def save_model(out: Path, tokenizer, ids: list[int], name: str = "sft_vlm_32.pth", **fields) -> Path:
+    vision = {"width": 16, "image_ids": ids} | fields
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96, initializer_range=0.15)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(LMConfig(**shape, vision_config=vision))
+    info = {"tokenizer_hash": tokenizer_hash(tokenizer), "options": {"vision_encoder": str(out / "clip")}}
+    save_checkpoint(out / name, model, info=info, overwrite=True)
+    return out / name
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "pattern", "dtype"), [(17, False, "float32"), (16, False, "bfloat16"), (17, True, "float32")]
+)
+def test_a_llava_of_transformers_sees_the_same(sees_through_clip, tokenizer, tmp_path, capsys, n_tokens, pattern, dtype):
+    """With the class token and without it; tokens of their own, or the pattern of the first release."""
+    left, right = (encode_text(tokenizer, text)[0] for text in "<>")
+    ids = [left] * 8 + [right] * 9 if pattern else image_ids(tokenizer, n_tokens)
+    weights, folder = save_model(sees_through_clip, tokenizer, ids), tmp_path / "x"
+    run("export_model.py", "--weights", weights, "--output", folder, "--dtype", dtype)
+    assert "(allowed: 0.0001)" in capsys.readouterr().out
+    assert not any(str(sees_through_clip).encode() in path.read_bytes() for path in folder.iterdir())
+    assert "LLaVA of a CLIP and Llama" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not [*folder.glob("*.py")]
+
+    picture = Image.open(io.BytesIO(png(5))).resize((50, 30))
+    picture.save(tmp_path / "0.png")
+    processor = AutoProcessor.from_pretrained(folder)
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert type(theirs).__name__ == "LlavaForConditionalGeneration"
+    part = {"type": "image", "url": str(tmp_path / "0.png")}
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    question = [{"role": "user", "content": with_images("What is it?", 1)}]
+    expected = render_chat(tokenizer, question, add_generation_prompt=True, image_ids=image_ids(tokenizer, n_tokens))[0]
+    assert inputs["input_ids"].tolist() == [expected]
+
+    checkpoint = load_checkpoint(weights)
+    prepare = ImageProcessor.for_checkpoint(checkpoint)
+    ours = render_chat(tokenizer, question, add_generation_prompt=True, image_ids=ids)[0]
+    with torch.no_grad():
+        found = theirs(**inputs).logits
+        expected = checkpoint.model(torch.tensor([ours]), image_features=prepare([picture]).image_features).logits
+    assert expected.std() > 0.3
+    if dtype == "float32":
+        assert_logits_close(found, expected, checkpoint.config)
+
+    with pytest.raises(UserError, match="a MiniMind-V as a LLaVA, .*: use the .pth it was made from"):
+        open_model(folder)
+
+
+def test_models_that_no_llava_holds(sees_through_clip, trained, tokenizer, tmp_path, monkeypatch):
+    ids, folder = image_ids(tokenizer, 17), ["--output", tmp_path / "x"]
+
+    def refused(weights: Path, error: str, *flags) -> None:
+        monkeypatch.setattr(sys, "argv", ["export_model.py", "--weights", str(weights), *map(str, [*folder, *flags])])
+        with pytest.raises(UserError, match=error):
+            export_model.main()
+        assert not [*tmp_path.glob("x*")]
+
+    refused(save_model(sees_through_clip, tokenizer, ids, projector="mlp"), "no architecture of transformers has such a one")
+    linear = save_model(sees_through_clip, tokenizer, ids)
+    refused(linear, "siglip is no CLIP", "--vision_encoder", sees_through_clip / "siglip")
+    refused(linear, "no config.json", "--vision_encoder", tmp_path)
+    refused(linear, "only --format llama holds both", "--format", "minimind")
+    refused(linear, "--format gguf cannot hold that", "--format", "gguf")
+    refused(trained / "sft_vlm_32.pth", "leave --vision_encoder .*clip out", "--vision_encoder", sees_through_clip / "clip")
+    few = save_model(sees_through_clip, tokenizer, ids[:9])
+    refused(few, "makes 17 features of width 16; .* was trained with 9")
+    monkeypatch.setattr("export.llava.IMAGE_TOKEN", "<picture>")
+    refused(linear, "the tokenizer has no <picture>")

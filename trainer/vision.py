@@ -16,7 +16,6 @@ from data_pipeline.datasets import ImageRows, PackedRows
 from data_pipeline.image_features import Encoder, Features, Pixels, cached_features, pixel_values
 from data_pipeline.tokenize import TokenizedDataset
 from data_pipeline.tokenize_chats import show_sample, tokenize_image_data
-from inference.vision import stored_encoder
 from model.architecture import VisionConfig
 from model.device import resolve_device
 from model.LMConfig import LMConfig
@@ -42,10 +41,10 @@ def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
     return left * (n // 2) + right * (n - n // 2)
 
 
-def load_encoder(options: VisionOptions, folder: Path) -> PretrainedEncoder:
-    """Open a CLIP or SigLIP. Its folder is written beside the weights, for the next stage."""
+def load_encoder(options: VisionOptions, folder: Path, n_tokens: int | None = None) -> PretrainedEncoder:
+    """Open a CLIP or SigLIP, as `PretrainedEncoder` does. Its folder is written beside the weights, for the next stage."""
     options.vision_encoder = folder.resolve()
-    return PretrainedEncoder(options.vision_encoder, resolve_device(options.device))
+    return PretrainedEncoder(options.vision_encoder, resolve_device(options.device), n_tokens)
 
 
 def new_vision_config(
@@ -98,12 +97,12 @@ def open_encoder(
                 f"this model has an encoder of its own: leave --vision_encoder {options.vision_encoder} out"
             )
         return None
-    folder = options.vision_encoder or (stored_encoder(origin) if origin is not None else None)
+    folder = options.vision_encoder or (origin.vision_encoder if origin is not None else None)
     if folder is None:
         raise UserError(
             "these weights need the image encoder they were trained with: name its folder with --vision_encoder"
         )
-    return load_encoder(options, folder)
+    return load_encoder(options, folder, len(model.vision.image_ids))
 
 
 def image_rows(
