@@ -353,7 +353,9 @@ def read_folder(folder: Path | str) -> Checkpoint:
     kind = content.get("model_type")
     description = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else {}
     if kind == LLAVA:
-        raise UserError(f"{folder} is a MiniMind-V as a LLaVA, which is for other programs: use the .pth it was made from")
+        raise UserError(
+            f"{folder} is a MiniMind-V as a LLaVA, which is for other programs: use the .pth it was made from"
+        )
     if kind != LMConfig.model_type and kind not in CLASSES:
         raise UserError(f"{folder / CONFIG}: a {kind} is not an export of a MiniMind (minimind, {', '.join(CLASSES)})")
     state = read_weights(folder / WEIGHTS)

@@ -24,7 +24,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 
 from common.errors import UserError
 from common.files import write_json
-from export.huggingface import CONFIG, LLAVA, PROCESSOR, export_state, llama_config, read_json, to_llama_state, write_folder
+from export.huggingface import (
+    CONFIG,
+    LLAVA,
+    PROCESSOR,
+    export_state,
+    llama_config,
+    read_json,
+    to_llama_state,
+    write_folder,
+)
 from export.self_check import MAX_KL, Agreement, load_stock, measure, model_logits
 from model.model import Transformer
 from model.tokenizer import IMAGE_TOKEN, load_tokenizer
@@ -74,7 +83,9 @@ def open_clip(source: Checkpoint, tokenizer: PreTrainedTokenizerFast, folder: Pa
         raise UserError(f"{path} needs the image encoder it was trained with: --vision_encoder FOLDER")
     encoder = PretrainedEncoder(folder, n_tokens=len(vision.image_ids))
     if not encoder.is_clip:
-        raise UserError(f"{folder} is no CLIP; what a LLaVA takes from a SigLIP is not what this model was trained with")
+        raise UserError(
+            f"{folder} is no CLIP; what a LLaVA takes from a SigLIP is not what this model was trained with"
+        )
     n_tokens, width = encoder([sample_picture(16)]).shape[1:]
     if (n_tokens, width) != (len(vision.image_ids), vision.width):
         raise UserError(
@@ -85,7 +96,12 @@ def open_clip(source: Checkpoint, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def write_llava(
-    folder: Path, model: Transformer, encoder: PretrainedEncoder, tokenizer_dir: Path, dtype: torch.dtype, description: dict
+    folder: Path,
+    model: Transformer,
+    encoder: PretrainedEncoder,
+    tokenizer_dir: Path,
+    dtype: torch.dtype,
+    description: dict,
 ) -> None:
     """Write the files that transformers and vLLM read, under the names of the published LLaVAs."""
     assert isinstance(model, VisionLanguageModel)
@@ -141,7 +157,10 @@ def compare_llava(
     Pictures go through the image processor in the folder. tolerance: None: 1e-4.
     """
     assert isinstance(model, VisionLanguageModel)
-    dtype, picture = getattr(torch, read_json(folder / CONFIG)["dtype"]), sample_picture(encoder.model.config.image_size)
+    dtype, picture = (
+        getattr(torch, read_json(folder / CONFIG)["dtype"]),
+        sample_picture(encoder.model.config.image_size),
+    )
     stored = copy.deepcopy(encoder)
     stored.model.to(dtype).float()
 

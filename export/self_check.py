@@ -66,9 +66,7 @@ def sample_image(vision: VisionConfig | None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def model_logits(
-    model: torch.nn.Module, rows: list[list[int]], image: dict[str, Tensor] | None = None
-) -> list[Tensor]:
+def model_logits(model: torch.nn.Module, rows: list[list[int]], image: dict[str, Tensor] | None = None) -> list[Tensor]:
     """Return the float32 logits (time, vocab_size) of each row of ids, one row at a time: nothing is padded.
 
     image: the image in every row, as an argument of the model; None: `sample_image`.

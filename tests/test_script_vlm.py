@@ -492,7 +492,9 @@ def save_model(out: Path, tokenizer, ids: list[int], name: str = "sft_vlm_32.pth
 @pytest.mark.parametrize(
     ("n_tokens", "pattern", "dtype"), [(17, False, "float32"), (16, False, "bfloat16"), (17, True, "float32")]
 )
-def test_a_llava_of_transformers_sees_the_same(sees_through_clip, tokenizer, tmp_path, capsys, n_tokens, pattern, dtype):
+def test_a_llava_of_transformers_sees_the_same(
+    sees_through_clip, tokenizer, tmp_path, capsys, n_tokens, pattern, dtype
+):
     """With the class token and without it; tokens of their own, or the pattern of the first release."""
     left, right = (encode_text(tokenizer, text)[0] for text in "<>")
     ids = [left] * 8 + [right] * 9 if pattern else image_ids(tokenizer, n_tokens)
@@ -540,13 +542,17 @@ def test_models_that_no_llava_holds(sees_through_clip, trained, tokenizer, tmp_p
             export_model.main()
         assert not [*tmp_path.glob("x*")]
 
-    refused(save_model(sees_through_clip, tokenizer, ids, projector="mlp"), "no architecture of transformers has such a one")
+    refused(
+        save_model(sees_through_clip, tokenizer, ids, projector="mlp"), "no architecture of transformers has such a one"
+    )
     linear = save_model(sees_through_clip, tokenizer, ids)
     refused(linear, "siglip is no CLIP", "--vision_encoder", sees_through_clip / "siglip")
     refused(linear, "no config.json", "--vision_encoder", tmp_path)
     refused(linear, "only --format llama holds both", "--format", "minimind")
     refused(linear, "--format gguf cannot hold that", "--format", "gguf")
-    refused(trained / "sft_vlm_32.pth", "leave --vision_encoder .*clip out", "--vision_encoder", sees_through_clip / "clip")
+    refused(
+        trained / "sft_vlm_32.pth", "leave --vision_encoder .*clip out", "--vision_encoder", sees_through_clip / "clip"
+    )
     few = save_model(sees_through_clip, tokenizer, ids[:9])
     refused(few, "makes 17 features of width 16; .* was trained with 9")
     monkeypatch.setattr("export.llava.IMAGE_TOKEN", "<picture>")
