@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--names", type=int, default=1100, help="pictures to name (default: 1100, nearly all)")
     parser.add_argument("--held_out", type=int, default=500, help="drawings held out (default: 500)")
     parser.add_argument("--copies", type=int, default=8, help="copies of a drawing in training (default: 8)")
-    parser.add_argument("--steps", type=int, nargs=2, default=[400, 400], help="of the two stages (default: 400 400)")
+    parser.add_argument("--steps", type=int, nargs=2, default=[200, 300], help="of the two stages (default: 200 300)")
     parser.add_argument("--pretrain", default=STAGE_8, help="flags of 8-pretrain_vlm.py")
     parser.add_argument("--sft", default=STAGE_9, help="flags of 9-sft_vlm.py")
     parser.add_argument("--throughput", action="store_true", help="measure training on cached features instead")
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2, help="of --throughput: rows in a step")
     parser.add_argument("--seconds", type=float, default=15, help="of --throughput: for each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of --throughput")
+    parser.add_argument("--cpu_time", action="store_true", help="of --throughput: count CPU time")
     args = parser.parse_args()
     if args.init_from is None and not args.throughput:
         raise UserError("name a model that answers with --init_from; quickstart.sh makes one")
