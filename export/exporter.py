@@ -46,7 +46,9 @@ def export_folder(
     if vision is not None and options.format == "llama":
         clip = open_clip(source, tokenizer, options.vision_encoder)
     elif vision is not None and options.format != "minimind":
-        raise UserError(f"{source.path} sees images, and --format {options.format} cannot hold that")
+        raise UserError(
+            f"{source.path} sees images, and --format {options.format} cannot hold that: use llama or minimind"
+        )
     elif vision is not None and vision.encoder != "vit":
         raise UserError(f"{source.path} has its image encoder in another folder: only --format llama holds both")
     ceval = read_ceval(options.ceval)

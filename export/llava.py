@@ -1,4 +1,4 @@
-"""Put a MiniMind-V and the CLIP it sees through into one folder: a LLaVA, which transformers and vLLM know.
+"""Put a MiniMind-V and the CLIP it sees through into one folder: a LLaVA, which transformers knows.
 
 The parts of a LLaVA compute what ours do where the projector is linear:
 
@@ -8,7 +8,7 @@ language model     that of `export.huggingface`
 token of an image  one, repeated. Where ours is a pattern of others, it is <image>: embeddings of these tokens are not used
 
 A LLaVA has no LayerNorm in front of the projector, and takes SigLIP's hidden state before the final norm, where we take the
-one after it: these models have no architecture in transformers that computes the same.
+one after it: such models are not exported.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def open_clip(source: Checkpoint, tokenizer: PreTrainedTokenizerFast, folder: Pa
         raise UserError(f"{path} has an image encoder of its own, and only --format minimind holds such a model{other}")
     if vision.projector != "linear":
         raise UserError(
-            f"{path}: its projector begins with a LayerNorm, and no architecture of transformers has such a one behind a "
-            "CLIP; 8-pretrain_vlm.py --projector linear trains a model that can be exported"
+            f"{path}: its projector begins with a LayerNorm, which a LLaVA does not have; a model of 8-pretrain_vlm.py "
+            "--projector linear can be exported"
         )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise UserError(f"{path}: a LLaVA needs a token for images, and the tokenizer has no {IMAGE_TOKEN}")
@@ -103,7 +103,7 @@ def write_llava(
     dtype: torch.dtype,
     description: dict,
 ) -> None:
-    """Write the files that transformers and vLLM read, under the names of the published LLaVAs."""
+    """Write the files that transformers reads, under the names of the published LLaVAs."""
     assert isinstance(model, VisionLanguageModel)
     config, vision, tokenizer = model.config, model.vision, load_tokenizer(tokenizer_dir)
     clip = encoder.model.config
