@@ -2,6 +2,7 @@
 
     pip install -r requirements-bench.txt                                     # has the pictures, and what draws them
     python bench/vlm.py --init_from out/quickstart/full_sft_192.pth
+    python bench/vlm.py --init_from out/quickstart/full_sft_192.pth --names 1100 --held_out 500 --steps 2000 4000
     python bench/vlm.py --init_from out/full_sft_512.pth --encoders ours clip-vit-base-patch32
     python bench/vlm.py --throughput                                          # training on cached features beside text
 
@@ -228,10 +229,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="its tokenizer")
     parser.add_argument("--encoders", nargs="+", default=["ours"], help="see above (default: ours)")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "bench_vlm")
-    parser.add_argument("--names", type=int, default=1100, help="pictures to name (default: 1100, nearly all)")
-    parser.add_argument("--held_out", type=int, default=500, help="drawings held out (default: 500)")
+    parser.add_argument("--names", type=int, default=200, help="pictures to name, up to some 1,100 (default: 200)")
+    parser.add_argument("--held_out", type=int, default=100, help="drawings held out (default: 100)")
     parser.add_argument("--copies", type=int, default=8, help="copies of a drawing in training (default: 8)")
-    parser.add_argument("--steps", type=int, nargs=2, default=[200, 300], help="of the two stages (default: 200 300)")
+    parser.add_argument("--steps", type=int, nargs=2, default=[150, 250], help="of the two stages (default: 150 250)")
     parser.add_argument("--pretrain", default=STAGE_8, help="flags of 8-pretrain_vlm.py")
     parser.add_argument("--sft", default=STAGE_9, help="flags of 9-sft_vlm.py")
     parser.add_argument("--throughput", action="store_true", help="measure training on cached features instead")
