@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from common.errors import UserError, stoppable
-from common.files import atomic_folder, exclusive, explain_write_errors
+from common.files import ROOT, atomic_folder, exclusive, explain_write_errors
+from common.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,7 +44,7 @@ class DataSet:
         files: name in the repository -> name in the output folder; that of an archive is the folder for its content.
         revision: a commit where later ones lack the files, else a branch.
         megabytes: about, for the list; the exact sizes come from the hub.
-        then: what to do with the files.
+        then: the command that reads the files in dataset/.
     """
 
     repo: str
@@ -58,7 +59,7 @@ class DataSet:
         return f"https://huggingface.co/datasets/{self.repo}/tree/{self.revision}"
 
 
-V1 = "8c92dcd0a57ce7bf6a7ce8fdb055139c4d9c35a1"  # the last version but one with the data of MiniMind-v1
+V1 = "8c92dcd0a57ce7bf6a7ce8fdb055139c4d9c35a1"  # the data of MiniMind-v1; later versions have other files
 V3 = "312afb4f76391145c6902f765bb51691c09a12f5"
 V3_VISION = "1e279a8b665cb10383451a6af6fd62b9f35bdd79"
 TEXT_LICENCE = "Apache-2.0 and CC BY-NC 2.0"
@@ -142,8 +143,9 @@ def download(names: Sequence[str], out_dir: Path) -> None:
                 _fetch(api, file, staging, kept)
                 print(f"wrote {file.target}", flush=True)
         shutil.rmtree(staging, ignore_errors=True)
-    for then in dict.fromkeys(DATA_SETS[name].then for name in names):
-        print(f"next: {then}")
+    if out_dir.resolve() == ROOT / "dataset":
+        for then in dict.fromkeys(DATA_SETS[name].then for name in names):
+            print(f"next: {then}")
 
 
 def _wanted(api: HfApi, data: DataSet, out_dir: Path) -> list[Wanted]:
@@ -234,21 +236,23 @@ def _fetch(api: HfApi, file: Wanted, staging: Path, kept: str) -> None:
     url = hf_hub_url(data.repo, info.path, repo_type="dataset", revision=data.revision, endpoint=api.endpoint)
     staging.mkdir(exist_ok=True)
     part = staging / f"{info.lfs.sha256 if info.lfs is not None else info.blob_id}.part"
+    part.touch()
     failures = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            with part.open("ab") as target:
-                load = partial(http_get, url, target, resume_size=before, headers=build_hf_headers())
-                _ask(partial(load, expected_size=info.size, displayed_filename=info.path), data)
-                target.flush()
-                os.fsync(target.fileno())
-            break
-        except _Unreachable as error:
-            failures = 1 if part.stat().st_size > before else failures + 1
-            if failures == ATTEMPTS:
-                raise UserError(f"{error}; {kept}") from None
-            time.sleep(PAUSE_SECONDS)
+    with Progress(info.path, info.size - part.stat().st_size) as progress:
+        while True:
+            before = part.stat().st_size
+            try:
+                with part.open("ab") as target:
+                    load = partial(http_get, url, target, resume_size=before, headers=build_hf_headers())
+                    _ask(partial(load, expected_size=info.size, _tqdm_bar=cast(Any, progress)), data)
+                    target.flush()
+                    os.fsync(target.fileno())
+                break
+            except _Unreachable as error:
+                failures = 1 if part.stat().st_size > before else failures + 1
+                if failures == ATTEMPTS:
+                    raise UserError(f"{error}; {kept}") from None
+                time.sleep(PAUSE_SECONDS)
     if not _is_intact(part, info):
         part.unlink()
         raise UserError(f"{info.path} arrived damaged: its hash is not that of {data.page}. Run the same command again")
