@@ -46,6 +46,7 @@ DUMPS = {
 DUMP_STAGES = (*STAGES, "all")
 ONLY_FOR = {
     "data_dir": DUMP_STAGES, "max_chars": DUMP_STAGES, "min_chinese_ratio": DUMP_STAGES, "dedupe": DUMP_STAGES,
+    "near_dedupe": DUMP_STAGES, "contamination": DUMP_STAGES,
     "min_chars": ("pretrain", "all"), "min_q_chars": ("sft", "all"), "min_a_chars": ("sft", "all"),
     "history": ("sft", "all"),
     "num_workers": (*DUMP_STAGES, "vlm"), "image_dir": ("vlm",), "output": ("vlm", "distill"),
@@ -80,6 +81,9 @@ class Options(CleaningOptions):
     num_workers: int = flag(os.cpu_count() or 1, "processes (default: one per CPU; 0: only this one)", min=0)
     max_chars: int | None = flag(
         None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)", min=0
+    )
+    contamination: Path | None = flag(
+        None, "folder of C-Eval: drop and list texts that contain a question of its part val", metavar="FOLDER"
     )
 
     output: Path | None = flag(
@@ -159,6 +163,11 @@ def main() -> None:
         return
     done = 0
     incomplete: list[str] = []
+    questions: tuple[str, ...] = ()
+    if options.contamination is not None:
+        from evaluation.ceval import read_questions
+
+        questions = tuple(q.question for q in read_questions(options.contamination, "val", answers=True))
     names = list(STAGES) if options.stage == "all" else [options.stage]
     for name in names:
         inputs = options.input or find_inputs(name, options.data_dir)
@@ -167,6 +176,7 @@ def main() -> None:
             continue
         # Workers get these options: not the script's own class, for which each would run the script's file.
         limits = {field.name: getattr(options, field.name) for field in dataclasses.fields(CleaningOptions)}
+        limits["questions"] = questions
         limits["max_chars"] = MAX_CHARS[name] if options.max_chars is None else options.max_chars
         summary = clean(STAGES[name], inputs, options.out_dir, CleaningOptions(**limits), options.num_workers)
         print(summary_table(name, summary), flush=True)
