@@ -133,7 +133,7 @@ def download(names: Sequence[str], out_dir: Path) -> None:
     kept = f"what was downloaded is kept in {staging}, and the same command continues"
     busy = f"another process is downloading into {out_dir}: wait for it, or choose another --out_dir"
     with explain_write_errors(out_dir, "another --out_dir", f"; {kept}"), exclusive(out_dir, "download", busy):
-        wanted = [file for name in names for file in _wanted(api, DATA_SETS[name], out_dir)]
+        wanted = [file for name in dict.fromkeys(names) for file in _wanted(api, DATA_SETS[name], out_dir)]
         missing = [file for file in wanted if not _is_there(file)]
         if missing:
             print(_summary(missing), flush=True)
@@ -171,7 +171,8 @@ def _ask(request: Callable[[], Answer], data: DataSet) -> Answer:
         return request()
     except HfHubHTTPError as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{data.repo}: the hub answers: {first} Its page is {data.page}") from None
+        kind = _Unreachable if error.response.status_code >= 500 else UserError
+        raise kind(f"{data.repo}: the hub answers: {first} Its page is {data.page}") from None
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk
             raise

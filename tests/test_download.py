@@ -50,6 +50,7 @@ class Hub(ThreadingHTTPServer):
         self.files |= {f"{DPO.repo}/{name}": json.dumps([{"prompt": name}]).encode() for name in DPO.files}
         self.small = {f"{DPO.repo}/{name}" for name in DPO.files}  # in Git itself, without a SHA-256
         self.cut: list[int] = []
+        self.busy = 0  # how many requests for content are answered with an error of the server
         self.ranges: list[str | None] = []  # of each request for content
         self.wrong: set[str] = set()  # their content is not the one that was described
 
@@ -87,6 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             place = f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{rest.partition('/')[2]}"
             self.answer(302, b"", {"Location": place})
             return
+        if self.server.busy:
+            self.server.busy -= 1
+            self.answer(502, b"", {})
+            return
         name = unquote(self.path.removeprefix("/cdn/"))
         content = self.server.files[name]
         if name in self.server.wrong:
@@ -102,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.path.startswith("/cdn/") and self.server.cut:
+        if status < 300 and self.path.startswith("/cdn/") and self.server.cut:
             body = body[: self.server.cut.pop(0)]
             self.close_connection = True
         self.wfile.write(body)
@@ -142,8 +147,8 @@ def test_the_list_needs_no_network(run_here):
 
 
 def test_files_arrive_though_connections_are_lost(load, hub, tmp_path):
-    hub.cut = [100_000, 50_000, 70_000]
-    result = load("sft", "dpo", "ceval")
+    hub.cut, hub.busy = [100_000, 50_000, 70_000], 2
+    result = load("sft", "dpo", "ceval", "sft")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "data"
     assert (out / "sft_data_single.csv").read_bytes() == ROWS and (out / "sft_data_multi.csv").read_bytes() == ROWS[
