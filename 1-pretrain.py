@@ -23,7 +23,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from trainer.options import OPTIMIZERS, TrainOptions
+from trainer.options import OPTIMIZERS, TrainOptions, mix_flag
 
 
 @dataclass
@@ -34,6 +34,7 @@ class PretrainOptions(TrainOptions):
         [ROOT / "dataset" / "pretrain_data.csv"],
         "texts: CSV, JSONL, JSON, Parquet or TXT, also .gz and .zst (default: dataset/pretrain_data.csv)", nargs="+",
     )  # fmt: skip
+    mix: list[float] = mix_flag()
     text_field: str = flag("text", "column or key with the text")
     optimizer: str = flag(
         "auto", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "

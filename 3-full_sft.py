@@ -21,7 +21,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from trainer.options import ChatOptions
+from trainer.options import ChatOptions, mix_flag
 
 
 @dataclass
@@ -33,6 +33,7 @@ class SftOptions(ChatOptions):
         "dialogues: CSV (history,q,a) or JSONL (messages or conversations) (default: dataset/sft_data_single.csv)",
         nargs="+",
     )  # fmt: skip
+    mix: list[float] = mix_flag()
     learning_rate: float = flag(5e-4, "peak learning rate")
     batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
-from trainer.options import ChatOptions
+from trainer.options import ChatOptions, mix_flag
 
 
 @dataclass
@@ -33,6 +33,7 @@ class LoraOptions(ChatOptions):
         [ROOT / "dataset" / "sample" / "lora_identity.jsonl"],
         "dialogues: CSV or JSONL, as for 3-full_sft.py (default: dataset/sample/lora_identity.jsonl)", nargs="+",
     )  # fmt: skip
+    mix: list[float] = mix_flag()
     lora_name: str = flag("identity", "name of the adapter")
     rank: int = flag(8, "width of the adapter's matrices", min=1)
     alpha: float = flag(

@@ -6,6 +6,8 @@
     python data_process.py all --data_dir dataset/sample --out_dir out/data
     python data_process.py vlm --input chat.json --image_dir images --output vlm_pretrain.parquet
     python data_process.py distill --input prompts.jsonl --endpoint http://127.0.0.1:8000/v1 --model NAME
+    python data_process.py download                 # list the published data sets
+    python data_process.py download sft ceval       # load two of them into dataset/
 
 stage     reads (by default, in --data_dir; .gz and .zst too)    writes (in --out_dir)
 pretrain  mobvoi_seq_monkey_general_open_corpus.jsonl            pretrain_data.csv                  text
@@ -32,6 +34,7 @@ from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
 from common.files import ROOT
 from data_pipeline.cleaning import STAGES, CleaningOptions, Summary, clean, summary_table
+from data_pipeline.download import DATA_SETS, download, list_data_sets
 from data_pipeline.image_data import convert_images
 
 DUMPS = {
@@ -43,6 +46,7 @@ DUMPS = {
 DUMP_STAGES = (*STAGES, "all")
 ONLY_FOR = {
     "data_dir": DUMP_STAGES, "max_chars": DUMP_STAGES, "min_chinese_ratio": DUMP_STAGES, "dedupe": DUMP_STAGES,
+    "near_dedupe": DUMP_STAGES, "contamination": DUMP_STAGES,
     "min_chars": ("pretrain", "all"), "min_q_chars": ("sft", "all"), "min_a_chars": ("sft", "all"),
     "history": ("sft", "all"),
     "num_workers": (*DUMP_STAGES, "vlm"), "image_dir": ("vlm",), "output": ("vlm", "distill"),
@@ -64,9 +68,12 @@ MAX_CHARS = {"pretrain": 512, "sft": 512, "dpo": 0}
 class Options(CleaningOptions):
     stage: str = flag(
         None,
-        "what to make; all: every stage whose dump exists, without vlm and distill",
+        "what to make; all: every stage whose dump exists, without vlm and distill; download: load published files",
         positional=True,
-        choices=[*STAGES, "vlm", "distill", "all"],
+        choices=[*STAGES, "vlm", "distill", "all", "download"],
+    )
+    names: list[str] = flag(
+        [], "download: the data sets (default: list them)", positional=True, nargs="*", metavar="NAME"
     )
     input: list[Path] = flag([], "raw files to read instead of the default ones", nargs="+", metavar="PATH")
     data_dir: Path = flag(ROOT / "dataset", "folder of the raw dumps (default: dataset)")
@@ -74,6 +81,9 @@ class Options(CleaningOptions):
     num_workers: int = flag(os.cpu_count() or 1, "processes (default: one per CPU; 0: only this one)", min=0)
     max_chars: int | None = flag(
         None, "longest text, question or answer in characters; 0: any (default: 512; dpo: 0)", min=0
+    )
+    contamination: Path | None = flag(
+        None, "folder of C-Eval: drop and list texts that contain a question of its part val", metavar="FOLDER"
     )
 
     output: Path | None = flag(
@@ -103,7 +113,13 @@ class Options(CleaningOptions):
             for name, stages in ONLY_FOR.items()
             if self.stage not in stages and getattr(self, name) != getattr(Options, name)
         ]
-        if self.stage in OUTPUTS:
+        if self.stage == "download":
+            unknown = [name for name in self.names if name not in DATA_SETS]
+            errors += [f"no data set {', '.join(unknown)}; there are {', '.join(DATA_SETS)}"] if unknown else []
+            errors += ["--input is not for download: leave it out"] if self.input else []
+        elif self.names:
+            errors += [f"{' '.join(self.names)}: only download takes names; name files with --input"]
+        elif self.stage in OUTPUTS:
             errors += [] if self.input else [f"{self.stage} needs --input"]
             suffix = Path(OUTPUTS[self.stage]).suffix
             if self.output is not None and (self.output.suffix != suffix or self.output.name != str(self.output)):
@@ -130,6 +146,12 @@ def find_inputs(stage: str, data_dir: Path) -> list[Path]:
 def main() -> None:
     options = parse_options(Options, __doc__)
     exit_on_sigterm()
+    if options.stage == "download":
+        if options.names:
+            download(options.names, options.out_dir)
+        else:
+            print(list_data_sets())
+        return
     if options.stage in OUTPUTS:
         output = options.out_dir / (options.output or OUTPUTS[options.stage])
         if options.stage == "vlm":
@@ -141,6 +163,11 @@ def main() -> None:
         return
     done = 0
     incomplete: list[str] = []
+    questions: tuple[str, ...] = ()
+    if options.contamination is not None:
+        from evaluation.ceval import read_questions
+
+        questions = tuple(q.question for q in read_questions(options.contamination, "val", answers=True))
     names = list(STAGES) if options.stage == "all" else [options.stage]
     for name in names:
         inputs = options.input or find_inputs(name, options.data_dir)
@@ -149,6 +176,7 @@ def main() -> None:
             continue
         # Workers get these options: not the script's own class, for which each would run the script's file.
         limits = {field.name: getattr(options, field.name) for field in dataclasses.fields(CleaningOptions)}
+        limits["questions"] = questions
         limits["max_chars"] = MAX_CHARS[name] if options.max_chars is None else options.max_chars
         summary = clean(STAGES[name], inputs, options.out_dir, CleaningOptions(**limits), options.num_workers)
         print(summary_table(name, summary), flush=True)
@@ -157,7 +185,8 @@ def main() -> None:
     if not done:
         dumps = ", ".join(f"{DUMPS[name]} (ModelScope: {PUBLISHED_IN[name]})" for name in names)
         raise UserError(
-            f"no raw data in {options.data_dir}. Download into it {dumps}; or name files of your own with --input; or try "
+            f"no raw data in {options.data_dir}. Download into it {dumps}; or take data that is ready for training: "
+            "python data_process.py download; or name files of your own with --input; or try "
             f"the sample data: --data_dir {ROOT / 'dataset' / 'sample'}"
         )
     check_complete(incomplete)

@@ -12,13 +12,14 @@ from tqdm import tqdm
 class Progress:
     """Show what is done, rate and remaining time: a bar on a terminal, a line every ten seconds in a log.
 
-    By default bytes that are read: set `kept` to the number of rows that were kept so far; the lines show it.
+    By default bytes that are read: where `kept` is set to the number of rows that were kept so far, the lines show it.
     """
 
     EVERY = 10.0  # seconds between two lines in a log
 
     def __init__(self, name: str, total: int, unit: str = "B") -> None:
-        self.name, self.total, self.unit, self.done, self.kept = name, total, unit, 0, 0
+        self.name, self.total, self.unit, self.done = name, total, unit, 0
+        self.kept: int | None = None
         self.bar = tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=None)
         self.started = self.last_line = time.monotonic()
 
@@ -40,6 +41,6 @@ class Progress:
             total, per_second, kept = f"{self.total:,} {self.unit}", f"{rate:,.1f} {self.unit}/s", ""
             if self.unit == "B":
                 total, per_second = f"{self.total / 1e6:,.0f} MB", f"{rate / 1e6:.1f} MB/s"
-                kept = f", rows kept: {self.kept:,}"
+                kept = f", rows kept: {self.kept:,}" if self.kept is not None else ""
             line = f"{self.name}: {self.done / self.total:.0%} of {total}, {per_second}, {left} left{kept}"
             print(line, file=sys.stderr, flush=True)

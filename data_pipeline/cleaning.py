@@ -29,6 +29,7 @@ from common.errors import UserError, stoppable
 from common.files import atomic_write, delete_leftovers, exclusive, explain_write_errors
 from common.progress import Progress
 from data_pipeline.dedupe import KeySet, content_key
+from data_pipeline.near_duplicates import band_keys, contained_question
 from data_pipeline.readers import Block, iter_blocks, map_blocks, parse_block
 from data_pipeline.records import (
     CHAT_COLUMNS,
@@ -69,6 +70,8 @@ class CleaningOptions:
         choices=["keep", "drop", "only"],
     )
     dedupe: bool = flag(True, "drop exact duplicates (default: yes)")
+    near_dedupe: bool = flag(False, "also drop documents that are almost the same as an earlier one, by MinHash")
+    questions: tuple[str, ...] = ()  # of an exam; rows that contain one are dropped and listed
 
 
 class Filtered(Exception):
@@ -208,9 +211,9 @@ def _csv_field(text: str) -> str:
 
 @dataclass
 class CleanBlock:
-    """The result of one block: rows to write as (line, key, outputs), rows to count, rows to report."""
+    """The result of one block: rows to write as (line, key, band keys, outputs), rows to count, rows to report."""
 
-    rows: list[tuple[bytes, bytes, tuple[int, ...]]] = field(default_factory=list)
+    rows: list[tuple[bytes, bytes, list[bytes], tuple[int, ...]]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, BadLine]] = field(default_factory=list)  # (line of the summary, the row and its reason)
 
@@ -242,7 +245,11 @@ def clean_block(block: Block, stage: str, options: CleaningOptions) -> CleanBloc
         except UserError as reason:
             result.bad.append(("wrong fields or roles", BadLine(row.line, str(reason))))
         else:
-            result.rows.append((output.line.encode("utf-8"), content_key(output.line), output.outputs))
+            if options.questions and (question := contained_question(output.line, options.questions)) is not None:
+                result.bad.append(("contains a question of the exam", BadLine(row.line, f"contains: {question:.200}")))
+                continue
+            near = band_keys(output.line) if options.near_dedupe else []
+            result.rows.append((output.line.encode("utf-8"), content_key(output.line), near, output.outputs))
     return result
 
 
@@ -270,6 +277,7 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
         stack.enter_context(rejects_file(rejects, summary))
         files = [stack.enter_context(_output_file(path, stage, summary)) for path in outputs]
         seen = stack.enter_context(KeySet(out_dir)) if options.dedupe else None
+        seen_bands = stack.enter_context(KeySet(out_dir)) if options.near_dedupe else None
         progress = stack.enter_context(Progress(stage.name, size))
         blocks = ((path, block) for path in inputs for block in iter_blocks(path, on_bytes=progress.update))
         workers = min(num_workers, 1 + size // BYTES_PER_WORKER)
@@ -278,9 +286,12 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
             for kind, bad in result.bad:
                 summary.dropped[kind] += 1
                 summary.bad.add(path, bad)
-            for line, key, targets in result.rows:
+            for line, key, near, targets in result.rows:
                 if seen is not None and not seen.add(key):
                     summary.dropped["duplicate"] += 1
+                    continue
+                if seen_bands is not None and sum(map(seen_bands.add, near)) < len(near):
+                    summary.dropped["near duplicate"] += 1
                     continue
                 summary.kept += 1
                 for target in targets:

@@ -6,6 +6,8 @@ Padding every document to the row length instead would leave three quarters of t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +75,33 @@ def pack(documents: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) ->
     bounds = np.zeros(n_rows + 1, np.int64)
     np.cumsum(np.bincount(row_of, minlength=n_rows), out=bounds[1:])
     return Packing(seq_len, document[by_row], start[by_row], length[by_row], bounds)
+
+
+def mix(
+    documents: np.ndarray, lengths: np.ndarray, ends: np.ndarray, shares: Sequence[float], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return documents in which the tokens of each file have the given share, and the passes over each file.
+
+    The first file is taken whole and once, so that an epoch is one pass over it. Each other file is taken as often as its
+    share needs: whole, perhaps several times, and then a random part of its documents. The same for the same seed.
+
+    Args:
+        documents: (n,) indices to choose from.
+        lengths: tokens of each document.
+        ends: (files,) the first index that is not of this file.
+        shares: (files,) above 0; their sum does not matter.
+    """
+    source = np.searchsorted(ends, documents, side="right")
+    n_tokens = np.bincount(source, lengths[documents], minlength=len(ends))
+    if not n_tokens.all():
+        raise ValueError(f"file {int(np.argmin(n_tokens)) + 1} has no documents to train on")
+    passes = np.asarray(shares) / shares[0] * n_tokens[0] / n_tokens
+    chosen = []
+    for i, times in enumerate(passes):
+        own = documents[source == i]
+        n_rest = math.ceil(len(own) * (times % 1))
+        chosen += [np.tile(own, int(times)), np.random.default_rng([seed, i]).permutation(own)[:n_rest]]
+    return np.concatenate(chosen), passes
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:

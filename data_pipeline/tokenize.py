@@ -108,6 +108,11 @@ class TokenizedDataset:
         """(documents,) int64: tokens of each document."""
         return np.diff(np.asarray(self.offsets))
 
+    @functools.cached_property
+    def source_ends(self) -> np.ndarray:
+        """(sources,) int64: the number of the first document after those of each source file."""
+        return np.cumsum([source["documents"] for source in self.info["sources"]])
+
     def split(self, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices of the documents for (training, validation), each ascending.
 
@@ -287,12 +292,14 @@ def _build(
     started = time.monotonic()
     before = [file_state(path) for path in paths]
     rows: Counter[Path] = Counter()
+    documents: Counter[Path] = Counter()
     with contextlib.ExitStack() as stack:
         writer = _ArrayWriter(folder, kind, stack)
         progress = stack.enter_context(Progress("tokens", sum(map(total_bytes, paths))))
         blocks = ((path, block) for path in paths for block in iter_blocks(path, on_bytes=progress.update))
         for path, encoded in _encode_in_threads(encode, blocks, num_workers):
             rows[path] += encoded.n_rows
+            documents[path] += len(encoded.lengths)
             writer.add(path, encoded)
             progress.kept = writer.documents
     for path, state in zip(paths, before, strict=True):
@@ -300,7 +307,10 @@ def _build(
             raise UserError(f"{path}: no rows in it; download it again or remove it from the inputs")
         if file_state(path) != state:
             raise UserError(f"{path}: the file changed while it was read; run again when it is complete")
-    sources = [{"name": path.name, "bytes": path.stat().st_size, "rows": rows[path]} for path in paths]
+    sources = [
+        {"name": path.name, "bytes": path.stat().st_size, "rows": rows[path], "documents": documents[path]}
+        for path in paths
+    ]
     seconds = round(time.monotonic() - started, 2)
     if not writer.documents:
         names, skipped = ", ".join(map(str, paths)), writer.skipped_rows
@@ -405,6 +415,8 @@ def open_dataset(folder: Path) -> TokenizedDataset | None:
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         if not info.keys() >= {"first_skipped", "incomplete", "vocab_size"}:
+            return None
+        if not all("documents" in source for source in info["sources"][1:]):
             return None
         arrays: dict[str, Any] = {"loss_mask": None}
         for name, size in info["files"].items():

@@ -16,8 +16,8 @@ from data_pipeline.text_files import BadLine
 
 LETTERS = "ABCD"
 WHERE_TO_GET = (
-    "C-Eval is at https://huggingface.co/datasets/ceval/ceval-exam (ceval-exam.zip; CC BY-NC-SA 4.0): unzip it into "
-    "dataset/ceval/ceval-exam, so that the folders val and dev are in there; dataset/sample/ceval is a small quiz"
+    "python data_process.py download ceval loads C-Eval (CC BY-NC-SA 4.0, https://huggingface.co/datasets/ceval/ceval-exam) "
+    "into dataset/ceval/ceval-exam; dataset/sample/ceval is a small quiz"
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import _best_fit, pack, sample_order
+from data_pipeline.packing import _best_fit, mix, pack, sample_order
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=0, max_size=60)
 
@@ -78,3 +78,33 @@ def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():
     assert sorted(first) == sorted(second) == list(range(100))
     assert not np.array_equal(first, second)
     assert np.array_equal(first, sample_order(100, 1, 0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(LENGTHS.filter(bool), st.floats(0.01, 10)), min_size=1, max_size=4),
+    st.integers(0, 2**40),
+)
+def test_a_mix_has_the_shares_and_the_whole_first_file(files, seed):
+    lengths = np.array([n for some, _ in files for n in some], np.int64)
+    ends = np.cumsum([len(some) for some, _ in files])
+    shares = [share for _, share in files]
+    documents = np.arange(len(lengths))
+    mixed, passes = mix(documents, lengths, ends, shares, seed)
+    assert np.array_equal(mixed, mix(documents, lengths, ends, shares, seed)[0])
+    counts = np.bincount(mixed, minlength=len(lengths))
+    assert (counts[: ends[0]] == 1).all() and passes[0] == 1
+    for i, times in enumerate(passes):
+        own = counts[ends[i - 1] if i else 0 : ends[i]]
+        assert set(own) <= {int(times), int(times) + 1}  # each as often as any other, or once more
+        assert 0 <= own.sum() - times * len(own) < 1 + 1e-6 * len(own)
+        n_tokens = lengths[ends[i - 1] if i else 0 : ends[i]].sum()
+        assert times * n_tokens / shares[i] == pytest.approx(lengths[: ends[0]].sum() / shares[0])
+
+
+def test_a_mix_draws_with_the_seed_and_needs_documents_of_every_file():
+    lengths, ends = np.full(300, 10), np.array([100, 300])
+    one, two = (mix(np.arange(300), lengths, ends, [0.5, 0.5], seed)[0] for seed in (1, 2))
+    assert len(one) == len(two) == 200 and not np.array_equal(one, two)
+    with pytest.raises(ValueError, match="file 2 has no documents"):
+        mix(np.arange(100), lengths, ends, [0.5, 0.5], 0)

@@ -221,6 +221,29 @@ def test_a_signal_while_tokenizing_is_answered(tmp_path):
     assert not list((tmp_path / "out" / "cache").glob(".*.tmp"))
 
 
+def test_a_mix_of_files_is_resumed_exactly(texts, tmp_path, pretrain):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(40)), encoding="utf-8")
+    flags = [*QUICK, "--data_path", texts, other, "--mix", 3, 1, "--save_interval", 4]
+    whole = pretrain(*flags, "--out_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    shares = re.search(r"pretrain_data.csv 75.0% .*\(1.00 passes\), other.jsonl 25.0% .*\((.*) passes", whole.stdout)
+    assert float(shares[1]) > 1  # the small file is repeated
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    shutil.rmtree(out / "pretrain_32.resume" / "step_00000008")
+    assert "train_data" in error_of(pretrain("--out_dir", out, "--resume", "--mix", 1, 1))
+    again = pretrain("--out_dir", out, "--resume")
+    assert again.returncode == 0 and "resuming after step 4" in again.stdout, again.stderr
+    assert same(parameters(out), parameters(tmp_path / "whole"))
+    error = pretrain(*QUICK, "--data_path", texts, texts, other, "--mix", 1, 0)
+    assert error.returncode == 2 and error.stderr.splitlines() == [
+        "error: --mix needs a share for each file of --data_path: 2 for 3",
+        "error: --mix: shares must be above 0; leave out a file that is not wanted",
+        "error: --mix: --data_path names a file twice",
+    ]
+
+
 def test_other_data_or_another_model_is_not_resumed(texts, tmp_path, pretrain):
     flags = [*QUICK, "--data_path", texts, "--out_dir", tmp_path]
     assert pretrain(*flags).returncode == 0

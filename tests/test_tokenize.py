@@ -110,6 +110,7 @@ def test_several_files_and_many_blocks_keep_their_order(tokenizer, tmp_path, mon
         seen.append([tokenizer.decode(dataset.document(i)[1:-1]) for i in range(len(dataset))])
     assert seen[0] == seen[1] == texts
     assert [source["rows"] for source in dataset.info["sources"]] == [100, 200]
+    assert dataset.source_ends.tolist() == [100, 300]
 
 
 def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):

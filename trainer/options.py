@@ -37,6 +37,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 ALGORITHMS = ("grpo", "dr_grpo", "dapo", "cispo", "rloo", "ppo")
 
 
+def mix_flag() -> Any:
+    """Return the flag --mix, for the stages whose samples are documents or dialogues of several files."""
+    return flag(
+        [], "share of each file of --data_path in the tokens, such as 0.8 0.2; an epoch is one pass over the first file "
+        "(default: every file once)", nargs="+", metavar="SHARE",
+    )  # fmt: skip
+
+
 def _model_flags() -> dict[str, tuple[Any, str]]:
     """Return a flag for every field of the model: name -> (type, help)."""
     kinds, help = typing.get_type_hints(Architecture), field_descriptions()
@@ -61,6 +69,7 @@ class TrainOptions:
     stage: ClassVar[str]  # the names of a run's files start with it; it may hold names of flags in braces
 
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
+    mix: list[float] = dataclasses.field(init=False, default_factory=list)  # a flag of some stages: mix_flag
     out_dir: Path = flag(ROOT / "out", "folder for checkpoints, metrics and plots (default: out)")
     cache_dir: Path | None = flag(None, "folder for tokenised data (default: OUT_DIR/cache)")
     max_dropped: float = flag(
@@ -185,6 +194,12 @@ class TrainOptions:
                 self.resume and self.overwrite
             ),
             "--fsdp and --deepspeed are two ways to do the same: give one of them": not (self.fsdp and self.deepspeed),
+            f"--mix needs a share for each file of --data_path: {len(self.mix)} for {len(self.data_path)}": (
+                len(self.mix) in (0, len(self.data_path))
+            ),
+            "--mix: shares must be above 0; leave out a file that is not wanted": all(0 < x < 1e9 for x in self.mix),
+            "--mix with one file has nothing to mix: name more in --data_path": len(self.mix) != 1,
+            "--mix: --data_path names a file twice": not self.mix or len({*self.data_path}) == len(self.data_path),
         }
         found = [error for error, kept in rules.items() if not kept]
         found += validate_folder("--out_dir", self.out_dir)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data_pipeline.datasets import PackedRows
+from data_pipeline.packing import mix
 from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
@@ -163,6 +165,8 @@ def packed_rows(
         dataset = tokenize(options.cache_folder)
     n_tokens = max(int(dataset.offsets[-1]), 1)
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
+    if options.mix:
+        train_ids = _mixed(dataset, train_ids, options)
     train = make_rows(dataset, train_ids, seq_len, options.seed)
     val = make_rows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
     held_out = f"{len(val_ids):,} documents, {val.n_tokens:,} tokens" if val else "nothing"
@@ -171,6 +175,21 @@ def packed_rows(
         f"({train.packing.fill:.1%} full); held out for validation: {held_out}"
     )
     return train, val
+
+
+def _mixed(dataset: TokenizedDataset, documents: np.ndarray, options: TrainOptions) -> np.ndarray:
+    """Return documents of the files in the shares of --mix; print how often each file is read in an epoch."""
+    try:
+        mixed, passes = mix(documents, dataset.lengths, dataset.source_ends, options.mix, options.seed)
+    except ValueError as error:
+        raise UserError(f"--mix: {error}; its documents are held out: use a smaller --val_fraction") from None
+    total = sum(options.mix)
+    parts = [
+        f"{path.name} {share / total:.1%} of the tokens ({times:.2f} passes)"
+        for path, share, times in zip(options.data_path, options.mix, passes, strict=True)
+    ]
+    print(f"mix in an epoch: {', '.join(parts)}")
+    return mixed
 
 
 def best_batch(tokens: float | None = None, steps: int | None = None) -> float:
