@@ -72,6 +72,19 @@ class AttentionMetadata:
     attentions: list[Tensor] | None = None
 
 
+class PagedCache:
+    """The cache of `generate_batch`, which shares its pages between requests and needs the arguments of the call."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+
+    def get_seq_length(self) -> int:
+        return 0  # positions and masks are given
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return self.arguments["cache"].update(k, v, layer, dict(self.arguments))
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -241,6 +254,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (batch, time, dim)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
+        if "cache" in kwargs:
+            past_key_values = PagedCache(kwargs)
         scaling = rope_scaling or self.config.scaling
         metadata = self._attention_metadata(x, attention_mask, position_ids, past_key_values, cu_seqlens, scaling)
         if self.config.output_attentions if output_attentions is None else output_attentions:

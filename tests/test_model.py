@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_logits_close, gradient_rounding, rounding, shape_of
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 from model.LMConfig import LMConfig, architecture_differences, preset
 from model.model import Transformer, describe_parameters, parameter_counts
@@ -690,6 +691,22 @@ def test_a_static_cache(kind):
             done += n
     settings = dict(attention_mask=mask, max_new_tokens=10, do_sample=False)
     assert torch.equal(model.generate(ids, **settings, cache_implementation="static"), model.generate(ids, **settings))
+
+
+@kinds
+def test_continuous_batching(kind):
+    """`generate_batch` answers as `generate` does, with more requests than it can run at once, read in pieces."""
+    model = make(kind, eos_token_id=None, initializer_range=0.3)
+    prompts = [make_ids(1, length, seed=length) for length in (3, 20, 1, 7)]
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    pages = ContinuousBatchingConfig(num_blocks=2, block_size=32, max_batch_tokens=16)
+    outputs = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts], generation_config=settings, continuous_batching_config=pages
+    )
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        mask = torch.ones_like(prompt)
+        alone = model.generate(prompt, attention_mask=mask, generation_config=settings)[0, prompt.shape[1] :]
+        assert output.error is None and output.generated_tokens == alone.tolist()
 
 
 def test_sizes_under_the_names_of_hugging_face():
