@@ -56,13 +56,18 @@ class ChatEndpoint(Endpoint):
             messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
         if tools and not tags:
             raise ApiError(400, "the chat template of this model knows no tools", "tools")
-        messages = with_tools(messages, tools)
+        offered = with_tools(messages, tools)
         try:
-            size = sum(len(message_text(message)) for message in messages)
+            size = sum(len(message_text(message)) for message in offered)
         except RecursionError:
             raise ApiError(400, f"{param} or tools are nested too deeply", param) from None
         encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit), enable_thinking=thinking)
-        prompt = await tokenize(encode, messages, size, param)
+        prompt = await tokenize(encode, offered, size, param)
+        if tools and body.tool_choice in (None, "auto") and len(prompt) >= self.engine.max_len and not self.strict:
+            # Open WebUI offers 12,000 tokens of tools in every chat: without them there is an answer.
+            self.ignore(["tools"], request)
+            tools = []
+            prompt = await tokenize(encode, messages, size, param)
         limit = self.token_limit(len(prompt), limit, param, request)
         top = (body.top_logprobs or 0) if body.logprobs else None
         constraint = await self.constraint(body, tags, tools, thinking)

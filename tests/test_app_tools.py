@@ -105,6 +105,27 @@ def test_the_loop_of_tools(scripted, stream):
     assert ask(scripted, stream, messages=messages, tools=OFFERED)[0]["content"] == Scripted.answer
 
 
+def test_tools_that_do_not_fit_are_left_out(server):
+    """Open WebUI offers 12,000 tokens of tools in every chat."""
+    large = [{"type": "function", "function": {"name": f"f{i}", "description": "one " * 400}} for i in range(8)]
+    asked = dict(model=NAME, messages=QUESTION, temperature=0, max_tokens=5)
+    plain = server.post("/v1/chat/completions", **asked)[1]
+    body = json.dumps(asked | {"tools": large}).encode()
+    status, headers, answer = server.call("POST", "/v1/chat/completions", body)
+    assert status == 200 and headers["x-ignored-fields"] == "tools"
+    answer = json.loads(answer)
+    assert (answer["choices"], answer["usage"]) == (plain["choices"], plain["usage"])
+    for choice in ("required", {"type": "function", "function": {"name": "f1"}}):
+        status, answer = server.post("/v1/chat/completions", **asked, tools=large, tool_choice=choice)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+    messages = [{"role": "user", "content": "one " * 4000}]
+    status, answer = server.post("/v1/chat/completions", **asked | {"messages": messages, "tools": large})
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+    with serving(strict=True) as strict:
+        status, answer = strict.post("/v1/chat/completions", **asked, tools=large)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+
+
 def test_the_stream_helper_of_the_package(scripted):
     Scripted.script = answer_ids(reasoning_content="A sum.", tool_calls=[SUM])
     with scripted.chat.completions.stream(model=NAME, messages=QUESTION, tools=OFFERED) as stream:
