@@ -20,8 +20,11 @@ set_up_browser() {
     fi
 }
 set_up_browser
+# The client libraries that the server is tested with; a test whose client cannot be installed is skipped.
+python bench/clients.py --install_only &
 ruff check .
 mypy # 40 seconds the first time; what it has seen it keeps in .mypy_cache
+wait
 # Two test workers with one core each are faster than two that compete for all cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 exec python -m pytest "$@"

@@ -37,18 +37,20 @@ SCRIPTS = ROOT / "tests" / "clients"
 PINS = ROOT / "requirements-clients.txt"
 FEATURES = ("chat", "chat, streamed", "completions", "responses", "responses, streamed", "tools offered")
 FEATURES += ("structured output", "required tool", "image", "embeddings")
-VENV = ["-m", "venv"]
-TIMEOUT = 300  # seconds for a client
-PYTHON = {  # script, and what pip installs for it
-    "openai": ("use_openai.py", ["openai"]),
-    "litellm": ("use_litellm.py", ["litellm"]),
-    "langchain-openai": ("use_langchain.py", ["langchain-openai"]),
-    "llama-index": ("use_llama_index.py", ["llama-index-llms-openai-like", "llama-index-embeddings-openai-like"]),
-    "pydantic-ai": ("use_pydantic_ai.py", ["pydantic-ai-slim"]),
-    "instructor": ("use_instructor.py", ["instructor"]),
-    "llm": ("use_llm.py", ["llm"]),
-}
-NPM = {"npm-openai": ("use_openai.mjs", ["openai"]), "npm-ai": ("use_ai.mjs", ["ai", "@ai-sdk/openai"])}
+FOLDER = ROOT / ".venv-clients"
+VENV = ["-m", "venv", "--clear"]
+TIMEOUT, INSTALL_TIMEOUT = 300, 600  # seconds for a client, and for a step of its installation
+CLIENTS = {  # where it is installed, its script, its packages; llama-index excludes openai 3, and the others need it
+    "openai": ("openai3", "use_openai.py", ["openai"]),
+    "litellm": ("openai3", "use_litellm.py", ["litellm"]),
+    "langchain-openai": ("openai3", "use_langchain.py", ["langchain-openai"]),
+    "llama-index": ("openai2", "use_llama_index.py", ["llama-index-llms-openai-like", "llama-index-embeddings-openai-like"]),
+    "pydantic-ai": ("openai3", "use_pydantic_ai.py", ["pydantic-ai-slim"]),
+    "instructor": ("openai2", "use_instructor.py", ["instructor"]),
+    "llm": ("openai3", "use_llm.py", ["llm"]),
+    "npm-openai": ("npm", "use_openai.mjs", ["openai"]),
+    "npm-ai": ("npm", "use_ai.mjs", ["ai", "@ai-sdk/openai"]),
+}  # fmt: skip
 
 
 @dataclass
@@ -80,7 +82,7 @@ def run_command(command: list[str], **settings) -> tuple[int, str]:
 
 
 class Environments:
-    """The folder in which the clients are installed, each Python one in an environment of its own.
+    """The folder in which the clients are installed, in as few environments as their requirements allow.
 
     What is there already is used again, until its versions change.
     """
@@ -88,37 +90,45 @@ class Environments:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
 
-    def install(self, client: str) -> str:
-        """Install a client; return why that failed, or ""."""
-        folder, script = self.folder / client, {**PYTHON, **NPM}[client][0]
-        folder.mkdir(parents=True, exist_ok=True)
-        if client in NPM:
-            for path in (SCRIPTS / "package.json", SCRIPTS / "features.mjs", SCRIPTS / script):
-                shutil.copy(path, folder)  # Node looks for packages beside a script
-            pins = [f"{name}@{version}" for name, version in npm_pins().items() if name in NPM[client][1]]
-            commands = [["npm", "install", "--no-audit", "--no-fund", "--no-save", "--prefix", str(folder), *pins]]
+    def install(self, environment: str) -> str:
+        """Install the clients of an environment; return why that failed, or ""."""
+        if self.is_ready(environment):
+            return ""
+        folder, pins = self.folder / environment, pins_of(environment)
+        print(f"installing {' '.join(pins)}", file=sys.stderr, flush=True)
+        if environment == "npm":
+            npm = ["npm", "install", "--no-audit", "--no-fund", "--no-save", "--fetch-retries", "1"]
+            commands = [[*npm, "--prefix", str(folder), *pins]]
         else:
-            pins = [pip_pins()[name] for name in PYTHON[client][1]]
-            pip = [str(self.python(client)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [str(self.python(environment)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip.append("--no-compile")  # little of it is imported
             commands = [[sys.executable, *VENV, str(folder)], [*pip, *pins]]
-        stamp = folder / "installed.txt"
-        if not stamp.exists() or stamp.read_text(encoding="utf-8").split() != pins:
-            print(f"installing {' '.join(pins)}", file=sys.stderr, flush=True)
-            for command in commands:
-                code, text = run_command(command)
-                if code:
-                    return (text.strip().splitlines() or ["it cannot be installed"])[-1]
-            stamp.write_text("\n".join(pins), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        for command in commands:
+            code, text = run_command(command, timeout=INSTALL_TIMEOUT)
+            if code:
+                lines = text.strip().splitlines() or ["it cannot be installed"]
+                return next((line for line in lines if line.startswith(("ERROR:", "npm error"))), lines[-1])
+        (folder / "installed.txt").write_text("\n".join([sys.version, *pins]), encoding="utf-8")
         return ""
 
-    def python(self, client: str) -> Path:
-        return self.folder / client / ("Scripts" if os.name == "nt" else "bin") / "python"
+    def is_ready(self, environment: str) -> bool:
+        """Return whether an environment has everything, in the wanted versions and for this Python."""
+        stamp = self.folder / environment / "installed.txt"
+        return stamp.exists() and stamp.read_text(encoding="utf-8") == "\n".join([sys.version, *pins_of(environment)])
+
+    def python(self, environment: str) -> Path:
+        return self.folder / environment / ("Scripts" if os.name == "nt" else "bin") / "python"
 
     def command(self, client: str) -> list[str]:
         """Return what runs the script of a client."""
-        if client in NPM:
-            return ["node", str(self.folder / client / NPM[client][0])]
-        return [str(self.python(client)), str(SCRIPTS / PYTHON[client][0])]
+        environment, script, _ = CLIENTS[client]
+        if environment != "npm":
+            return [str(self.python(environment)), str(SCRIPTS / script)]
+        folder = self.folder / environment
+        for name in (script, "features.mjs"):
+            shutil.copy(SCRIPTS / name, folder)  # Node looks for packages beside a script
+        return ["node", str(folder / script)]
 
 
 def pip_pins() -> dict[str, str]:
@@ -131,8 +141,16 @@ def npm_pins() -> dict[str, str]:
     return json.loads((SCRIPTS / "package.json").read_text(encoding="utf-8"))["dependencies"]
 
 
+def pins_of(environment: str) -> list[str]:
+    """Return the packages of an environment, with their versions."""
+    if environment == "npm":
+        return [f"{name}@{version}" for name, version in npm_pins().items()]
+    return [pip_pins()[name] for where, _, names in CLIENTS.values() if where == environment for name in names]
+
+
 def version_of(client: str) -> str:
-    return npm_pins()[NPM[client][1][0]] if client in NPM else pip_pins()[PYTHON[client][1][0]].partition("==")[2]
+    environment, _, names = CLIENTS[client]
+    return npm_pins()[names[0]] if environment == "npm" else pip_pins()[names[0]].partition("==")[2]
 
 
 # ---- running
@@ -177,7 +195,8 @@ def run_client(command: list[str], base_url: str, model: str, row: Row, cwd: Pat
     """Run the script of a client, and enter what it prints into its row."""
     # Nothing may go elsewhere, whatever the user's environment says.
     wanted = {"OPENAI_BASE_URL": base_url, "OPENAI_API_BASE": base_url, "OPENAI_API_KEY": "none", "MODEL": model}
-    wanted |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    # What was not compiled when it was installed is compiled once.
+    wanted |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONDONTWRITEBYTECODE": ""}
     code, text = run_command(command, env={**os.environ, **wanted}, cwd=cwd, timeout=TIMEOUT)
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -207,16 +226,18 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    names = [*PYTHON, *NPM]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="CLIENT", help="only these (default: all)"
-    )
-    parser.add_argument("--env", type=Path, default=ROOT / ".venv-clients", help="folder to install them into")
+    parser.add_argument("--only", nargs="+", choices=CLIENTS, default=[*CLIENTS], metavar="CLIENT", help="only these")
+    parser.add_argument("--env", type=Path, default=FOLDER, help="folder to install them into")
+    parser.add_argument("--install_only", action="store_true", help="install them and end: what run_tests.sh does")
     args = parser.parse_args()
 
-    environments, rows = Environments(args.env), []
-    for client in args.only:
-        rows.append(Row(client, version_of(client), skipped=environments.install(client)))
+    environments = Environments(args.env)
+    reasons = {name: environments.install(name) for name in dict.fromkeys(CLIENTS[client][0] for client in args.only)}
+    rows = [Row(client, version_of(client), skipped=reasons[CLIENTS[client][0]]) for client in args.only]
+    if args.install_only:
+        for row in filter(lambda row: row.skipped, rows):
+            print(f"== {row.client} is not installed, and is left out of the tests: {row.skipped}")
+        return 0
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (base_url, model):
         for row in rows:
             if not row.skipped:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = (
     "launchers distributed script_pretrain script_fast_inference trainer app interop_lm_eval notebook chaos script_full_sft "
-    "script_eval_suite survival script_vlm export script_openai_api"
+    "script_eval_suite survival script_vlm export bench_clients script_openai_api"
 ).split()
 
 

@@ -1,8 +1,7 @@
-"""bench/clients.py: the openai package against a real server, and the table of what works."""
+"""bench/clients.py: real clients against a real server, and the table of what works."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,14 +11,28 @@ import pytest
 from serving_helpers import NAME, serving
 
 from bench import clients
-from bench.clients import FEATURES, NPM, PYTHON, SCRIPTS, Row, run_client, table
+from bench.clients import CLIENTS, FEATURES, SCRIPTS, Environments, Row, run_client, table, version_of
 
 
-def test_openai_works():
-    assert importlib.util.find_spec("openai") is not None
+@pytest.fixture(scope="module")
+def url():
     with serving(sees=True) as server:
-        row = run_client([sys.executable, str(SCRIPTS / "use_openai.py")], server.url, NAME, Row("openai"))
-    assert row.outcomes == dict.fromkeys(FEATURES, "yes"), row.details
+        yield server.url
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_client_works_as_documented(client, url):
+    environments = Environments(clients.FOLDER)
+    command = environments.command(client)
+    if client == "openai":  # the tests have it anyway
+        command[0] = sys.executable
+    elif not environments.is_ready(CLIENTS[client][0]):
+        pytest.skip("not installed: `python bench/clients.py --install_only` does it, or says what is missing")
+    row = run_client(command, url, NAME, Row(client, version_of(client)))
+    assert "FAILED" not in row.outcomes.values(), row.details
+    assert (
+        table([row]).splitlines()[2] in (clients.ROOT / "docs" / "clients.md").read_text(encoding="utf-8").splitlines()
+    )
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit('broken')", "print('no line of JSON')", "print('[1]')"])
@@ -49,25 +62,39 @@ def test_the_table():
     ]
 
 
-def test_what_cannot_be_installed_is_skipped(monkeypatch, tmp_path):
-    monkeypatch.setattr(clients, "pip_pins", lambda: {"openai": "./no-such-file.whl"})
-    python = clients.Environments(tmp_path).python("openai")
-    monkeypatch.setattr(clients.Environments, "python", lambda *_: Path(sys.executable))
+def test_what_cannot_be_installed_is_skipped(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(clients, "pip_pins", lambda: dict.fromkeys(("openai", "llm"), "./no-such-file.whl"))
+    monkeypatch.setattr(clients, "CLIENTS", {name: CLIENTS[name] for name in ("openai", "llm", "npm-ai")})
+    monkeypatch.setattr(Environments, "python", lambda *_: Path(sys.executable))
     monkeypatch.setattr(clients, "VENV", ["-c", "pass"])
-    assert "no-such-file.whl" in clients.Environments(tmp_path).install("openai")
-    assert not (tmp_path / "openai" / "installed.txt").exists() and python.is_relative_to(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert clients.Environments(tmp_path).install("npm-ai") == "npm is not installed"
+    monkeypatch.setattr(clients, "version_of", lambda _: "1")
+    monkeypatch.setattr(sys, "argv", ["clients.py", "--env", str(tmp_path), "--install_only"])
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert clients.main() == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("== openai is not installed") and "no-such-file.whl" in first
+    assert second.startswith("== llm ") and third.startswith("== npm-ai ") and third.endswith(": npm is not installed")
+    assert not any(Environments(tmp_path).is_ready(name) for name in ("openai3", "npm"))
+
+
+def test_what_is_installed_stays_until_its_versions_change(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(clients, "run_command", lambda command, **_: ran.append(command) or (0, ""))
+    for _ in range(2):
+        assert Environments(tmp_path).install("npm") == "" and len(ran) == 1
+    monkeypatch.setattr(clients, "npm_pins", lambda: {"ai": "7.0.0"})
+    assert not Environments(tmp_path).is_ready("npm")
+    assert Environments(tmp_path).install("npm") == "" and ran[1][-1] == "ai@7.0.0"
 
 
 def test_every_client_has_its_script_and_its_versions():
-    for client, (script, packages) in {**PYTHON, **NPM}.items():
+    for environment, script, packages in CLIENTS.values():
         assert (SCRIPTS / script).is_file()
-        assert set(packages) <= set(clients.npm_pins() if client in NPM else clients.pip_pins())
+        assert set(packages) <= set(clients.npm_pins() if environment == "npm" else clients.pip_pins())
     versions = [*clients.npm_pins().values(), *(line.partition("==")[2] for line in clients.pip_pins().values())]
     assert all(re.fullmatch(r"\d+\.\d+(\.\d+)?", version) for version in versions)
     assert all(" # " in line for line in clients.PINS.read_text(encoding="utf-8").splitlines() if "==" in line)
-    assert {path.name for path in SCRIPTS.glob("use_*")} == {script for script, _ in [*PYTHON.values(), *NPM.values()]}
+    assert {path.name for path in SCRIPTS.glob("use_*")} == {script for _, script, _ in CLIENTS.values()}
 
 
 def test_node_reports_like_python(tmp_path):
