@@ -5,8 +5,8 @@
 
 The model first learns the exercises of dataset/sample/rlvr_sft.jsonl by SFT; then each algorithm trains it on
 dataset/sample/rlvr_data.jsonl. Both are measured on the held-out exercises, whose wordings and numbers occur in neither
-file, with the most probable tokens: word problems of two steps, answered at once, with thinking, and with a calculator; and
-all exercises with tools. Results are in --out_dir and are not made again.
+file, with the most probable tokens: word problems of two steps, with the model free to think or not, answered at once,
+with thinking, and with a calculator; and all exercises with tools. Results are in --out_dir and are not made again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,21 @@ SFT = "--optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 2"
 RLVR = "--learning_rate 5e-5 --batch_size 8 --group_size 16 --warmup_iters 2"
 
 
-MEASURED = ("two steps at once", "two steps, thinking", "two steps, tools", "all with tools", "calls without error")
+MEASURED = (
+    "two steps, free to think", "two steps at once", "two steps, thinking", "two steps, tools", "all with tools",
+    "calls without error",
+)  # fmt: skip
 
 
 def read_held_out(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, RolloutPrompt]]:
-    """Return the held-out exercises with their kinds."""
+    """Return the held-out exercises with their names: those of two steps as in MEASURED, "other" for the rest."""
     path = SAMPLE / "rlvr_heldout.jsonl"
-    kinds = [record.data["kind"] for record in iter_records(path, None)]
-    return [*zip(kinds, read_prompts([path], tokenizer, MAX_SEQ_LEN - MAX_NEW_TOKENS), strict=True)]
+    names = []
+    for row in (record.data for record in iter_records(path, None)):
+        switch = {None: ", free to think", False: " at once", True: ", thinking"}[row.get("enable_thinking")]
+        mode = ", tools" if row.get("tools") else switch
+        names.append(f"two steps{mode}" if row["kind"] == "two_steps" else "other")
+    return [*zip(names, read_prompts([path], tokenizer, MAX_SEQ_LEN - MAX_NEW_TOKENS), strict=True)]
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> float:
@@ -67,15 +74,8 @@ def measure(
     """Return the figures of MEASURED, each from 0 to 1."""
     rollouts = greedy_rollouts(model, tokenizer, [prompt for _, prompt in exercises], MAX_NEW_TOKENS)
     with_tools = [rollout for rollout in rollouts if rollout.prompt.tools]
-    two_steps = [rollout for (kind, _), rollout in zip(exercises, rollouts, strict=True) if kind == "two_steps"]
-    without = [rollout for rollout in two_steps if not rollout.prompt.tools]
-    figures = (
-        accuracy([rollout for rollout in without if not rollout.prompt.opening]),
-        accuracy([rollout for rollout in without if rollout.prompt.opening]),
-        accuracy([rollout for rollout in two_steps if rollout.prompt.tools]),
-        accuracy(with_tools),
-        well_formed(with_tools),
-    )
+    by_name = {name: [r for (of, _), r in zip(exercises, rollouts, strict=True) if of == name] for name in MEASURED[:4]}
+    figures = [*map(accuracy, by_name.values()), accuracy(with_tools), well_formed(with_tools)]
     return dict(zip(MEASURED, figures, strict=True))
 
 

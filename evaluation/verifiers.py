@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from regex import search as search_regex  # `re` has no time limit, and (a|aa)+b can take years
+
 from common.errors import UserError
 from evaluation.tools import import_function
 from model.chat_parser import END_THINK, parse_answer
@@ -63,8 +65,8 @@ def choice(answer: str, reference: str) -> float:
 
 
 def regex(answer: str, reference: str) -> float:
-    """Return 1 if the regular expression is found in the answer."""
-    return float(re.search(reference, answer) is not None)
+    """Return 1 if the regular expression is found in the answer; raise TimeoutError after a second of searching."""
+    return float(search_regex(reference, answer, timeout=1) is not None)
 
 
 def json_schema(answer: str, reference: str) -> float:

@@ -127,7 +127,7 @@ def test_files_are_small_and_end_lines_as_everywhere(generate):
     files = [path for path in SAMPLE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     pictures = [path for path in files if path.suffix == ".parquet"]
     files = [path for path in files if path not in pictures]
-    assert sum(path.stat().st_size for path in files) < 5_000_000
+    assert sum(path.stat().st_size for path in files) < 6_000_000
     assert sum(path.stat().st_size for path in pictures) < 4_000_000
     assert {path.name for path in pictures} == {"vlm_pretrain.parquet", "vlm_sft.parquet", "vlm_heldout.parquet"}
     for path in files:

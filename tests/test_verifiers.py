@@ -46,6 +46,11 @@ def test_weights_arguments_and_thinking():
     assert not parse_verifier("number")('<tool_call>{"name": "f", "arguments": {"x": 12}}</tool_call>', "12").correct
 
 
+def test_an_endless_regular_expression_is_stopped():
+    value, correct, errors = parse_verifier("regex")("a" * 40, "(a|aa)+b")
+    assert (value, correct) == (0, False) and errors == ("regex: TimeoutError: regex timed out",)
+
+
 def test_functions_of_the_user(tmp_path, monkeypatch):
     source = (
         "def half(answer, reference): return 0.5 if reference in answer else 0\n"

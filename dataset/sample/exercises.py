@@ -225,16 +225,19 @@ def example(exercise: Exercise, mode: str) -> dict:
 
 
 def prompt(exercise: Exercise, mode: str) -> dict:
-    """Return a question with its answer, for reinforcement learning."""
+    """Return a question with its answer, for reinforcement learning; mode "free": the model chooses whether it thinks."""
     row = {"messages": [{"role": "user", "content": exercise.question}], "answer": exercise.answer}
     row["verifier"] = exercise.verifier
+    if mode == "free":
+        return row
     return row | ({"tools": exercise.tools} if mode == "tools" else {"enable_thinking": mode == "thinking"})
 
 
 # How many exercises of each kind and mode, per language: for SFT, for reinforcement learning, held out.
 PLAN = [
-    ("two_steps", "thinking", 1500, 600, 50), ("two_steps", "direct", 400, 0, 50), ("two_steps", "tools", 150, 200, 25),
-    ("three_steps", "thinking", 400, 200, 25), ("three_steps", "tools", 50, 100, 25),
+    ("two_steps", "thinking", 1500, 0, 50), ("two_steps", "direct", 900, 0, 50), ("two_steps", "free", 0, 600, 50),
+    ("two_steps", "tools", 400, 200, 25),
+    ("three_steps", "thinking", 400, 200, 25), ("three_steps", "tools", 100, 100, 25),
     ("unit", "thinking", 50, 30, 0), ("unit", "tools", 30, 30, 0), ("unit", "thinking_tools", 15, 0, 0),
     ("date", "tools", 50, 15, 15), ("weekday", "tools", 30, 15, 15), ("price", "tools", 15, 10, 0),
     ("stock", "tools", 15, 10, 0), ("total", "tools", 25, 15, 10),
