@@ -165,9 +165,14 @@ def main() -> None:
     incomplete: list[str] = []
     questions: tuple[str, ...] = ()
     if options.contamination is not None:
+        from data_pipeline.near_duplicates import is_too_short
         from evaluation.ceval import read_questions
 
         questions = tuple(q.question for q in read_questions(options.contamination, "val", answers=True))
+        n_short = sum(is_too_short(question) for question in questions)
+        print(
+            f"--contamination: {len(questions) - n_short:,} questions; {n_short:,} more are too short to be recognised"
+        )
     names = list(STAGES) if options.stage == "all" else [options.stage]
     for name in names:
         inputs = options.input or find_inputs(name, options.data_dir)

@@ -2,13 +2,13 @@
 
     pip install -r requirements-suite.txt
     hf download --repo-type dataset allenai/ai2_arc --local-dir dataset/suite/ai2_arc
-    python eval_suite.py --tasks arc_easy                        # the newest of out/rl_*.pth, out/full_sft_*.pth
+    python eval_suite.py --tasks arc_easy                        # the newest of out/{rlvr,rl,distill,full_sft}_*.pth
     python eval_suite.py --tasks arc_easy piqa hellaswag cmmlu --weights out/pretrain_512.pth
     python eval_suite.py --tasks mmlu --shots 5 --hf path/to/folder
 
 In: the files of each data set as they are on the Hugging Face hub, in a folder of its name: dataset/suite/ai2_arc, piqa,
 hellaswag, openbookqa, mmlu, cmmlu; Parquet, JSONL or CSV. Nothing is downloaded. Out: a table on the terminal, and
-summary.json in --out_dir.
+summary.json in --out_dir, which replaces an earlier one.
 
 Prompts, targets and metrics are those of lm-eval, so the results compare with published ones; the answers are scored as in
 eval_ceval.py, many at once. The prompt is bare text, as it is in lm-eval by default. "By length" is lm-eval's acc_norm:

@@ -1,6 +1,6 @@
 """Drive Open WebUI in a real browser, with my_openai_api.py behind it, and print which of its features work.
 
-    python -m venv /tmp/openwebui                       # 2.4 GB; with this torch it needs no CUDA packages
+    python -m venv /tmp/openwebui                       # 2.4 GB, and more where pip installs PyTorch with CUDA
     /tmp/openwebui/bin/pip install torch==2.13.0 open-webui
     python bench/open_webui.py --command /tmp/openwebui/bin/open-webui --screenshot docs/images/open_webui.png
 

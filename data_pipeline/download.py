@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 Answer = TypeVar("Answer")
+HUB = "https://huggingface.co"
 STAGING = ".download"  # in the output folder: files that are not complete
 ATTEMPTS = 5  # without a byte between them; huggingface_hub itself repeats some errors before
 PAUSE_SECONDS = 2.0  # before the next attempt
@@ -56,7 +57,7 @@ class DataSet:
 
     @property
     def page(self) -> str:
-        return f"https://huggingface.co/datasets/{self.repo}/tree/{self.revision}"
+        return f"{HUB}/datasets/{self.repo}/tree/{self.revision}"
 
 
 V1 = "8c92dcd0a57ce7bf6a7ce8fdb055139c4d9c35a1"  # the data of MiniMind-v1; later versions have other files
@@ -142,7 +143,8 @@ def download(names: Sequence[str], out_dir: Path) -> None:
             for file in missing:
                 _fetch(api, file, staging, kept)
                 print(f"wrote {file.target}", flush=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging.exists() and not any(staging.iterdir()):
+            staging.rmdir()
     if out_dir.resolve() == ROOT / "dataset":
         for then in dict.fromkeys(DATA_SETS[name].then for name in names):
             print(f"next: {then}")
@@ -216,7 +218,7 @@ def _summary(missing: list[Wanted]) -> str:
 
 def _check_disk(missing: list[Wanted], out_dir: Path, staging: Path) -> None:
     """Print the space that is needed and free; raise UserError if it is too little."""
-    begun = sum(path.stat().st_size for path in staging.glob("*.part"))
+    begun = sum(part.stat().st_size for file in missing if (part := _part(file, staging)).exists())
     needed = max(sum(file.info.size * (4 if file.is_archive else 1) for file in missing) - begun, 0)
     free = shutil.disk_usage(out_dir).free
     print(f"  needed: {needed / 1e6:,.1f} MB, free in {out_dir}: {free / 1e6:,.1f} MB", flush=True)
@@ -225,6 +227,11 @@ def _check_disk(missing: list[Wanted], out_dir: Path, staging: Path) -> None:
             f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {out_dir}: free some space, or choose "
             "another --out_dir"
         )
+
+
+def _part(file: Wanted, staging: Path) -> Path:
+    """Return where a file is until it is complete: its name there is its hash."""
+    return staging / f"{file.info.lfs.sha256 if file.info.lfs is not None else file.info.blob_id}.part"
 
 
 def _fetch(api: HfApi, file: Wanted, staging: Path, kept: str) -> None:
@@ -236,15 +243,19 @@ def _fetch(api: HfApi, file: Wanted, staging: Path, kept: str) -> None:
     data, info = file.data, file.info
     url = hf_hub_url(data.repo, info.path, repo_type="dataset", revision=data.revision, endpoint=api.endpoint)
     staging.mkdir(exist_ok=True)
-    part = staging / f"{info.lfs.sha256 if info.lfs is not None else info.blob_id}.part"
+    part = _part(file, staging)
     part.touch()
+    if part.stat().st_size > info.size:
+        part.unlink()  # it can only be damaged
+        part.touch()
+    headers = build_hf_headers(token=None if api.endpoint == HUB else False)  # a mirror gets no token
     failures = 0
     with Progress(info.path, info.size - part.stat().st_size) as progress:
         while True:
             before = part.stat().st_size
             try:
                 with part.open("ab") as target:
-                    load = partial(http_get, url, target, resume_size=before, headers=build_hf_headers())
+                    load = partial(http_get, url, target, resume_size=before, headers=headers)
                     _ask(partial(load, expected_size=info.size, _tqdm_bar=cast(Any, progress)), data)
                     target.flush()
                     os.fsync(target.fileno())
@@ -259,7 +270,12 @@ def _fetch(api: HfApi, file: Wanted, staging: Path, kept: str) -> None:
         raise UserError(f"{info.path} arrived damaged: its hash is not that of {data.page}. Run the same command again")
     file.target.parent.mkdir(parents=True, exist_ok=True)
     if file.is_archive:
-        unpack(part, file.target)
+        try:
+            unpack(part, file.target)
+        except UserError as error:
+            raise UserError(f"{info.path} of {data.page}: {error}") from None
+        finally:
+            part.unlink()
     else:
         os.replace(part, file.target)
 

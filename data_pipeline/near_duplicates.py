@@ -54,6 +54,11 @@ def contained_question(text: str, questions: tuple[str, ...]) -> str | None:
     return next((questions[i] for i in sorted(hits) if hits[i] >= OVERLAP * sizes[i]), None)
 
 
+def is_too_short(question: str) -> bool:
+    """Return whether `contained_question` does not look for this question."""
+    return not _index((question,))[1][0]
+
+
 @functools.lru_cache(1)
 def _index(questions: tuple[str, ...]) -> tuple[dict[str, list[int]], list[int]]:
     """Return the questions that have each n-gram, and the number of different n-grams of each question."""

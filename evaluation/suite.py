@@ -80,6 +80,8 @@ def load_tasks(names: list[str], data_dir: Path, shots: int | None) -> TaskDict:
         for reading[0], task in found["tasks"].items():
             task.set_config("num_fewshot", (task.config.num_fewshot or 0) if shots is None else shots)
             task.set_fewshot_seed(1234)  # lm-eval's default
+            if "acc" not in (metrics := task.aggregation()):
+                raise UserError(f"{reading[0]}: only accuracy can be measured, and the task has {', '.join(metrics)}")
             _check_targets(task)
     except UserError:
         raise
@@ -93,8 +95,11 @@ def _read_splits(config: dict, data_dir: Path, shots: int | None) -> dict[str, D
     """Return the rows that a task needs, by split: the evaluated ones and, with examples, those of the examples."""
     if config.get("output_type") != "multiple_choice":
         raise UserError(f"{config['task']}: only multiple-choice tasks can be evaluated, and it is none")
-    evaluated = config.get("test_split") or config["validation_split"]
-    examples = config.get("fewshot_split") or config.get("training_split") or evaluated
+    evaluated = config.get("test_split") or config.get("validation_split")
+    if evaluated is None:
+        raise UserError(f"{config['task']}: the task names no split that could be evaluated")
+    others = (config.get(f"{kind}_split") for kind in ("fewshot", "training", "validation"))
+    examples = next(filter(None, others), evaluated)  # as lm-eval chooses them
     found = {evaluated: _read_split(config, data_dir, evaluated)}
     with_examples = config.get("num_fewshot") if shots is None else shots
     found[examples] = _read_split(config, data_dir, examples) if with_examples else found[evaluated]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from regex import search as search_regex  # `re` has no time limit, and (a|aa)+b can take years
+from regex import search as search_regex  # type: ignore[import-untyped]  # `re` has no time limit
 
 from common.errors import UserError
 from evaluation.tools import import_function
