@@ -90,7 +90,10 @@ def read_prompts(
             raise NothingToTrainOn(NO_ROOM, f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit")
         return prompt
 
-    return collect_rows(paths, iter_records, make, "prompt", NOT_A_PROMPT, max_dropped)
+    prompts = collect_rows(paths, iter_records, make, "prompt", NOT_A_PROMPT, max_dropped)
+    if verifier is not None and (n_own := sum(prompt.verifier is not verifier for prompt in prompts)):
+        print(f"--verifier is for rows without one: {n_own:,} of {len(prompts):,} name their own")
+    return prompts
 
 
 def _read_prompt(

@@ -46,9 +46,8 @@ def export_folder(
     if vision is not None and options.format == "llama":
         clip = open_clip(source, tokenizer, options.vision_encoder)
     elif vision is not None and options.format != "minimind":
-        raise UserError(
-            f"{source.path} sees images, and --format {options.format} cannot hold that: use llama or minimind"
-        )
+        fitting = "minimind" if vision.encoder == "vit" else "llama"
+        raise UserError(f"{source.path} sees images, and --format {options.format} cannot hold that: use {fitting}")
     elif vision is not None and vision.encoder != "vit":
         raise UserError(f"{source.path} has its image encoder in another folder: only --format llama holds both")
     ceval = read_ceval(options.ceval)

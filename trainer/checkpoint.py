@@ -352,7 +352,7 @@ def differences(now: dict, then: dict) -> list[str]:
 
 
 def _why_data_differs(now: dict, then: dict) -> str:
-    names = ("data_path", "val_fraction", "val_tokens", "tokenizer", "text_field", "seed", "model")
+    names = ("data_path", "mix", "val_fraction", "val_tokens", "tokenizer", "text_field", "seed", "model")
     flags = [f"--{name} {then[name]} -> {now[name]}" for name in names if name in then and then[name] != now.get(name)]
     if flags:
         return f"the data differs because of {', '.join(flags)}"

@@ -174,7 +174,7 @@ class TrainOptions:
         shown = [
             f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in (kept | model).items()
-            if name not in typed and json.dumps(given.get(name), default=str) != json.dumps(value)
+            if name in given and name not in typed and json.dumps(given.get(name), default=str) != json.dumps(value)
         ]
         if shown and os.environ.get("RANK", "0") == "0":
             print(f"--resume: flags of {newest.parent}: {', '.join(shown)}")
@@ -198,7 +198,9 @@ class TrainOptions:
                 len(self.mix) in (0, len(self.data_path))
             ),
             "--mix: shares must be above 0; leave out a file that is not wanted": all(0 < x < 1e9 for x in self.mix),
-            "--mix with one file has nothing to mix: name more in --data_path": len(self.mix) != 1,
+            "--mix with one file has nothing to mix: name more in --data_path": (
+                len(self.mix) != 1 or len(self.data_path) != 1
+            ),
             "--mix: --data_path names a file twice": not self.mix or len({*self.data_path}) == len(self.data_path),
         }
         found = [error for error, kept in rules.items() if not kept]
