@@ -35,7 +35,8 @@ def test_links_and_scripts_exist(notebook):
     assert [file for file in files if not (PATH.parents[1] / file).exists()] == []
 
 
-def test_it_runs(notebook):
+def test_it_runs(notebook, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")  # as Streamlit sets it: the plots are shown all the same
     client = nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(PATH.parent)}})
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
