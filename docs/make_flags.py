@@ -55,10 +55,8 @@ def actions_of(script: str) -> dict[str, argparse.Action]:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        with (
-            mock.patch.dict(sys.modules, {name: module}),
-            mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
-        ):
+        sys.modules[name] = module  # where its dataclasses are looked up
+        with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
             spec.loader.exec_module(module)
             parser = _parser_of(getattr(module, "parse_args", None) or module.main)
     return {name: action for action in parser._actions for name in action.option_strings}
