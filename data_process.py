@@ -165,11 +165,11 @@ def main() -> None:
     incomplete: list[str] = []
     questions: tuple[str, ...] = ()
     if options.contamination is not None:
-        from data_pipeline.near_duplicates import is_too_short
+        from data_pipeline.near_duplicates import count_too_short
         from evaluation.ceval import read_questions
 
         questions = tuple(q.question for q in read_questions(options.contamination, "val", answers=True))
-        n_short = sum(is_too_short(question) for question in questions)
+        n_short = count_too_short(questions)
         print(
             f"--contamination: {len(questions) - n_short:,} questions; {n_short:,} more are too short to be recognised"
         )

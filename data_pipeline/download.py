@@ -129,7 +129,8 @@ def download(names: Sequence[str], out_dir: Path) -> None:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    mirror = os.environ.get("HF_ENDPOINT") or None
+    api = HfApi(mirror, token=False if mirror else None)  # a mirror gets no token
     staging = out_dir / STAGING
     kept = f"what was downloaded is kept in {staging}, and the same command continues"
     busy = f"another process is downloading into {out_dir}: wait for it, or choose another --out_dir"
@@ -248,7 +249,7 @@ def _fetch(api: HfApi, file: Wanted, staging: Path, kept: str) -> None:
     if part.stat().st_size > info.size:
         part.unlink()  # it can only be damaged
         part.touch()
-    headers = build_hf_headers(token=None if api.endpoint == HUB else False)  # a mirror gets no token
+    headers = build_hf_headers(token=api.token)
     failures = 0
     with Progress(info.path, info.size - part.stat().st_size) as progress:
         while True:

@@ -54,9 +54,9 @@ def contained_question(text: str, questions: tuple[str, ...]) -> str | None:
     return next((questions[i] for i in sorted(hits) if hits[i] >= OVERLAP * sizes[i]), None)
 
 
-def is_too_short(question: str) -> bool:
-    """Return whether `contained_question` does not look for this question."""
-    return not _index((question,))[1][0]
+def count_too_short(questions: tuple[str, ...]) -> int:
+    """Return how many of the questions `contained_question` does not look for."""
+    return _index(questions)[1].count(0)
 
 
 @functools.lru_cache(1)

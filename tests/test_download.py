@@ -52,6 +52,7 @@ class Hub(ThreadingHTTPServer):
         self.cut: list[int] = []
         self.busy = 0  # how many requests for content are answered with an error of the server
         self.ranges: list[str | None] = []  # of each request for content
+        self.tokens: list[str | None] = []  # of each request
         self.wrong: set[str] = set()  # their content is not the one that was described
 
     def handle_error(self, *_: object) -> None:
@@ -66,6 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
+        self.server.tokens.append(self.headers.get("Authorization"))
         repo, _, revision = urlparse(self.path).path.removeprefix("/api/datasets/").partition("/paths-info/")
         body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         known = {data.repo: data.revision for data in (SFT, CEVAL)}
@@ -83,6 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def do_GET(self) -> None:
+        self.server.tokens.append(self.headers.get("Authorization"))
         if not self.path.startswith("/cdn/"):  # large files are on another host
             repo, _, rest = self.path.removeprefix("/datasets/").partition("/resolve/")
             place = f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{rest.partition('/')[2]}"
@@ -122,6 +125,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what arrived of a chunk (10 MB) is loaded again
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -154,6 +158,7 @@ def test_files_arrive_though_connections_are_lost(load, hub, tmp_path):
     assert (out / "sft_data_single.csv").read_bytes() == ROWS and (out / "sft_data_multi.csv").read_bytes() == ROWS[
         :-20
     ]
+    assert len(hub.tokens) > 8 and not any(hub.tokens)  # a mirror gets no token
     assert hub.ranges[:4] == [None, "bytes=100000-", "bytes=150000-", "bytes=220000-"]
     assert all((out / name).read_bytes() == hub.files[f"{DPO.repo}/{name}"] for name in DPO.files)
     assert (out / "ceval/ceval-exam/val/law_val.csv").read_text() == CSV
@@ -167,6 +172,14 @@ def test_files_arrive_though_connections_are_lost(load, hub, tmp_path):
     again = load("sft", "ceval")
     assert again.returncode == 0 and again.stdout.count("is already there") == 3 and not hub.ranges
     assert "to download" not in again.stdout
+
+
+def test_what_another_download_began_is_kept(load, tmp_path):
+    begun = tmp_path / "data" / download.STAGING / "0123.part"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"some gigabytes")
+    assert load("ceval").returncode == 0
+    assert [*begun.parent.iterdir()] == [begun]
 
 
 def test_a_stopped_download_continues(load, hub, tmp_path):
