@@ -9,7 +9,6 @@ share of held-out questions that are answered word for word.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ def main() -> None:
     if not (weights.exists() and earlier.exists()):
         raise UserError(f"{weights} or {earlier} is missing: create them with bash quickstart.sh")
     from bench.quickstart_report import dialogues, exact_match, load  # PyTorch takes seconds to load
+    from bench.stages import run_stage
     from model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer()
@@ -52,13 +52,11 @@ def main() -> None:
     row("nothing", weights)
     with tempfile.TemporaryDirectory() as folder:
         for share in [0.0, *options.replay]:
-            mix = [str(earlier), "--mix", str(1 - share), str(share)] if share else []
-            command = [sys.executable, str(ROOT / "3-full_sft.py"), "--init_from", str(weights), "--out_dir", folder]
-            command += ["--data_path", str(SAMPLE / "lora_domain.jsonl"), *mix, "--epochs", str(options.epochs)]
-            command += "--overwrite --device cpu --batch_size 4 --learning_rate 1e-3 --val_fraction 0".split()
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UserError(f"the training failed: {done.stderr.strip()}")
+            mix = [earlier, "--mix", 1 - share, share] if share else []
+            flags = ["--init_from", weights, "--out_dir", folder, "--epochs", options.epochs]
+            flags += ["--data_path", SAMPLE / "lora_domain.jsonl", *mix]
+            flags += "--overwrite --device cpu --batch_size 4 --learning_rate 1e-3 --val_fraction 0".split()
+            run_stage("3-full_sft.py", *flags)
             name = f"the new dialogues and {share:.0%} replay" if share else "the new dialogues only"
             row(name, Path(folder) / "full_sft_192.pth")
 

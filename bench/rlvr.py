@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bench.stages import run_stage
 from common.cli import Parser  # noqa: E402
-from common.errors import UserError, run_script
+from common.errors import run_script
 from common.files import ROOT
 from data_pipeline.readers import iter_records
 from evaluation.rollouts import Rollout, RolloutPrompt, greedy_rollouts, read_prompts
@@ -83,12 +83,9 @@ def train(script: str, output: Path, flags: str, *paths: object) -> float:
     """Run a stage, unless its result is there; return its seconds."""
     if output.exists():
         return 0.0
-    command = [sys.executable, str(ROOT / script), "--out_dir", output.parent, "--max_seq_len", MAX_SEQ_LEN]
-    command += ["--device", "cpu", "--overwrite", *shlex.split(flags), *paths]
+    common = ["--out_dir", output.parent, "--max_seq_len", MAX_SEQ_LEN, "--device", "cpu", "--overwrite"]
     started = time.perf_counter()
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise UserError(f"{script} failed: {result.stderr[-1000:]}")
+    run_stage(script, *common, *shlex.split(flags), *paths)
     return time.perf_counter() - started
 
 

@@ -24,7 +24,6 @@ import io
 import json
 import resource
 import shlex
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
+from bench.stages import run_stage
 from bench.throughput import Scheme, compare, packed_loss
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
@@ -152,10 +152,7 @@ def write_data(emoji: Sequence[Emoji], n_held_out: int, copies: int, folder: Pat
 def run(script: str, *flags: object) -> float:
     """Run a script of the toolkit as a user does; return its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, ROOT / script, "--device", "cpu", *flags]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{script} failed: {done.stderr[-1000:]}")
+    run_stage(script, "--device", "cpu", *flags)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
