@@ -80,10 +80,10 @@ def load_tasks(names: list[str], data_dir: Path, shots: int | None) -> TaskDict:
         for reading[0], task in found["tasks"].items():
             task.set_config("num_fewshot", (task.config.num_fewshot or 0) if shots is None else shots)
             task.set_fewshot_seed(1234)  # lm-eval's default
-            shots_used = task.config.num_fewshot
-            if shots_used and (n_rows := len([*task.fewshot_docs()])) <= shots_used:
+            n_examples = task.config.num_fewshot
+            if n_examples and (n_rows := len([*task.fewshot_docs()])) <= n_examples:
                 raise UserError(
-                    f"{reading[0]}: {n_rows} rows to take examples from, and --shots {shots_used} needs more"
+                    f"{reading[0]}: {n_examples} examples are too many for {n_rows} rows: use fewer --shots"
                 )
             if "acc" not in (metrics := task.aggregation()):
                 raise UserError(f"{reading[0]}: only accuracy can be measured, and the task has {', '.join(metrics)}")

@@ -157,10 +157,8 @@ def compare_llava(
     Pictures go through the image processor in the folder. tolerance: None: 1e-4.
     """
     assert isinstance(model, VisionLanguageModel)
-    dtype, picture = (
-        getattr(torch, read_json(folder / CONFIG)["dtype"]),
-        sample_picture(encoder.model.config.image_size),
-    )
+    dtype: torch.dtype = getattr(torch, read_json(folder / CONFIG)["dtype"])
+    picture = sample_picture(encoder.model.config.image_size)
     stored = copy.deepcopy(encoder)
     stored.model.to(dtype).float()
 

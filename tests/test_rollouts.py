@@ -238,7 +238,8 @@ def test_the_backend_is_not_changed_while_rows_are_decoded(model, prompts):
         generator.use_backend(None)
 
 
-def test_the_verifier_of_the_command_line_is_for_rows_without_one(tokenizer, tmp_path):
+def test_the_verifier_of_the_command_line_is_for_rows_without_one(tokenizer, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [row(), {"question": "?", "answer": "x"}])
     named, other = read_prompts([path], tokenizer, 128, verifier=parse_verifier("exact"))
+    assert "--verifier is for rows without one: 1 of 2 name their own" in capsys.readouterr().out
     assert named.verifier("x 12", "12").correct and not other.verifier("a x", "x").correct

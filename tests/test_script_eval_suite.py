@@ -217,6 +217,24 @@ def test_wrong_rows(tmp_path, change, reason):
         load_tasks(["piqa"], tmp_path, None)
 
 
+def test_too_few_rows_for_the_examples(tmp_path):
+    from evaluation.suite import load_tasks
+
+    write(tmp_path / "piqa" / "validation.jsonl", rows_of("piqa", n=2))
+    write(tmp_path / "piqa" / "train.jsonl", rows_of("piqa", n=2))
+    load_tasks(["piqa"], tmp_path, 1)
+    with pytest.raises(UserError, match="piqa: 2 examples are too many for 2 rows"):
+        load_tasks(["piqa"], tmp_path, 2)
+
+
+def test_a_task_without_accuracy_is_refused(tmp_path):
+    from evaluation.suite import load_tasks
+
+    write(tmp_path / "glue" / "cola" / "validation.jsonl", [{"sentence": "It rains.", "label": 1}] * 2)
+    with pytest.raises(UserError, match="cola: only accuracy can be measured, and the task has mcc"):
+        load_tasks(["cola"], tmp_path, None)
+
+
 def test_a_broken_line_and_a_missing_column(tmp_path):
     from evaluation.suite import load_tasks
 

@@ -232,7 +232,8 @@ def test_a_mix_of_files_is_resumed_exactly(texts, tmp_path, pretrain):
     out = tmp_path / "out"
     shutil.copytree(tmp_path / "whole", out)
     shutil.rmtree(out / "pretrain_32.resume" / "step_00000008")
-    assert "train_data" in error_of(pretrain("--out_dir", out, "--resume", "--mix", 1, 1))
+    error = error_of(pretrain("--out_dir", out, "--resume", "--mix", 1, 1))
+    assert "train_data" in error and "--mix [3.0, 1.0] -> [1.0, 1.0]" in error
     again = pretrain("--out_dir", out, "--resume")
     assert again.returncode == 0 and "resuming after step 4" in again.stdout, again.stderr
     assert same(parameters(out), parameters(tmp_path / "whole"))

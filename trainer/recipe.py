@@ -188,7 +188,7 @@ def _mixed(dataset: TokenizedDataset, documents: np.ndarray, options: TrainOptio
         f"{path.name} {share / total:.1%} of the tokens ({times:.2f} passes)"
         for path, share, times in zip(options.data_path, options.mix, passes, strict=True)
     ]
-    print(f"mix in an epoch: {', '.join(parts)}")
+    print(f"mix in an epoch, about: {', '.join(parts)}")
     return mixed
 
 
