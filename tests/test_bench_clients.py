@@ -23,11 +23,11 @@ def url():
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_works_as_documented(client, url):
     environments = Environments(clients.FOLDER)
+    if client != "openai" and not environments.is_ready(CLIENTS[client][0]):
+        pytest.skip("not installed: `python bench/clients.py --install_only` does it, or says what is missing")
     command = environments.command(client)
     if client == "openai":  # the tests have it anyway
         command[0] = sys.executable
-    elif not environments.is_ready(CLIENTS[client][0]):
-        pytest.skip("not installed: `python bench/clients.py --install_only` does it, or says what is missing")
     row = run_client(command, url, NAME, Row(client, version_of(client)))
     assert "FAILED" not in row.outcomes.values(), row.details
     assert (
