@@ -45,6 +45,14 @@ class RlvrOptions(RolloutOptions):
         above=0,
     )
     beta: float = flag(0.0, "strength of the pull towards the model before this stage (KL divergence); 0: none", min=0)
+    judge_url: str | None = flag(
+        None, "address of an OpenAI-compatible API whose model grades answers, for --verifier judge; its key is read from "
+        "OPENAI_API_KEY", metavar="URL",
+    )  # fmt: skip
+    judge_model: str | None = flag(None, "the model that grades answers at --judge_url", metavar="NAME")
+    reward_model: Path | None = flag(
+        None, "folder of a sequence classifier with one output, for --verifier reward_model", metavar="FOLDER"
+    )
     value_coef: float = flag(0.1, "ppo: weight of the loss of the value function", above=0)
     learning_rate: float = flag(1e-4, "peak learning rate")
     batch_size: int = flag(8, "prompts whose answers go through the model at once, per process")
@@ -57,7 +65,10 @@ class RlvrOptions(RolloutOptions):
     def validate(self) -> list[str]:
         for_ppo = ("value_coef", "gamma", "gae_lambda")
         changed = [name for name in for_ppo if getattr(self, name) != getattr(RlvrOptions, name)]
-        return super().validate() + [
+        found = super().validate()
+        if (self.judge_url is None) != (self.judge_model is None):
+            found.append("--judge_url and --judge_model belong together: give both")
+        return found + [
             f"--{name} is for --algorithm ppo and does nothing for {self.algorithm}: leave it out"
             for name in changed
             if self.algorithm != "ppo"
@@ -68,6 +79,7 @@ def main() -> None:
     options = parse_options(RlvrOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from evaluation.judges import open_judges
     from evaluation.rollouts import read_prompts
     from evaluation.tools import TOOLS, find_tools
     from evaluation.verifiers import parse_verifier
@@ -82,28 +94,19 @@ def main() -> None:
     device = resolve_device(options.device)
     dist_env = init_distributed(device.type, options.timeout)
     tools = TOOLS | find_tools(options.tools)
-    verifier = parse_verifier(options.verifier, allow_functions=True) if options.verifier else None
+    judges = open_judges(options.judge_url, options.judge_model, options.reward_model, device)
+    verifier = parse_verifier(options.verifier, judges=judges, allow_functions=True) if options.verifier else None
 
     # Model: one that answers, for ppo with a value function, and for --beta a copy of what it is now.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft", "rl", "distill"], tokenizer, dist_env)
     run = weights_run(options, model.config, tokenizer, dist_env, origin)
     names = (
-        "algorithm",
-        "group_size",
-        "max_new_tokens",
-        "max_tool_calls",
-        "verifier",
-        "epsilon",
-        "epsilon_high",
-        "beta",
-        "value_coef",
-        "gamma",
-        "gae_lambda",
-        "steps_per_generation",
-        "tools",
-    )
-    run = replace(run, identity=run.identity | {"objective": {name: getattr(options, name) for name in names}})
+        "algorithm", "group_size", "max_new_tokens", "max_tool_calls", "verifier", "judge_model", "reward_model", "epsilon",
+        "epsilon_high", "beta", "value_coef", "gamma", "gae_lambda", "steps_per_generation", "tools",
+    )  # fmt: skip
+    flags = options.describe()
+    run = replace(run, identity=run.identity | {"objective": {name: flags[name] for name in names}})
     require_files(options.data_path, "name your prompts with --data_path; dataset/sample/rlvr_data.jsonl has some")
     reference = frozen_copy(model, device) if options.beta else None
     value_head = add_value_head(model) if options.algorithm == "ppo" else None
@@ -112,12 +115,12 @@ def main() -> None:
     # Data: questions with their answers. The batches are the model's own answers to them.
     prompts = read_prompts(
         options.data_path, tokenizer, model.config.max_seq_len - options.max_new_tokens,
-        verifier=verifier, tools=tools, max_dropped=options.max_dropped,
+        verifier=verifier, judges=judges, tools=tools, max_dropped=options.max_dropped,
     )  # fmt: skip
     train, val = train_and_val_prompts(prompts, options)
     make_loader = partial(
         RolloutLoader, model=model, tokenizer=tokenizer, options=options, dtype=resolve_dtype(options.dtype, device),
-        value_head=value_head,
+        value_head=value_head, heartbeat=partial(dist_env.heartbeat, "answering the prompts", count=False),
     )  # fmt: skip
 
     # Loss: answers with a positive advantage become more probable.

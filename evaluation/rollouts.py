@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.readers import Record, iter_records
 from data_pipeline.records import Malformed, parse_prompt
 from data_pipeline.tokenize_chats import NothingToTrainOn, collect_rows
+from evaluation.judges import JudgeFunction
 from evaluation.tools import TOOLS, Tool, call_tool, tool_schema
 from evaluation.verifiers import Reward, Verifier, parse_verifier
 from inference.backends import choose_backend
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from model.model import Transformer
 
 MAX_TOOL_CALLS = 4  # in one rollout
+ASKED_AT_A_TIME = 8  # judges
 NO_ROOM = "too long: the question leaves no room for an answer"
 NOT_A_PROMPT = "not a valid prompt"
 
@@ -71,6 +74,7 @@ def read_prompts(
     max_tokens: int,
     *,
     verifier: Verifier | None = None,
+    judges: Mapping[str, JudgeFunction] | None = None,
     tools: Mapping[str, Tool] = TOOLS,
     max_dropped: float = 0.0,
 ) -> list[RolloutPrompt]:
@@ -79,13 +83,13 @@ def read_prompts(
     Args:
         max_tokens: of a prompt.
         verifier: for rows that do not name one.
-        tools: that rows may name.
+        judges, tools: that rows may name.
 
     Raises UserError if a file has none, or more than the share `max_dropped` of the rows cannot be used.
     """
 
     def make(record: Record) -> RolloutPrompt:
-        prompt = _read_prompt(record, tokenizer, verifier, tools)
+        prompt = _read_prompt(record, tokenizer, verifier, judges, tools)
         if len(prompt.ids) > max_tokens:
             raise NothingToTrainOn(NO_ROOM, f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit")
         return prompt
@@ -97,7 +101,11 @@ def read_prompts(
 
 
 def _read_prompt(
-    record: Record, tokenizer: PreTrainedTokenizerFast, verifier: Verifier | None, tools: Mapping[str, Tool]
+    record: Record,
+    tokenizer: PreTrainedTokenizerFast,
+    verifier: Verifier | None,
+    judges: Mapping[str, JudgeFunction] | None,
+    tools: Mapping[str, Tool],
 ) -> RolloutPrompt:
     data = record.data
     if (answer := data.get("answer")) is None:
@@ -113,7 +121,7 @@ def _read_prompt(
     check_messages(messages, answered=False)
     if spec is None and verifier is None:
         raise Malformed("no verifier in the row: add one, or name one for all with --verifier")
-    own = parse_verifier(str(spec)) if spec is not None else verifier
+    own = parse_verifier(str(spec), judges=judges) if spec is not None else verifier
     assert own is not None
     reference = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
     if "####" in reference and own.spec.startswith("number"):  # GSM8K: the result stands after the way to it
@@ -172,16 +180,21 @@ def run_rollouts(
     prompts: Sequence[RolloutPrompt],
     samplings: Sequence[SamplingParams],
     max_tool_calls: int = MAX_TOOL_CALLS,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
     """Return a rollout of each prompt with its reward; all are decoded together, as many at a time as there are rows.
 
-    samplings: of each prompt; the answers after calls get seeds of their own. `max_new_tokens` is the limit of one answer.
+    Args:
+        samplings: of each prompt; the answers after calls get seeds of their own. `max_new_tokens` is the limit of one
+            answer.
+        heartbeat: called for every token and every reward.
     """
     rollouts = [Rollout(prompt, [*prompt.ids], [False] * len(prompt.ids)) for prompt in prompts]
     starts = [len(prompt.ids) for prompt in prompts]  # of the answer that each is writing
     turns = [0] * len(prompts)
     waiting = deque(range(len(prompts)))
     while waiting or generator.rows:
+        heartbeat()
         if waiting and generator.free:
             keys = [waiting.popleft() for _ in range(min(generator.free, len(waiting)))]
             outputs = generator.add(
@@ -205,9 +218,21 @@ def run_rollouts(
                 rollout.append(ids, sampled=False)
                 starts[output.key], turns[output.key] = len(rollout.ids), turns[output.key] + 1
                 waiting.append(output.key)
-            elif not rollout.cut:
-                rollout.reward = rollout.prompt.verifier(rollout.text, rollout.prompt.answer)
+    _reward([rollout for rollout in rollouts if not rollout.cut], heartbeat)
     return rollouts
+
+
+def _reward(rollouts: Sequence[Rollout], heartbeat: Callable[[], None]) -> None:
+    """Give each rollout its reward. Judges answer over a network: several are asked at a time."""
+
+    def verify(rollout: Rollout) -> Reward:
+        return rollout.prompt.verifier(rollout.text, rollout.prompt.answer, rollout.prompt.messages)
+
+    with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
+        has_judge = any(rollout.prompt.verifier.has_judge for rollout in rollouts)
+        for rollout, reward in zip(rollouts, (pool.map if has_judge else map)(verify, rollouts), strict=True):
+            rollout.reward = reward
+            heartbeat()
 
 
 def greedy_rollouts(

@@ -5,7 +5,8 @@
 
 A verifier is a pure function of two texts, answer and reference, that returns a number, as a rule from 0 to 1; the reward is
 the sum of its verifiers, times their weights. `name=text` compares with that text instead of the reference. The first one
-says whether the answer is correct. A user's function of (answer, reference) is named as "module:function".
+says whether the answer is correct. A user's function of (answer, reference) is named as "module:function"; models that
+judge are in `evaluation.judges`.
 
 Verifiers look at what the user would read; "format" and "thinks" look at the whole answer with its thinking and calls.
 """
@@ -17,14 +18,16 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from regex import search as search_regex  # type: ignore[import-untyped]  # `re` has no time limit
 
 from common.errors import UserError
+from evaluation.judges import JudgeFunction
 from evaluation.tools import import_function
+from model.chat_format import Message
 from model.chat_parser import END_THINK, parse_answer
 
 VerifierFunction = Callable[[str, str], float]
@@ -120,6 +123,7 @@ VERIFIERS: dict[str, VerifierFunction] = {
     "format": well_formed, "thinks": thinks,
 }  # fmt: skip
 _WHOLE_ANSWER = ("format", "thinks")
+JUDGES = {"judge": "--judge_url and --judge_model", "reward_model": "--reward_model"}  # name -> the flags that open it
 
 
 class Reward(NamedTuple):
@@ -137,13 +141,15 @@ class Reward(NamedTuple):
 @dataclass(frozen=True)
 class _Part:
     name: str
-    function: VerifierFunction
+    function: VerifierFunction | JudgeFunction
     argument: str | None
     weight: float
+    is_judge: bool = False
 
-    def __call__(self, answer: str, reference: str) -> float:
+    def __call__(self, answer: str, reference: str, messages: Sequence[Message]) -> float:
         text = answer if self.name in _WHOLE_ANSWER else parse_answer(answer).content.strip()
-        value = float(self.function(text, reference if self.argument is None else self.argument))
+        seen = (messages,) if self.is_judge else ()
+        value = float(self.function(text, reference if self.argument is None else self.argument, *seen))
         if not math.isfinite(value):
             raise ValueError(f"returned {value}")
         return value
@@ -156,12 +162,19 @@ class Verifier:
     parts: tuple[_Part, ...]
     spec: str
 
-    def __call__(self, answer: str, reference: str) -> Reward:
-        """Return the reward of an answer (its whole text, with thinking and calls). Never raises an error."""
+    @property
+    def has_judge(self) -> bool:
+        return any(part.is_judge for part in self.parts)
+
+    def __call__(self, answer: str, reference: str, messages: Sequence[Message] = ()) -> Reward:
+        """Return the reward of an answer (its whole text, with thinking and calls). Never raises an error.
+
+        messages: what stands before the answer, for judges.
+        """
         values, errors = [], []
         for part in self.parts:
             try:
-                values.append(part(answer, reference))
+                values.append(part(answer, reference, messages))
             except Exception as error:  # a function of the user can raise anything
                 errors.append(f"{part.name}: {type(error).__name__}: {error}")
         if errors:
@@ -174,20 +187,25 @@ class Verifier:
         for part in self.parts:
             if part.name in VERIFIERS:
                 try:
-                    part("", reference)
+                    part("", reference, ())
                 except Exception as error:  # whatever is wrong with the reference, it is the row's fault
                     raise UserError(f"the verifier {part.name} cannot use this answer: {error}") from None
 
 
-def parse_verifier(spec: str, *, allow_functions: bool = False) -> Verifier:
-    """Read "name[=text][:weight],…"; names are those of VERIFIERS.
+def parse_verifier(
+    spec: str, *, judges: Mapping[str, JudgeFunction] | None = None, allow_functions: bool = False
+) -> Verifier:
+    """Read "name[=text][:weight],…"; names are those of VERIFIERS and of `judges`.
 
-    allow_functions: also "module:function[:weight]". Only for what the user typed: a data file must not choose which code
-        runs.
+    Args:
+        judges: models that may be asked, by name.
+        allow_functions: also "module:function[:weight]". Only for what the user typed: a data file must not choose which
+            code runs.
 
     Raises UserError for an unknown name or a weight that is no number.
     """
-    known = f"verifiers: {', '.join(VERIFIERS)}"
+    judges = judges or {}
+    known = f"verifiers: {', '.join([*VERIFIERS, *judges])}"
     parts = []
     for text in spec.split(","):
         named, colon, weight_text = text.strip().rpartition(":")
@@ -199,11 +217,16 @@ def parse_verifier(spec: str, *, allow_functions: bool = False) -> Verifier:
         name, equals, argument = named.partition("=")
         if not math.isfinite(weight):
             raise UserError(f"verifier {text.strip()!r}: the weight must be a finite number")
+        function: VerifierFunction | JudgeFunction
         if name in VERIFIERS:
             function = VERIFIERS[name]
+        elif name in judges:
+            function = judges[name]
+        elif name in JUDGES:
+            raise UserError(f"verifier {name!r} needs {JUDGES[name]}")
         elif allow_functions:
             function = import_function(name, known)
         else:
             raise UserError(f"verifier {name!r} is unknown; {known}; functions of your own only with --verifier")
-        parts.append(_Part(name, function, argument if equals else None, weight))
+        parts.append(_Part(name, function, argument if equals else None, weight, name in judges))
     return Verifier(tuple(parts), spec)

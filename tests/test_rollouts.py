@@ -226,7 +226,10 @@ def test_the_sampler_and_the_trainer_agree_on_probabilities(model, tokenizer, pr
 def test_rollouts_do_not_depend_on_what_is_decoded_beside_them(model, tokenizer, prompts):
     model.eval()
     samplings = [SamplingParams(max_new_tokens=8, temperature=1.0, seed=i) for i in range(3)]
-    together = run_rollouts(BatchGenerator(model, 3, backend=choose_backend(model)), tokenizer, prompts, samplings)
+    beats: list[int] = []
+    generator = BatchGenerator(model, 3, backend=choose_backend(model))
+    together = run_rollouts(generator, tokenizer, prompts, samplings, heartbeat=lambda: beats.append(1))
+    assert len(beats) >= max(rollout.n_sampled for rollout in together)
     in_turn = run_rollouts(BatchGenerator(model, 1, backend=choose_backend(model)), tokenizer, prompts, samplings)
     assert [rollout.ids for rollout in together] == [rollout.ids for rollout in in_turn]
 

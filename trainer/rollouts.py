@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -212,12 +212,14 @@ class RolloutLoader(OnPolicyLoader):
 
     Attributes:
         value_head: of `model`, for ppo.
+        heartbeat: called while answers are made, which takes as long as it takes.
     """
 
     data: PromptSet
     tokenizer: PreTrainedTokenizerFast = field(kw_only=True)
     options: RolloutOptions = field(kw_only=True)
     value_head: nn.Module | None = field(kw_only=True, default=None)
+    heartbeat: Callable[[], None] = field(kw_only=True, default=lambda: None)
     _ready: dict[tuple[int, int], list[Batch]] = field(init=False, default_factory=dict)  # of (step, micro-batch)
     _silent: bool = field(init=False, default=False)  # the last step had no gradient
     _errors: set[str] = field(init=False, default_factory=set)  # of verifiers, that were printed
@@ -271,7 +273,9 @@ class RolloutLoader(OnPolicyLoader):
 
     def _run(self, prompts: list[RolloutPrompt], samplings: list[SamplingParams]) -> list[Rollout]:
         generator = self.generator(self.micro_batch * self.options.group_size)
-        rollouts = run_rollouts(generator, self.tokenizer, prompts, samplings, self.options.max_tool_calls)
+        rollouts = run_rollouts(
+            generator, self.tokenizer, prompts, samplings, self.options.max_tool_calls, self.heartbeat
+        )
         for error in {error for rollout in rollouts for error in rollout.reward.errors} - self._errors:
             self._errors.add(error)
             tqdm.write(f"WARNING: a verifier failed, and its answer got no reward: {error}")
