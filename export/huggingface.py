@@ -45,7 +45,7 @@ from model.weights_file import Checkpoint, build_model, dtype_name, read_tensors
 WEIGHTS, CONFIG, DESCRIPTION = "model.safetensors", "config.json", "minimind.json"
 PROCESSOR = "processor_config.json"
 LLAVA = "llava"  # the model type of what export/llava.py writes
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 ROUTER_BIAS = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"  # Ernie's: zeros if ours has none
 OUR_ROUTER_BIAS = "layers.{}.feed_forward.gate.bias"
 CLASSES = {
@@ -318,10 +318,12 @@ def write_folder(
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer."""
-    for name in (*TOKENIZER_FILES, "chat_template.jinja"):
-        if name in TOKENIZER_FILES or (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    """Copy the files of a tokenizer, and say which inputs models take: transformers 4 would add `token_type_ids`."""
+    config = read_json(source / TOKENIZER_CONFIG)
+    write_json(folder / TOKENIZER_CONFIG, {"model_input_names": ["input_ids", "attention_mask"]} | config)
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    if (template := source / "chat_template.jinja").is_file():
+        shutil.copyfile(template, folder / template.name)
 
 
 def _token_ids(config: LMConfig) -> dict:

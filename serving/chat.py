@@ -17,7 +17,16 @@ from starlette.responses import Response
 from common.errors import UserError
 from inference.constraints import Constraint, answer_grammar
 from inference.generator import TokenOutput
-from model.chat_format import Message, chat_style, message_text, render_chat, truncate_chat, with_images, with_tools
+from model.chat_format import (
+    Message,
+    PromptTooLong,
+    chat_style,
+    message_text,
+    render_chat,
+    truncate_chat,
+    with_images,
+    with_tools,
+)
 from model.chat_parser import THINK, AnswerParser, AnswerPart
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
@@ -28,6 +37,7 @@ BETWEEN = "\n\n\n"  # messages of one role that become one
 
 class ChatEndpoint(Endpoint):
     format_field = "response_format"  # what errors call the field with the JSON schema
+    strict_field = "tools.function.strict"
 
     async def create(self, body: protocol.ChatRequest, request: Request) -> Response:
         self.check(body, request)
@@ -62,15 +72,22 @@ class ChatEndpoint(Endpoint):
         except RecursionError:
             raise ApiError(400, f"{param} or tools are nested too deeply", param) from None
         encode = functools.partial(self.prompt, keep=self.prompt_limit(body, limit), enable_thinking=thinking)
-        prompt = await tokenize(encode, offered, size, param)
-        if tools and body.tool_choice in (None, "auto") and len(prompt) >= self.engine.max_len and not self.strict:
+        optional = tools and body.tool_choice in (None, "auto") and not self.strict
+        try:
+            prompt = await tokenize(encode, offered, size, param)
+            fits = len(prompt) < self.engine.max_len
+        except ApiError:  # not even beside the last question alone
+            if not optional:
+                raise
+            fits = False
+        if optional and not fits:
             # Open WebUI offers 12,000 tokens of tools in every chat: without them there is an answer.
             self.ignore(["tools"], request)
             tools = []
             prompt = await tokenize(encode, messages, size, param)
         limit = self.token_limit(len(prompt), limit, param, request)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        constraint = await self.constraint(body, tags, tools, thinking)
+        constraint = await self.constraint(body, tags, tools, thinking, request)
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
         samplings = [dataclasses.replace(sampling, constraint=constraint) for sampling in samplings]
         begun = self.model.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
@@ -91,6 +108,8 @@ class ChatEndpoint(Endpoint):
         tokenizer, image_ids = self.model.tokenizer, self.model.image_ids
         if keep is not None:
             chat = truncate_chat(tokenizer, messages, keep, enable_thinking=enable_thinking, image_ids=image_ids)
+            if chat.answer_cut:  # its end is what the model should continue
+                raise PromptTooLong(f"the last question and its answer have more than {keep} tokens: shorten them")
             messages = chat.messages
         return render_chat(
             tokenizer,
@@ -107,17 +126,22 @@ class ChatEndpoint(Endpoint):
         tags: dict[str, tuple[int, ...]],
         tools: list[dict[str, Any]],
         thinking: bool | None,
+        request: Request,
     ) -> Constraint | None:
         """Return what the answer is held to: JSON (`response_format`), or calls where they are required or `strict`.
 
-        Such an answer thinks first only if the request asks for it. Raises ApiError for a schema that is not supported.
+        Where tags are ordinary text, nothing tells the beginning of a call from other text: `strict` alone is ignored then.
+        An answer that is JSON or calls thinks first only if the request asks for it. Raises ApiError for a schema that is
+        not supported.
         """
         schema, choice = response_schema(body, self.format_field), body.tool_choice
         required = choice == "required" or isinstance(choice, protocol.NamedTool)
-        # Where tags are ordinary text, nothing tells the beginning of a call from other text.
-        strict = any(tool.get("strict") for tool in tools) and len(tags["<tool_call>"]) == 1
-        if not (required or strict or schema is not None):
-            return None
+        if not required and schema is None:
+            if not any(tool.get("strict") for tool in tools):
+                return None
+            if len(tags["<tool_call>"]) > 1:
+                self.ignore([self.strict_field], request)
+                return None
         parallel = body.parallel_tool_calls is not False
         if isinstance(choice, protocol.NamedTool):  # as OpenAI, one call of that function
             tools, parallel = [tool for tool in tools if tool["name"] == choice.function.name], False

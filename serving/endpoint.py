@@ -234,18 +234,16 @@ class Endpoint:
             raise ApiError(404, message, "model", "model_not_found")
 
     def check(self, body: protocol.Request, request: Request) -> None:
-        """Raise ApiError for another model, and with `strict` for fields that would be ignored; otherwise name them."""
+        """Raise ApiError for another model, or for what `ignore` refuses."""
         self.check_model(body.model)
-        ignored = [_printable(name) for name in dict.fromkeys(body.ignored_fields())]
-        if not ignored:
-            return
+        if ignored := [_printable(name) for name in dict.fromkeys(body.ignored_fields())]:
+            self.ignore(ignored, request)
+
+    def ignore(self, ignored: list[str], request: Request) -> None:
+        """Name fields that are ignored in the response and, once each, in the log. With `strict` raise ApiError instead."""
         if self.strict:
             message = f"this server does not know the field {ignored[0]!r}, and --strict refuses what it would ignore"
             raise ApiError(400, message, ignored[0], "unknown_parameter")
-        self.ignore(ignored, request)
-
-    def ignore(self, ignored: list[str], request: Request) -> None:
-        """Name fields that are ignored in the response and, once each, in the log."""
         add_header(request, "X-Ignored-Fields", ", ".join(ignored[:MAX_NAMES]))
         for name in ignored:
             if name not in self.logged and len(self.logged) < MAX_NAMES:

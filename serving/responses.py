@@ -22,7 +22,7 @@ TEXT_ITEMS = {"content": ("message", "msg", "output_text"), "reasoning_content":
 
 
 class ResponsesEndpoint(ChatEndpoint):
-    format_field = "text"
+    format_field, strict_field = "text", "tools.strict"
 
     async def create(self, body: protocol.ResponsesRequest, request: Request) -> Response:  # type: ignore[override]
         self.check(body, request)

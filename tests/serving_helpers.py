@@ -17,6 +17,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from inference.detokenizer import Detokenizer
 from inference.generator import BatchGenerator, TokenOutput
@@ -48,6 +50,15 @@ def tiny_model(sees: bool = False) -> Transformer:
     return (VisionLanguageModel if sees else Transformer)(
         config
     ).eval()  # with this range of weights its answers are varied
+
+
+def without_tags() -> PreTrainedTokenizerFast:
+    """The same vocabulary without control tokens, as the published one."""
+    content = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    backend = Tokenizer.from_str(json.dumps(content))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TOKENIZER.chat_template, **names)
 
 
 def png(seed: int, size: int = 16) -> bytes:
@@ -161,13 +172,14 @@ def serving(
     keep_alive: int = 60,
     sees: bool = False,
     allow_urls: bool = False,
+    tokenizer=TOKENIZER,
     **settings,
 ) -> Iterator[Running]:
     """A running server; it is shut down in the end."""
     model = tiny_model(sees)
-    engine = Engine(lambda: generator(model, rows, tokenizer=TOKENIZER), max_queue, prefix_bytes=10**6)
+    engine = Engine(lambda: generator(model, rows, tokenizer=tokenizer), max_queue, prefix_bytes=10**6)
     reader = ImageReader(ImageProcessor(model, None), allow_urls) if sees else None
-    served = ServedModel(NAME, TOKENIZER, model.config.dim, model.config.vocab_size, "abc", images=reader)
+    served = ServedModel(NAME, tokenizer, model.config.dim, model.config.vocab_size, "abc", images=reader)
     defaults = defaults or SamplingParams(max_new_tokens=CONTEXT)
     app = create_app(engine, served, defaults, **settings)
     server = Server(app, engine, drain, port=0, log_level="warning", timeout_keep_alive=keep_alive)

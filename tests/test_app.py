@@ -505,6 +505,9 @@ def test_truncated_prompts(server):
         n = next(n for n in range(0, 60, 2) if len(prompt_of([chat[0], *turns[n:], *HELLO])) <= room)
         assert used == len(prompt_of([chat[0], *turns[n:], *HELLO])) and answer["usage"]["completion_tokens"] == 1
     assert ask(truncate_prompt_tokens=3)[0] == 400  # less than the question
+    begun = [*chat, {"role": "assistant", "content": "y " * 100}]  # which the answer continues: it is not cut
+    status, answer = ask(truncate_prompt_tokens=50, messages=begun)
+    assert status == 400 and "the last question and its answer have more than 50 tokens" in answer["error"]["message"]
     ids = [5 + i % 90 for i in range(2 * CONTEXT)]
     text = "0123456789 " * CONTEXT
     for prompt in (ids, text):

@@ -12,7 +12,7 @@ from typing import Literal
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from serving_helpers import NAME, QUESTION, SUM, TOKENIZER, Scripted, answer_ids, serving
+from serving_helpers import NAME, QUESTION, SUM, TOKENIZER, Scripted, answer_ids, serving, without_tags
 
 from evaluation.tools import TOOLS, call_tool, tool_schema
 from model.chat_format import chat_style, render_chat, with_tools
@@ -115,6 +115,13 @@ def test_tools_that_do_not_fit_are_left_out(server):
     assert status == 200 and headers["x-ignored-fields"] == "tools"
     answer = json.loads(answer)
     assert (answer["choices"], answer["usage"]) == (plain["choices"], plain["usage"])
+    for keep in (-1, 100):
+        body = json.dumps(asked | {"tools": large, "truncate_prompt_tokens": keep}).encode()
+        status, headers, found = server.call("POST", "/v1/chat/completions", body)
+        assert status == 200 and headers["x-ignored-fields"] == "tools"
+        assert json.loads(found)["choices"] == plain["choices"]
+        cut = {"tools": large, "truncate_prompt_tokens": keep, "tool_choice": "required"}
+        assert server.post("/v1/chat/completions", **asked, **cut)[0] == 400
     for choice in ("required", {"type": "function", "function": {"name": "f1"}}):
         status, answer = server.post("/v1/chat/completions", **asked, tools=large, tool_choice=choice)
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
@@ -288,6 +295,21 @@ def test_required_calls(client, fields, names, stream):
         else:
             assert arguments == {}
     assert found <= names
+
+
+def test_strict_is_named_where_it_has_no_effect():
+    """Where tags are ordinary text, a call that the model is free to make cannot be held to its schema."""
+    strict = {"type": "function", "function": {"name": "f", "strict": True}}
+    flat = {"type": "function", "name": "f", "strict": True}
+    limit = dict(model=NAME, temperature=0)
+    with serving(tokenizer=without_tags()) as found:
+        for path, asked, name in (
+            ("/v1/chat/completions", dict(messages=QUESTION, tools=[strict], max_tokens=4), "tools.function.strict"),
+            ("/v1/responses", dict(input="hi", tools=[flat], max_output_tokens=4), "tools.strict"),
+        ):
+            for choice, ignored in ("auto", name), ("required", None):
+                status, headers, _ = found.call("POST", path, limit | asked | {"tool_choice": choice})
+                assert status == 200 and headers["x-ignored-fields"] == ignored
 
 
 def test_tools_of_a_pydantic_class_are_strict(client):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from serving_helpers import TOKENIZER, tiny_model
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from serving_helpers import TOKENIZER, tiny_model, without_tags
 
 from bench.json_schemas import check_answers
 from common.errors import UserError
@@ -24,15 +20,6 @@ PROMPT = [1, 5, 6]
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def without_tags() -> PreTrainedTokenizerFast:
-    """The same vocabulary without control tokens, as the published one."""
-    content = json.loads(TOKENIZER.backend_tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]
-    backend = Tokenizer.from_str(json.dumps(content))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TOKENIZER.chat_template, **names)
 
 
 def answers(model, grammar, tokenizer=TOKENIZER, n=1, **sampling) -> list[tuple[str, str]]:
