@@ -7,18 +7,15 @@ number. One thread does that for all requests.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import http.client
 import ipaddress
 import socket
 import ssl
-import threading
-import time
-import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import httpx2
 
 from common.errors import UserError
 from data_pipeline.images import MAX_BYTES, BadImage, open_data_url, open_image
@@ -32,6 +29,7 @@ MAX_IMAGE_BODY = 32_000_000  # bytes of a request that may have images
 FETCH_SECONDS = 10.0  # for an image, redirects included
 MAX_REDIRECTS = 3
 FETCHES = 4  # at a time
+_SSL = ssl.create_default_context()
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class ImageReader:
     prepare: ImageProcessor
     allow_urls: bool = False
     _decoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "images"))
-    _fetching: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FETCHES, "fetching"))
+    _fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES))
 
     @property
     def image_ids(self) -> tuple[int, ...]:
@@ -70,7 +68,8 @@ class ImageReader:
             if not source.startswith("data:"):
                 if not self.allow_urls:
                     raise BadImage("only data URLs are read (data:image/png;base64,...): this server fetches no images")
-                data = await loop.run_in_executor(self._fetching, fetch_image, source)
+                async with self._fetching:
+                    data = await fetch_image(source)
             return await loop.run_in_executor(self._decoding, functools.partial(self._decode, data))
         except UserError as error:
             raise ApiError(400, f"{param}: {error}", param, "invalid_image") from error
@@ -84,79 +83,57 @@ class ImageReader:
 # ---- addresses
 
 
-def fetch_image(url: str) -> bytes:
-    """Return what is at an http(s) address. Raises BadImage.
-
-    The name of the host is resolved once, and only public addresses are connected to, also after a redirect: with this
-    server's help nobody shall see what only machines of its own network can.
-    """
-    deadline = time.monotonic() + FETCH_SECONDS
-    for _ in range(MAX_REDIRECTS + 1):
-        data, target = _get(url, deadline)
-        if target is None:
-            return data
-        url = urllib.parse.urljoin(url, target)
-    raise BadImage(f"{url:.80}: more than {MAX_REDIRECTS} redirects")
-
-
-def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
-    """Return the content at an address, or where it redirects to."""
+async def fetch_image(url: str) -> bytes:
+    """Return what is at an http(s) address. Raises BadImage."""
     shown = f"{url:.80}"
+    settings = dict(transport=PublicTransport(), follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=None)
+    headers = {"User-Agent": "minimind", "Accept": "image/*", "Accept-Encoding": "identity"}
+    data = b""
     try:
-        parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
+        async with (
+            asyncio.timeout(FETCH_SECONDS),
+            httpx2.AsyncClient(**settings, headers=headers, trust_env=False) as client,
+            client.stream("GET", url) as answer,
+        ):
+            if answer.status_code != 200:
+                raise BadImage(f"{shown} answers {answer.status_code}")
+            async for part in answer.aiter_raw():
+                data += part
+                if len(data) > MAX_BYTES:
+                    raise BadImage(f"{shown} is larger than {MAX_BYTES >> 20} MB")
+    except httpx2.TooManyRedirects:
+        raise BadImage(f"{shown}: more than {MAX_REDIRECTS} redirects") from None
+    except httpx2.InvalidURL:
         raise BadImage(f"{shown} is not an address") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise BadImage(f"{shown} is neither a data URL nor an http or https address")
-    try:
-        with _connect(host, port or {"http": 80, "https": 443}[parts.scheme], deadline) as plain:
-            connection = http.client.HTTPConnection(parts.netloc.rpartition("@")[2])
-            connection.sock = plain
-            # Whatever the other side does, this ends it: timeouts of a socket count from the last byte.
-            end = threading.Timer(max(deadline - time.monotonic(), 0), functools.partial(_end, connection))
-            end.daemon = True
-            end.start()
-            try:
-                if parts.scheme == "https":
-                    context = ssl.create_default_context()
-                    # Its socket takes the place of the plain one before anything is sent: `_end` must find it.
-                    connection.sock = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
-                    connection.sock.do_handshake()
-                path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-                connection.request("GET", path, headers={"User-Agent": "minimind", "Accept": "image/*"})
-                answer = connection.getresponse()
-                if answer.status in (301, 302, 303, 307, 308) and (target := answer.headers.get("Location")):
-                    return b"", target
-                if answer.status != 200:
-                    raise BadImage(f"{shown} answers {answer.status}")
-                data = answer.read(MAX_BYTES + 1)
-            finally:
-                end.cancel()
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, httpx2.HTTPError) as error:
         if isinstance(error, BadImage):
             raise
         raise BadImage(f"{shown} cannot be fetched within {FETCH_SECONDS:g} s ({error})") from None
-    if len(data) > MAX_BYTES:
-        raise BadImage(f"{shown} is larger than {MAX_BYTES >> 20} MB")
-    return data, None
+    return data
 
 
-def _end(connection: http.client.HTTPConnection) -> None:
-    """End a connection; a read that waits in another thread ends, too."""
-    sock = connection.sock
-    if sock is not None:  # not closed meanwhile
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+class PublicTransport(httpx2.AsyncHTTPTransport):
+    """Connect to public addresses only: with this server's help nobody shall see what only machines of its network can.
 
+    The name of a host is resolved once, also after a redirect, and what was checked is what is connected to.
+    """
 
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
-    """Return a connection to a host, if all its addresses are public ones."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for _, _, _, _, address in found:
-        if not is_public(str(address[0])):
-            raise BadImage(f"{host} is a private address, from which this server fetches nothing")
-    return socket.create_connection((str(found[0][4][0]), port), max(deadline - time.monotonic(), 0.01))
+    def __init__(self) -> None:
+        super().__init__(verify=_SSL)
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = request.url
+        if url.scheme not in ("http", "https") or not url.host:
+            raise BadImage(f"{str(url):.80} is neither a data URL nor an http or https address")
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        addresses = [str(address[0]) for *_, address in found]
+        if not all(map(is_public, addresses)):
+            raise BadImage(f"{url.host} is a private address, from which this server fetches nothing")
+        target = url.copy_with(host=addresses[0])
+        extensions = request.extensions | {"sni_hostname": url.host}
+        checked = httpx2.Request(request.method, target, headers=request.headers, extensions=extensions)
+        return await super().handle_async_request(checked)
 
 
 def is_public(address: str) -> bool:
