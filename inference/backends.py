@@ -7,7 +7,6 @@ the function below through torch.compile (on a GPU with CUDA graphs). Pass it to
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +75,6 @@ class TorchModel:
 class TorchStep:
     """A step on a cache: the newest tokens of its first slots, at their positions -> logits of the next ones."""
 
-    supports_prefill = False
-
     def __init__(self, model: TorchModel, keys: list[Tensor], values: list[Tensor]) -> None:
         self.model, self.keys, self.values = model, keys, values
         self.max_len = keys[0].shape[2]
@@ -90,9 +87,6 @@ class TorchStep:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
             for tensor in self.rope:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-    def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
-        raise NotImplementedError("this backend only decodes: the model itself has to prefill the cache")
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """tokens, positions (rows,), of which the largest is `longest` -> logits (rows, vocab)."""

@@ -10,9 +10,8 @@ compiled: whoever decodes without one does not need it.
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,23 +184,15 @@ class _TextTokenizer:
         backend = tokenizer.backend_tokenizer
         self.tokens = [token_bytes(backend.id_to_token(i)) for i in range(len(tokenizer))]
         self.special_token_ids = sorted(tokenizer.get_added_vocab().values())
-        self._tokenizer = weakref.ref(tokenizer)
+        self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        tokenizer = self._tokenizer()
-        assert tokenizer is not None
-        return encode_text(tokenizer, text)
+        return encode_text(self._tokenizer, text)
 
 
-_wrappers: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Any] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
+@functools.lru_cache(maxsize=4)
 def _wrapped(tokenizer: PreTrainedTokenizerFast) -> Any:
     """Return the `llguidance.LLTokenizer` of a tokenizer; making one takes tens of milliseconds, so they are kept."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    with _lock:
-        if tokenizer not in _wrappers:
-            _wrappers[tokenizer] = LLTokenizer(TokenizerWrapper(_TextTokenizer(tokenizer)))
-        return _wrappers[tokenizer]
+    return LLTokenizer(TokenizerWrapper(_TextTokenizer(tokenizer)))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from inference.backends import Backend
 from inference.constraints import blocked_tokens
 from inference.detokenizer import Detokenizer
+from inference.kernels.decode import NativeStep
 from inference.kv_cache import KVCache, PrefixCache
 from inference.options import SamplingParams
 from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
@@ -203,7 +204,7 @@ class BatchGenerator:
             if seen or not distinct or prompt != distinct[-1]:
                 distinct.append(prompt)
             source.append(len(distinct) - 1)
-        if self._backend is not None and self._backend.supports_prefill and scaling is None and not seen:
+        if isinstance(self._backend, NativeStep) and scaling is None and not seen:
             logits = self._backend.prefill(distinct, first)
         else:
             logits = self._prefill(distinct, first, scaling, seen)

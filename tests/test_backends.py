@@ -11,7 +11,7 @@ from tolerances import close_to, shape_of
 from inference.backends import TorchModel, choose_backend
 from inference.generator import BatchGenerator, generate
 from inference.kernels import decode
-from inference.kernels.decode import NativeModel
+from inference.kernels.decode import NativeModel, NativeStep
 from inference.kernels.decode_weights import DecodeWeights, quantize_int8
 from inference.kernels.loader import KernelUnavailable, load_library, zeros
 from inference.kv_cache import KVCache
@@ -38,7 +38,7 @@ def logits_of(model, backend, prompts: list[list[int]], keep: bool = False) -> t
     step = backend.with_cache(cache.keys, cache.values)
     with torch.inference_mode():
         for row, prompt in enumerate(prompts):
-            if step.supports_prefill:
+            if isinstance(step, NativeStep):
                 step.prefill([prompt[:-1]], row)
             else:
                 cache.select(slice(row, row + 1), 0)

@@ -136,8 +136,6 @@ class NativeModel:
 class NativeStep:
     """A decoding step on a cache, like `backends.TorchStep`; this one also prefills prompts."""
 
-    supports_prefill = True
-
     def __init__(self, native: NativeModel, keys: list[Tensor], values: list[Tensor]) -> None:
         slots, _, max_len, _ = keys[0].shape
         self.threads = torch.get_num_threads()
@@ -157,12 +155,8 @@ class NativeStep:
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Return float32 logits (rows, vocab) after the newest tokens (rows,) of slots 0, 1, ... at their positions."""
-        if len(tokens) <= MAX_ROWS:
-            return self._rows(tokens, positions, self._all, self._all[: len(tokens)])
-        parts = zip(
-            tokens.split(MAX_ROWS), positions.split(MAX_ROWS), self._all[: len(tokens)].split(MAX_ROWS), strict=True
-        )
-        return torch.cat([self._rows(t, p, slots, self._all[: len(t)]) for t, p, slots in parts])
+        rows = self._all[: len(tokens)]
+        return self._rows(tokens, positions, rows, rows)
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         """Fill the slots from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
@@ -170,12 +164,7 @@ class NativeStep:
         positions = torch.cat([self._all[: len(prompt)] for prompt in prompts])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         slots = torch.arange(first, first + len(prompts)).repeat_interleave(lengths)
-        ends, parts = lengths.cumsum(0) - 1, []
-        for i in range(0, len(tokens), MAX_ROWS):
-            part, here = slice(i, i + MAX_ROWS), ends - i
-            here = here[(here >= 0) & (here < MAX_ROWS)]
-            parts.append(self._rows(tokens[part], positions[part], slots[part], here))
-        return torch.cat(parts)
+        return self._rows(tokens, positions, slots, lengths.cumsum(0) - 1)
 
     def read(self, tokens: Sequence[int], start: int, logits_to_keep: int) -> tuple[Tensor, Tensor]:
         """Read the tokens of one text from position `start` on, after those that slot 0 of the cache has.
@@ -183,23 +172,35 @@ class NativeStep:
         Returns float32 (tokens, dim), their final hidden states, and (logits_to_keep, vocab), the logits of the token after
         each of the last ones.
         """
-        ids, silent = torch.tensor(tokens), len(tokens) - logits_to_keep
-        config, norm = self._native.config, self._native.norm
-        slots = torch.zeros(MAX_ROWS, dtype=torch.int64)
-        logits, hidden = [], []
-        for i in range(0, len(ids), MAX_ROWS):
-            part = ids[i : i + MAX_ROWS]
-            positions = self._all[start + i : start + i + len(part)]
-            logits.append(self._rows(part, positions, slots, self._all[max(silent - i, 0) : len(part)]))
-            # The kernel's memory begins with the residual stream, whose rows are padded to a multiple of LANES.
-            residual = self._scratch[: len(part) * (-(-config.dim // LANES) * LANES)].view(len(part), -1)
-            hidden.append(F.rms_norm(residual[:, : config.dim], norm.shape, norm, config.norm_eps))
-        return torch.cat(hidden), torch.cat(logits)
+        n, residuals = len(tokens), list[Tensor]()
+        ends = self._all[n - logits_to_keep : n]
+        positions = self._all[start : start + n]
+        logits = self._rows(torch.tensor(tokens), positions, torch.zeros(n, dtype=torch.int64), ends, residuals)
+        norm, eps = self._native.norm, self._native.config.norm_eps
+        return F.rms_norm(torch.cat(residuals), norm.shape, norm, eps), logits
 
-    def _rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
-        logits = torch.empty(len(ends), self._width)
+    def _rows(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, ends: Tensor, residuals: list[Tensor] | None = None
+    ) -> Tensor:
+        """Run tokens through the model, at most `MAX_ROWS` at a time; return the logits after those at `ends`.
+
+        residuals: gets what the last layer returns for all tokens, before the final norm.
+        """
+        if len(tokens) > MAX_ROWS:
+            logits = []
+            for i in range(0, len(tokens), MAX_ROWS):
+                part, here = slice(i, i + MAX_ROWS), ends - i
+                here = here[(here >= 0) & (here < MAX_ROWS)]
+                logits.append(self._rows(tokens[part], positions[part], slots[part], here, residuals))
+            return torch.cat(logits)
+        out = torch.empty(len(ends), self._width)
         self._run(
             self._model, len(tokens), tokens.data_ptr(), positions.data_ptr(), slots.data_ptr(),
-            len(ends), ends.data_ptr(), logits.data_ptr(), self.threads,
+            len(ends), ends.data_ptr(), out.data_ptr(), self.threads,
         )  # fmt: skip
-        return logits[:, : self._vocab_size]
+        if residuals is not None:
+            # The kernel's memory begins with the residual stream, whose rows are padded to a multiple of LANES.
+            dim = self._native.config.dim
+            stream = self._scratch[: len(tokens) * (-(-dim // LANES) * LANES)].view(len(tokens), -1)
+            residuals.append(stream[:, :dim].clone())
+        return out[:, : self._vocab_size]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.options import QUANTIZATIONS
 from model.model import RMSNorm, Transformer
@@ -124,15 +124,12 @@ class DecodeWeights:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors."""
-        mlps = [mlp for layer in self.layers for mlp in (layer.shared, *layer.routed) if mlp is not None]
-        matrices = [self.output, *(m for layer in self.layers for m in (layer.qkv, layer.wo))]
-        matrices += [matrix for mlp in mlps for matrix in (mlp.w13, mlp.w2)]
-        modules = [
-            self.norm,
-            *(m for layer in self.layers for m in (layer.attention_norm, layer.ffn_norm, layer.router)),
-            *(m for layer in self.layers for m in (layer.q_norm, layer.k_norm)),
-        ]
-        found = [self.embedding, *(m.weight for m in matrices), *(m.scale for m in matrices)]
-        found += [module.weight for module in modules if module is not None]
-        found += [layer.router.bias for layer in self.layers if layer.router is not None]
-        return [tensor for tensor in found if tensor is not None]
+        found, parts = [self.embedding], [self.norm, self.output, *self.layers]
+        for part in parts:  # grows meanwhile
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, nn.Module):
+                found += [*part.parameters(), *part.buffers()]
+            elif part is not None:
+                parts += part if isinstance(part, list) else vars(part).values()
+        return found
