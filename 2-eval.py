@@ -20,7 +20,6 @@ in its prompt: --history_turns says how many earlier questions and answers are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +33,7 @@ from model.chat_format import IMAGE, Message, chat_style, with_images
 from model.chat_parser import AnswerParser
 
 if TYPE_CHECKING:
-    from inference.generator import TokenOutput
     from inference.model_loader import TextGenerator
-    from inference.prompts import Prompt
-    from inference.vision import ImageProcessor
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -79,63 +75,43 @@ class Options(ChatOptions):
 
 
 class LocalChat(Chat):
-    """A conversation with a model in this process."""
+    """A conversation with a model in this process. An image is the character `IMAGE` in a turn, and one of `images`."""
 
     def __init__(self, generator: TextGenerator, options: Options) -> None:
         super().__init__(options.system, options.history_turns, **chat_tools(options.tools))
         self.generator, self.sampling = generator, options.sampling
-
-    def run_command(self, command: str, argument: str) -> bool:
-        if command != "/image":
-            return False
-        print(
-            "no image: this is a model of text; start with --image FILE, or with weights of 9-sft_vlm.py",
-            file=sys.stderr,
-        )
-        return True
+        self.sees = generator.image_processor is not None
+        self.images: list[str] = []  # data URLs of all turns, and then of the next question
+        self.n_waiting = 0  # of the next question
+        if self.sees:
+            self.help = IMAGE_HELP + self.help
 
     def reply(self, turn: list[Message]) -> Message:
-        prompt = self.prompt(turn)
+        prompt, outputs = self.generator.answer(
+            self.turns, turn, self.sampling, self.images, history_turns=self.history_turns, tools=self.tools,
+            system=self.system[0]["content"] if self.system else None,
+        )  # fmt: skip
         context, length = self.generator.context, self.sampling.max_new_tokens
         if left_out := prompt.turns_left_out:
             turns = left_out + prompt.turns_seen
             print(f"[context of {context} tokens: {left_out} of {turns} earlier turns left out]")
         # Tokenizers whose template writes thinking and calls otherwise have no tags: there they are a part of the text.
         parser = AnswerParser(calls=bool(self.tools)) if chat_style(self.generator.tokenizer).tags else None
-        return print_answer(self.generate(prompt), length, context, parser)[0]
+        return print_answer(outputs, length, context, parser)[0]
 
-    def prompt(self, turn: list[Message], image_ids: Sequence[int] = ()) -> Prompt:
-        from inference.prompts import chat_prompt
+    def attach(self, paths: list[Path]) -> None:
+        """Show images with the next question. Raises UserError for one that cannot be used."""
+        from data_pipeline.images import data_url, read_image
 
-        return chat_prompt(
-            self.generator.tokenizer, self.turns, turn, history_turns=self.history_turns,
-            system=self.system[0]["content"] if self.system else None, tools=self.tools, context=self.generator.context,
-            max_new_tokens=self.sampling.max_new_tokens, image_ids=image_ids,
-        )  # fmt: skip
-
-    def generate(self, prompt: Prompt) -> Iterator[TokenOutput]:
-        return self.generator.generate(prompt.ids, self.sampling)
-
-
-class ImageChat(LocalChat):
-    """A conversation about images. Each is the character `IMAGE` in a turn, and its bytes are in `images`."""
-
-    def __init__(self, generator: TextGenerator, options: Options, prepare: ImageProcessor) -> None:
-        super().__init__(generator, options)
-        self.prepare = prepare
-        self.images: list[bytes] = []  # of all turns, and then of the next question
-        self.n_waiting = 0  # of the next question
-        self.help = IMAGE_HELP + self.help
-
-    def attach(self, path: Path) -> None:
-        """Show an image with the next question. Raises UserError for one that cannot be used."""
-        from data_pipeline.images import read_image
-
-        try:
-            self.images.append(read_image(path.name, path.expanduser().absolute().parent))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        self.n_waiting += 1
+        if paths and not self.sees:
+            raise UserError("this is a model of text; start with --image FILE, or with weights of 9-sft_vlm.py")
+        for path in paths:
+            try:
+                image = read_image(path.name, path.expanduser().absolute().parent)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            self.images.append(data_url(image))
+            self.n_waiting += 1
 
     def run_command(self, command: str, argument: str) -> bool:
         if command != "/image":
@@ -143,27 +119,20 @@ class ImageChat(LocalChat):
         try:
             if not argument:
                 raise UserError("name a file: /image FILE")
-            self.attach(Path(argument))
+            self.attach([Path(argument)])
             print(f"{argument}: with the next question")
         except UserError as error:
             print(f"no image: {error}", file=sys.stderr, flush=True)
         return True
 
     def ask(self, question: str) -> bool:
+        if not self.sees:
+            return super().ask(question)
         answered = super().ask(with_images(question, self.n_waiting))
         if answered:
             self.n_waiting = 0
             self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")
         return answered
-
-    def prompt(self, turn: list[Message], image_ids: Sequence[int] = ()) -> Prompt:
-        return super().prompt(turn, self.prepare.model.vision.image_ids)
-
-    def generate(self, prompt: Prompt) -> Iterator[TokenOutput]:
-        from data_pipeline.images import open_image
-
-        seen = self.images[len(self.images) - prompt.n_images :]  # those of turns that were left out are the first ones
-        return self.generator.generate(prompt.ids, self.sampling, self.prepare([open_image(data) for data in seen]))
 
     def clear(self) -> None:
         super().clear()
@@ -171,14 +140,13 @@ class ImageChat(LocalChat):
         self.n_waiting = 0
 
     def record(self) -> dict:
-        from data_pipeline.images import data_url
         from model.tokenizer import IMAGE_TOKEN
 
         shown = self.images[: len(self.images) - self.n_waiting]
         if not shown:
             return super().record()
         turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in self.turns]
-        return super().record() | {"messages": [*self.system, *turns], "images": [data_url(data) for data in shown]}
+        return super().record() | {"messages": [*self.system, *turns], "images": shown}
 
 
 def main() -> None:
@@ -186,44 +154,30 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     from inference.model_finder import CHAT_STAGES, require_model  # torch and transformers take seconds to import
     from inference.model_loader import load_text_generator
-    from inference.vision import ImageProcessor
-    from model.vision import VisionLanguageModel
+    from inference.vision import require_vision
 
     path = options.model.weights
     if path is None and options.lora is None:
         stages, script = (CHAT_STAGES, "3-full_sft.py") if not options.image else (("sft_vlm",), "9-sft_vlm.py")
         path = require_model(options.model.out_dir, stages, script)
-    generator = load_text_generator(path, options.model, options.lora)
+    generator = load_text_generator(path, options.model, options.lora, options.vision_encoder)
     if generator.checkpoint.info.get("stage") == "pretrain":
         print("note: this is a base model, which continues texts; 3-full_sft.py makes it answer")
-    if (
-        options.image
-        or options.vision_encoder is not None
-        or isinstance(generator.checkpoint.model, VisionLanguageModel)
-    ):
-        prepare = ImageProcessor.for_checkpoint(generator.checkpoint, options.vision_encoder)
-        chat: LocalChat = ImageChat(generator, options, prepare)
-    else:
-        chat = LocalChat(generator, options)
+    if options.image:
+        require_vision(generator.checkpoint.model, generator.checkpoint.path)
+    chat = LocalChat(generator, options)
     if not options.auto:
-        show(chat, options.image)
+        chat.attach(options.image)
         chat.run()
         return
     answered = 0
     for question in IMAGE_QUESTIONS if options.image else QUESTIONS:
         print(f"> {question}")
         chat.clear()
-        show(chat, options.image)
+        chat.attach(options.image)
         answered += chat.ask(question)
     if not answered:
         raise UserError("no question was answered; the lines above say why")
-
-
-def show(chat: LocalChat, images: list[Path]) -> None:
-    """Show images with the next question; only a chat with a vision-language model gets any."""
-    for path in images:
-        assert isinstance(chat, ImageChat)
-        chat.attach(path)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def chat(options: Options, tools: dict[str, Any], texts: Texts) -> None:
             if placeholders is not None and exchange.running:
                 st.empty()  # where the buttons were: what a run does not replace stays until its end
                 try:
-                    widgets.write(exchange, placeholders, texts)
+                    widgets.write([(exchange, placeholders)], texts)
                 finally:  # a click, or a page that is closed, ends this run here
                     chat_menu.save(folder, conversation)
                 st.rerun()

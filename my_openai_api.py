@@ -113,7 +113,7 @@ def main() -> None:
     # torch and the server's libraries take seconds to load: --help and wrong flags do not wait for them
     from inference.generator import BatchGenerator
     from inference.model_loader import load_text_generator
-    from inference.vision import ImageProcessor
+    from inference.vision import require_vision
     from serving.app import create_app
     from serving.endpoint import ServedModel
     from serving.engine import Engine
@@ -121,7 +121,7 @@ def main() -> None:
     from serving.server import Server
 
     path = options.model.weights or require_model(options.model.out_dir, CHAT_STAGES, "3-full_sft.py")
-    generator = load_text_generator(path, options.model)
+    generator = load_text_generator(path, options.model, vision_encoder=options.vision_encoder)
     checkpoint, context, tokenizer = generator.checkpoint, generator.context, generator.tokenizer
     config, rows = checkpoint.config, options.max_rows
     make_generator = functools.partial(
@@ -142,11 +142,10 @@ def main() -> None:
         ) from error
     path = checkpoint.path.resolve()
     name = options.served_model_name or (path.name if path.is_dir() else path.stem)
-    reader = None
-    if config.vision is not None or options.allow_image_urls or options.vision_encoder is not None:
-        reader = ImageReader(
-            ImageProcessor.for_checkpoint(checkpoint, options.vision_encoder), options.allow_image_urls
-        )
+    if options.allow_image_urls:
+        require_vision(checkpoint.model, checkpoint.path)
+    prepare = generator.image_processor
+    reader = None if prepare is None else ImageReader(prepare, options.allow_image_urls)
     served = ServedModel(name, tokenizer, config.dim, config.vocab_size, checkpoint.fingerprint, images=reader)
     limit = options.sampling.max_new_tokens
     defaults = dataclasses.replace(options.sampling, max_new_tokens=context if limit is None else limit)

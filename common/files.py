@@ -81,6 +81,15 @@ def checksum(path: Path) -> int:
     return value
 
 
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Return (time of writing in ns, bytes), which changes with a file; None if it does not exist."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a value as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
     with atomic_write(path) as file:

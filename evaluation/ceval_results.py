@@ -25,7 +25,7 @@ COLUMNS = ["id", "question", *LETTERS, "answer", "prediction", "correct", *PROBA
 
 # Fonts that systems include or offer; the first is the one to install.
 CHINESE_FONTS = [
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
     "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Microsoft YaHei", "SimHei",
 ]  # fmt: skip
 
@@ -125,9 +125,17 @@ def write_submission(path: Path, results: pd.DataFrame) -> None:
     write_json(path, {name: dict(zip(one["id"], one["prediction"], strict=True)) for name, one in groups})
 
 
+def chinese_fonts() -> list[str]:
+    """Return the fonts on this machine that have Chinese characters."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return [font for font in CHINESE_FONTS if font in installed]
+
+
 def draw(summary: dict, path: Path) -> None:
     """Draw the accuracy of every group and subject as a bar with its standard error, and the line of guessing."""
-    from matplotlib import font_manager, rc_context  # slow to import
+    from matplotlib import rc_context  # slow to import
     from matplotlib.figure import Figure  # needs no window
 
     rows = [("overall", summary["overall"], "black")]
@@ -135,8 +143,7 @@ def draw(summary: dict, path: Path) -> None:
     rows += [(name, one, "lightsteelblue") for name, one in summary["subjects"].items()]
     names, groups, colours = zip(*rows, strict=True)
     bars = 100 * pd.DataFrame(groups)[["accuracy", "standard_error"]]
-    installed = set(font_manager.get_font_names())
-    fonts = [font for font in CHINESE_FONTS if font in installed]
+    fonts = chinese_fonts()
     if not fonts and not all(map(str.isascii, names)):
         print(f"note: no font on this machine has all characters of {path}; {CHINESE_FONTS[0]} has them")
     # "$" in a name does not start a formula.

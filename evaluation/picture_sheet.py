@@ -6,23 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from common.files import atomic_write
+from evaluation.ceval_results import chinese_fonts
 from evaluation.vlm import ImageQuestion, is_right
+from inference.terminal import one_line
 from model.chat_format import IMAGE
 
 COLUMNS = 6
-_CJK = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "SimHei",
-)
+LABEL = 40  # characters of a question or an answer
 
 
 def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: int, path: Path) -> None:
@@ -30,8 +23,7 @@ def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: in
 
     Where no font has Chinese characters, only questions in other languages are drawn.
     """
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [name for name in _CJK if name in installed]
+    fonts = chinese_fonts()
     shown = [
         i for i, q in enumerate(questions) if fonts or (q.chat[-1]["content"] + q.answer).replace(IMAGE, "").isascii()
     ]
@@ -50,17 +42,12 @@ def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: in
             if questions[i].images:
                 axes.imshow(questions[i].images[0], interpolation="nearest")
             text = questions[i].chat[-1]["content"].replace(IMAGE, "").strip()
-            axes.set_title(_short(text), fontsize=7, parse_math=False)
+            axes.set_title(one_line(text, LABEL), fontsize=7, parse_math=False)
             right = is_right(answers[i], questions[i].answer)
             expected = "" if right else f" (right: {questions[i].answer})"
             axes.text(
-                0.5, -0.1, _short(answers[i].strip() + expected), transform=axes.transAxes, ha="center", fontsize=9,
+                0.5, -0.1, one_line(answers[i] + expected, LABEL), transform=axes.transAxes, ha="center", fontsize=9,
                 color="green" if right else "red", parse_math=False,
             )  # fmt: skip
         with atomic_write(path, "wb") as file:
             figure.savefig(file, dpi=100)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 40 else text[:39] + "…"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jsonlines
 
+from common.files import file_stamp
+
 SUFFIX = ".metrics.jsonl"
 RUNNING_SECONDS = 120  # a file that was written so recently belongs to a run that goes on
 
@@ -21,8 +23,7 @@ RUNNING_SECONDS = 120  # a file that was written so recently belongs to a run th
 class RunMetrics:
     """The metrics file of a run.
 
-    name: its path below the folder that was searched, without the suffix; stamp: (time of writing in ns, bytes), which
-    changes with the file.
+    name: its path below the folder that was searched, without the suffix; stamp: see `common.files.file_stamp`.
     """
 
     name: str
@@ -37,14 +38,11 @@ class RunMetrics:
 
 def list_runs(folder: Path) -> list[RunMetrics]:
     """Return the runs in a folder and in the folders in it, the newest first; none for a folder that does not exist."""
-    found = []
-    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]:
-        try:
-            stat = path.stat()
-        except OSError:  # deleted meanwhile
-            continue
-        name = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
-        found.append(RunMetrics(name, path, (stat.st_mtime_ns, stat.st_size)))
+    found = [
+        RunMetrics(path.relative_to(folder).as_posix().removesuffix(SUFFIX), path, stamp)
+        for path in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}"))
+        if (stamp := file_stamp(path)) is not None  # else it was deleted meanwhile
+    ]
     return sorted(found, key=lambda run: (-run.stamp[0], run.name))
 
 

@@ -34,7 +34,7 @@ from export.huggingface import (
     to_llama_state,
     write_folder,
 )
-from export.self_check import MAX_KL, Agreement, load_stock, measure, model_logits
+from export.self_check import MAX_KL, Agreement, load_stock, measure, model_logits, sample_pixels
 from model.model import Transformer
 from model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from model.vision import PretrainedEncoder, VisionLanguageModel, image_positions
@@ -180,6 +180,5 @@ def compare_llava(
 
 
 def sample_picture(size: int) -> Image.Image:
-    """Return a square picture with all values that pixels may have."""
-    values = torch.arange(3 * size * size).mul(7).remainder(256).to(torch.uint8)
-    return Image.fromarray(values.view(size, size, 3).numpy())
+    """Return `sample_pixels` as a picture."""
+    return Image.fromarray(sample_pixels(size).permute(1, 2, 0).to(torch.uint8).numpy())

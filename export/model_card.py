@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from export.huggingface import stock_architecture
 from export.self_check import Agreement
-from model.LMConfig import LMConfig
 from model.model import Transformer, parameter_counts
 from model.weights_file import Checkpoint
 
@@ -117,8 +116,11 @@ def model_card(
 
 def _architecture(model: Transformer, export_format: str) -> dict:
     config = model.config
+    name = _STOCK[stock_architecture(config)] if export_format == "llama" else "MiniMind"
     rows = {
-        "architecture": _stock_name(config) if export_format == "llama" else "MiniMind",
+        "architecture": f"LLaVA of a CLIP and {name}"
+        if export_format == "llama" and config.vision is not None
+        else name,
         "layers": config.n_layers,
         "width": config.dim,
         "query heads / key-value heads": f"{config.n_heads} / {config.n_kv_heads}",
@@ -140,11 +142,6 @@ def _architecture(model: Transformer, export_format: str) -> dict:
             f"{config.n_shared_experts} times the width"
         )
     return rows
-
-
-def _stock_name(config: LMConfig) -> str:
-    name = _STOCK[stock_architecture(config)]
-    return name if config.vision is None else f"LLaVA of a CLIP and {name}"
 
 
 def _training(description: dict) -> dict:

@@ -58,11 +58,15 @@ def sample_rows(tokenizer: PreTrainedTokenizerFast, path: Path | None, config: L
 
 
 def sample_image(vision: VisionConfig | None) -> dict[str, Tensor]:
-    """Return the image that stands in every row for a model that sees, as an argument: all values that pixels may have."""
+    """Return the image that stands in every row for a model that sees, as an argument."""
     if vision is None:
         return {}
-    size = vision.image_size
-    return {"pixel_values": torch.arange(3 * size * size).mul(7).remainder(256).view(1, 3, size, size)}
+    return {"pixel_values": sample_pixels(vision.image_size)[None]}
+
+
+def sample_pixels(size: int) -> Tensor:
+    """Return a square picture, (3, size, size), with all values that pixels may have."""
+    return torch.arange(3 * size * size).mul(7).remainder(256).view(3, size, size)
 
 
 @torch.no_grad()

@@ -78,7 +78,6 @@ class _Row:
     tokens: list[int]  # of the prompt and the answer
     cached_len: int  # how many of them are in the cache: all but the newest
     detokenizer: Detokenizer | None
-    factor: float = 1.0  # by which its positions are scaled: see `model.rope.DynamicRopeScaling`
     num_generated: int = 0
     images: Images | None = None  # of the prompt
 
@@ -246,8 +245,7 @@ class BatchGenerator:
             self._counts[row] = 0
             self._in_prompt[row] = False
             self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-        factor = self._factor(len(prompt))
-        self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, factor, images=images))
+        self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, images=images))
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None, images: dict[str, Tensor]
@@ -281,7 +279,7 @@ class BatchGenerator:
             return []
         self._rescale()
         longest = max(row.cached_len for row in self.rows)
-        scaling = self._scaling([row.factor for row in self.rows])
+        scaling = self.scaling_for([row.cached_len + 1 for row in self.rows])
         tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=self.device)
         positions = torch.tensor([row.cached_len for row in self.rows], device=self.device)
         if self._backend is not None and scaling is None:
@@ -314,38 +312,23 @@ class BatchGenerator:
         """Remove a sequence; nothing happens if it has already ended."""
         self._drop([i for i, row in enumerate(self.rows) if row.key == key])
 
-    def _factor(self, length: int) -> float:
-        """Return the factor by which the positions of a sequence of `length` tokens are scaled."""
-        return self.dynamic_rope_scaling.factor(length) if self.dynamic_rope_scaling is not None else 1.0
-
     def scaling_for(self, lengths: Sequence[int]) -> RopeScaling | None:
-        """Return the model's argument for texts of these lengths."""
-        return self._scaling([self._factor(length) for length in lengths])
-
-    def _scaling(self, factors: list[float]) -> RopeScaling | None:
-        """Return the model's argument for rows with these factors; None if all are computed as in training."""
+        """Return the model's argument for texts of these lengths; None if all are computed as in training."""
         dynamic = self.dynamic_rope_scaling
+        factors = [dynamic.factor(length) for length in lengths] if dynamic is not None else []
         if dynamic is None or all(factor == dynamic.trained_factor for factor in factors):
             return None
         return dynamic.scaling(torch.tensor(factors, device=self.device))
 
     def _rescale(self) -> None:
         """Compute the keys and values of those rows again whose next token needs a larger factor."""
-        if self.dynamic_rope_scaling is None:
+        dynamic = self.dynamic_rope_scaling
+        if dynamic is None:
             return
         for i, row in enumerate(self.rows):
-            factor = self._factor(row.cached_len + 1)
-            if factor != row.factor:
-                row.factor = factor
-                self._cache.select(slice(i, i + 1), 0)
-                self.model(
-                    input_ids=torch.tensor([row.tokens[: row.cached_len]], device=self.device),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    rope_scaling=self._scaling([factor]),
-                    **{name: tensor.to(self.device) for name, tensor in Images.join([row.images]).items()},
-                )
+            if dynamic.factor(row.cached_len + 1) != dynamic.factor(row.cached_len):
+                scaling = self.scaling_for([row.cached_len + 1])
+                self._prefill([row.tokens[: row.cached_len]], i, scaling, Images.join([row.images]))
 
     def _sample(self, logits: Tensor, first: int) -> list[TokenOutput]:
         """Choose the next tokens of the rows from `first` on, given their logits (rows, vocab)."""
@@ -445,7 +428,7 @@ class BatchGenerator:
         for i in reversed(ended):
             row, last = self.rows[i], len(self.rows) - 1
             # The tokens of two images are the same: a text with one is not shared.
-            if self.prefixes is not None and row.images is None and self._scaling([row.factor]) is None:
+            if self.prefixes is not None and row.images is None and self.scaling_for([row.cached_len]) is None:
                 self.prefixes.store(row.tokens[: row.cached_len], self._cache, i)
             if i < last:
                 self._cache.copy(i, self._cache, last, self.rows[last].cached_len)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import file_stamp
 from model.architecture import Architecture, checkpoint_name
 
 WEIGHTS, ADAPTER, EXPORT = "weights", "adapter", "export"
@@ -36,7 +37,7 @@ class Entry:
     stage: str
     size: int
     written: int
-    stamp: tuple[tuple[int, int], ...]
+    stamp: tuple[tuple[int, int] | None, ...]
     base: str | None = None
     loss: float | None = None
     step: int | None = None
@@ -86,10 +87,10 @@ def read_entry(path: Path) -> Entry | None:
     files.append(description)
     if kind == ADAPTER and isinstance(base, str):
         files.append(path.parent / base)  # merged into it: another base is another model
-    stamp = tuple(map(_stamp, files))
-    written, size = stamp[0]
-    if (written, size) == (0, 0):  # the weights are missing, or were deleted meanwhile
+    stamp = tuple(map(file_stamp, files))
+    if stamp[0] is None:  # the weights are missing, or were deleted meanwhile
         return None
+    written, size = stamp[0]
     return Entry(
         path=path,
         kind=kind,
@@ -102,15 +103,6 @@ def read_entry(path: Path) -> Entry | None:
         step=step,
         total_steps=total_steps,
     )
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    """Return (time of writing in ns, bytes) of a file; (0, 0) if it does not exist."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return (0, 0)
-    return (stat.st_mtime_ns, stat.st_size)
 
 
 def _read_json(path: Path) -> dict:

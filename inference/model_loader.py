@@ -6,19 +6,25 @@ generator = load_text_generator(Path("out/full_sft_512.pth"), ModelOptions(quant
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
+from data_pipeline.images import open_data_url
 from export.huggingface import read_folder
 from inference.backends import Backend, choose_backend
 from inference.generator import Images, TokenOutput, generate
 from inference.options import ModelOptions, SamplingParams
+from inference.prompts import Prompt, chat_prompt
+from inference.vision import ImageProcessor
 from model.architecture import parse_rope_scaling
+from model.chat_format import Message
 from model.device import resolve_device, resolve_dtype
 from model.model import describe_parameters
 from model.tokenizer import TOKENIZER_DIR, load_tokenizer
@@ -78,12 +84,45 @@ class TextGenerator:
     """A model with everything that generating text needs.
 
     context: maximum length of prompt and answer together, in tokens.
+    vision_encoder: folder of the image encoder; None: as in the description of the weights.
     """
 
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerFast
     context: int
     backend: Backend | None = None
+    vision_encoder: Path | None = None
+
+    @functools.cached_property
+    def image_processor(self) -> ImageProcessor | None:
+        """Return what prepares images; None for a model of text. Raises UserError if its encoder is not found."""
+        if self.checkpoint.config.vision is None and self.vision_encoder is None:
+            return None
+        return ImageProcessor.for_checkpoint(self.checkpoint, self.vision_encoder)
+
+    def answer(
+        self,
+        turns: list[Message],
+        turn: list[Message],
+        sampling: SamplingParams,
+        images: Sequence[str] = (),
+        **asked: Any,
+    ) -> tuple[Prompt, Iterator[TokenOutput]]:
+        """Return the prompt of a question in a chat, and the tokens of its answer as they are made.
+
+        Args:
+            turns, turn, asked: as for `chat_prompt`; where the model sees, an `IMAGE` in them is a place of an image.
+            images: data URLs of what stands in these places.
+        """
+        sees = self.image_processor
+        prompt = chat_prompt(
+            self.tokenizer, turns, turn, context=self.context, max_new_tokens=sampling.max_new_tokens,
+            image_ids=sees.model.vision.image_ids if sees is not None else (), **asked,
+        )  # fmt: skip
+        seen = None
+        if sees is not None and prompt.n_images:  # those of turns that were left out are the first ones
+            seen = sees([open_data_url(url) for url in images[-prompt.n_images :]])
+        return prompt, self.generate(prompt.ids, sampling, seen)
 
     def generate(
         self, prompt: Sequence[int], sampling: SamplingParams, images: Images | None = None
@@ -100,7 +139,9 @@ class TextGenerator:
         )
 
 
-def load_text_generator(path: Path | None, options: ModelOptions, lora: Path | None = None) -> TextGenerator:
+def load_text_generator(
+    path: Path | None, options: ModelOptions, lora: Path | None = None, vision_encoder: Path | None = None
+) -> TextGenerator:
     """Open a model as `options` say, and print what it is. `path`, `lora` and errors are those of `open_model`."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
@@ -111,7 +152,7 @@ def load_text_generator(path: Path | None, options: ModelOptions, lora: Path | N
         backend = choose_backend(checkpoint.model, options.compile, options.quantize)
     except ValueError as error:
         raise UserError(f"--compile {options.compile} --quantize {options.quantize}: {error}") from error
-    return TextGenerator(checkpoint, tokenizer, context, backend)
+    return TextGenerator(checkpoint, tokenizer, context, backend, vision_encoder)
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:

@@ -15,10 +15,6 @@ class BatchedSamplingParams:
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         first = samplings[0]
-        if len({sampling.kind() for sampling in samplings}) > 1:
-            raise ValueError(
-                "these SamplingParams are of different kinds: make one BatchedSamplingParams for each kind"
-            )
         self.greedy, self.has_penalties = first.greedy, first.has_penalties
         self.top_k, self.truncates, self.has_top_p = first.top_k, first.truncates, first.top_p < 1
         if self.has_penalties or not self.greedy:

@@ -209,6 +209,12 @@ def shortened(thoughts: str) -> str:
     return line if len(line) <= THOUGHTS_SHOWN else f"{line[:THOUGHTS_SHOWN]} … {len(thoughts)} characters"
 
 
+def one_line(text: str, limit: int) -> str:
+    """Return a text in one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
 def visible(text: str) -> str:
     """Return `text` with control characters as pictures (U+2400...): a model must not control the terminal."""
     return text.translate(_PICTURES)

@@ -57,9 +57,6 @@ def create_app(
     """
     metrics = Metrics(engine)
     chat = ChatEndpoint(engine, model, defaults, strict)
-    responses = ResponsesEndpoint(engine, model, defaults, strict)
-    completion = CompletionEndpoint(engine, model, defaults, strict)
-    embedding = EmbeddingEndpoint(engine, model, defaults, strict)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,22 +112,14 @@ def create_app(
         return json_response(card)
 
     or_stream = errors | {200: {"content": {"text/event-stream": {}}}}
-
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=or_stream)
-    async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
-        return await chat.create(body, request)
-
-    @app.post("/v1/responses", responses=or_stream)
-    async def create_response(body: protocol.ResponsesRequest, request: Request) -> Response:
-        return await responses.create(body, request)
-
-    @app.post("/v1/completions", response_model=protocol.Completion, responses=or_stream)
-    async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
-        return await completion.create(body, request)
-
-    @app.post("/v1/embeddings", response_model=protocol.EmbeddingList, responses=errors)
-    async def embeddings(body: protocol.EmbeddingRequest, request: Request) -> Response:
-        return await embedding.create(body, request)
+    for path, name, kind, answer, answers in (
+        ("/v1/chat/completions", "chat_completions", ChatEndpoint, ChatCompletion, or_stream),
+        ("/v1/responses", "create_response", ResponsesEndpoint, None, or_stream),
+        ("/v1/completions", "completions", CompletionEndpoint, protocol.Completion, or_stream),
+        ("/v1/embeddings", "embeddings", EmbeddingEndpoint, protocol.EmbeddingList, errors),
+    ):
+        create = kind(engine, model, defaults, strict).create
+        app.post(path, name=name, response_model=answer, responses=answers)(create)
 
     @app.get("/health", response_model=protocol.Health, responses={503: {"model": protocol.Health}})
     async def health() -> Response:

@@ -269,11 +269,8 @@ class ChatChoice(Choice):
 class ChatBuilder(ResponseBuilder):
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, model: Any, choices: Any, prompt_tokens: int, body: protocol.ChatRequest, top: int | None
-    ) -> None:
-        super().__init__(model, choices, prompt_tokens, body, top)
-        self.max_calls = 1 if body.parallel_tool_calls is False else None
+    choices: list[ChatChoice]
+    body: protocol.ChatRequest
 
     def parts(self, choice: ChatChoice) -> list[AnswerPart]:
         """Return what is new in the fields of an answer, each part once."""
@@ -281,7 +278,7 @@ class ChatBuilder(ResponseBuilder):
         kept = []
         for name, new in found:
             if name == "tool_calls":
-                if choice.n_calls == self.max_calls:
+                if choice.n_calls and self.body.parallel_tool_calls is False:
                     continue
                 choice.n_calls += 1
             if new:
@@ -289,13 +286,12 @@ class ChatBuilder(ResponseBuilder):
         return kept
 
     def usage(self) -> dict[str, Any]:
-        thinking = sum(choice.n_thinking for choice in self.choices if isinstance(choice, ChatChoice))
+        thinking = sum(choice.n_thinking for choice in self.choices)
         return super().usage() | {"completion_tokens_details": {"reasoning_tokens": thinking}}
 
     def _add(self, outputs: list[tuple[int, TokenOutput]]) -> list[int]:
         for index, output in outputs:
             choice = self.choices[index]
-            assert isinstance(choice, ChatChoice)
             choice.found += choice.parser.add(output.text)
             choice.n_thinking += choice.parser.thinking
             if output.finish is not None:
@@ -305,8 +301,7 @@ class ChatBuilder(ResponseBuilder):
     def finish_reason(self, choice: ChatChoice) -> str | None:
         return "tool_calls" if choice.n_calls and choice.finish == "stop" else choice.finish
 
-    def whole_choice(self, index: int, choice: Choice) -> dict:
-        assert isinstance(choice, ChatChoice)
+    def whole_choice(self, index: int, choice: ChatChoice) -> dict:
         message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
         for name, new in self.parts(choice):
             if name == "tool_calls":
@@ -318,8 +313,7 @@ class ChatBuilder(ResponseBuilder):
         finish = self.finish_reason(choice)
         return {"index": index, "message": message, "logprobs": self.logprobs(choice), "finish_reason": finish}
 
-    def chunk_choices(self, index: int, choice: Choice, first: bool) -> list[dict]:
-        assert isinstance(choice, ChatChoice)
+    def chunk_choices(self, index: int, choice: ChatChoice, first: bool) -> list[dict]:
         deltas: list[dict] = [{"role": "assistant", "content": "", "refusal": None}] if first else []
         n_calls = choice.n_calls
         for name, new in self.parts(choice):

@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError
-from data_pipeline.images import open_data_url
 from inference.generator import TokenOutput
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
-from inference.prompts import Prompt, chat_prompt, text_prompt
+from inference.prompts import Prompt, text_prompt
 from inference.terminal import MAX_ROUNDS
-from inference.vision import ImageProcessor
 from model.chat_format import Message, chat_style, with_images
 from model.chat_parser import ParsedAnswer, parse_answer
 
@@ -42,7 +40,6 @@ class ChatModel:
     Args:
         name: as a user knows it.
         continues: it continues texts instead of answering questions.
-        prepare: makes what the model takes of images; None: it does not see.
         thread: where tokens are computed; None: in the caller's thread. With one thread for all, conversations at the same
             time take turns token by token and do not compete for the same cores.
     """
@@ -51,7 +48,6 @@ class ChatModel:
     name: str = ""
     continues: bool = False
     thread: Executor | None = None
-    prepare: ImageProcessor | None = None
 
 
 @dataclass
@@ -87,9 +83,6 @@ class Exchange:
     def __post_init__(self) -> None:
         self._outputs: Iterator[TokenOutput] | None = None
         self._answer_tokens = 0  # of `text`
-        self._thread: Executor | None = None
-        self._begin_after: Callable[[list[Message]], Iterator[TokenOutput]] | None = None
-        self._call_tool: Callable[[dict[str, Any]], str] | None = None
 
     def begin(
         self,
@@ -112,10 +105,7 @@ class Exchange:
         if self._outputs is None:
             return False
         started = time.perf_counter()
-        if self._thread is None:
-            output = next(self._outputs)
-        else:
-            output = self._thread.submit(next, self._outputs).result()
+        output = next(self._outputs) if self._thread is None else self._thread.submit(next, self._outputs).result()
         self.seconds += time.perf_counter() - started
         self.tokens += 1
         self._answer_tokens += 1
@@ -235,33 +225,30 @@ class Conversation:
             images: data URLs of what is shown with the question.
         """
         self.stop()
-        tokenizer, context = model.generator.tokenizer, model.generator.context
+        generator = model.generator
+        tokenizer, context, sees = generator.tokenizer, generator.context, generator.image_processor is not None
         exchange = Exchange(question, model.name, model.continues, sampling, context, images=[*images], tools=[*tools])
-        limits: dict[str, Any] = {"context": context, "max_new_tokens": sampling.max_new_tokens}
-        turns = self.turns(tags=bool(chat_style(tokenizer).tags), places=model.prepare is not None)
-        shown = [*self.images(), *images]
-        if model.prepare is not None:
+        turns = self.turns(tags=bool(chat_style(tokenizer).tags), places=sees)
+        asked: dict[str, Any] = {"history_turns": history_turns, "system": system, "tools": tools}
+        asked["images"] = [*self.images(), *images]
+        if sees:
             question = with_images(question, len(images))
-            limits["image_ids"] = model.prepare.model.vision.image_ids
 
-        def begin(prompt: Prompt) -> Iterator[TokenOutput]:
+        def begin(prompt: Prompt, outputs: Iterator[TokenOutput]) -> Iterator[TokenOutput]:
             exchange.prompt_tokens, exchange.tokens_left_out = len(prompt.ids), prompt.tokens_left_out
             exchange.turns_seen, exchange.turns_left_out = prompt.turns_seen, prompt.turns_left_out
-            seen = None
-            if model.prepare is not None and prompt.n_images:  # those of turns that were left out are the first ones
-                seen = model.prepare([open_data_url(url) for url in shown[-prompt.n_images :]])
-            return model.generator.generate(prompt.ids, sampling, seen)
+            return outputs
 
         def begin_after(called: list[Message]) -> Iterator[TokenOutput]:
             turn = [{"role": "user", "content": question}, *called]
-            asked: dict[str, Any] = {"history_turns": history_turns, "system": system, "tools": tools}
-            return begin(chat_prompt(tokenizer, turns, turn, **asked, **limits))
+            return begin(*generator.answer(turns, turn, sampling, **asked))
 
         try:
-            if images and model.prepare is None:
+            if images and not sees:
                 raise UserError(f"{model.name} does not see images: choose a model of 9-sft_vlm.py")
             if model.continues:
-                exchange.begin(begin(text_prompt(tokenizer, question, **limits)), model.thread)
+                prompt = text_prompt(tokenizer, question, context=context, max_new_tokens=sampling.max_new_tokens)
+                exchange.begin(begin(prompt, generator.generate(prompt.ids, sampling)), model.thread)
             else:
                 self.system = system or ""
                 exchange.begin(begin_after([]), model.thread, begin_after, call_tool)

@@ -143,7 +143,7 @@ class ResponseBuilder:
         Args:
             top_logprobs: most probable tokens to list at each position; None: no log-probabilities at all.
         """
-        self.model, self.choices, self.top_logprobs = model, choices, top_logprobs
+        self.model, self.choices, self.body, self.top_logprobs = model, choices, body, top_logprobs
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.continuous_usage = bool(body.stream_options and body.stream_options.continuous_usage_stats)
@@ -172,6 +172,9 @@ class ResponseBuilder:
         async with stream:
             async for outputs in stream:
                 self._add(outputs)
+        return self.whole()
+
+    def whole(self) -> dict:
         choices = [self.whole_choice(i, choice) for i, choice in enumerate(self.choices)]
         return self.head | {"choices": choices, "usage": self.usage()}
 

@@ -47,20 +47,18 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Yield the engine's numbers as they are now."""
         engine, totals = self.engine, self.engine.statistics
-        yield GaugeMetricFamily("minimind_rows_running", "Sequences in the batch", engine.running)
-        yield GaugeMetricFamily("minimind_rows_limit", "Sequences that the batch can hold", engine.rows)
-        yield GaugeMetricFamily("minimind_queue_waiting", "Answers, and requests with texts, that wait", engine.waiting)
-        yield GaugeMetricFamily(
-            "minimind_queue_limit", "Answers, and requests with texts, that may wait", engine.max_queue
-        )
-        yield CounterMetricFamily("minimind_prompt_tokens", "Tokens of prompts and texts", totals.prompt_tokens)
-        yield CounterMetricFamily(
-            "minimind_prefix_cache_hit_tokens", "Prompt tokens that the prefix cache had", totals.cached_tokens
-        )
-        yield GaugeMetricFamily("minimind_prefix_cache_bytes", "Memory of the prefix cache", engine.prefix_bytes)
-        yield CounterMetricFamily("minimind_generated_tokens", "Tokens generated", totals.generated_tokens)
-        yield CounterMetricFamily("minimind_steps", "Steps of the batch", totals.steps)
-        yield CounterMetricFamily(
-            "minimind_cancelled", "Sequences dropped because their client disconnected", totals.cancelled
-        )
-        yield CounterMetricFamily("minimind_failures", "Steps that failed", totals.failures)
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        for kind, name, text, value in (
+            (gauge, "rows_running", "Sequences in the batch", engine.running),
+            (gauge, "rows_limit", "Sequences that the batch can hold", engine.rows),
+            (gauge, "queue_waiting", "Answers, and requests with texts, that wait", engine.waiting),
+            (gauge, "queue_limit", "Answers, and requests with texts, that may wait", engine.max_queue),
+            (counter, "prompt_tokens", "Tokens of prompts and texts", totals.prompt_tokens),
+            (counter, "prefix_cache_hit_tokens", "Prompt tokens that the prefix cache had", totals.cached_tokens),
+            (gauge, "prefix_cache_bytes", "Memory of the prefix cache", engine.prefix_bytes),
+            (counter, "generated_tokens", "Tokens generated", totals.generated_tokens),
+            (counter, "steps", "Steps of the batch", totals.steps),
+            (counter, "cancelled", "Sequences dropped because their client disconnected", totals.cancelled),
+            (counter, "failures", "Steps that failed", totals.failures),
+        ):
+            yield kind(f"minimind_{name}", text, value)

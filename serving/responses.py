@@ -26,15 +26,7 @@ class ResponsesEndpoint(ChatEndpoint):
 
     async def create(self, body: protocol.ResponsesRequest, request: Request) -> Response:  # type: ignore[override]
         self.check(body, request)
-        same = (
-            "model",
-            "stream",
-            "stop",
-            "truncate_prompt_tokens",
-            "parallel_tool_calls",
-            "logit_bias",
-            *protocol.SAMPLING_FIELDS,
-        )
+        same = {*protocol.SamplingRequest.model_fields, "parallel_tool_calls"} - {"stream_options"}
         fields: dict[str, Any] = {name: getattr(body, name) for name in same}
         if body.truncation == "auto":
             fields["truncate_prompt_tokens"] = -1
@@ -89,10 +81,7 @@ class ResponsesBuilder(ChatBuilder):
         self.items: list[dict[str, Any]] = []
         self.open = False  # the last item is being written
 
-    async def collect(self, stream: Stream[TokenOutput]) -> dict:
-        async with stream:
-            async for outputs in stream:
-                self._add(outputs)
+    def whole(self) -> dict:
         for _ in self.updates():
             pass
         return self.response(self.status())

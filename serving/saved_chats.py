@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from common.errors import UserError
-from common.files import atomic_write
-from inference.terminal import visible
+from common.files import atomic_write, file_stamp
+from inference.terminal import one_line, visible
 from model.chat_format import IMAGE
 from model.tokenizer import IMAGE_TOKEN
 from serving.chat_model import Conversation, new_id
@@ -28,7 +28,6 @@ from serving.chat_model import Conversation, new_id
 TITLE_CHARACTERS = 50
 _saving = threading.Lock()
 _adapter = TypeAdapter(Conversation)
-Stamp = tuple[int, int]  # of a file: time of writing in ns, bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class ChatFolder:
 
         No two titles are the same, because a list is chosen from by them: one that a newer chat has gets a number.
         """
-        stamped = ((path, stamp) for path in self.folder.glob("*.json") if (stamp := _stamp(path)) is not None)
+        stamped = ((path, stamp) for path in self.folder.glob("*.json") if (stamp := file_stamp(path)) is not None)
         titles: dict[str, str] = {}
         damaged: list[str] = []
         for path, stamp in sorted(stamped, key=lambda found: (-found[1][0], found[0].name)):
@@ -62,7 +61,7 @@ class ChatFolder:
         """Return a saved chat. Raises UserError if its file is damaged or gone."""
         path = self.path(id)
         conversation = _read(path)
-        conversation.id, conversation.stamp = id, _stamp(path)
+        conversation.id, conversation.stamp = id, file_stamp(path)
         return conversation
 
     def save(self, conversation: Conversation) -> None:
@@ -76,11 +75,11 @@ class ChatFolder:
             path = self.path(conversation.id)
             with atomic_write(path, "wb") as file:
                 file.write(_adapter.dump_json(conversation, exclude={"id", "stamp"}, indent=2))
-            conversation.stamp = _stamp(path)
+            conversation.stamp = file_stamp(path)
 
     def changed(self, conversation: Conversation) -> bool:
         """Return whether another page has written this chat since it was read or written here."""
-        return _stamp(self.path(conversation.id)) not in (None, conversation.stamp)
+        return file_stamp(self.path(conversation.id)) not in (None, conversation.stamp)
 
     def delete(self, id: str) -> None:
         self.path(id).unlink(missing_ok=True)
@@ -89,8 +88,7 @@ class ChatFolder:
 def title_of(conversation: Conversation) -> str:
     """Return the title that the user gave, or else the beginning of the first question."""
     first = conversation.exchanges[0].question if conversation.exchanges else ""
-    text = visible(" ".join((conversation.title.strip() or first[: 4 * TITLE_CHARACTERS]).split())) or "…"
-    return text if len(text) <= TITLE_CHARACTERS else text[: TITLE_CHARACTERS - 1] + "…"
+    return visible(one_line(conversation.title.strip() or first[: 4 * TITLE_CHARACTERS], TITLE_CHARACTERS)) or "…"
 
 
 def to_markdown(conversation: Conversation, user: str) -> str:
@@ -117,16 +115,8 @@ def to_jsonl(conversation: Conversation) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n" if turns else ""
 
 
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
-
-
 @functools.lru_cache(maxsize=10_000)
-def _describe(path: Path, stamp: Stamp) -> tuple[str, str]:
+def _describe(path: Path, stamp: tuple[int, int]) -> tuple[str, str]:
     """Return the title of a chat, or what is wrong with its file. `stamp`: it is read again only if it has changed."""
     try:
         return title_of(_read(path)), ""

@@ -19,7 +19,6 @@ from inference.generator import generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, chat_prompt, text_prompt
-from inference.vision import ImageProcessor
 from model.chat_format import check_messages, render_chat, truncate_chat
 from model.LMConfig import preset
 from model.model import Transformer
@@ -165,8 +164,8 @@ def test_a_base_model_goes_on_with_the_text(model):
 
 def test_questions_about_images(model):
     tiny = tiny_model(sees=True)
-    prepare = ImageProcessor(tiny, None)
-    sees = ChatModel(TextGenerator(Checkpoint(tiny, tiny.config, {}, Path(), ""), TOKENIZER, 96), prepare=prepare)
+    sees = ChatModel(TextGenerator(Checkpoint(tiny, tiny.config, {}, Path(), ""), TOKENIZER, 96))
+    prepare = sees.generator.image_processor
     urls = [data_url(png(i)) for i in range(3)]
     shown = [open_image(png(i)) for i in range(3)]
     conversation = Conversation()
@@ -193,7 +192,7 @@ def test_questions_about_images(model):
 class ScriptedModel:
     """A TextGenerator that writes given answers, one after the other."""
 
-    tokenizer = TOKENIZER
+    tokenizer, image_processor, answer = TOKENIZER, None, TextGenerator.answer
 
     def __init__(self, *answers: list[int], context: int = 2000) -> None:
         self.answers, self.context, self.prompts = iter(answers), context, []

@@ -405,8 +405,6 @@ def test_wrong_parameters_are_all_named():
     assert SamplingParams(stop="ab").stop == ("ab",)
     with pytest.raises(ValueError, match="--logprobs -1 must be between 0 and 20"):
         SamplingParams(logprobs=-1)
-    with pytest.raises(ValueError, match="different kinds"):
-        BatchedSamplingParams([SamplingParams(), SamplingParams(temperature=1.0)])
 
 
 # ---- log-probabilities

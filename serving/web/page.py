@@ -13,7 +13,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from inference.terminal import visible
+from inference.terminal import one_line, visible
 from serving.chat_model import CONTEXT, ENDED, LENGTH, ROUNDS, STOPPED, Exchange
 from serving.web.texts import Texts
 
@@ -85,23 +85,17 @@ def steps_html(exchange: Exchange, texts: Texts) -> str:
     ]:  # the content comes after all this
         text = visible(message["content"])
         if message["role"] == "tool":
-            parts.append(folded_html(texts("returned", text=first_line(text)), text))
+            parts.append(folded_html(texts("returned", text=one_line(text, LINE)), text))
             continue
         if thoughts := visible(message.get("reasoning_content", "").strip()):
-            parts.append(folded_html(texts("thoughts", text=first_line(thoughts)), thoughts))
+            parts.append(folded_html(texts("thoughts", text=one_line(thoughts, LINE)), thoughts))
         if text:
             parts.append(text_html(text))
         for call in message.get("tool_calls", []):
             arguments = visible(json.dumps(call["arguments"], ensure_ascii=False))
-            line = texts("calls", name=visible(call["name"]), arguments=first_line(arguments))
+            line = texts("calls", name=visible(call["name"]), arguments=one_line(arguments, LINE))
             parts.append(folded_html(line, arguments))
     return "".join(parts)
-
-
-def first_line(text: str) -> str:
-    """Return the beginning of a text for a summary in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= LINE else line[: LINE - 1] + "…"
 
 
 def facts_html(*lines: str) -> str:

@@ -21,7 +21,6 @@ from inference.model_finder import EXPORT, Entry, default_model, list_models, re
 from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import ChatOptions, ModelOptions, SamplingParams
 from inference.terminal import visible
-from inference.vision import ImageProcessor
 from model.chat_format import chat_style
 from model.model import parameter_counts
 from serving.chat_model import STOPPED, ChatModel, Conversation, Exchange
@@ -69,9 +68,7 @@ def available_models(options: ModelOptions) -> list[Entry]:
 
 
 @st.cache_resource(max_entries=MODELS_KEPT, show_spinner=False)
-def cached_model(
-    path: Path, _options: ModelOptions, flags: str, stamp: tuple
-) -> tuple[TextGenerator, ImageProcessor | None]:
+def cached_model(path: Path, _options: ModelOptions, flags: str, stamp: tuple) -> TextGenerator:
     """Load a model, and what prepares images for it if it sees.
 
     Once for all sessions, and again if one of its files changed: `path`, `flags`, `stamp` are the key.
@@ -79,8 +76,8 @@ def cached_model(
     Raises UserError or OSError if that fails.
     """
     generator = load_text_generator(path, _options)
-    sees = generator.checkpoint.config.vision is not None
-    return generator, ImageProcessor.for_checkpoint(generator.checkpoint) if sees else None
+    generator.image_processor  # noqa: B018  an error of it belongs here
+    return generator
 
 
 @st.cache_resource(show_spinner=False)
@@ -93,12 +90,12 @@ def load_model(entry: Entry, options: ModelOptions, texts: Texts) -> ChatModel |
     """Return the model; show an error and return None if it cannot be loaded."""
     try:
         with st.spinner(literal(texts("loading", name=entry.path.name))):
-            generator, prepare = cached_model(entry.path, options, repr(options), entry.stamp)
+            generator = cached_model(entry.path, options, repr(options), entry.stamp)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         reason = visible(name_flags(str(error))).strip().partition("\n")[0]
         st.error(literal(texts("cannot_load", name=entry.path.name, reason=reason)), icon=":material/error:")
         return None
-    return ChatModel(generator, entry.path.name, entry.continues, decoding_thread(), prepare)
+    return ChatModel(generator, entry.path.name, entry.continues, decoding_thread())
 
 
 # ---- the sidebar
@@ -169,34 +166,42 @@ def show_model_facts(entry: Entry, model: ChatModel | None, texts: Texts) -> Non
     st.html(facts_html(*map(visible, lines)))
 
 
+def kept_widget(widget: Any, label: str, key: str, start: Any, name: str = "", **settings: Any) -> Any:
+    """Show a control that begins at what the user chose before, or at `start`; return its value.
+
+    Streamlit forgets the value of a control that is not shown, and a slider cannot lie outside its range. What the user
+    chose is kept beside it, and returns with a model that has the control, or a longer context.
+
+    Args:
+        key: of the control.
+        name: under which the value is kept, which several controls may share; as a rule its key.
+    """
+    kept, name = st.session_state.setdefault("kept", {}), name or key
+
+    def keep() -> None:
+        kept[name] = st.session_state[key]
+
+    value = kept.get(name, start)
+    if widget is st.slider:
+        st.session_state[key] = min(value, settings["max_value"])
+    elif st.session_state.get(key) != value:  # otherwise leave alone what is being typed there
+        st.session_state[key] = value
+    return widget(label, key=key, on_change=keep, **settings)
+
+
 def choose_settings(
     start: SamplingParams, options: ChatOptions, tools: dict[str, Any], model: ChatModel, texts: Texts
 ) -> dict[str, Any]:
     """Show the sliders, which begin at the given values; return the arguments of `Conversation.ask`.
 
     tools: its arguments where tools are switched on.
-
-    Streamlit forgets the value of a control that is not shown, and a slider cannot lie outside its range. What the user
-    chose is kept beside it, and returns with a model that has the control, or a longer context.
     """
-    kept: dict[str, Any] = st.session_state.setdefault("kept", {})
-
-    def keep(key: str) -> None:
-        kept[key] = st.session_state[key]
-
-    def show(widget: Any, key: str, **settings: Any) -> Any:
-        return widget(texts(key), key=key, help=texts(f"{key}_help"), on_change=keep, args=(key,), **settings)
 
     def ask(widget: Any, key: str, start_value: Any, **settings: Any) -> Any:
-        value = kept.get(key, start_value)
-        if st.session_state.get(key) != value:  # otherwise leave alone what is being typed there
-            st.session_state[key] = value
-        return show(widget, key, **settings)
+        return kept_widget(widget, texts(key), key, start_value, help=texts(f"{key}_help"), **settings)
 
     def slide(key: str, value: Any, low: float, high: float, step: float) -> Any:
-        high = max(high, value)
-        st.session_state[key] = min(kept.get(key, value), high)
-        return show(st.slider, key, min_value=min(low, value), max_value=high, step=step)
+        return ask(st.slider, key, value, min_value=min(low, value), max_value=max(high, value), step=step)
 
     with st.expander(texts("sampling"), expanded=True):
         chosen = {key: slide(key, getattr(start, key), *range_step) for key, range_step in SLIDERS.items()}
@@ -248,7 +253,7 @@ def ask_question(entry: Entry, model: ChatModel | None, texts: Texts) -> tuple[s
 
     An image that cannot be used is named, and nothing is asked then.
     """
-    sees = model is not None and model.prepare is not None
+    sees = model is not None and model.generator.image_processor is not None
     sent: Any = st.chat_input(
         texts("continue" if entry.continues else "ask"), key="question", disabled=model is None,
         accept_file="multiple" if sees else False, file_type=IMAGE_TYPES if sees else None,
@@ -302,13 +307,17 @@ def draw(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
     facts.html(facts_html(texts("reading") if reading else answer_facts(exchange, texts)))
 
 
-def write(exchange: Exchange, placeholders: Placeholders, texts: Texts) -> None:
-    """Continue an answer and draw it as it grows. Streamlit may end this run at each drawing, for example for Stop."""
+def write(growing: list[tuple[Exchange, Placeholders]], texts: Texts) -> None:
+    """Continue answers, a token of each in turn, and draw them as they grow.
+
+    Streamlit may end this run at each drawing, for example for Stop.
+    """
     drawn = time.monotonic()
-    while exchange.advance():
+    while growing := [(exchange, placeholders) for exchange, placeholders in growing if exchange.advance()]:
         # Long texts are drawn less often: each drawing sends all of it.
-        if time.monotonic() - drawn >= DRAW_SECONDS + len(exchange.text) / 400_000:
-            draw(exchange, placeholders, texts)
+        if time.monotonic() - drawn >= sum(DRAW_SECONDS + len(exchange.text) / 400_000 for exchange, _ in growing):
+            for exchange, placeholders in growing:
+                draw(exchange, placeholders, texts)
             drawn = time.monotonic()
 
 

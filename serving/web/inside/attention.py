@@ -17,11 +17,7 @@ def show(view: View) -> None:
     texts = view.texts
     head("attention", texts)
     model = choose_model(view)
-    if model is None:
-        return
     ids = ask_prompt(view, model, "attention_text", MOST_TOKENS)
-    if ids is None:
-        return
     weights = compute(attention_weights, texts, model.generator.checkpoint.model, ids)  # (layers, heads, time, time)
     n_layers, n_heads = weights.shape[:2]
     left, right = st.columns(2)

@@ -52,16 +52,14 @@ def heatmap(
         (row, column, values[i][j]) for i, row in enumerate(rows) for j, column in enumerate(columns) if values[i][j]
     ]
     row, column, value = names
-    axis = alt.Axis(labelLimit=90, ticks=False, labelOverlap=True)
-    across = alt.Axis(
-        labelLimit=90, ticks=False, labelOverlap=True, labelAngle=0 if len(columns) <= FEW_COLUMNS else -90
-    )
+    axis = {"labelLimit": 90, "ticks": False, "labelOverlap": True}
+    angle = 0 if len(columns) <= FEW_COLUMNS else -90
     return (
         alt.Chart(pd.DataFrame(cells, columns=["row", "column", "value"]))
         .mark_rect()
         .encode(
-            x=alt.X("column:N", sort=list(columns), title=column, axis=across),
-            y=alt.Y("row:N", sort=list(rows), title=row, axis=axis),
+            x=alt.X("column:N", sort=list(columns), title=column, axis=alt.Axis(**axis, labelAngle=angle)),
+            y=alt.Y("row:N", sort=list(rows), title=row, axis=alt.Axis(**axis)),
             color=alt.Color("value:Q", legend=None, scale=alt.Scale(domainMin=0)),
             tooltip=[
                 alt.Tooltip("row:N", title=row),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import streamlit as st
 
@@ -11,7 +10,7 @@ from inference.model_finder import EXPORT, Entry
 from serving.chat_model import Conversation, Exchange
 from serving.web import widgets
 from serving.web.inside.shared import View, ask_text, facts, head
-from serving.web.widgets import DRAW_SECONDS, SLIDERS, Placeholders, available_models
+from serving.web.widgets import SLIDERS, Placeholders, available_models
 
 MOST_MODELS = widgets.MODELS_KEPT  # all of them stay in memory
 LONGEST = 200  # tokens of an answer, at first
@@ -87,11 +86,5 @@ def show_answers(answers: list[Exchange], view: View) -> None:
         if answers:
             facts(texts("compare_facts"))
         return
-    drawn = time.monotonic()
-    while growing:
-        growing = [pair for pair in growing if pair[0].advance()]
-        if time.monotonic() - drawn >= DRAW_SECONDS * len(answers):
-            for answer, placeholders in growing:
-                widgets.draw(answer, placeholders, texts)
-            drawn = time.monotonic()
+    widgets.write(growing, texts)
     st.rerun()  # without Stop, and with the last tokens

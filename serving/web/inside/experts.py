@@ -30,15 +30,11 @@ def show(view: View) -> None:
     texts = view.texts
     head("experts", texts)
     model = choose_model(view)
-    if model is None:
-        return
     if not model.generator.checkpoint.config.use_moe:
         st.info(texts("no_experts", name=model.name), icon=":material/call_split:")
         st.code("python 1-pretrain.py --preset minimind-v1-moe", language="bash")
         return
     ids = ask_prompt(view, model, "experts_text", MOST_TOKENS)
-    if ids is None:
-        return
     routing = compute(expert_routing, texts, model.generator.checkpoint.model, ids)
     show_text(model, ids, routing, view)
     load = routing.load / routing.load.sum(-1, keepdim=True)  # (layers, experts)

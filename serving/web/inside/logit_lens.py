@@ -21,11 +21,7 @@ def show(view: View) -> None:
     texts = view.texts
     head("logit_lens", texts)
     model = choose_model(view)
-    if model is None:
-        return
     ids = ask_prompt(view, model, "logit_lens_text", MOST_TOKENS)
-    if ids is None:
-        return
     lens = compute(logit_lens, texts, model.generator.checkpoint.model, ids, ALTERNATIVES)
     tokens = tokens_of(model, ids)
     rows = [texts("embedding"), *(texts("layer_n", n=n) for n in range(1, len(lens.ids)))]

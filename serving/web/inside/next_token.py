@@ -62,11 +62,7 @@ def show(view: View) -> None:
     texts = view.texts
     head("next_token", texts)
     model = choose_model(view)
-    if model is None:
-        return
     prompt = ask_prompt(view, model, "next_token_text", LONGEST_PROMPT)
-    if prompt is None:
-        return
     branches = current_branches((model.name, tuple(prompt)))
     left, right = st.columns(2)
     chosen = {}

@@ -51,19 +51,20 @@ def head(name: str, texts: Texts) -> None:
     st.caption(texts(f"{name}_about"))
 
 
-def choose_model(view: View) -> ChatModel | None:
-    """Show the choice of models in the sidebar and return the model; say why and return None if there is none."""
+def choose_model(view: View) -> ChatModel:
+    """Show the choice of models in the sidebar and return the model; say why and end the page's run if there is none."""
     texts = view.texts
     with st.sidebar:
         entry = widgets.choose_model(view.model, texts)
         facts = st.container()
     if entry is None:
         widgets.show_no_models(view.model.out_dir, texts)
-        return None
+        st.stop()
     model = widgets.load_model(entry, view.model, texts)
-    if model is not None:
-        with facts:
-            widgets.show_model_facts(entry, model, texts)
+    if model is None:
+        st.stop()
+    with facts:
+        widgets.show_model_facts(entry, model, texts)
     return model
 
 
@@ -75,22 +76,14 @@ def ask_text(view: View, default: str, label: str = "your_text", height: int = 9
         label: the key of its label.
         height: of the field in pixels.
     """
-    kept: dict[str, Any] = st.session_state.setdefault("kept", {})
     texts = view.texts
-
-    def keep() -> None:
-        kept["text"] = st.session_state[default]
-
-    value = kept.get("text", texts(default))
-    if st.session_state.get(default) != value:  # otherwise leave alone what is being typed there
-        st.session_state[default] = value
-    return st.text_area(texts(label), key=default, on_change=keep, height=height)
+    return widgets.kept_widget(st.text_area, texts(label), default, texts(default), name="text", height=height)
 
 
-def ask_prompt(view: View, model: ChatModel, default: str, limit: int) -> list[int] | None:
+def ask_prompt(view: View, model: ChatModel, default: str, limit: int) -> list[int]:
     """Show the field for a text and how the model gets it; return its token ids, at most `limit`.
 
-    Say why and return None if it cannot be used.
+    Say why and end the page's run if it cannot be used.
     """
     texts, tokenizer, context = view.texts, model.generator.tokenizer, model.generator.context
     text = ask_text(view, default)
@@ -105,7 +98,7 @@ def ask_prompt(view: View, model: ChatModel, default: str, limit: int) -> list[i
             ids = [BOS_ID, *encode_text(tokenizer, text)]
     except UserError as error:
         show_error(error, texts)
-        return None
+        st.stop()
     limit = min(limit, context)
     if len(ids) > limit:
         st.info(texts("text_shortened", shown=limit, tokens=len(ids)), icon=":material/content_cut:")
@@ -144,11 +137,6 @@ def label(token: Token) -> str:
     return f"{readable(token.text)} · {token.id}"
 
 
-def hint(token: Token) -> str:
-    """Return what is shown when the pointer rests on a token: id and bytes."""
-    return f"{token.id}" + (f" · {token.raw.hex(' ').upper()}" if token.raw else "")
-
-
 def tokens_html(
     tokens: Iterable[Token], classes: Iterable[str], hints: Iterable[str], shades: Iterable[float] | None = None
 ) -> str:
@@ -172,11 +160,6 @@ def tokens_html(
             f"<span class='mm-token {name}'{style} title='{html.escape(title, quote=True)}'>{text}</span>{end}"
         )
     return f"<div class='mm-tokens' dir='auto'>{''.join(parts)}</div>"
-
-
-def in_turn(n: int) -> list[str]:
-    """Return the colours of n neighbours."""
-    return [f"mm-c{i % COLOURS}" for i in range(n)]
 
 
 def section(name: str) -> None:

@@ -15,7 +15,7 @@ from evaluation.inspect import Token, byte_tokens, describe_tokens
 from inference.options import ModelOptions
 from model.architecture import TOKENIZER_DIR
 from model.tokenizer import encode_text, load_tokenizer
-from serving.web.inside.shared import View, ask_text, facts, head, hint, in_turn, readable, show_error, tokens_html
+from serving.web.inside.shared import COLOURS, View, ask_text, facts, head, readable, show_error, tokens_html
 
 MOST_CHARACTERS = 4000  # that are coloured: each token is an element of the page
 BYTES = "bytes"  # the choice that is no tokenizer
@@ -36,7 +36,7 @@ def show(view: View) -> None:
         with column:
             chosen = st.selectbox(
                 texts("tokenizer"), choices, index=min(i, len(choices) - 1), key=f"tokenizer_{i}", persist_state="session",
-                format_func=lambda choice: texts("utf8_bytes") if choice == BYTES else folder_name(choice),
+                format_func=lambda choice: texts("utf8_bytes") if choice == BYTES else "/".join(Path(choice).parts[-2:]),
                 label_visibility="collapsed",
             )  # fmt: skip
             try:
@@ -66,10 +66,6 @@ def without_copies(folders: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def folder_name(path: str) -> str:
-    return "/".join(Path(path).parts[-2:])
-
-
 @st.cache_resource(max_entries=8, show_spinner=False)
 def cached_tokenizer(path: Path, stamp: int) -> PreTrainedTokenizerFast:
     """Load a tokenizer once for all sessions, and again if its file changed."""
@@ -94,7 +90,9 @@ def show_tokens(tokens: list[Token], text: str, view: View) -> None:
     st.metric(texts("tokens_page"), f"{len(tokens):,}", label_visibility="collapsed")
     if tokens:
         facts(texts("token_ratios", characters=len(text) / len(tokens), bytes=n_bytes / len(tokens)))
-    st.html(tokens_html(tokens, in_turn(len(tokens)), map(hint, tokens)))
+    classes = [f"mm-c{i % COLOURS}" for i in range(len(tokens))]
+    hints = [f"{token.id}" + (f" · {token.raw.hex(' ').upper()}" if token.raw else "") for token in tokens]
+    st.html(tokens_html(tokens, classes, hints))
     with st.expander(texts("token_table")):
         rows = [(token.id, readable(token.text), token.raw.hex(" ").upper()) for token in tokens]
         st.dataframe(pd.DataFrame(rows, columns=[texts("id"), texts("text"), texts("bytes")]), hide_index=True)
