@@ -45,8 +45,7 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     import torch  # takes seconds to import
 
-    from evaluation.picture_sheet import draw_sheet
-    from evaluation.vlm import evaluate, read_questions
+    from evaluation.vlm import draw_sheet, evaluate, read_questions
     from inference.model_finder import require_model
     from inference.model_loader import describe_checkpoint, open_model
     from inference.vision import ImageProcessor

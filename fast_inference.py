@@ -72,7 +72,6 @@ def page() -> None:
         st.stop()
     with st.sidebar:
         texts = widgets.choose_language(options.language)
-    shared.keep_choices()
     menu.choose_page(lambda: chat(options, tools, texts), shared.View(options.model, options.sampling, texts)).run()
 
 
@@ -100,7 +99,7 @@ def chat(options: Options, tools: dict[str, Any], texts: Texts) -> None:
     with st.sidebar:
         if model is not None:
             settings = widgets.choose_settings(options.sampling, options, tools, model, texts)
-        st.toggle(texts("markdown"), key="markdown", help=texts("markdown_help"))
+        st.toggle(texts("markdown"), key="markdown", persist_state="session", help=texts("markdown_help"))
     # Always at the same position: a half-written question would be lost if the button moved its input field.
     with st.bottom, st.container(horizontal_alignment="center"):
         if conversation.running and st.button(texts("stop"), key="stop", icon=":material/stop_circle:", shortcut="Esc"):

@@ -1,4 +1,7 @@
-"""Questions about images with one right answer: read them, ask a model, compare with chance and with a wrong image."""
+"""Questions about images with one right answer: read them, ask a model, compare with chance and with a wrong image.
+
+`draw_sheet` draws pictures with the questions about them and the answers of a model.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import atomic_write
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.images import open_image
 from data_pipeline.readers import iter_records
+from evaluation.ceval_results import chinese_fonts
 from inference.generator import Images, generate_text
 from inference.options import SamplingParams
+from inference.terminal import one_line
 from inference.vision import ImageProcessor
 from model.chat_format import IMAGE, Message, render_chat
 
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
 
 RIGHT, NONE, WRONG = "its image", "no image", "a wrong image"
 BATCH = 64
+COLUMNS = 6  # of a sheet with pictures
+LABEL = 40  # characters of a question or an answer on it
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def read_questions(path: Path, limit: int = 0) -> list[ImageQuestion]:
 
 def ask(
     prepare: ImageProcessor, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion],
-    images: Sequence[list[Image]], name: str, max_new_tokens: int = 32,
+    images: Sequence[list[Image]], name: str,
 ) -> list[str]:  # fmt: skip
     """Return the greedy answer to each question, asked about the images that are given for it ([]: none)."""
     answers: list[str] = []
@@ -83,7 +91,7 @@ def ask(
                 image_ids = prepare.model.vision.image_ids
                 prompts.append(render_chat(tokenizer, chat, add_generation_prompt=True, image_ids=image_ids)[0])
                 prepared.append(prepare(images[i]))
-            sampling = SamplingParams(max_new_tokens=max_new_tokens)
+            sampling = SamplingParams(max_new_tokens=32)
             answers += generate_text(prepare.model, tokenizer, prompts, sampling, max_rows=BATCH, images=prepared)
             bar.update(len(part))
     return answers
@@ -139,3 +147,41 @@ def _chance(questions: Sequence[ImageQuestion]) -> float:
         counts = Counter(question.answer for question in questions if question.language == language)
         right += counts.most_common(1)[0][1]
     return right / len(questions)
+
+
+def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: int, path: Path) -> None:
+    """Draw `n` of the questions, the same number of every kind, into a PNG; right answers are green, others red.
+
+    Where no font has Chinese characters, only questions in other languages are drawn.
+    """
+    import matplotlib  # slow to import
+    from matplotlib.figure import Figure
+
+    fonts = chinese_fonts()
+    shown = [
+        i for i, q in enumerate(questions) if fonts or (q.chat[-1]["content"] + q.answer).replace(IMAGE, "").isascii()
+    ]
+    by_kind: dict[str, list[int]] = {}
+    for i in shown:
+        by_kind.setdefault(questions[i].kind, []).append(i)
+    each = -(-n // max(len(by_kind), 1))
+    chosen = [i for members in by_kind.values() for i in members[:each]][:n]
+    rows = max(-(-len(chosen) // COLUMNS), 1)
+    with matplotlib.rc_context({"font.family": [*fonts, "sans-serif"]}):
+        figure = Figure(figsize=(2.4 * COLUMNS, 2.7 * rows))
+        for place, i in enumerate(chosen, start=1):
+            axes = figure.add_subplot(rows, COLUMNS, place)
+            axes.set_xticks([])  # the frame stays: a picture may be white
+            axes.set_yticks([])
+            if questions[i].images:
+                axes.imshow(questions[i].images[0], interpolation="nearest")
+            text = questions[i].chat[-1]["content"].replace(IMAGE, "").strip()
+            axes.set_title(one_line(text, LABEL), fontsize=7, parse_math=False)
+            right = is_right(answers[i], questions[i].answer)
+            expected = "" if right else f" (right: {questions[i].answer})"
+            axes.text(
+                0.5, -0.1, one_line(answers[i] + expected, LABEL), transform=axes.transAxes, ha="center", fontsize=9,
+                color="green" if right else "red", parse_math=False,
+            )  # fmt: skip
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, dpi=100)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
 from export.self_check import Agreement, measure, model_logits
 from model.model import Transformer
 
@@ -30,11 +29,6 @@ def write_onnx(file: Path, model: Transformer) -> None:
 
     Both sizes are free. Rows of different lengths are filled up on the right: no token attends to those after it.
     """
-    try:
-        import onnxruntime  # noqa: F401 the export is compared with its source
-        import onnxscript  # noqa: F401 torch.onnx needs it
-    except ImportError as error:
-        raise UserError(f"--format onnx cannot be written ({error}): pip install -r requirements.txt") from None
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which is not needed
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch, about its own code
         program = torch.onnx.export(

@@ -119,6 +119,22 @@ def test_every_page_says_what_is_missing(tmp_path, open_page):
             assert len(texts) == 1 and str(tmp_path) in texts[0].replace("\\", "")
 
 
+def test_choices_outlast_a_page_that_does_not_show_them(out, open_page):
+    page = open_page("attention")
+    page.selectbox(key="model").set_value(str(out / "full_sft_64.pth")).run()
+    page = visit(page, "chat")
+    assert page.selectbox(key="model").value == str(out / "full_sft_64.pth")
+    page.toggle(key="markdown").set_value(True).run()
+    page = visit(visit(visit(page, "runs"), "data"), "logit_lens")
+    assert page.selectbox(key="model").value == str(out / "full_sft_64.pth")
+    page = visit(page, "chat")
+    assert page.selectbox(key="model").value == str(out / "full_sft_64.pth") and page.toggle(key="markdown").value
+    page = visit(page, "runs")
+    assert page.multiselect(key="runs").value == ["pretrain_64_moe"]
+    page.multiselect(key="runs").set_value([]).run()
+    assert visit(visit(page, "data"), "runs").multiselect(key="runs").value == []
+
+
 def test_tokens(out, open_page):
     page = open_page("tokens")
     text = "你好, <b>world</b>"

@@ -132,7 +132,8 @@ def choose_model(options: ModelOptions, texts: Texts) -> Entry | None:
     # Each time: the browser knows the choice by its label, which is another one in another language.
     st.session_state.model = named[0] if named else st.session_state.model
     path = st.selectbox(
-        texts("model"), list(by_path), key="model", help=literal(texts("model_help", folder=options.out_dir)),
+        texts("model"), list(by_path), key="model", persist_state="session",
+        help=literal(texts("model_help", folder=options.out_dir)),
         format_func=lambda path: f"{Path(path).name} · {stage_text(by_path[path], texts)}",
     )  # fmt: skip
     return by_path[path]

@@ -90,14 +90,15 @@ def live(view: View) -> None:
 
 def ask_runs(names: list[str], view: View) -> list[str]:
     """Show the choice of runs: at first the newest; a run that begins later joins them."""
-    kept: dict[str, Any] = st.session_state.setdefault("kept", {})
-    seen = kept.setdefault("runs_seen", [])
-    chosen = st.session_state.get("runs", kept.get("runs", []))
+    seen = st.session_state.setdefault("runs_seen", [])
+    chosen = st.session_state.get("runs", [])
     new = [name for name in names if name not in seen]
     chosen = chosen + (new if seen else new[:FIRST_SHOWN])
     seen += new
-    kept["runs"] = st.session_state.runs = [name for name in names if name in chosen]
-    return st.multiselect(view.texts("runs_page"), names, key="runs", placeholder=view.texts("choose_runs"))
+    st.session_state.runs = [name for name in names if name in chosen]
+    return st.multiselect(
+        view.texts("runs_page"), names, key="runs", persist_state="session", placeholder=view.texts("choose_runs")
+    )
 
 
 def points(runs: list[tuple[RunMetrics, list[dict]]], metric: str, over: str) -> pd.DataFrame:

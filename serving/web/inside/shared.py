@@ -25,7 +25,6 @@ from serving.web.texts import Texts
 
 STYLE = Path(__file__).parent / "inside.css"
 COLOURS = 8  # of neighbouring tokens, documents and experts: the classes mm-c0 to mm-c7
-KEPT_KEYS = ("model", "markdown")  # of widgets whose values outlast a visit to a page that does not show them
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,6 @@ class View:
     model: ModelOptions
     sampling: SamplingParams
     texts: Texts
-
-
-def keep_choices() -> None:
-    """Keep the values of widgets that the page of this run may not show: Streamlit would forget them."""
-    for key in KEPT_KEYS:
-        if key in st.session_state:
-            st.session_state[key] = st.session_state[key]
 
 
 def head(name: str, texts: Texts) -> None:
