@@ -28,8 +28,8 @@ from common.cli import flag, parse_options
 from common.errors import UserError, run_script
 from evaluation.tools import chat_tools
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
-from inference.terminal import Chat, print_answer, use_utf8
-from model.chat_format import IMAGE, Message, chat_style, with_images
+from inference.terminal import Chat, print_answer, training_row, use_utf8
+from model.chat_format import Message, chat_style, with_images
 from model.chat_parser import AnswerParser
 
 if TYPE_CHECKING:
@@ -126,12 +126,9 @@ class LocalChat(Chat):
         return True
 
     def ask(self, question: str) -> bool:
-        if not self.sees:
-            return super().ask(question)
-        answered = super().ask(with_images(question, self.n_waiting))
+        answered = super().ask(with_images(question, self.n_waiting) if self.sees else question)
         if answered:
             self.n_waiting = 0
-            self.turns[-1]["content"] = self.turns[-1]["content"].replace(IMAGE, "")
         return answered
 
     def clear(self) -> None:
@@ -140,13 +137,7 @@ class LocalChat(Chat):
         self.n_waiting = 0
 
     def record(self) -> dict:
-        from model.tokenizer import IMAGE_TOKEN
-
-        shown = self.images[: len(self.images) - self.n_waiting]
-        if not shown:
-            return super().record()
-        turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in self.turns]
-        return super().record() | {"messages": [*self.system, *turns], "images": shown}
+        return training_row(self.system, self.turns, self.tools, self.images[: len(self.images) - self.n_waiting])
 
 
 def main() -> None:

@@ -58,12 +58,12 @@ def chat_prompt(
     try:
         chat = truncate_chat(tokenizer, with_tools(messages, [*tools]), room, image_ids=image_ids)
     except PromptTooLong as error:
-        if tools:
-            names = ", ".join(tool["name"] for tool in tools)
-            raise PromptTooLong(
-                f"{error}. The descriptions of the tools count, too ({names}): offer fewer of them, or raise --max_seq_len"
-            ) from None
-        raise
+        if not tools:
+            raise
+        names = ", ".join(tool["name"] for tool in tools)
+        raise PromptTooLong(
+            f"{error}. The descriptions of the tools count, too ({names}): offer fewer of them, or raise --max_seq_len"
+        ) from None
     n_images = count_images(chat.messages) if image_ids else 0
     seen = len(history) - chat.dropped_turns
     return Prompt(chat.ids, turns_seen=seen, turns_left_out=chat.dropped_turns, n_images=n_images)

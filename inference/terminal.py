@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import jsonlines
 
-from model.chat_format import Message
+from model.chat_format import IMAGE, Message
 from model.chat_parser import AnswerParser, AnswerPart
+from model.tokenizer import IMAGE_TOKEN
 
 if TYPE_CHECKING:  # a client of a server does not need torch
     from inference.generator import TokenOutput
@@ -95,8 +96,7 @@ class Chat:
 
     def record(self) -> dict:
         """Return the conversation as a row that a training stage reads."""
-        row: dict[str, Any] = {"messages": [*self.system, *self.turns]}
-        return row | ({"tools": self.tools} if self.tools else {})
+        return training_row(self.system, self.turns, self.tools)
 
     def run(self) -> None:
         """Read questions and commands until /exit or the end of the input."""
@@ -130,6 +130,25 @@ class Chat:
         else:
             n = sum(message["role"] == "user" for message in self.turns)
             print(f"appended {n} turn{'s' * (n != 1)} to {name}")
+
+
+def training_row(
+    system: list[Message], turns: list[Message], tools: Sequence[dict[str, Any]], images: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a dialogue as a row that 3-full_sft.py, with images 9-sft_vlm.py, trains on.
+
+    images: data URLs of what stands at every `IMAGE` in the questions.
+    """
+    row: dict[str, Any] = {"messages": [*system, *turns]} | ({"tools": [*tools]} if tools else {})
+    if images:
+        row["images"] = [*images]
+        row["messages"] = [
+            message | {"content": message["content"].replace(IMAGE, IMAGE_TOKEN)}
+            if message["role"] == "user"
+            else message
+            for message in row["messages"]
+        ]
+    return row
 
 
 # ---- printing answers

@@ -119,21 +119,19 @@ class Exchange:
     def _run_calls(self) -> None:
         """Run the calls in an answer that is complete, and begin the next answer; without calls it was the last one."""
         answer = self.answer()
-        rounds = sum(message["role"] == "assistant" for message in self.called)
         if self._call_tool is None or self._begin_after is None or not answer.calls:
             self._end(ENDED)
-            return
-        if rounds >= MAX_ROUNDS:
+        elif sum(message["role"] == "assistant" for message in self.called) >= MAX_ROUNDS:
             self._end(ROUNDS)
-            return
-        responses = [{"role": "tool", "content": self._call_tool(call)} for call in answer.calls]
-        called = [*self.called, answer.message(), *responses]
-        try:
-            self._outputs = self._begin_after(called)
-        except ValueError:  # what the tools returned does not fit
-            self._end(CONTEXT)
-            return
-        self.called, self.text, self._answer_tokens = called, "", 0
+        else:
+            responses = [{"role": "tool", "content": self._call_tool(call)} for call in answer.calls]
+            called = [*self.called, answer.message(), *responses]
+            try:
+                self._outputs = self._begin_after(called)
+            except ValueError:  # what the tools returned does not fit
+                self._end(CONTEXT)
+            else:
+                self.called, self.text, self._answer_tokens = called, "", 0
 
     def answer(self) -> ParsedAnswer:
         """Return the answer so far: its thinking, its content, and its calls. A continued text is only content."""

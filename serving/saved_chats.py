@@ -14,15 +14,12 @@ import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
 from common.errors import UserError
 from common.files import atomic_write, file_stamp
-from inference.terminal import one_line, visible
-from model.chat_format import IMAGE
-from model.tokenizer import IMAGE_TOKEN
+from inference.terminal import one_line, training_row, visible
 from serving.chat_model import Conversation, new_id
 
 TITLE_CHARACTERS = 50
@@ -105,14 +102,11 @@ def to_markdown(conversation: Conversation, user: str) -> str:
 
 
 def to_jsonl(conversation: Conversation) -> str:
-    """Return a chat as a line that 3-full_sft.py (with images: 9-sft_vlm.py) trains on; "" if nothing was answered."""
+    """Return a chat as a line that training reads; "" if nothing was answered."""
     system = [{"role": "system", "content": conversation.system}] if conversation.system else []
     turns, images = conversation.turns(places=True), conversation.images()
-    turns = [turn | {"content": turn["content"].replace(IMAGE, IMAGE_TOKEN)} for turn in turns]
-    row: dict[str, Any] = {"messages": [*system, *turns]} | ({"images": images} if images else {})
-    if tools := next((one.tools for one in reversed(conversation.answered()) if one.called), None):
-        row["tools"] = tools
-    return json.dumps(row, ensure_ascii=False) + "\n" if turns else ""
+    tools = next((one.tools for one in reversed(conversation.answered()) if one.called), [])
+    return json.dumps(training_row(system, turns, tools, images), ensure_ascii=False) + "\n" if turns else ""
 
 
 @functools.lru_cache(maxsize=10_000)

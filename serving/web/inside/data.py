@@ -103,14 +103,10 @@ def show_facts(info: dict[str, Any], rows: PackedRows, view: View) -> None:
     texts = view.texts
     share = info.get("targets", 0) / max(info["tokens"], 1)
     lines = [texts("dataset_facts", documents=info["documents"], tokens=info["tokens"], share=share)]
-    lines.append(texts("packing_facts", rows=len(rows), fill=rows.packing.fill, padded=padded_fill(rows)))
+    padded = float(rows.packing.length.mean()) / rows.packing.seq_len  # with one piece of a document in each row
+    lines.append(texts("packing_facts", rows=len(rows), fill=rows.packing.fill, padded=padded))
     if info["documents"] > MOST_DOCUMENTS:
         lines.append(texts("first_documents", documents=MOST_DOCUMENTS))
     if skipped := sum(info.get("skipped", {}).values()):
         lines.append(texts("skipped_rows", skipped=skipped))
     facts(*lines)
-
-
-def padded_fill(rows: PackedRows) -> float:
-    """Return how full the rows would be with one piece of a document in each."""
-    return float(rows.packing.length.mean()) / rows.packing.seq_len
