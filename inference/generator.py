@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -17,12 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from inference.backends import Backend
-from inference.constraints import blocked_tokens
 from inference.detokenizer import Detokenizer
 from inference.kernels.decode import NativeStep
 from inference.kv_cache import KVCache, PrefixCache
 from inference.options import SamplingParams
-from inference.sampling import BatchedSamplingParams, log_probabilities, sample_next
+from inference.sampling import RowSampler, SampledRow, reported_log_probabilities
 from model.model import Transformer
 from model.rope import DynamicRopeScaling, RopeScaling
 from model.tokenizer import EOS_ID
@@ -69,24 +67,22 @@ class Images:
         return {name: torch.cat(found) for name, found in tensors.items() if found}
 
 
-@dataclass
-class _Row:
+class _Row(SampledRow):
     """A sequence that is being decoded."""
 
-    key: int
-    sampling: SamplingParams
-    tokens: list[int]  # of the prompt and the answer
-    cached_len: int  # how many of them are in the cache: all but the newest
-    detokenizer: Detokenizer | None
-    num_generated: int = 0
-    images: Images | None = None  # of the prompt
-
-    def __post_init__(self) -> None:
-        # Each row has its own random numbers: what it draws does not depend on the other rows.
-        self.random = random.Random(self.sampling.seed)
-        self.kind = self.sampling.kind()
-        constraint = self.sampling.constraint
-        self.matcher = constraint.matcher() if constraint is not None else None  # where its answer is in the grammar
+    def __init__(
+        self,
+        key: int,
+        sampling: SamplingParams,
+        prompt: Sequence[int],
+        detokenizer: Detokenizer | None,
+        images: Images | None,
+    ) -> None:
+        super().__init__(sampling)
+        self.key, self.detokenizer, self.images = key, detokenizer, images
+        self.tokens = list(prompt)  # of the prompt and the answer
+        self.cached_len = len(prompt)  # how many of them are in the cache: all but the newest
+        self.num_generated = 0
 
 
 class BatchGenerator:
@@ -122,8 +118,6 @@ class BatchGenerator:
         """
         if model.training:
             raise ValueError("the model is in training mode and would drop activations: call model.eval() first")
-        if rows < 1:
-            raise ValueError(f"a BatchGenerator needs at least 1 row, not {rows}")
         weight = model.tok_embeddings.weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         self.dynamic_rope_scaling: DynamicRopeScaling | None = model.dynamic_rope_scaling
@@ -134,10 +128,7 @@ class BatchGenerator:
         self._cache = KVCache(model.config, rows, self.max_len, weight.device, weight.dtype)
         self.use_backend(backend)
         self.prefixes: PrefixCache | None = None  # if there is one, it gets every sequence that leaves
-        self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
-        # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
-        self._counts = torch.zeros(rows, model.config.vocab_size, device=self.device)
-        self._in_prompt = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self._sampler = RowSampler(rows, model.config.vocab_size, self.device)
 
     def use_backend(self, backend: Backend | None) -> None:
         """Decode with another backend from now on, such as one with newer weights; the cache stays. No row may be left."""
@@ -240,12 +231,8 @@ class BatchGenerator:
     def _append(self, prompt: Sequence[int], sampling: SamplingParams, key: int, images: Images | None = None) -> None:
         """Add the row of a sequence whose prompt is in the cache."""
         detokenizer = Detokenizer(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
-        if sampling.has_penalties:
-            row = len(self.rows)
-            self._counts[row] = 0
-            self._in_prompt[row] = False
-            self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
-        self.rows.append(_Row(key, sampling, list(prompt), len(prompt), detokenizer, images=images))
+        self._sampler.start(len(self.rows), sampling, prompt)
+        self.rows.append(_Row(key, sampling, prompt, detokenizer, images))
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None, images: dict[str, Tensor]
@@ -332,78 +319,15 @@ class BatchGenerator:
 
     def _sample(self, logits: Tensor, first: int) -> list[TokenOutput]:
         """Choose the next tokens of the rows from `first` on, given their logits (rows, vocab)."""
-        kinds: dict[tuple, list[int]] = {}
-        for i, row in enumerate(self.rows[first:]):
-            kinds.setdefault(row.kind, []).append(i)
-        chosen_by = self._restrict(logits, first)
-        if len(kinds) == 1:  # as a rule: nothing has to be picked and put back
-            tokens = self._sample_kind(chosen_by, [*range(len(logits))], slice(None), first)
-        else:
-            tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
-            for members in kinds.values():
-                index = torch.tensor(members, device=self.device)
-                tokens[index] = self._sample_kind(chosen_by[index], members, index, first)
-        return self._outputs(tokens, first, self._log_probabilities(logits, tokens, first))
-
-    def _restrict(self, logits: Tensor, first: int) -> Tensor:
-        """Return the logits with the biases of the rows, and -inf for what their grammars do not allow."""
         rows = self.rows[first:]
-        biased = [i for i, row in enumerate(rows) if row.sampling.logit_bias]
-        if biased:
-            logits = logits.float().clone()
-        for i in biased:
-            bias = rows[i].sampling.logit_bias
-            logits[i, [*bias]] += torch.tensor([*bias.values()], device=self.device)
-        held = next((row.sampling.constraint for row in rows if row.matcher is not None), None)
-        if held is not None:
-            blocked = blocked_tokens([row.matcher for row in rows], held.vocab_size, logits.shape[1])
-            logits = logits.masked_fill(blocked.to(self.device), -torch.inf)
-        return logits
-
-    def _sample_kind(self, logits: Tensor, members: list[int], index: slice | Tensor, first: int) -> Tensor:
-        """Choose the next tokens of rows with the same kind of sampling, counted from `first` on: `members`, or `index`."""
-        rows = [self.rows[first + i] for i in members]
-        key = (rows[0].kind, first, len(self.rows))
-        if key not in self._params:
-            self._params[key] = BatchedSamplingParams([row.sampling for row in rows], self.device)
-        params = self._params[key]
-        uniform = counts = in_prompt = None
-        if not params.greedy:
-            uniform = torch.tensor([row.random.random() for row in rows], device=self.device)
-        if params.has_penalties:
-            part = slice(first, len(self.rows))
-            counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
-        tokens = sample_next(logits, params, uniform, counts, in_prompt)
-        if params.has_penalties:
-            self._counts[torch.tensor(members, device=self.device) + first, tokens] += 1
-        return tokens
-
-    def _log_probabilities(self, logits: Tensor, tokens: Tensor, first: int) -> dict[int, tuple[float, tuple]]:
-        """Return `logprob` and `top_logprobs` of the rows from `first` on that ask for them; compute nothing if none does.
-
-        Args:
-            logits: (rows, vocab), the model's own.
-            tokens: (rows,) the chosen ones.
-        """
-        limits = {i: row.sampling.logprobs for i, row in enumerate(self.rows[first:], start=first)}
-        wanted = {i: limit for i, limit in limits.items() if limit is not None}
-        if not wanted:
-            return {}
-        if len(wanted) < len(tokens):
-            index = torch.tensor(list(wanted), device=self.device) - first
-            logits, tokens = logits[index], tokens[index]
-        chosen, values, ids = (part.tolist() for part in log_probabilities(logits, tokens, max(wanted.values())))
-        return {
-            i: (chosen[n], tuple(zip(ids[n][:limit], values[n][:limit], strict=True)))
-            for n, (i, limit) in enumerate(wanted.items())
-        }
+        tokens = self._sampler.sample(logits, rows, first)
+        return self._outputs(tokens, first, reported_log_probabilities(logits, tokens, rows))
 
     def _outputs(self, tokens: Tensor, first: int, logprobs: dict[int, tuple[float, tuple]]) -> list[TokenOutput]:
         """Return the new tokens of the rows from `first` on with their text; remove rows that ended."""
         outputs: list[TokenOutput] = []
         ended: list[int] = []
-        for i, token in enumerate(tokens.tolist(), start=first):
-            row = self.rows[i]
+        for i, (row, token) in enumerate(zip(self.rows[first:], tokens.tolist(), strict=True)):
             row.num_generated += 1
             row.tokens.append(token)
             text = row.detokenizer.add(token) if row.detokenizer is not None else ""
@@ -415,7 +339,7 @@ class BatchGenerator:
             if row.matcher is not None and not row.matcher.consume_token(token):
                 finish = "length"  # its grammar became too complex: what there is of the answer is not valid
             if finish:
-                ended.append(i)
+                ended.append(first + i)
                 if row.detokenizer is not None:
                     text += row.detokenizer.finish(complete=finish == "stop")
             outputs.append(TokenOutput(row.key, token, text, finish, *logprobs.get(i, ())))
@@ -432,10 +356,9 @@ class BatchGenerator:
                 self.prefixes.store(row.tokens[: row.cached_len], self._cache, i)
             if i < last:
                 self._cache.copy(i, self._cache, last, self.rows[last].cached_len)
-                self._counts[i], self._in_prompt[i] = self._counts[last], self._in_prompt[last]
                 self.rows[i] = self.rows[last]
+            self._sampler.remove(i, last)
             self.rows.pop()
-            self._params.clear()
 
 
 def generate(

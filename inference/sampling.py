@@ -1,12 +1,18 @@
-"""From logits to tokens: sampling parameters of a batch, the choice of the next tokens, log-probabilities."""
+"""From logits to tokens: sampling parameters of a batch, the choice of the next tokens, log-probabilities.
+
+`RowSampler` chooses the next tokens of rows that are decoded together and sampled each in its own way; what it calls are
+pure functions.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from inference.constraints import blocked_tokens
 from inference.options import SamplingParams
 
 
@@ -116,3 +122,117 @@ def log_probabilities(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, T
         return chosen, none.float(), none
     values, ids = logps.sort(descending=True, stable=True)
     return chosen, values[:, :k], ids[:, :k]
+
+
+# ---- rows that are sampled each in its own way
+
+
+class SampledRow:
+    """What chooses the tokens of one row.
+
+    Each row has its own random numbers: what it draws does not depend on the other rows.
+    """
+
+    def __init__(self, sampling: SamplingParams) -> None:
+        self.sampling, self.kind, self.random = sampling, sampling.kind(), random.Random(sampling.seed)
+        constraint = sampling.constraint
+        self.matcher = constraint.matcher() if constraint is not None else None  # where its answer is in the grammar
+
+
+class RowSampler:
+    """Choose the next tokens of the rows of a batch: those of one kind together."""
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self.device = device
+        self._params: dict[tuple, BatchedSamplingParams] = {}  # of groups of rows, until a row leaves
+        # For penalties: how often the answer of each row has each token, and which tokens its prompt has.
+        self._counts = torch.zeros(rows, vocab_size, device=device)
+        self._in_prompt = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+
+    def start(self, row: int, sampling: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a row of the batch anew."""
+        if sampling.has_penalties:
+            self._counts[row] = 0
+            self._in_prompt[row] = False
+            self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
+
+    def remove(self, row: int, last: int) -> None:
+        """Forget a row; the last one fills its gap."""
+        if row < last:
+            self._counts[row], self._in_prompt[row] = self._counts[last], self._in_prompt[last]
+        self._params.clear()
+
+    def sample(self, logits: Tensor, rows: Sequence[SampledRow], first: int) -> Tensor:
+        """Return the next tokens of the last rows of the batch, (rows,) token ids.
+
+        Args:
+            logits: (rows, vocab).
+            rows: those of the batch from `first` on.
+        """
+        kinds: dict[tuple, list[int]] = {}
+        for i, row in enumerate(rows):
+            kinds.setdefault(row.kind, []).append(i)
+        logits = restrict(logits, rows)
+        if len(kinds) == 1:  # as a rule: nothing has to be picked and put back
+            return self._sample_kind(logits, rows, [*range(len(rows))], slice(None), first)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        for members in kinds.values():
+            index = torch.tensor(members, device=self.device)
+            tokens[index] = self._sample_kind(logits[index], rows, members, index, first)
+        return tokens
+
+    def _sample_kind(
+        self, logits: Tensor, rows: Sequence[SampledRow], members: list[int], index: slice | Tensor, first: int
+    ) -> Tensor:
+        """Choose the next tokens of rows with the same kind of sampling, counted from `first` on: `members`, or `index`."""
+        part, chosen = slice(first, first + len(rows)), [rows[i] for i in members]
+        key = (chosen[0].kind, part.start, part.stop)
+        if key not in self._params:
+            self._params[key] = BatchedSamplingParams([row.sampling for row in chosen], self.device)
+        params = self._params[key]
+        uniform = counts = in_prompt = None
+        if not params.greedy:
+            uniform = torch.tensor([row.random.random() for row in chosen], device=self.device)
+        if params.has_penalties:
+            counts, in_prompt = self._counts[part][index], self._in_prompt[part][index]
+        tokens = sample_next(logits, params, uniform, counts, in_prompt)
+        if params.has_penalties:
+            self._counts[torch.tensor(members, device=self.device) + first, tokens] += 1
+        return tokens
+
+
+def restrict(logits: Tensor, rows: Sequence[SampledRow]) -> Tensor:
+    """Return logits (rows, vocab) with the biases of the rows, and -inf for what their grammars do not allow."""
+    biased = [i for i, row in enumerate(rows) if row.sampling.logit_bias]
+    if biased:
+        logits = logits.float().clone()
+    for i in biased:
+        bias = rows[i].sampling.logit_bias
+        logits[i, [*bias]] += torch.tensor([*bias.values()], device=logits.device)
+    held = next((row.sampling.constraint for row in rows if row.matcher is not None), None)
+    if held is not None:
+        blocked = blocked_tokens([row.matcher for row in rows], held.vocab_size, logits.shape[1])
+        logits = logits.masked_fill(blocked.to(logits.device), -torch.inf)
+    return logits
+
+
+def reported_log_probabilities(
+    logits: Tensor, tokens: Tensor, rows: Sequence[SampledRow]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """Return `logprob` and `top_logprobs` of those rows that ask for them, by index; compute nothing if none does.
+
+    Args:
+        logits: (rows, vocab), the model's own.
+        tokens: (rows,) the chosen ones.
+    """
+    wanted = {i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs is not None}
+    if not wanted:
+        return {}
+    if len(wanted) < len(rows):
+        index = torch.tensor(list(wanted), device=logits.device)
+        logits, tokens = logits[index], tokens[index]
+    chosen, values, ids = (part.tolist() for part in log_probabilities(logits, tokens, max(wanted.values())))
+    return {
+        i: (chosen[n], tuple(zip(ids[n][:limit], values[n][:limit], strict=True)))
+        for n, (i, limit) in enumerate(wanted.items())
+    }

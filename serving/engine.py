@@ -112,8 +112,6 @@ class Engine:
                 of these if that is more; None: a default for the device.
             prefix_bytes: memory for prompts and answers with which later prompts may begin.
         """
-        if max_queue < 1:
-            raise ValueError(f"--max_queue {max_queue} must be at least 1")
         self._make_generator, self.max_queue = make_generator, max_queue
         self.statistics = Statistics()
         self._wakeup = threading.Condition()
@@ -134,7 +132,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, args=(made,), name="engine", daemon=True)
         self._thread.start()
         made.result()
-        assert self.generator is not None
         self.rows, self.max_len = self.generator.capacity, self.generator.max_len
         kind = "cpu" if self.generator.device.type == "cpu" else "gpu"
         self.prefill_tokens, self.idle_tokens = prefill_tokens or PREFILL_TOKENS[kind], IDLE_TOKENS[kind]
@@ -306,10 +303,9 @@ class Engine:
             self._joining = None
         if self._text is not None and self._text.owner in owners:
             self._text = None
-        generator, keys = self.generator, [key for key, item in self._running.items() if item.owner in owners]
-        assert generator is not None
+        keys = [key for key, item in self._running.items() if item.owner in owners]
         for key in keys:
-            generator.cancel(key)
+            self.generator.cancel(key)
             del self._running[key]
         return len(keys)
 
@@ -321,7 +317,6 @@ class Engine:
     def _compute(self) -> None:
         """Read prompts and texts, and compute the next tokens."""
         generator = self.generator
-        assert generator is not None
         answering = len(generator.rows)
         budget = max(self.prefill_tokens, 2 * answering) if answering else self.idle_tokens
         while budget > 0:
@@ -371,7 +366,6 @@ class Engine:
     def _prefill_prompt(self, generator: BatchGenerator, limit: int) -> int:
         """Read at most `limit` tokens of the prompt; let its sequence join after the last. Return what they cost."""
         item, chunked = self._joining, self._prompt_prefill
-        assert item is not None
         n, cost = self._chunk(chunked, limit)
         last = n == chunked.left
         try:
@@ -401,7 +395,6 @@ class Engine:
     def _prefill_texts(self, limit: int) -> int:
         """Read at most `limit` tokens of the text, or the next whole texts in one pass. Return what they cost."""
         text, chunked = self._text, self._text_prefill
-        assert text is not None
         together = self._texts_together(text, limit) if chunked.can_batch else [text]
         n, cost = self._chunk(chunked, limit)
         try:

@@ -92,13 +92,13 @@ class Scripted(BatchGenerator):
     script: ClassVar[list[int]] = []
     answer: ClassVar[str] = "It is 27。"
 
-    def _restrict(self, logits, first):
-        logits = super()._restrict(logits, first).clone()
+    def _sample(self, logits, first):
+        logits = logits.clone()
         for i, row in enumerate(self.rows[first:]):
             returned = chat_style(TOKENIZER).tags["<tool_response>"][0] in row.tokens
             ids = answer_ids(content=self.answer) if returned and self.answer else self.script
             logits[i, ids[row.num_generated]] += 1e4
-        return logits
+        return super()._sample(logits, first)
 
 
 @dataclasses.dataclass

@@ -464,7 +464,7 @@ def test_logprobs_cost_nothing_where_nobody_asks(monkeypatch):
     def refuse(*args):
         raise AssertionError("computed")
 
-    monkeypatch.setattr("inference.generator.log_probabilities", refuse)
+    monkeypatch.setattr("inference.sampling.log_probabilities", refuse)
     generate_ids(make(), make_prompts(4, 7), SamplingParams(max_new_tokens=4))
     with pytest.raises(AssertionError, match="computed"):
         generate_ids(make(), make_prompts(4, 7), SamplingParams(max_new_tokens=4, logprobs=0))

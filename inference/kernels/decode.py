@@ -74,8 +74,6 @@ class NativeModel:
     def __init__(self, weights: DecodeWeights) -> None:
         """Raises KernelUnavailable: no kernel, or none for this model."""
         config = weights.config
-        if weights.embedding.device.type != "cpu":
-            raise KernelUnavailable(f"the kernel is for CPUs, and the model is on {weights.embedding.device}")
         if weights.dtype not in (torch.float32, torch.bfloat16):
             raise KernelUnavailable(f"the kernel computes float32, bfloat16 and int8, not {weights.dtype}")
         if config.head_dim // LANES not in (1, 2, 3, 4, 5, 6, 8) or config.head_dim % LANES:
