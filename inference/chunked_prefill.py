@@ -91,7 +91,7 @@ class ChunkedPrefill:
     def _embed(self, images: Images) -> Tensor:
         """Return the embeddings (1, time, dim) of the whole text, with the features of its images in their places."""
         assert isinstance(self.model, VisionLanguageModel)
-        given = {name: tensor.to(self.device) for name, tensor in Images.join([images]).items()}
+        given = images.arguments(self.device)
         features = self.model.encode(given.get("pixel_values"), given.get("image_features"))
         assert features is not None
         return self.model.embed(torch.tensor([self.tokens], device=self.device), features)

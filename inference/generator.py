@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,23 +48,26 @@ class TokenOutput:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of one prompt: pixels (images, 3, size, size) for a model with its own encoder, or else features."""
+    """The images of one prompt, as the argument `name` of the model.
 
-    pixel_values: Tensor | None = None
-    image_features: Tensor | None = None  # (images, tokens, width)
+    pixel_values: (images, 3, size, size), for a model with its own encoder; or else image_features: (images, tokens, width).
+    """
+
+    name: str
+    values: Tensor
 
     def __len__(self) -> int:
-        return sum(len(x) for field in fields(self) if (x := getattr(self, field.name)) is not None)
+        return len(self.values)
 
     @staticmethod
-    def join(several: Sequence[Images | None]) -> dict[str, Tensor]:
-        """Return the arguments of the model for prompts that stand in a batch in this order."""
+    def join(several: Sequence[Images | None]) -> Images | None:
+        """Return the images of prompts that stand in a batch in this order; None: there are none."""
         given = [images for images in several if images is not None]
-        tensors = {
-            field.name: [x for images in given if (x := getattr(images, field.name)) is not None]
-            for field in fields(Images)
-        }
-        return {name: torch.cat(found) for name, found in tensors.items() if found}
+        return Images(given[0].name, torch.cat([images.values for images in given])) if given else None
+
+    def arguments(self, device: torch.device) -> dict[str, Tensor]:
+        """Return them as keyword arguments of a model on a device."""
+        return {self.name: self.values.to(device)}
 
 
 class _Row(SampledRow):
@@ -191,10 +194,10 @@ class BatchGenerator:
         distinct: list[Sequence[int]] = []
         source: list[int] = []  # of each prompt: its number among them
         for prompt in prompts:
-            if seen or not distinct or prompt != distinct[-1]:
+            if seen is not None or not distinct or prompt != distinct[-1]:
                 distinct.append(prompt)
             source.append(len(distinct) - 1)
-        if isinstance(self._backend, NativeStep) and scaling is None and not seen:
+        if isinstance(self._backend, NativeStep) and scaling is None and seen is None:
             logits = self._backend.prefill(distinct, first)
         else:
             logits = self._prefill(distinct, first, scaling, seen)
@@ -235,7 +238,7 @@ class BatchGenerator:
         self.rows.append(_Row(key, sampling, prompt, detokenizer, images))
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None, images: dict[str, Tensor]
+        self, prompts: Sequence[Sequence[int]], first: int, scaling: RopeScaling | None, images: Images | None
     ) -> Tensor:
         """Fill the cache's rows from `first` on with prompts; return the logits (prompts, vocab) of the token after each."""
         lengths = [len(prompt) for prompt in prompts]
@@ -251,7 +254,7 @@ class BatchGenerator:
             use_cache=True,
             logits_to_keep=1,
             rope_scaling=scaling,
-            **{name: tensor.to(self.device) for name, tensor in images.items()},
+            **(images.arguments(self.device) if images is not None else {}),
         )
         if not ragged:
             return out.logits[:, -1]
@@ -315,7 +318,7 @@ class BatchGenerator:
         for i, row in enumerate(self.rows):
             if dynamic.factor(row.cached_len + 1) != dynamic.factor(row.cached_len):
                 scaling = self.scaling_for([row.cached_len + 1])
-                self._prefill([row.tokens[: row.cached_len]], i, scaling, Images.join([row.images]))
+                self._prefill([row.tokens[: row.cached_len]], i, scaling, row.images)
 
     def _sample(self, logits: Tensor, first: int) -> list[TokenOutput]:
         """Choose the next tokens of the rows from `first` on, given their logits (rows, vocab)."""

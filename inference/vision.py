@@ -56,8 +56,8 @@ class ImageProcessor:
                     f"{self.encoder.folder} makes {features.shape[1]} features of width {features.shape[2]}; this model "
                     f"was trained with {expected[0]} of width {expected[1]}: use the encoder it was trained with"
                 )
-            return Images(image_features=features)
-        return Images(pixel_values=pixel_values(images, self.model.vision.image_size))
+            return Images("image_features", features)
+        return Images("pixel_values", pixel_values(images, self.model.vision.image_size))
 
 
 def require_vision(model: Transformer, path: Path) -> VisionLanguageModel:

@@ -59,7 +59,7 @@ class ImageReader:
         if len(sources) > MAX_IMAGES:
             raise ApiError(400, f"the request has {len(sources)} images; the limit is {MAX_IMAGES}", "messages")
         shown = sources[max(len(sources) - n, 0) :]
-        return Images(**Images.join([await self._read(*source) for source in shown])) if shown else None
+        return Images.join([await self._read(*source) for source in shown])
 
     async def _read(self, source: str, param: str) -> Images:
         loop = asyncio.get_running_loop()

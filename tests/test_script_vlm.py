@@ -154,7 +154,7 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
     assert checkpoint.config.vision_config["image_ids"] == image_ids(tokenizer, 17)
     assert not any(name.startswith("vision_encoder") for name in checkpoint.model.state_dict())
     prepared = ImageProcessor.for_checkpoint(checkpoint)([Image.new("RGB", (50, 30))])
-    assert prepared.image_features.shape == (1, 17, 16)
+    assert prepared.name == "image_features" and prepared.values.shape == (1, 17, 16)
     save_encoder(tmp_path / "siglip", "siglip")
     with pytest.raises(UserError, match="makes 16 features of width 16; this model was trained with 17"):
         ImageProcessor.for_checkpoint(checkpoint, tmp_path / "siglip")([Image.new("RGB", (50, 30))])
@@ -222,7 +222,7 @@ def test_cached_equals_uncached(model, tokenizer, data, tmp_path):
     @torch.no_grad()
     def encode(images):
         calls.append(len(images))
-        return model.vision_encoder(prepare(images).pixel_values)
+        return model.vision_encoder(prepare(images).values)
 
     load = lambda dataset: Features(cached_features(dataset, encode, "x", tmp_path, batch_size=5))  # noqa: E731
     uncached = make_rows(model, tokenizer, data, tmp_path, 96)
@@ -318,7 +318,7 @@ def test_prompts_with_and_without_images_are_decoded_together(model, tokenizer):
     together = generate_text(model, tokenizer, prompts, sampling, images=images, max_rows=2)
     for prompt, own, answer in zip(prompts, images, together, strict=True):
         assert generate_text(model, tokenizer, [prompt], sampling, images=[own]) == [answer]
-    assert Images.join([None, None]) == {}
+    assert Images.join([None, None]) is None
     for shown, n in ((images[0], 1), (None, 0)):
         with pytest.raises(ValueError, match=f"{n} images of 4 features, and the prompts have places for 2 of 4"):
             generate_text(model, tokenizer, [prompts[2]], sampling, images=[shown])
@@ -524,7 +524,7 @@ def test_a_llava_of_transformers_sees_the_same(
     ours = render_chat(tokenizer, question, add_generation_prompt=True, image_ids=ids)[0]
     with torch.no_grad():
         found = theirs(**inputs).logits
-        expected = checkpoint.model(torch.tensor([ours]), image_features=prepare([picture]).image_features).logits
+        expected = checkpoint.model(torch.tensor([ours]), image_features=prepare([picture]).values).logits
     assert expected.std() > 0.3
     if dtype == "float32":
         assert_logits_close(found, expected, checkpoint.config)
