@@ -175,6 +175,7 @@ class ResponseBuilder:
         return self.whole()
 
     def whole(self) -> dict:
+        """Return the answer, now that all of it has come."""
         choices = [self.whole_choice(i, choice) for i, choice in enumerate(self.choices)]
         return self.head | {"choices": choices, "usage": self.usage()}
 
