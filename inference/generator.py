@@ -121,6 +121,8 @@ class BatchGenerator:
         """
         if model.training:
             raise ValueError("the model is in training mode and would drop activations: call model.eval() first")
+        if rows < 1:
+            raise ValueError(f"a BatchGenerator needs at least 1 row, not {rows}")
         weight = model.tok_embeddings.weight
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         self.dynamic_rope_scaling: DynamicRopeScaling | None = model.dynamic_rope_scaling
