@@ -23,7 +23,7 @@ from pathlib import Path
 from common.cli import flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from trainer.options import OPTIMIZERS, TrainOptions, mix_flag
+from trainer.options import TrainOptions, mix_flag
 
 
 @dataclass
@@ -36,10 +36,7 @@ class PretrainOptions(TrainOptions):
     )  # fmt: skip
     mix: list[float] = mix_flag()
     text_field: str = flag("text", "column or key with the text")
-    optimizer: str = flag(
-        "auto", "muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all; auto: muon, but adamw with "
-        "--deepspeed", choices=OPTIMIZERS,
-    )  # fmt: skip
+    optimizer: str = "auto"
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
     batch_size: int = flag(
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
@@ -57,14 +54,13 @@ def main() -> None:
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     from data_pipeline.tokenize import tokenize_pretrain_data
-    from model.device import resolve_device
     from model.model import describe_parameters
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
     from trainer.recipe import choose_batch_size, new_model, open_tokenizer, packed_rows, require_files, weights_run
     from trainer.trainer import fit
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     config = options.config()
     tokenizer = open_tokenizer(options, config)

@@ -34,22 +34,21 @@ class SftOptions(ChatOptions):
         nargs="+",
     )  # fmt: skip
     mix: list[float] = mix_flag()
-    learning_rate: float = flag(5e-4, "peak learning rate")
-    batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
+    learning_rate: float = 5e-4
+    batch_size: int = 16
 
 
 def main() -> None:
     options = parse_options(SftOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
-    from model.device import resolve_device
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
     from trainer.recipe import open_tokenizer, require_files, weights_run
     from trainer.trainer import fit
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that was pretrained.
     tokenizer = open_tokenizer(options)

@@ -44,10 +44,10 @@ class LoraOptions(ChatOptions):
         ["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "linear layers that get an adapter (default: all)", nargs="+"
     )
     merge: bool = flag(False, "also write the full model with the adapter added")
-    learning_rate: float = flag(1e-3, "peak learning rate")
-    batch_size: int = flag(8, "rows of max_seq_len tokens that go through the model at once, per process")
-    weight_decay: float = flag(0.0, "weight decay of the adapter's matrices")
-    epochs: float = flag(3.0, "passes over the data; may be a fraction")
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    weight_decay: float = 0.0
+    epochs: float = 3.0
 
     def validate(self) -> list[str]:
         rules = {
@@ -66,7 +66,7 @@ def main() -> None:
     import torch
 
     from model.architecture import checkpoint_name
-    from model.device import DTYPES, resolve_device
+    from model.device import DTYPES
     from model.lora import add_adapter, load_adapter, save_adapter, trainable_share
     from model.tokenizer import tokenizer_hash
     from model.weights_file import save_checkpoint
@@ -77,7 +77,7 @@ def main() -> None:
     from trainer.recipe import open_tokenizer, require_files, sample_texts
     from trainer.trainer import Run, fit
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     # Model: an adapter on frozen weights.
     tokenizer = open_tokenizer(options)

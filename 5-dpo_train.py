@@ -18,7 +18,7 @@ For a mixture of experts the balance loss is not part of this stage: pairs are f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class DpoOptions(TuneOptions):
     learning_rate: float = flag(2e-5, "peak learning rate; DPO needs far smaller ones than SFT")
     batch_size: int = flag(8, "pairs that go through the model at once, per process")
     val_fraction: float = flag(0.05, "share of the pairs held out for validation, chosen by content; 0: none")
-    weight_decay: float = flag(0.0, "weight decay of matrices")
+    weight_decay: float = 0.0
 
     def validate(self) -> list[str]:
         smoothing = self.label_smoothing
@@ -61,21 +61,19 @@ def main() -> None:
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
-    from model.device import resolve_device
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import add_ref_logps, starting_model
     from trainer.losses import dpo_loss
     from trainer.recipe import open_tokenizer, require_files, weights_run
     from trainer.trainer import fit
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that answers.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
-    run = weights_run(options, model.config, tokenizer, dist_env, origin)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
-    run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
+    run = weights_run(options, model.config, tokenizer, dist_env, origin, objective=objective)
     require_files(options.data_path, "make it with: python data_process.py dpo, or name one with --data_path")
 
     # Data: pairs of answers, and the log-probabilities that the model gives them before this stage.

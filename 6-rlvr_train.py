@@ -18,7 +18,7 @@ For a mixture of experts the balance loss is not part of this stage, as in stage
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -54,13 +54,13 @@ class RlvrOptions(RolloutOptions):
         None, "folder of a sequence classifier with one output, for --verifier reward_model", metavar="FOLDER"
     )
     value_coef: float = flag(0.1, "ppo: weight of the loss of the value function", above=0)
-    learning_rate: float = flag(1e-4, "peak learning rate")
+    learning_rate: float = 1e-4
     batch_size: int = flag(8, "prompts whose answers go through the model at once, per process")
-    warmup_iters: int = flag(10, "optimizer steps of linear warm-up (at most a tenth of the run)")
-    weight_decay: float = flag(0.0, "weight decay of matrices")
-    log_interval: int = flag(1, "optimizer steps between log lines")
+    warmup_iters: int = 10
+    weight_decay: float = 0.0
+    log_interval: int = 1
     val_fraction: float = flag(0.05, "share of the prompts held out for validation, chosen by content; 0: none")
-    val_interval: int = flag(50, "optimizer steps between validations (and after the last step)")
+    val_interval: int = 50
 
     def validate(self) -> list[str]:
         for_ppo = ("value_coef", "gamma", "gae_lambda")
@@ -92,7 +92,7 @@ def main() -> None:
     from trainer.trainer import fit
 
     device = resolve_device(options.device)
-    dist_env = init_distributed(device.type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
     tools = TOOLS | find_tools(options.tools)
     judges = open_judges(options.judge_url, options.judge_model, options.reward_model, device)
     verifier = parse_verifier(options.verifier, judges=judges, allow_functions=True) if options.verifier else None
@@ -100,13 +100,11 @@ def main() -> None:
     # Model: one that answers, for ppo with a value function, and for --beta a copy of what it is now.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft", "rl", "distill"], tokenizer, dist_env)
-    run = weights_run(options, model.config, tokenizer, dist_env, origin)
-    names = (
-        "algorithm", "group_size", "max_new_tokens", "max_tool_calls", "verifier", "judge_model", "reward_model", "epsilon",
-        "epsilon_high", "beta", "value_coef", "gamma", "gae_lambda", "steps_per_generation", "tools",
-    )  # fmt: skip
+    names = "algorithm group_size max_new_tokens max_tool_calls verifier judge_model reward_model epsilon epsilon_high beta "
+    names += "value_coef gamma gae_lambda steps_per_generation tools"
     flags = options.describe()
-    run = replace(run, identity=run.identity | {"objective": {name: flags[name] for name in names}})
+    objective = {name: flags[name] for name in names.split()}
+    run = weights_run(options, model.config, tokenizer, dist_env, origin, objective=objective)
     require_files(options.data_path, "name your prompts with --data_path; dataset/sample/rlvr_data.jsonl has some")
     reference = frozen_copy(model, device) if options.beta else None
     value_head = add_value_head(model) if options.algorithm == "ppo" else None

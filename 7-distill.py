@@ -19,7 +19,7 @@ behind an API become training data with: python data_process.py distill
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class DistillOptions(ChatOptions):
         0, "keep only this many of the teacher's probabilities for each token, computed once into the cache; 0: all, "
         "computed while training", min=0, below=2**16,
     )  # fmt: skip
-    learning_rate: float = flag(5e-4, "peak learning rate")
+    learning_rate: float = 5e-4
     batch_size: int = flag(
         16, "rows of max_seq_len tokens (on_policy: questions) that go through the model at once, per process"
     )
@@ -100,7 +100,7 @@ def main() -> None:
 
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    dist_env = init_distributed(device.type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     # Model: a student, and a teacher that stays as it is.
     tokenizer = open_tokenizer(options)
@@ -111,10 +111,11 @@ def main() -> None:
             f"--teacher {options.teacher} is also what the student starts from: there is nothing to learn. Name smaller "
             "weights with --init_from, or their size with --preset"
         )
-    run = weights_run(options, model.config, tokenizer, dist_env, origin, teacher=teacher.fingerprint)
     names = ("alpha", "temperature", "divergence", "top_k", "on_policy", "max_new_tokens")
     objective = {name: getattr(options, name) for name in names}
-    run = replace(run, identity=run.identity | {"objective": objective})  # with another one it is a different run
+    run = weights_run(
+        options, model.config, tokenizer, dist_env, origin, teacher=teacher.fingerprint, objective=objective
+    )
     require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")
 
     # Data: dialogues, with a mask over everything that the assistant does not say; or only their questions.

@@ -36,11 +36,8 @@ class PretrainVlmOptions(VisionOptions):
         [ROOT / "dataset" / "vlm_pretrain.parquet"],
         "images with captions: Parquet, JSONL or JSON (default: dataset/vlm_pretrain.parquet)", nargs="+",
     )  # fmt: skip
-    learning_rate: float = flag(4e-4, "peak learning rate")
-    freeze: str = flag(
-        "language", "what of the language model stays as it is: language: all of it; middle: all but its first and last "
-        "layer; none", choices=["language", "middle", "none"],
-    )  # fmt: skip
+    learning_rate: float = 4e-4
+    freeze: str = "language"
     vision_encoder: Path | None = flag(
         None, "folder of a CLIP or SigLIP that makes features of the images (default: a small encoder of our own is "
         "trained)", metavar="FOLDER",
@@ -74,7 +71,6 @@ def main() -> None:
     options = parse_options(PretrainVlmOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
-    from model.device import resolve_device
     from model.model import describe_parameters
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import starting_model
@@ -83,7 +79,7 @@ def main() -> None:
     from trainer.trainer import fit
     from trainer.vision import add_vision, freeze, image_rows, load_encoder, new_vision_config
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that answers, with an encoder and a projector of random weights.
     tokenizer = open_tokenizer(options)

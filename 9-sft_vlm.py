@@ -32,19 +32,18 @@ class SftVlmOptions(VisionOptions):
         [ROOT / "dataset" / "vlm_sft.parquet"],
         "dialogues about images: Parquet, JSONL or JSON (default: dataset/vlm_sft.parquet)", nargs="+",
     )  # fmt: skip
-    learning_rate: float = flag(1e-4, "peak learning rate")
+    learning_rate: float = 1e-4
     freeze_encoder: bool = flag(
         False, "do not train our own image encoder; its features are then computed once (one of --vision_encoder is always "
         "frozen)",
     )  # fmt: skip
-    batch_size: int = flag(16, "rows of max_seq_len tokens that go through the model at once, per process")
+    batch_size: int = 16
 
 
 def main() -> None:
     options = parse_options(SftVlmOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
-    from model.device import resolve_device
     from model.vision import VisionLanguageModel
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import starting_model
@@ -53,7 +52,7 @@ def main() -> None:
     from trainer.trainer import fit
     from trainer.vision import freeze, image_rows, open_encoder
 
-    dist_env = init_distributed(resolve_device(options.device).type, options.timeout)
+    dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that was trained on captions.
     tokenizer = open_tokenizer(options)

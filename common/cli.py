@@ -62,7 +62,7 @@ def flag(
         group: title under which `--help` shows the flag.
         positional: an argument without a name.
         min, above, max, below: limits of a number; `above` and `below` themselves are not allowed. `parse_options`
-            reports values outside. A field that overrides one of a base class has its limits, unless it sets some.
+            reports values outside. A flag that overrides one of a base class has its limits, unless it sets some.
         settings: for `ArgumentParser.add_argument`.
     """
     limits = {"min": min, "above": above, "max": max, "below": below}
@@ -93,12 +93,10 @@ def option_group(options: Callable[..., Any], title: str, **defaults: Any) -> An
 
 def range_errors(options: Any, values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with `values` (name -> value), by the limits of the flags of a dataclass: a line for each."""
-    classes = (options if isinstance(options, type) else type(options)).__mro__
     found = []
     for name, value in values.items():
-        fields = [cls.__dataclass_fields__.get(name) for cls in classes if dataclasses.is_dataclass(cls)]
-        declared = [field.metadata.get("limits") for field in fields if field is not None]
-        limits: dict[str, float] = next(filter(None, declared), {})
+        declared = _declarations(options if isinstance(options, type) else type(options), name)
+        limits: dict[str, float] = next(filter(None, (metadata.get("limits") for metadata in declared)), {})
         if not limits or not isinstance(value, (int, float)):
             continue
         if math.isfinite(value) and all(_LIMITS[kind][1](value, limit) for kind, limit in limits.items()):
@@ -109,6 +107,13 @@ def range_errors(options: Any, values: Mapping[str, Any]) -> list[str]:
             wanted = " and ".join(f"{_LIMITS[kind][0]} {x}" for kind, x in limits.items() if math.isfinite(x))
         found.append(f"--{name} {value} must be {wanted or 'a finite number'}")
     return found
+
+
+def _declarations(options: type, name: str) -> list[Mapping[str, Any]]:
+    """Return how a field is declared: by the class itself, by its base class, ..."""
+    classes = (cls for cls in options.__mro__ if dataclasses.is_dataclass(cls))
+    fields = (cls.__dataclass_fields__.get(name) for cls in classes)
+    return [field.metadata for field in fields if field is not None and field.metadata]
 
 
 Options = typing.TypeVar("Options")
@@ -127,7 +132,8 @@ def parse_options(
     A class with a method `stored_flags(given, typed)` may return values that replace defaults, as JSON has them: those of
     the run that is continued. `typed`: names of the flags that the user gave.
 
-    A class that does not want a flag of its base overrides the field with `dataclasses.field(init=False, default=...)`.
+    A class that wants another default for a flag of its base overrides the field: `epochs: float = 3.0`. One that does not
+    want the flag overrides it with `dataclasses.field(init=False, default=...)`.
 
     Args:
         description: of the script, for `--help`; usually its docstring.
@@ -167,7 +173,7 @@ def add_flags(
     """Add the flags of a dataclass to `parser`. Fills `groups` (title -> group) and `members`."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        metadata = field.metadata
+        metadata = next(iter(_declarations(options, field.name) if field.init else ()), {})
         if "help" in metadata:
             title = metadata["group"]
             target = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from common import errors
 from common.errors import UserError
+from model.device import resolve_device
 from trainer.watchdog import Watchdog
 
 FOREVER = timedelta(days=365)
@@ -55,17 +56,20 @@ class DistEnv:
             self.watchdog.heartbeat(doing, count)
 
 
-def init_distributed(device_type: str, timeout: float = 600.0) -> DistEnv:
+def init_distributed(device: str, timeout: float = 600.0) -> DistEnv:
     """Join the processes started by a launcher (torchrun or deepspeed), if there is one.
 
     Launchers put the place of each process into RANK, WORLD_SIZE and LOCAL_RANK.
 
-    timeout: seconds to wait for a process that does not respond (see `Watchdog`).
+    Args:
+        device: what --device says; each process takes its own one of that kind.
+        timeout: seconds to wait for a process that does not respond (see `Watchdog`).
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if size == 1:
         return DistEnv(restart_count=restart_count, run_id=_run_id())
+    device_type = resolve_device(device).type
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
