@@ -28,6 +28,11 @@ class UserError(ValueError):
     """Something that the user can fix. The message says what was wrong, where, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the name of its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 known_flags: set[str] = set()  # of this process's command line; common.cli fills it
 failure_key = "failed"  # in the process group's store: the first process to fail puts it there
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder
+Cached = TypeVar("Cached")
 WAIT_SECONDS = 5.0  # a process that was just killed may still be exiting
 
 
@@ -90,11 +92,25 @@ def file_stamp(path: Path) -> tuple[int, int] | None:
     return stat.st_mtime_ns, stat.st_size
 
 
+def short_hash(value: Any) -> str:
+    """Return 16 hex digits that change with a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a value as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
     with atomic_write(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; {} if there is none, or it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
@@ -213,6 +229,41 @@ def exclusive(folder: Path, name: str, busy: str, wait: float = WAIT_SECONDS) ->
         yield lock.is_locked
     finally:
         lock.release()
+
+
+def cached_folder(
+    folder: Path, read: Callable[[Path], Cached | None], build: Callable[[Path], object], doing: str
+) -> tuple[Cached, bool]:
+    """Return what `read` finds in a folder of a cache, and whether it had to be built. One process builds, others wait.
+
+    Args:
+        read: returns None if there is nothing, or if it is damaged.
+        build: writes the content into a temporary folder.
+        doing: what building is, for messages: "tokenizing".
+    """
+    if (found := read(folder)) is not None:
+        return found, False
+    busy = f"waiting for another process that is {doing} into {folder}"
+    with exclusive(folder.parent, folder.name, busy, wait=-1):
+        if (found := read(folder)) is not None:  # the other process has built it
+            return found, False
+        if folder.exists():
+            print(f"{folder} is damaged, or of an earlier version: {doing} again")
+        _delete_stale_builds(folder.parent)
+        with atomic_folder(folder) as tmp:
+            build(tmp)
+        if (found := read(folder)) is None:
+            raise UserError(f"{folder}: another program changed it just after it was written; run again")
+    return found, True
+
+
+def _delete_stale_builds(cache_dir: Path) -> None:
+    """Delete what killed builds of other folders left behind. A running build holds its lock and is left alone."""
+    for folder in cache_dir.glob(".*.tmp"):
+        if folder.is_dir():
+            name = folder.name[1:].rsplit(".", 2)[0]
+            with contextlib.suppress(UserError), exclusive(cache_dir, name, "", wait=0):
+                pass  # the holder of the lock has deleted them
 
 
 def delete_leftovers(folder: Path, name: str) -> None:

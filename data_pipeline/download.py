@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from common.errors import UserError, stoppable
+from common.errors import UserError, first_line, stoppable
 from common.files import ROOT, atomic_folder, exclusive, explain_write_errors
 from common.progress import Progress
 
@@ -173,9 +173,8 @@ def _ask(request: Callable[[], Answer], data: DataSet) -> Answer:
     try:
         return request()
     except HfHubHTTPError as error:
-        first = str(error).strip().splitlines()[0]
         kind = _Unreachable if error.response.status_code >= 500 else UserError
-        raise kind(f"{data.repo}: the hub answers: {first} Its page is {data.page}") from None
+        raise kind(f"{data.repo}: the hub answers: {first_line(error)} Its page is {data.page}") from None
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk
             raise

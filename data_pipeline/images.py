@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from model.pixels import to_rgb
 
 if TYPE_CHECKING:
@@ -140,6 +140,4 @@ def open_image(data: bytes, extension: str = "") -> Image:
     except UnidentifiedImageError:
         raise BadImage(f"not an image of a known format ({known})") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise BadImage(
-            f"a damaged image ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from None
+        raise BadImage(f"a damaged image ({first_line(error)})") from None

@@ -9,7 +9,6 @@ reported when it is loaded.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import file_stamp
+from common.files import file_stamp, read_json
 from model.architecture import Architecture, checkpoint_name
 
 WEIGHTS, ADAPTER, EXPORT = "weights", "adapter", "export"
@@ -78,7 +77,7 @@ def read_entry(path: Path) -> Entry | None:
         kind, files = EXPORT, [path / "model.safetensors", path / "config.json"]
     else:
         return None
-    info = _read_json(description)
+    info = read_json(description)  # loading the model reports what is wrong with it
     stage, base, loss = (info.get(key) for key in ("stage", "base", "loss"))
     step, total_steps = (value if isinstance(value := info.get(key), int) else None for key in ("step", "total_steps"))
     if not isinstance(stage, str):
@@ -103,15 +102,6 @@ def read_entry(path: Path) -> Entry | None:
         step=step,
         total_steps=total_steps,
     )
-
-
-def _read_json(path: Path) -> dict:
-    """Return the object in a file; {} if it cannot be read: loading the model reports that."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def default_model(entries: list[Entry]) -> Entry:

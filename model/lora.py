@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import atomic_folder, recover_folder, write_json
 from model.model import Transformer
 from model.weights import load_checkpoint
@@ -83,10 +83,11 @@ def save_adapter(
     state = {name: tensor.detach().cpu() for name, tensor in tensors}
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise UserError(f"{broken[0]} is not finite; {folder} is left as it was")
+    # Where peft writes a model's name or path, which ours does not have.
+    model.peft_config["default"].base_model_name_or_path = base.path.name
     with atomic_folder(folder) as tmp:
         # peft would ask a hub for the base's vocabulary size to see whether embeddings were resized: ours never are.
         model.save_pretrained(str(tmp), state_dict=state, save_embedding_layers=False)
-        _set_base_name(tmp / "adapter_config.json", base.path)
         description = {
             "base": base.path.name,
             "base_fingerprint": base.fingerprint,
@@ -119,7 +120,7 @@ def load_adapter(
             f"{folder} was trained on other weights ({description['base']}, {description['base_fingerprint']}) than "
             f"{base_path} holds now ({checkpoint.fingerprint}): train the adapter again, or find its base"
         )
-    checkpoint.model = merge(apply_adapter(checkpoint.model, folder)).eval()
+    checkpoint.model = apply_adapter(checkpoint.model, folder).merge_and_unload(safe_merge=True).eval()
     checkpoint.model.to(dtype=dtype or torch.float32)  # type: ignore[call-arg]  # transformers wraps it without types
     checkpoint.info = description
     checkpoint.path = folder
@@ -140,13 +141,7 @@ def apply_adapter(model: Transformer, folder: Path) -> PeftModel:
             warnings.simplefilter("error", UserWarning)  # missing and unexpected keys are only warned about
             return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, UserWarning, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} does not fit this model, or is damaged: {reason}") from error
-
-
-def merge(model: PeftModel) -> Transformer:
-    """Return the plain Transformer with the adapter added to its weights."""
-    return model.merge_and_unload(safe_merge=True)
+        raise UserError(f"{folder} does not fit this model, or is damaged: {first_line(error)}") from error
 
 
 def read_description(folder: Path) -> dict:
@@ -160,10 +155,3 @@ def read_description(folder: Path) -> dict:
     if missing:
         raise UserError(f"{folder / DESCRIPTION} has no {' and no '.join(sorted(missing))}")
     return description
-
-
-def _set_base_name(path: Path, base: Path) -> None:
-    """Name the base's file where peft writes a model's name or path, which ours does not have."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base.name
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

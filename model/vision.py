@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from model.architecture import VisionConfig
 from model.LMConfig import LMConfig
 from model.model import MODEL_CLASSES, AttentionMetadata, RMSNorm, Transformer, TransformerBlock, TransformerOutput
@@ -283,7 +283,7 @@ class PretrainedEncoder:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, device
         sizes = self.model.config

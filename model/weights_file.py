@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
-from common.errors import UserError
-from common.files import atomic_write, write_json
+from common.errors import UserError, first_line
+from common.files import atomic_write, short_hash, write_json
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
 from model.model import Transformer, model_class
 
@@ -239,7 +239,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     except (*_DAMAGE, OSError) as error:
         # torch explains in a whole paragraph, and recommends a setting that runs code from the file.
-        reason = _first_line(error).partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         reason = "not written by torch.save" if "weights_only" in reason or isinstance(error, KeyError) else reason
         raise UserError(f"{path} is damaged or cut off ({reason}); copy it again or save it again") from error
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
@@ -331,7 +331,7 @@ def fingerprint_of(file: Path | IO[bytes]) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     with zipfile.ZipFile(file) as archive:
         entries = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+    return short_hash(entries)
 
 
 def check_intact(path: Path, info: dict) -> None:
@@ -369,10 +369,6 @@ def list_names(names: list[str], limit: int = 4) -> str:
     """Return the first names as one text, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def dtype_name(dtype: torch.dtype) -> str:

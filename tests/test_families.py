@@ -23,7 +23,7 @@ from transformers import (
 
 from export.huggingface import read_folder, write_llama, write_minimind
 from export.self_check import compare_folder
-from model.lora import add_adapter, merge
+from model.lora import add_adapter
 from model.model import Transformer
 from model.rope import RopeScaling, rope_tables, scaled_frequencies
 from model.tokenizer import TOKENIZER_DIR
@@ -177,7 +177,7 @@ def test_fine_tuning_and_export(tmp_path, family):
         loss.backward()
         optimizer.step()
     assert losses[1] < losses[0]
-    model = merge(adapted).eval()
+    model = adapted.merge_and_unload().eval()
     save_checkpoint(tmp_path / "out" / "lora.pth", model, info={})
     again = load_checkpoint(tmp_path / "out" / "lora.pth")
     assert again.config.own_fields() == model.config.own_fields() and again.notes == []

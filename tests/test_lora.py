@@ -21,7 +21,7 @@ from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize import TokenizedDataset
 from model import lora
 from model.LMConfig import LMConfig
-from model.lora import ALL_PROJECTIONS, add_adapter, apply_adapter, load_adapter, merge, save_adapter, trainable_share
+from model.lora import ALL_PROJECTIONS, add_adapter, apply_adapter, load_adapter, save_adapter, trainable_share
 from model.model import Transformer
 from model.weights import load_checkpoint
 from model.weights_file import save_checkpoint
@@ -103,7 +103,7 @@ def test_an_adapter_from_start_to_merged(tmp_path, moe):
     theirs = PeftModel.from_pretrained(fresh, str(tmp_path / "lora_x_32"))
     assert_logits_close(logits(theirs), trained, base.config)
 
-    merged = merge(adapted)
+    merged = adapted.merge_and_unload(safe_merge=True)
     assert_logits_close(logits(merged), trained, base.config)
     save_checkpoint(tmp_path / "merged.pth", merged, info={})
     again = load_checkpoint(tmp_path / "merged.pth").model
@@ -275,7 +275,7 @@ def test_a_failed_save_keeps_the_old_adapter(saved, base_path, monkeypatch, mome
     if moment == "weights":
         monkeypatch.setattr(PeftModel, "save_pretrained", fail)
     elif moment == "description":
-        monkeypatch.setattr(lora, "_set_base_name", fail)
+        monkeypatch.setattr(lora, "write_json", fail)
     else:
         replace = os.replace
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from common.errors import UserError
-from common.files import atomic_folder, checksum, exclusive, explain_write_errors, recover_folder, write_json
+from common.files import atomic_folder, checksum, exclusive, explain_write_errors, read_json, recover_folder, write_json
 from trainer.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from trainer.options import TrainOptions
 
@@ -250,12 +250,16 @@ def check_run(output: Path, options: TrainOptions, dist_env: DistEnv) -> None:
 def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[Path]:
     """Return the states from which the run may continue, the best first; [] if it starts from the beginning."""
     found = complete_states(folder)
-    ours = [path for path in found if dist_env.restart_count and _description(path).get("launch") == dist_env.run_id]
+    ours = [
+        path
+        for path in found
+        if dist_env.restart_count and read_json(path / "run.json").get("launch") == dist_env.run_id
+    ]
     if ours:  # the processes wrote them before the launcher restarted them
         return ours[::-1]
     if options.resume is None or (options.resume == "auto" and not found):
         if found and not options.overwrite:
-            finished = _description(found[-1]).get("finished")
+            finished = read_json(found[-1] / "run.json").get("finished")
             raise UserError(
                 f"{folder} holds a finished run of {step_of(found[-1])} steps: replace it with --overwrite, continue it "
                 "with --resume and more --max_steps or --epochs, or choose another --out_dir"
@@ -314,7 +318,7 @@ def find_state(
             f"--resume: {path} is damaged ({reason}): resume from another state with --resume PATH, or start again with "
             "--overwrite"
         )
-    state = TrainingCheckpoint(path, step_of(path), _description(path))
+    state = TrainingCheckpoint(path, step_of(path), read_json(path / "run.json"))
     changed = differences(identity, state.run["identity"])
     if any(line.startswith(("train_data", "val_data")) for line in changed):
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
@@ -357,12 +361,3 @@ def _why_data_differs(now: dict, then: dict) -> str:
     if flags:
         return f"the data differs because of {', '.join(flags)}"
     return "no flag that selects data has changed: the files of --data_path have other content than before"
-
-
-def _description(path: Path) -> dict:
-    """Return the description of a state; {} if it is damaged."""
-    try:
-        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import torch
 
+from common.errors import first_line
 from trainer.distributed import DistEnv
 from trainer.options import TrainOptions
 
@@ -59,7 +60,7 @@ class Loggers:
                     raise
                 self.active.remove(logger)
                 _warn(
-                    f"{logger.name} failed ({_first_line(error)}): nothing more is sent there in this run; training "
+                    f"{logger.name} failed ({first_line(error)}): nothing more is sent there in this run; training "
                     "continues, and all metrics are in .metrics.jsonl"
                 )
 
@@ -117,7 +118,7 @@ def _open_wandb(options: TrainOptions, run_name: str) -> Logger | None:
                 what, then = "reached", f"logging offline to {folder}, upload it with `wandb sync`"
             else:
                 what, then = "used", "training without it"
-            _warn(f"wandb cannot be {what} ({_first_line(error)}): {then}")
+            _warn(f"wandb cannot be {what} ({first_line(error)}): {then}")
     return None
 
 
@@ -125,10 +126,6 @@ def _is_outage(error: Exception) -> bool:
     """Return whether a service or a disk is gone, and not our code wrong. Lost connections are OSErrors."""
     known = (OSError, RuntimeError, ValueError, TypeError, EOFError)
     return isinstance(error, known) or type(error).__module__.split(".")[0] == "wandb"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _warn(text: str) -> None:
