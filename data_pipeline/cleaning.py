@@ -16,19 +16,20 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from common.cli import flag
 from common.errors import UserError, stoppable
 from common.files import atomic_write, delete_leftovers, exclusive, explain_write_errors
 from common.progress import Progress
 from data_pipeline.dedupe import KeySet, content_key
+from data_pipeline.images import BadImage
 from data_pipeline.near_duplicates import band_keys, contained_question
 from data_pipeline.readers import Block, iter_blocks, map_blocks, parse_block
 from data_pipeline.records import (
@@ -76,6 +77,10 @@ class CleaningOptions:
 
 class Filtered(Exception):
     """A valid row that the options leave out. The text is a line of the summary, so it has no details of the row."""
+
+
+class ExamQuestion(UserError):
+    """A row that contains a question of an exam."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +215,10 @@ def _csv_field(text: str) -> str:
 
 
 @dataclass
-class CleanBlock:
-    """The result of one block: rows to write as (line, key, band keys, outputs), rows to count, rows to report."""
+class ConvertedBlock:
+    """The result of one block: rows to write, rows to count, rows to report."""
 
-    rows: list[tuple[bytes, bytes, list[bytes], tuple[int, ...]]] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, BadLine]] = field(default_factory=list)  # (line of the summary, the row and its reason)
 
@@ -230,27 +235,91 @@ class Summary:
     n_bytes: int = 0
     seconds: float = 0.0
 
+    def drop(self, path: Path, kind: str, bad: BadLine) -> None:
+        """Count and list a row that cannot be used; `kind` is its line of the summary."""
+        self.dropped[kind] += 1
+        self.bad.add(path, bad)
 
-def clean_block(block: Block, stage: str, options: CleaningOptions) -> CleanBlock:
-    """Convert the rows of one block. A pure function: this is what worker processes run."""
-    result = CleanBlock()
+    def add(self, path: Path, block: ConvertedBlock) -> None:
+        """Count and list the rows of a block that are not to be written."""
+        self.dropped += block.filtered
+        for kind, bad in block.bad:
+            self.drop(path, kind, bad)
+
+    @property
+    def first_bad(self) -> str:
+        """Return the end of a message: "; the first bad line is ...", or nothing."""
+        return f"; the first bad line is {self.bad.first[0]}" if self.bad.count else ""
+
+
+# Lines of the summary for rows that raised an error.
+_BAD_ROWS = {
+    BadImage: "bad image", ExamQuestion: "contains a question of the exam", UserError: "wrong fields or roles",
+}  # fmt: skip
+
+
+def convert_block(block: Block, convert: Callable[[dict], Any]) -> ConvertedBlock:
+    """Convert the rows of one block; `convert` raises UserError or Filtered for those that are not to be written."""
+    result = ConvertedBlock()
     for row in parse_block(block):
         if isinstance(row, BadLine):
             result.bad.append(("cannot be read", row))
             continue
         try:
-            output = STAGES[stage].convert(row.data, options)
+            result.rows.append(convert(row.data))
         except Filtered as reason:
             result.filtered[str(reason)] += 1
         except UserError as reason:
-            result.bad.append(("wrong fields or roles", BadLine(row.line, str(reason))))
-        else:
-            if options.questions and (question := contained_question(output.line, options.questions)) is not None:
-                result.bad.append(("contains a question of the exam", BadLine(row.line, f"contains: {question:.200}")))
-                continue
-            near = band_keys(output.line) if options.near_dedupe else []
-            result.rows.append((output.line.encode("utf-8"), content_key(output.line), near, output.outputs))
+            kind = next(kind for error, kind in _BAD_ROWS.items() if isinstance(reason, error))
+            result.bad.append((kind, BadLine(row.line, str(reason))))
     return result
+
+
+def clean_block(block: Block, stage: str, options: CleaningOptions) -> ConvertedBlock:
+    """Convert rows to (line, key, band keys, outputs). A pure function: this is what worker processes run."""
+
+    def convert(data: dict) -> tuple[bytes, bytes, list[bytes], tuple[int, ...]]:
+        row = STAGES[stage].convert(data, options)
+        if options.questions and (question := contained_question(row.line, options.questions)) is not None:
+            raise ExamQuestion(f"contains: {question:.200}")
+        near = band_keys(row.line) if options.near_dedupe else []
+        return row.line.encode("utf-8"), content_key(row.line), near, row.outputs
+
+    return convert_block(block, convert)
+
+
+@contextlib.contextmanager
+def writing(
+    inputs: Sequence[Path], columns: tuple[tuple[str, ...], ...], outputs: Sequence[Path], note: str
+) -> Iterator[Summary]:
+    """Check the inputs before hours of work, and be the only process that writes `outputs` for the block.
+
+    Yields the summary, whose bad lines are listed in a file beside the last output.
+
+    Args:
+        columns: an input with a header needs all columns of one of these.
+        note: says what there is if the block is stopped, or the disk is full.
+    """
+    for path in inputs:
+        check_columns(path, columns)
+        if any(os.path.realpath(path) == os.path.realpath(output) for output in outputs):
+            raise UserError(f"{path} is both input and output: choose another --out_dir")
+        if next(iter_blocks(path), None) is None:
+            raise UserError(f"{path}: no rows in it; download it again or remove it from the inputs")
+    summary = Summary(n_bytes=sum(map(total_bytes, inputs)))
+    started = time.monotonic()
+    folder, name, rejects = outputs[0].parent, outputs[0].name, outputs[-1].with_suffix(".rejects.jsonl")
+    busy = f"another process is writing {outputs[0]}: wait for it, or choose another --out_dir"
+    with (
+        explain_write_errors(folder, "another --out_dir", f"; {note}"),
+        stoppable(note),
+        exclusive(folder, name, busy) as is_locked,
+    ):
+        for path in [*outputs[1:], rejects] if is_locked else []:
+            delete_leftovers(path.parent, path.name)  # of a process that was killed
+        with _rejects_file(rejects, summary):
+            yield summary
+    summary.seconds = time.monotonic() - started
 
 
 def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOptions, num_workers: int) -> Summary:
@@ -261,31 +330,16 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
     Raises UserError if an input is unusable, the output cannot be written, or no row is valid.
     """
     outputs = [out_dir / name for name in stage.outputs]
-    for path in inputs:
-        _check_input(path, stage, outputs)
-    size = sum(map(total_bytes, inputs))
-    summary = Summary(n_bytes=size)
-    started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explain_write_errors(out_dir, "another --out_dir", f"; {UNCHANGED}"))
-        stack.enter_context(stoppable(UNCHANGED))
-        rejects = outputs[-1].with_suffix(".rejects.jsonl")
-        busy = f"another process is writing {outputs[0]}: wait for it, or choose another --out_dir"
-        if stack.enter_context(exclusive(outputs[0].parent, outputs[0].name, busy)):
-            for path in [*outputs[1:], rejects]:
-                delete_leftovers(path.parent, path.name)  # of a process that was killed
-        stack.enter_context(rejects_file(rejects, summary))
+        summary = stack.enter_context(writing(inputs, stage.columns, outputs, UNCHANGED))
         files = [stack.enter_context(_output_file(path, stage, summary)) for path in outputs]
         seen = stack.enter_context(KeySet(out_dir)) if options.dedupe else None
         seen_bands = stack.enter_context(KeySet(out_dir)) if options.near_dedupe else None
-        progress = stack.enter_context(Progress(stage.name, size))
+        progress = stack.enter_context(Progress(stage.name, summary.n_bytes))
         blocks = ((path, block) for path in inputs for block in iter_blocks(path, on_bytes=progress.update))
-        workers = min(num_workers, 1 + size // BYTES_PER_WORKER)
+        workers = min(num_workers, 1 + summary.n_bytes // BYTES_PER_WORKER)
         for path, result in _clean_blocks(partial(clean_block, stage=stage.name, options=options), blocks, workers):
-            summary.dropped += result.filtered
-            for kind, bad in result.bad:
-                summary.dropped[kind] += 1
-                summary.bad.add(path, bad)
+            summary.add(path, result)
             for line, key, near, targets in result.rows:
                 if seen is not None and not seen.add(key):
                     summary.dropped["duplicate"] += 1
@@ -297,29 +351,19 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
                 for target in targets:
                     files[target].add(line)
             progress.kept = summary.kept
-    summary.seconds = time.monotonic() - started
     if not summary.kept:
-        first = f"; the first bad line is {summary.bad.first[0]} (all: {summary.rejects})" if summary.bad.count else ""
         counts = (
             ", ".join(f"{count:,} {reason}" for reason, count in summary.dropped.most_common()) or "only blank lines"
         )
-        names = ", ".join(map(str, inputs))
+        listed = f" (all: {summary.rejects})" if summary.bad.count else ""
         raise UserError(
-            f"no valid rows in {names}: {counts}{first}. Check the format or loosen the filters; {UNCHANGED}"
+            f"no valid rows in {', '.join(map(str, inputs))}: {counts}{summary.first_bad}{listed}. Check the format or "
+            f"loosen the filters; {UNCHANGED}"
         )
     return summary
 
 
 UNCHANGED = "earlier output files are unchanged"
-
-
-def _check_input(path: Path, stage: Stage, outputs: list[Path]) -> None:
-    """Raise UserError before hours of work if the first rows show that an input cannot be used."""
-    check_columns(path, stage.columns)
-    if any(os.path.realpath(path) == os.path.realpath(output) for output in outputs):
-        raise UserError(f"{path} is both input and output: choose another --out_dir")
-    if next(iter_blocks(path), None) is None:
-        raise UserError(f"{path}: no rows in it; download it again or remove it from the inputs")
 
 
 class _NothingToWrite(Exception):
@@ -356,7 +400,7 @@ def _output_file(path: Path, stage: Stage, summary: Summary) -> Iterator[_Output
 
 
 @contextlib.contextmanager
-def rejects_file(path: Path, summary: Summary) -> Iterator[None]:
+def _rejects_file(path: Path, summary: Summary) -> Iterator[None]:
     """Let `summary.bad` write to `path`, which exists afterwards only if there were bad lines."""
     with contextlib.suppress(_NothingToWrite), atomic_write(path) as file:
         summary.bad = BadLineLog(file)
@@ -368,8 +412,8 @@ def rejects_file(path: Path, summary: Summary) -> Iterator[None]:
 
 
 def _clean_blocks(
-    work: Callable[[Block], CleanBlock], blocks: Iterable[tuple[Path, Block]], workers: int
-) -> Iterator[tuple[Path, CleanBlock]]:
+    work: Callable[[Block], ConvertedBlock], blocks: Iterable[tuple[Path, Block]], workers: int
+) -> Iterator[tuple[Path, ConvertedBlock]]:
     """Apply `work` to blocks in `workers` processes; results come in the order of the blocks."""
     if workers <= 1:
         yield from ((path, work(block)) for path, block in blocks)

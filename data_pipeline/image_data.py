@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from common.errors import UserError, stoppable
-from common.files import atomic_write, delete_leftovers, exclusive, explain_write_errors
+from common.errors import UserError
+from common.files import atomic_write
 from common.progress import Progress
-from data_pipeline.cleaning import UNCHANGED, Summary, rejects_file
+from data_pipeline.cleaning import UNCHANGED, ConvertedBlock, Summary, convert_block, writing
 from data_pipeline.image_records import IMAGE_COLUMNS, parse_image_row
-from data_pipeline.images import BadImage
 from data_pipeline.readers import Block, iter_blocks, map_blocks, parse_block
-from data_pipeline.records import check_columns
-from data_pipeline.text_files import BadLine, total_bytes
 from model.chat_format import IMAGE
 from model.tokenizer import IMAGE_TOKEN
 
 ROWS_AT_ONCE = 16  # in one thread: a row may have many megabytes of images
 GROUP_BYTES = 16 << 20  # of images in a row group, which is what a reader holds in memory
-
-
-@dataclass
-class _Rows:
-    """The result of one block: rows to write, and rows to report as (line of the summary, the row and its reason)."""
-
-    rows: list[dict] = field(default_factory=list)
-    bad: list[tuple[str, BadLine]] = field(default_factory=list)
 
 
 def convert_images(inputs: list[Path], output: Path, image_dir: Path | None, num_workers: int) -> Summary:
@@ -48,43 +33,29 @@ def convert_images(inputs: list[Path], output: Path, image_dir: Path | None, num
 
     Raises UserError if an input is unusable, the output cannot be written, or no row is valid.
     """
-    for path in inputs:
-        check_columns(path, IMAGE_COLUMNS)
-        if os.path.realpath(path) == os.path.realpath(output):
-            raise UserError(f"{path} is both input and output: choose another --output")
-    summary = Summary(n_bytes=sum(map(total_bytes, inputs)))
-    started = time.monotonic()
-    busy = f"another process is writing {output}: wait for it, or choose another --output"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(explain_write_errors(output.parent, "another --out_dir", f"; {UNCHANGED}"))
-        stack.enter_context(stoppable(UNCHANGED))
-        rejects = output.with_suffix(".rejects.jsonl")
-        if stack.enter_context(exclusive(output.parent, output.name, busy)):
-            delete_leftovers(rejects.parent, rejects.name)
-        stack.enter_context(rejects_file(rejects, summary))
-        progress = stack.enter_context(Progress("vlm", summary.n_bytes))
+    n_threads = max(num_workers, 1)
+    with (
+        writing(inputs, IMAGE_COLUMNS, [output], UNCHANGED) as summary,
+        Progress("vlm", summary.n_bytes) as progress,
+        ThreadPoolExecutor(n_threads, thread_name_prefix="images") as pool,
+        atomic_write(output, "wb", encoding=None) as file,
+        _ParquetFile(file) as writer,
+    ):
         blocks = (
-            (path, some)
+            (path, (path, some))
             for path in inputs
             for block in iter_blocks(path, on_bytes=progress.update)
             for some in _cut(block)
         )
-        pool = ThreadPoolExecutor(max(num_workers, 1), thread_name_prefix="images")
-        convert = partial(_convert, image_dir=image_dir)
-        with pool, atomic_write(output, "wb", encoding=None) as file, _ParquetFile(file) as writer:
-            work = ((path, (path, block)) for path, block in blocks)
-            for path, result in map_blocks(pool, convert, work, max(num_workers, 1)):
-                for kind, bad in result.bad:
-                    summary.dropped[kind] += 1
-                    summary.bad.add(path, bad)
-                for row in result.rows:
-                    writer.add(row)
-                summary.kept += len(result.rows)
-                progress.kept = summary.kept
-            if not summary.kept:
-                first = f"; the first is {summary.bad.first[0]}" if summary.bad.count else ""
-                raise UserError(f"no valid rows in {', '.join(map(str, inputs))}{first}. Check the format; {UNCHANGED}")
-    summary.seconds = time.monotonic() - started
+        for path, result in map_blocks(pool, partial(_convert, image_dir=image_dir), blocks, n_threads):
+            summary.add(path, result)
+            for row in result.rows:
+                writer.add(row)
+            summary.kept += len(result.rows)
+            progress.kept = summary.kept
+        if not summary.kept:
+            names = ", ".join(map(str, inputs))
+            raise UserError(f"no valid rows in {names}{summary.first_bad}. Check the format; {UNCHANGED}")
     summary.written.append(f"wrote {output}: {summary.kept:,} rows, {output.stat().st_size / 1e6:,.1f} MB")
     return summary
 
@@ -95,23 +66,15 @@ def _cut(block: Block) -> Iterator[Block]:
         yield Block("rows", rows[begin].line, rows[begin : begin + ROWS_AT_ONCE])
 
 
-def _convert(source: tuple[Path, Block], image_dir: Path | None) -> _Rows:
+def _convert(source: tuple[Path, Block], image_dir: Path | None) -> ConvertedBlock:
     path, block = source
-    result = _Rows()
-    for row in parse_block(block):
-        if isinstance(row, BadLine):
-            result.bad.append(("cannot be read", row))
-            continue
-        try:
-            messages, images = parse_image_row(row.data, image_dir or path.parent)
-        except BadImage as reason:
-            result.bad.append(("bad image", BadLine(row.line, str(reason))))
-        except UserError as reason:
-            result.bad.append(("wrong fields or roles", BadLine(row.line, str(reason))))
-        else:
-            messages = [message | {"content": message["content"].replace(IMAGE, IMAGE_TOKEN)} for message in messages]
-            result.rows.append({"conversations": json.dumps(messages, ensure_ascii=False), "image_bytes": images})
-    return result
+
+    def convert(data: dict) -> dict:
+        messages, images = parse_image_row(data, image_dir or path.parent)
+        messages = [message | {"content": message["content"].replace(IMAGE, IMAGE_TOKEN)} for message in messages]
+        return {"conversations": json.dumps(messages, ensure_ascii=False), "image_bytes": images}
+
+    return convert_block(block, convert)
 
 
 class _ParquetFile:

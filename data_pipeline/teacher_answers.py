@@ -9,24 +9,24 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import queue
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonlines
 import openai
 
-from common.errors import UserError, stoppable
-from common.files import atomic_write, exclusive, explain_write_errors
+from common.errors import UserError
+from common.files import atomic_write
 from common.progress import Progress
-from data_pipeline.cleaning import Summary, rejects_file
+from data_pipeline.cleaning import Summary, writing
 from data_pipeline.readers import iter_records
-from data_pipeline.records import PROMPT_COLUMNS, check_columns, parse_prompt
+from data_pipeline.records import PROMPT_COLUMNS, parse_prompt
 from data_pipeline.text_files import BadLine
 from model.chat_format import Message
 
@@ -63,25 +63,17 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: TeacherAPI, syst
     Raises UserError if an input is unusable, the output has answers of another model or with other settings, the server does
     not answer or refuses the key or the model, or no prompt got an answer.
     """
-    for path in inputs:
-        check_columns(path, PROMPT_COLUMNS)
-        if os.path.realpath(path) == os.path.realpath(output):
-            raise UserError(f"{path} is both input and output: choose another --output")
-    summary = Summary(n_bytes=sum(path.stat().st_size for path in inputs))
-    started = time.monotonic()
     kept = f"the answers so far are in {output}; the same command continues from there"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explain_write_errors(output.parent, "another --out_dir", f"; {kept}"))
-        stack.enter_context(stoppable(kept))
-        stack.enter_context(exclusive(output.parent, output.name, f"another process is writing {output}: wait for it"))
-        stack.enter_context(rejects_file(output.with_suffix(".rejects.jsonl"), summary))
+        summary = stack.enter_context(writing(inputs, PROMPT_COLUMNS, [output], kept))
         asked = {"model": endpoint.model} | endpoint.settings
         done = _read_done(output, asked)
         if done:
             print(f"{len(done):,} answers are there already, in {output}")
         stack.callback(_delete_if_empty, output)
         writer = stack.enter_context(jsonlines.open(output, "a", flush=True))
-        progress = stack.enter_context(Progress("answers", _count(inputs), "prompts"))
+        n_rows = sum(1 for path in inputs for _ in iter_records(path, lambda bad: None))
+        progress = stack.enter_context(Progress("answers", n_rows, "prompts"))
         client = stack.enter_context(
             openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=RETRIES)
         )
@@ -89,16 +81,13 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: TeacherAPI, syst
         for path, line, messages, answer in _ask_all(client, endpoint, prompts):
             progress.update(1)
             if isinstance(answer, str):
-                summary.dropped["no answer"] += 1
-                summary.bad.add(path, BadLine(line, answer))
+                summary.drop(path, "no answer", BadLine(line, answer))
             else:
                 writer.write({"messages": [*messages, answer], "asked": asked})
                 summary.kept += 1
         if not (summary.kept or done):
-            first = f"; the first: {summary.bad.first[0]}" if summary.bad.count else ""
-            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{first}")
+            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{summary.first_bad}")
     summary.kept += len(done)
-    summary.seconds = time.monotonic() - started
     summary.written.append(f"wrote {output}: {summary.kept:,} dialogues")
     return summary
 
@@ -133,27 +122,17 @@ def _read_done(output: Path, asked: dict[str, Any]) -> set[bytes]:
     return done
 
 
-def _count(inputs: list[Path]) -> int:
-    return sum(1 for path in inputs for _ in iter_records(path, lambda bad: None))
-
-
 def _prompts(
     inputs: list[Path], system: str | None, done: set[bytes], summary: Summary, progress: Progress
 ) -> Iterator[tuple[Path, int, list[Message]]]:
     """Yield (file, line, messages) of the prompts to ask; count the others."""
     seen = set(done)
     for path in inputs:
-
-        def unreadable(bad: BadLine, path: Path = path) -> None:
-            summary.dropped["cannot be read"] += 1
-            summary.bad.add(path, bad)
-
-        for record in iter_records(path, unreadable):
+        for record in iter_records(path, partial(summary.drop, path, "cannot be read")):
             try:
                 messages = parse_prompt(record.data)
             except UserError as reason:
-                summary.dropped["not a prompt"] += 1
-                summary.bad.add(path, BadLine(record.line, str(reason)))
+                summary.drop(path, "not a prompt", BadLine(record.line, str(reason)))
                 progress.update(1)
                 continue
             if system and messages[0]["role"] != "system":
