@@ -138,7 +138,8 @@ def read_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     for chunk in _decompressed(path, on_bytes):
         if first:
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            if advice := _other_format(chunk) or _other_encoding(chunk):
+            other = (advice for start, advice in _FORMATS.items() if chunk.startswith(start))
+            if advice := next(other, None) or _other_encoding(chunk):
                 raise UserError(f"{path}: the file is {advice}")
         first = False
         if chunk:
@@ -198,11 +199,6 @@ _FORMATS = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd; rename it to end in .zst",
     b"PAR1": "Parquet; rename it to end in .parquet",
 }
-
-
-def _other_format(chunk: bytes) -> str | None:
-    """Return what a file is and what to do, if its first bytes are those of something else than text."""
-    return next((advice for start, advice in _FORMATS.items() if chunk.startswith(start)), None)
 
 
 def _other_encoding(chunk: bytes) -> str | None:

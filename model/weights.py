@@ -80,12 +80,10 @@ def load_checkpoint(
 
     if not mapped:  # a copy, because another process may delete the file or overwrite it in place
         dtype = dtype or state[EMBEDDING].dtype
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in _without_tied(state, config).items()}
+        if config.tie_word_embeddings:
+            del state[OUTPUT]
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
     return Checkpoint(build_model(state, config, path), config, info, path, fingerprint_of(path), notes)
-
-
-def _without_tied(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name != OUTPUT or not config.tie_word_embeddings}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], LMConfig, dict, list[str]]:

@@ -1,7 +1,7 @@
 """Losses of reinforcement learning, as `trainer.losses` has those of the other stages, and the advantages that they need.
 
-All algorithms raise the probability of tokens with a positive advantage and lower it for a negative one. They differ in
-three things: how the advantage is measured, how far a probability may move, and what the mean is taken over.
+The algorithms differ in three things: how the advantage is measured, how far a probability may move, and what the mean is
+taken over.
 """
 
 from __future__ import annotations

@@ -57,9 +57,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         self.dist_env, self.zero = dist_env, deepspeed.zero
         self.stage = config["zero_optimization"]["stage"]
         self.universal = state is not None and state.run["settings"]["world_size"] != dist_env.size
-        if state is not None and (by_zero3 := _shards_weights(state.path)) != (self.stage == 3):
-            saved = "with" if by_zero3 else "without"
-            raise UserError(f"cannot resume {state.path}: it was saved {saved} ZeRO-3, and can only be continued so")
+        if state is not None:
+            by_zero3 = any((state.path / TAG).glob("zero_*model_states.pt"))  # each process has weights of its own
+            if by_zero3 != (self.stage == 3):
+                saved = "with" if by_zero3 else "without"
+                raise UserError(
+                    f"cannot resume {state.path}: it was saved {saved} ZeRO-3, and can only be continued so"
+                )
         config["checkpoint"] = {"load_universal": self.universal}
         if self.stage < 3:
             model.to(device)
@@ -125,11 +129,6 @@ class DeepSpeedStrategy(ParallelStrategy):
         if self.universal and self.dist_env.is_main:
             shutil.rmtree(folder / tag)
             (folder / "latest_universal").unlink(missing_ok=True)
-
-
-def _shards_weights(state: Path) -> bool:
-    """Return whether ZeRO-3 wrote the state, with the weights of each process in a file of their own."""
-    return any((state / TAG).glob("zero_*model_states.pt"))
 
 
 def _convert_to_universal(source: Path, target: Path) -> None:
