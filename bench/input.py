@@ -44,7 +44,7 @@ def cached_dataset(folder: Path, n_documents: int, random_tokens: bool) -> Token
     if not source.exists():
         source.write_text("a text\nanother text\n", encoding="utf-8")
         os.utime(source, (0, 0))  # its hash is remembered only if the file is not of this moment
-    dataset = tokenize_pretrain_data([source], tokenizer, cache, log=lambda _: None)
+    dataset = tokenize_pretrain_data([source], tokenizer, cache)
     if len(dataset) == n_documents:
         return dataset
     data, info = Path(dataset.info["folder"]), dict(dataset.info)
@@ -65,7 +65,7 @@ def cached_dataset(folder: Path, n_documents: int, random_tokens: bool) -> Token
         file.truncate(2 * n_tokens)
     info["files"] = {name: (data / f"{name}.bin").stat().st_size for name in info["files"]}
     write_json(data / "info.json", info | {"documents": n_documents, "tokens": n_tokens})
-    return tokenize_pretrain_data([source], tokenizer, cache, log=lambda _: None)
+    return tokenize_pretrain_data([source], tokenizer, cache)
 
 
 def seconds_to_start(folder: Path, n_documents: int) -> tuple[float, float]:
@@ -88,7 +88,7 @@ def loader_rate(folder: Path, n_documents: int, seconds: float) -> float:
     next(batches)
     started, tokens = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        tokens += sum(batch.n_tokens for batch in next(batches))
+        tokens += sum(batch.n_tokens for batch in next(batches)[0])
     return tokens / (time.perf_counter() - started)
 
 

@@ -251,10 +251,10 @@ def _measure(folder: Path, engine: str, steps: int, dist_env: DistEnv) -> dict[s
         trainer.prepare()
         trainer.strategy.train(True)
         batches = trainer.loader.prefetch(0)
-        trainer.step(0, next(batches))  # the first one allocates
+        trainer.step(0, *next(batches))  # the first one allocates
         barrier(dist_env)
         sent = psutil.net_io_counters().bytes_sent
-        seconds["step"] = [timed(lambda i=i: trainer.step(i, next(batches))) for i in range(1, steps + 1)]
+        seconds["step"] = [timed(lambda i=i: trainer.step(i, *next(batches))) for i in range(1, steps + 1)]
         barrier(dist_env)
         sent = (psutil.net_io_counters().bytes_sent - sent) / steps / dist_env.size
         seconds["save"] = [timed(save) for _ in range(SAVES)]

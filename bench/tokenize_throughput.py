@@ -59,16 +59,13 @@ def compare(texts: list[str], rounds: int) -> tuple[dict[str, list[float]], dict
         costs[name].append((time.process_time() - cpu) / (n_bytes / 1e6))
         rates[name].append(n_bytes / 1e6 / (time.perf_counter() - started))
 
-    def quiet(message: str) -> None:
-        pass
-
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "texts.csv"
         with source.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["text"], *([text] for text in texts)])
         for i in range(rounds):
             cache = Path(folder) / str(i)
-            measure("ours", functools.partial(tokenize_pretrain_data, [source], tokenizer, cache, log=quiet))
+            measure("ours", functools.partial(tokenize_pretrain_data, [source], tokenizer, cache))
             measure("library", functools.partial(library.encode_batch_fast, texts, add_special_tokens=False))
     return rates, costs
 

@@ -41,15 +41,16 @@ from bench.throughput import Scheme, compare, packed_loss
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script
 from common.files import ROOT
-from data_pipeline.datasets import Batch, ImageRows
+from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.image_features import Features
-from data_pipeline.tokenize_chats import tokenize_image_data
+from data_pipeline.tokenize_chats import tokenize_chat_data
 from model.architecture import PRESETS
 from model.device import resolve_device, resolve_dtype
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
 from model.vision import VisionLanguageModel
+from trainer.vision import ImageRows
 
 STYLES = ("colour", "black")
 QUESTIONS = {"en": "What is this?", "zh": "这是什么？"}
@@ -201,16 +202,15 @@ def measure_throughput(args: argparse.Namespace, train: Path) -> None:
     config = preset(args.preset)
     seeing = preset(args.preset, vision_config={"image_ids": image_ids})
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = tokenize_image_data(
+        dataset = tokenize_chat_data(
             [train], tokenizer, Path(scratch), image_ids=image_ids, max_tokens=config.max_seq_len
         )
         shape = (len(dataset.image_offsets) - 1, 50, 768)
         features = np.memmap(Path(scratch) / "features.bin", np.float16, mode="w+", shape=shape)
         for i in range(shape[0]):
             features[i] = np.random.default_rng(i).standard_normal(shape[1:])
-        images = ImageRows(
-            dataset, np.arange(len(dataset)), config.max_seq_len, 1, Features(features), "image_features"
-        )
+        rows = PackedRows(dataset, np.arange(len(dataset)), config.max_seq_len, 1)
+        images = ImageRows(rows, Features(features), "image_features")
         half = resolve_dtype("auto", device)
         schemes = [
             Scheme("text", TextRows(images, image_id), packed_loss, lambda: Transformer(config), args, half),

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import short_hash
 from data_pipeline.packing import Packing, pack, sample_order
 from data_pipeline.tokenize import TokenizedDataset
 
@@ -81,8 +81,8 @@ class PackedRows:
         self.dataset = dataset
         self.packing: Packing = pack(documents, dataset.lengths[documents], seq_len, seed)
         self.n_bytes = int(dataset.n_bytes[documents].sum(dtype=np.int64))
-        key = json.dumps([dataset.fingerprint, seq_len, seed, hashlib.sha256(documents.tobytes()).hexdigest()])
-        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+        which = hashlib.sha256(documents.tobytes()).hexdigest()
+        self.fingerprint = short_hash([dataset.fingerprint, seq_len, seed, which])
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -146,37 +146,6 @@ class PackedRows:
         return Batch(tensors, int((labels != -100).sum()), ids.size - n_padding, int((lengths**2).sum()))
 
 
-class ImageRows(PackedRows):
-    """Rows of packed dialogues with their images. No dialogue may be longer than a row.
-
-    Args:
-        images: returns the images of these numbers as one tensor, in the order of the numbers.
-        name: of that tensor among the inputs of the model.
-    """
-
-    def __init__(
-        self, dataset: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int,
-        images: Callable[[list[int]], Tensor], name: str,
-    ) -> None:  # fmt: skip
-        super().__init__(dataset, documents, seq_len, seed)
-        if dataset.n_images is None:
-            raise ValueError("this dataset has no images")
-        if self.packing.start.any():
-            raise ValueError(f"a dialogue is longer than the rows of {seq_len} tokens: tokenize with that length")
-        self.images, self.name = images, name
-        self.first_image = np.cumsum(dataset.n_images) - dataset.n_images
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return rows as `PackedRows.batch` does, and the images in the order in which they stand in the rows."""
-        batch = super().batch(indices)
-        numbers: list[int] = []
-        for row in indices:
-            for document in self.packing.document[self.packing.bounds[row] : self.packing.bounds[row + 1]]:
-                first = int(self.first_image[document])
-                numbers += range(first, first + int(self.dataset.n_images[document]))  # type: ignore[index]
-        return dataclasses.replace(batch, inputs=batch.inputs | {self.name: self.images(numbers)})
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Assign samples to optimizer steps: a pure function of the seed, whatever was interrupted before.
@@ -206,13 +175,6 @@ class Schedule:
             self._orders.pop(epoch - 2, None)
             self._orders[epoch] = sample_order(self.n_samples, self.seed, epoch)
         return int(self._orders[epoch][position])
-
-
-@dataclass(frozen=True)
-class DataFailure:
-    """Take the place of a step's batches when a thread that prepared them raised `error`."""
-
-    error: BaseException
 
 
 @dataclass
@@ -248,10 +210,10 @@ class BatchLoader:
             some = mine[begin : begin + micro_batch]
             yield data.batch(some) if some else dataclasses.replace(data.batch(samples[:1]), dummy=True)
 
-    def prefetch(self, first: int) -> Iterator[list[Batch] | DataFailure]:
-        """Yield the batches of every step from `first` on.
+    def prefetch(self, first: int) -> Iterator[tuple[list[Batch], BaseException | None]]:
+        """Yield the batches of every step from `first` on, and None; or no batches, and why they could not be prepared.
 
-        Batches that could not be prepared become a DataFailure: all processes have to learn of it before they stop.
+        The error is not raised here: all processes have to learn of it before they stop.
         """
 
         def prepare(step: int) -> tuple[int, list[Batch]]:
@@ -266,7 +228,7 @@ class BatchLoader:
                     waiting.append(pool.submit(prepare, n))
                 future = waiting.popleft()
                 if (error := future.exception()) is not None:
-                    yield DataFailure(error)
+                    yield [], error
                     continue
                 size, batches = future.result()
-                yield batches if size == self.micro_batch else self.batches(step)
+                yield batches if size == self.micro_batch else self.batches(step), None

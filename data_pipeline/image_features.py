@@ -8,9 +8,9 @@ A frozen encoder makes the same features in every epoch: they are computed once,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, stoppable
-from common.files import atomic_folder, exclusive, explain_write_errors, write_json
+from common.files import cached_folder, explain_write_errors, short_hash, write_json
 from common.progress import Progress
 from data_pipeline.images import open_image
 from data_pipeline.tokenize import TokenizedDataset
@@ -78,28 +78,25 @@ def cached_features(
     """
     assert dataset.image_offsets is not None
     n_images = len(dataset.image_offsets) - 1
-    key = hashlib.sha256(json.dumps([dataset.fingerprint, identity]).encode()).hexdigest()[:16]
-    folder = cache_dir / f"features-{key}"
-    busy = f"waiting for another process that computes the same features into {folder}"
-    with explain_write_errors(cache_dir), stoppable(STOPPED), exclusive(cache_dir, folder.name, busy, wait=-1):
-        features = _open(folder, n_images)
-        if features is None:
-            with atomic_folder(folder) as tmp, Progress("features", n_images, "images") as progress:
-                shape: list[int] = []
-                with (tmp / "features.bin").open("wb") as file:
-                    for begin in range(0, n_images, batch_size):
-                        numbers = range(begin, min(begin + batch_size, n_images))
-                        made = encode([dataset_image(dataset, i) for i in numbers]).to("cpu", torch.float16)
-                        if not made.isfinite().all():
-                            raise UserError(f"the features of images {begin} to {numbers[-1]} do not fit into float16")
-                        shape = [*made.shape[1:]]
-                        file.write(made.numpy().tobytes())
-                        progress.update(len(numbers))
-                write_json(tmp / "info.json", {"shape": [n_images, *shape], "encoder": identity})
-            features = _open(folder, n_images)
-            if features is None:
-                raise UserError(f"{folder}: another program changed it just after it was written; run again")
-            print(f"features: {n_images:,} images, {features.nbytes / 1e6:,.1f} MB, kept in {folder}")
+    folder = cache_dir / f"features-{short_hash([dataset.fingerprint, identity])}"
+
+    def build(tmp: Path) -> None:
+        shape: list[int] = []
+        with (tmp / "features.bin").open("wb") as file, Progress("features", n_images, "images") as progress:
+            for begin in range(0, n_images, batch_size):
+                numbers = range(begin, min(begin + batch_size, n_images))
+                made = encode([dataset_image(dataset, i) for i in numbers]).to("cpu", torch.float16)
+                if not made.isfinite().all():
+                    raise UserError(f"the features of images {begin} to {numbers[-1]} do not fit into float16")
+                shape = [*made.shape[1:]]
+                file.write(made.numpy().tobytes())
+                progress.update(len(numbers))
+        write_json(tmp / "info.json", {"shape": [n_images, *shape], "encoder": identity})
+
+    with explain_write_errors(cache_dir), stoppable(STOPPED):
+        features, built = cached_folder(folder, partial(_open, n_images=n_images), build, "computing image features")
+    if built:
+        print(f"features: {n_images:,} images, {features.nbytes / 1e6:,.1f} MB, kept in {folder}")
     return features
 
 

@@ -148,6 +148,11 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     return placed, used
 
 
+def derive_seed(*numbers: int) -> int:
+    """Return one number from several, such that neighbouring ones have unrelated random streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def sample_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order in which an epoch visits its samples: a pure function of (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n_samples)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, short_hash
 from data_pipeline.datasets import Batch
 from data_pipeline.records import Preference, iter_preferences
-from data_pipeline.tokenize import split_by_hash
+from data_pipeline.sequences import content_hash, sequence_batch, split_samples
 from data_pipeline.tokenize_chats import collect_rows, encode_preference
 from model.tokenizer import tokenizer_hash
 
@@ -34,8 +33,7 @@ class EncodedPair:
 
     def content_hash(self) -> int:
         """Return a 64-bit hash of the content: duplicates have the same."""
-        content = json.dumps([self.prompt, self.chosen, self.rejected]).encode()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        return content_hash([self.prompt, self.chosen, self.rejected])
 
 
 def read_pairs(
@@ -59,9 +57,7 @@ class PreferencePairs:
 
     def __init__(self, pairs: list[EncodedPair], name: str) -> None:
         self.pairs = pairs
-        self.fingerprint = hashlib.sha256(
-            json.dumps([name, *(pair.content_hash() for pair in pairs)]).encode()
-        ).hexdigest()[:16]
+        self.fingerprint = short_hash([name, *(pair.content_hash() for pair in pairs)])
         self.ref_logps: np.ndarray | None = None  # (pairs, 2): of chosen and rejected under the reference model
 
     def __len__(self) -> int:
@@ -73,39 +69,17 @@ class PreferencePairs:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return a batch in which sequences 2i and 2i + 1 are the chosen and the rejected answer of pair i of the batch.
 
-        input_ids, position_ids: (1, tokens); cu_seqlens: (sequences + 1,).
-        predicts: (answer tokens,) positions whose next token belongs to an answer; targets: those next tokens;
-        sequence: (answer tokens,) index of their sequence; ref_logps: (pairs, 2) float32.
+        The inputs are those of `sequence_batch`, and ref_logps: (pairs, 2) float32.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        boundaries = [0]
-        predicts: list[int] = []
-        targets: list[int] = []
-        sequence: list[int] = []
-        for i in indices:
-            pair = self.pairs[i]
-            for answer in (pair.chosen, pair.rejected):
-                first = len(ids) + len(pair.prompt)
-                predicts += range(first - 1, first - 1 + len(answer))
-                targets += answer
-                sequence += [len(boundaries) - 1] * len(answer)
-                # The last token of an answer predicts nothing, but keeps the lengths simple.
-                ids += pair.prompt + answer
-                positions += range(len(pair.prompt) + len(answer))
-                boundaries.append(len(ids))
-        inputs = {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
-            "predicts": torch.tensor(predicts),
-            "targets": torch.tensor(targets),
-            "sequence": torch.tensor(sequence),
-        }
+        pairs = [self.pairs[i] for i in indices]
+        batch = sequence_batch([
+            (pair.prompt + answer, [False] * len(pair.prompt) + [True] * len(answer))
+            for pair in pairs
+            for answer in (pair.chosen, pair.rejected)
+        ])  # fmt: skip
         if self.ref_logps is not None:
-            inputs["ref_logps"] = torch.from_numpy(self.ref_logps[list(indices)])
-        lengths = np.diff(boundaries)
-        return Batch(inputs, len(indices), len(ids), int((lengths**2).sum()))
+            batch.inputs["ref_logps"] = torch.from_numpy(self.ref_logps[list(indices)])
+        return dataclasses.replace(batch, n_targets=len(pairs))
 
     def add_ref_logps(
         self,
@@ -121,8 +95,7 @@ class PreferencePairs:
             compute: returns them, (pairs, 2) float32; not called if they are in `cache_dir`.
             agree: returns whether they are there for all processes, where these compute together.
         """
-        key = hashlib.sha256(json.dumps([self.fingerprint, *origin]).encode()).hexdigest()[:16]
-        path = cache_dir / f"ref_logps-{key}.npy"
+        path = cache_dir / f"ref_logps-{short_hash([self.fingerprint, *origin])}.npy"
         self.ref_logps = _load_ref_logps(path, len(self))
         if not agree(self.ref_logps is not None):
             self.ref_logps = compute()
@@ -147,13 +120,8 @@ def _load_ref_logps(path: Path, n_pairs: int) -> np.ndarray | None:
 def train_and_val_pairs(
     pairs: list[EncodedPair], tokenizer: PreTrainedTokenizerFast, val_fraction: float, val_tokens: int
 ) -> tuple[PreferencePairs, PreferencePairs | None]:
-    """Split pairs by content, so that duplicates stay on one side; hold out at most about `val_tokens` tokens."""
+    """Split pairs by content: see `split_samples`."""
     n_tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    val_fraction = min(val_fraction, val_tokens / max(n_tokens, 1))
-    hashes = np.array([pair.content_hash() for pair in pairs], np.uint64)
-    train_ids, val_ids = split_by_hash(hashes, val_fraction)
+    train, val = split_samples(pairs, "pairs", n_tokens, val_fraction, val_tokens)
     name = tokenizer_hash(tokenizer)
-    train = PreferencePairs([pairs[i] for i in train_ids], name)
-    val = PreferencePairs([pairs[i] for i in val_ids], name) if len(val_ids) else None
-    print(f"training on {len(train):,} pairs; held out for validation: {len(val) if val else 0:,}")
-    return train, val
+    return PreferencePairs(train, name), PreferencePairs(val, name) if val else None

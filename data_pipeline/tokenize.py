@@ -4,18 +4,8 @@
     train, val = dataset.split(0.01)
     dataset.document(train[0])                # uint16 token ids: <s>, the text, </s>
 
-A tokenized dataset is a folder of plain arrays:
-
-    tokens.bin          uint16  all documents, one after another
-    loss_mask.bin       bool    which tokens are trained on (dialogues only)
-    n_images.bin        int64   how many images each document has (dialogues about images only, as the next two)
-    image_offsets.bin   int64   where each image starts in image_bytes.bin, and where the last one ends
-    image_bytes.bin     uint8   all images, as PNG, JPEG, ..., in the order of the documents
-    offsets.bin         int64   where each document starts, and where the last one ends
-    n_bytes.bin         int64   UTF-8 bytes of each document's text (of a dialogue: of the text that is trained on)
-    content_hashes.bin  uint64  hash of each document's content
-    info.json                   counts, and the sizes of the files
-    skipped.jsonl               rows that were not used, each with file, line and reason
+A tokenized dataset is a folder with a file NAME.bin for each array of `TokenizedDataset`, info.json (counts and sizes of
+the files), and skipped.jsonl (rows that were not used, each with file, line and reason); see docs/formats.md.
 
 The folder's name is a hash of the content of the data, the tokenizer and the settings, so it is never out of date. It is
 built under another name and renamed when it is complete. Dialogues are encoded in tokenize_chats.py.
@@ -40,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import UserError, stoppable
-from common.files import atomic_folder, atomic_write, exclusive, explain_write_errors, write_json
+from common.files import atomic_write, cached_folder, explain_write_errors, short_hash, write_json
 from common.progress import Progress
 from data_pipeline.readers import Block, columns, field_names, file_format, iter_blocks, map_blocks, parse_block
 from data_pipeline.text_files import BadLine, BadLineLog, file_state, hash_files, total_bytes
@@ -142,8 +132,6 @@ def tokenize_pretrain_data(
     *,
     text_field: str = "text",
     max_dropped: float = MAX_DROPPED,
-    num_workers: int | None = None,
-    log: Callable[[str], object] = print,
 ) -> TokenizedDataset:
     """Return the texts of CSV, JSONL, TXT or Parquet files as documents `<s>`text`</s>`; from the cache if they are there.
 
@@ -152,8 +140,6 @@ def tokenize_pretrain_data(
     Args:
         text_field: column or field of the text (a line of a TXT file needs none).
         max_dropped: largest share of rows that may be skipped, see `check_dropped`.
-        num_workers: threads that encode; None: one per CPU.
-        log: gets the summary.
 
     Raises UserError if a file cannot be used, too many rows have no text, or the cache cannot be written.
     """
@@ -164,8 +150,7 @@ def tokenize_pretrain_data(
                 f"{path}: no column {text_field}, this file has {', '.join(names)}; rename one of them to {text_field}"
             )
     encode = functools.partial(_encode_documents, tokenizer=tokenizer, text_field=text_field)
-    settings = {"text_field": text_field}
-    return cached_dataset("pretrain", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
+    return cached_dataset("pretrain", paths, tokenizer, cache_dir, {"text_field": text_field}, encode, max_dropped)
 
 
 # --- from a block of rows to arrays ----------------------------------------------------------------------------------
@@ -239,10 +224,8 @@ def cached_dataset(
     settings: dict[str, Any],
     encode: Callable[[Block], EncodedBlock],
     max_dropped: float,
-    num_workers: int | None,
-    log: Callable[[str], object],
 ) -> TokenizedDataset:
-    """Return the dataset from `cache_dir`, built first if it is not there.
+    """Return the dataset from `cache_dir`, built first if it is not there; print a summary.
 
     Args:
         kind: one of `EXTRA`: which arrays there are.
@@ -258,37 +241,21 @@ def cached_dataset(
         formats = [(file_format(path), path.suffix.lower()) for path in paths]  # the reader depends on the name
         hashes = hash_files(paths, cache_dir)
         key = [VERSION, kind, settings, tokenizer_hash(tokenizer), list(zip(formats, hashes, strict=True))]
-        fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        folder = cache_dir / f"{kind}-{fingerprint}"
-        dataset, built = open_dataset(folder), False
-        if dataset is None:
-            busy = f"waiting for another process that tokenizes the same data into {folder}"
-            with exclusive(cache_dir, folder.name, busy, wait=-1):
-                dataset = open_dataset(folder)  # the other process has built it
-                if dataset is None:
-                    if folder.exists():
-                        log(f"{folder} is damaged, or of an earlier version: the data is tokenized again")
-                    _delete_stale_builds(cache_dir)
-                    with atomic_folder(folder) as tmp:
-                        info = _build(tmp, kind, paths, encode, num_workers or os.cpu_count() or 1)
-                        info |= {"settings": settings, "vocab_size": len(tokenizer)}
-                        info["tokenizer"] = tokenizer_hash(tokenizer)
-                        for source, digest in zip(info["sources"], hashes, strict=True):
-                            source["blake2b"] = digest
-                        write_json(tmp / "info.json", info)
-                    dataset, built = open_dataset(folder), True
-                    if dataset is None:
-                        raise UserError(f"{folder}: another program changed it just after it was written; run again")
+        folder = cache_dir / f"{kind}-{short_hash(key)}"
+        facts = {"settings": settings, "vocab_size": len(tokenizer), "tokenizer": tokenizer_hash(tokenizer)}
+        build = functools.partial(_build, kind=kind, paths=paths, hashes=hashes, encode=encode, facts=facts)
+        dataset, built = cached_folder(folder, open_dataset, build, "tokenizing")
         info = dataset.info
-        log(_summary(info, built))
+        print(_summary(info, built))
         check_dropped(paths, info["skipped"], info["documents"], info["first_skipped"], info["incomplete"], max_dropped)
         return dataset
 
 
 def _build(
-    folder: Path, kind: str, paths: Sequence[Path], encode: Callable[[Block], EncodedBlock], num_workers: int
-) -> dict[str, Any]:
-    """Write the arrays into `folder`; return what to write into info.json."""
+    folder: Path, kind: str, paths: Sequence[Path], hashes: Sequence[str], encode: Callable[[Block], EncodedBlock],
+    facts: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the arrays and info.json into `folder`; `facts` are added to the latter."""
     started = time.monotonic()
     before = [file_state(path) for path in paths]
     rows: Counter[Path] = Counter()
@@ -297,7 +264,7 @@ def _build(
         writer = _ArrayWriter(folder, kind, stack)
         progress = stack.enter_context(Progress("tokens", sum(map(total_bytes, paths))))
         blocks = ((path, block) for path in paths for block in iter_blocks(path, on_bytes=progress.update))
-        for path, encoded in _encode_in_threads(encode, blocks, num_workers):
+        for path, encoded in _encode_in_threads(encode, blocks):
             rows[path] += encoded.n_rows
             documents[path] += len(encoded.lengths)
             writer.add(path, encoded)
@@ -308,15 +275,15 @@ def _build(
         if file_state(path) != state:
             raise UserError(f"{path}: the file changed while it was read; run again when it is complete")
     sources = [
-        {"name": path.name, "bytes": path.stat().st_size, "rows": rows[path], "documents": documents[path]}
-        for path in paths
+        {"name": path.name, "bytes": state[0], "rows": rows[path], "documents": documents[path], "blake2b": digest}
+        for path, state, digest in zip(paths, before, hashes, strict=True)
     ]
     seconds = round(time.monotonic() - started, 2)
     if not writer.documents:
         names, skipped = ", ".join(map(str, paths)), writer.skipped_rows
         first = f"; the first is {skipped.first[0]}" if skipped.count else ""
         raise UserError(f"{names}: no usable row: {_numbers(writer.skipped)}{first}. Check the format of the data")
-    return {"kind": kind, "sources": sources, **writer.info(), "seconds": seconds}
+    write_json(folder / "info.json", {"kind": kind, "sources": sources, **writer.info(), "seconds": seconds} | facts)
 
 
 def check_dropped(
@@ -433,28 +400,19 @@ def open_dataset(folder: Path) -> TokenizedDataset | None:
     return dataset if sound and dataset.lengths.min() > 1 else None
 
 
-def _delete_stale_builds(cache_dir: Path) -> None:
-    """Delete what killed builds of other data left behind. A running build holds its lock and is left alone."""
-    for folder in cache_dir.glob(".*.tmp"):
-        if folder.is_dir():
-            name = folder.name[1:].rsplit(".", 2)[0]
-            with contextlib.suppress(UserError), exclusive(cache_dir, name, "", wait=0):
-                pass  # the holder of the lock has deleted them
-
-
 def _encode_in_threads(
-    encode: Callable[[Block], EncodedBlock], blocks: Iterable[tuple[Path, Block]], num_workers: int
+    encode: Callable[[Block], EncodedBlock], blocks: Iterable[tuple[Path, Block]]
 ) -> Iterator[tuple[Path, EncodedBlock]]:
     """Apply `encode` to blocks in threads: the tokenizer's code runs outside of Python's lock.
 
     Each of our threads encodes alone. The library's own threads would compete with them, and could not be forked.
     """
-    name = "TOKENIZERS_PARALLELISM"
+    name, n_threads = "TOKENIZERS_PARALLELISM", os.cpu_count() or 1
     before = os.environ.get(name)
     os.environ[name] = "false"
     try:
-        with ThreadPoolExecutor(num_workers, thread_name_prefix="tokens") as pool:
-            yield from map_blocks(pool, encode, blocks, num_workers)
+        with ThreadPoolExecutor(n_threads, thread_name_prefix="tokens") as pool:
+            yield from map_blocks(pool, encode, blocks, n_threads)
     finally:
         os.environ.pop(name)
         if before is not None:

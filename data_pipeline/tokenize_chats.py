@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 # What was cut, after the number of dialogues.
 TURNS_CUT, SYSTEM_CUT, ANSWER_CUT = "without the oldest turns", "without the system message", "with a cut answer"
-NOT_A_DIALOGUE, WRONG_STAGE = "not a valid dialogue", "not for this stage"
-BAD_IMAGE = "with a bad image"
+# Lines of the summary for rows that raised an error.
+NOT_USED = {WrongStage: "not for this stage", BadImage: "with a bad image", UserError: "not a valid dialogue"}
 QUESTION_TOO_LONG = "too long: the last question leaves no room for an answer"
 SAME_AFTER_CUT = "too long: the answers are the same as far as there is room"
 
@@ -123,48 +123,27 @@ def tokenize_chat_data(
     cache_dir: Path,
     *,
     max_tokens: int,
+    image_ids: Sequence[int] = (),
     max_dropped: float = MAX_DROPPED,
-    num_workers: int | None = None,
-    log: Callable[[str], object] = print,
 ) -> TokenizedDataset:
     """Return dialogues in any format of data_pipeline/records.py as documents, with a loss mask over the answers.
 
-    max_tokens: a longer dialogue is cut, see `truncate_chat`; what was cut and skipped is counted in `info`.
+    Args:
+        max_tokens: a longer dialogue is cut, see `truncate_chat`; what was cut and skipped is counted in `info`.
+        image_ids: the tokens that stand for an image, for dialogues about images (data_pipeline/image_records.py). The rows
+            hold their images: a file that is only named could change, and the cache would not know.
+
     Other arguments and errors as `tokenize_pretrain_data`.
     """
     if max_tokens < 2:
         raise UserError(f"a dialogue of {max_tokens} token(s) has nothing to train on; allow more")
     chat_style(tokenizer)  # a template that is unknown is not the fault of the rows
     for path in paths:
-        check_columns(path, CHAT_COLUMNS)
-    encode = functools.partial(_encode_chats, tokenizer=tokenizer, max_tokens=max_tokens)
-    settings = {"max_tokens": max_tokens}
-    return cached_dataset("chat", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
-
-
-def tokenize_image_data(
-    paths: Sequence[Path],
-    tokenizer: PreTrainedTokenizerFast,
-    cache_dir: Path,
-    *,
-    image_ids: Sequence[int],
-    max_tokens: int,
-    max_dropped: float = MAX_DROPPED,
-    num_workers: int | None = None,
-    log: Callable[[str], object] = print,
-) -> TokenizedDataset:
-    """Return dialogues about images (data_pipeline/image_records.py) as documents, with their images.
-
-    The rows hold their images: a file that is only named could change, and the cache would not know.
-
-    image_ids: the tokens that stand for an image. Other arguments and errors as `tokenize_chat_data`.
-    """
-    chat_style(tokenizer)
-    for path in paths:
-        check_columns(path, IMAGE_COLUMNS)
-    encode = functools.partial(_encode_image_chats, tokenizer=tokenizer, image_ids=image_ids, max_tokens=max_tokens)
-    settings = {"max_tokens": max_tokens, "image_ids": list(image_ids)}
-    return cached_dataset("image", paths, tokenizer, cache_dir, settings, encode, max_dropped, num_workers, log)
+        check_columns(path, IMAGE_COLUMNS if image_ids else CHAT_COLUMNS)
+    encode = functools.partial(_encode_chats, tokenizer=tokenizer, max_tokens=max_tokens, image_ids=image_ids)
+    settings = {"max_tokens": max_tokens} | ({"image_ids": list(image_ids)} if image_ids else {})
+    kind = "image" if image_ids else "chat"
+    return cached_dataset(kind, paths, tokenizer, cache_dir, settings, encode, max_dropped)
 
 
 def encode_preference(
@@ -195,52 +174,37 @@ def _truncate(
         raise NothingToTrainOn(QUESTION_TOO_LONG, f" in {max_tokens} tokens") from None
 
 
-def _encode_chats(block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> EncodedBlock:
-    encoded = EncodedBlock()
-    for line, data in encoded.rows_of(block):
-        try:
-            messages = parse_conversation(data)
-            chat = _truncate(tokenizer, messages, max_tokens)
-        except WrongStage as reason:
-            encoded.skipped.append((WRONG_STAGE, BadLine(line, str(reason))))
-        except UserError as reason:
-            encoded.skipped.append((NOT_A_DIALOGUE, BadLine(line, str(reason))))
-        except NothingToTrainOn as reason:
-            encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
-        else:
-            _add(encoded, tokenizer, chat, messages)
-    return encoded
-
-
-def _encode_image_chats(
-    block: Block, tokenizer: PreTrainedTokenizerFast, image_ids: Sequence[int], max_tokens: int
+def _encode_chats(
+    block: Block, tokenizer: PreTrainedTokenizerFast, max_tokens: int, image_ids: Sequence[int]
 ) -> EncodedBlock:
     encoded = EncodedBlock()
     for line, data in encoded.rows_of(block):
+        images: list[bytes] = []
         try:
-            messages, images = parse_image_row(data, None)
+            if image_ids:
+                messages, images = parse_image_row(data, None)
+            else:
+                messages = parse_conversation(data)
             chat = _truncate(tokenizer, messages, max_tokens, image_ids)
-            _check_places(chat, image_ids)
-        except BadImage as reason:
-            encoded.skipped.append((BAD_IMAGE, BadLine(line, str(reason))))
-        except UserError as reason:
-            encoded.skipped.append((NOT_A_DIALOGUE, BadLine(line, str(reason))))
+            if image_ids:
+                _check_places(chat, image_ids)
         except NothingToTrainOn as reason:
             encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
-        else:
-            kept = count_images(chat.messages)
-            images = images[len(images) - kept :]  # those of the oldest turns were cut with them
+            continue
+        except UserError as reason:
+            kind = next(kind for error, kind in NOT_USED.items() if isinstance(reason, error))
+            encoded.skipped.append((kind, BadLine(line, str(reason))))
+            continue
+        content: object = messages  # what makes it a duplicate of another dialogue
+        if image_ids:
+            images = images[len(images) - count_images(chat.messages) :]  # those of the oldest turns were cut with them
             encoded.images.append(images)
-            _add(encoded, tokenizer, chat, [messages, [hashlib.sha256(image).hexdigest() for image in images]])
+            content = [messages, [hashlib.sha256(image).hexdigest() for image in images]]
+        encoded.add(chat.ids, json.dumps(content).encode(), _answer_bytes(tokenizer, chat))
+        encoded.loss_mask.append(bytes(chat.loss_mask))
+        encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
+        encoded.cut[ANSWER_CUT] += chat.answer_cut
     return encoded
-
-
-def _add(encoded: EncodedBlock, tokenizer: PreTrainedTokenizerFast, chat: TruncatedChat, content: object) -> None:
-    """Add a dialogue; `content` is what makes it a duplicate of another one."""
-    encoded.add(chat.ids, json.dumps(content).encode(), _answer_bytes(tokenizer, chat))
-    encoded.loss_mask.append(bytes(chat.loss_mask))
-    encoded.cut.update({TURNS_CUT: chat.dropped_turns > 0, SYSTEM_CUT: chat.dropped_system})
-    encoded.cut[ANSWER_CUT] += chat.answer_cut
 
 
 def _check_places(chat: TruncatedChat, image_ids: Sequence[int]) -> None:

@@ -11,7 +11,6 @@ responses. Used to measure a model, and by `trainer.rollouts` to train one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.readers import Record, iter_records
 from data_pipeline.records import Malformed, parse_prompt
+from data_pipeline.sequences import content_hash
 from data_pipeline.tokenize_chats import NothingToTrainOn, collect_rows
 from evaluation.judges import JudgeFunction
 from evaluation.tools import TOOLS, Tool, call_tool, tool_schema
@@ -64,8 +64,7 @@ class RolloutPrompt:
 
     def content_hash(self) -> int:
         """Return a 64-bit hash of the content: duplicates have the same."""
-        content = json.dumps([self.ids, self.answer, self.verifier.spec]).encode()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        return content_hash([self.ids, self.answer, self.verifier.spec])
 
 
 def read_prompts(

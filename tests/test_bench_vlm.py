@@ -9,11 +9,11 @@ import torch
 from test_script_vlm import row
 
 from bench.vlm import TextRows, black_lines
-from data_pipeline.datasets import ImageRows
+from data_pipeline.datasets import PackedRows
 from data_pipeline.image_features import Features
-from data_pipeline.tokenize_chats import tokenize_image_data
+from data_pipeline.tokenize_chats import tokenize_chat_data
 from model.tokenizer import load_tokenizer
-from trainer.vision import image_ids
+from trainer.vision import ImageRows, image_ids
 
 
 def test_a_black_drawing_has_the_lines_only():
@@ -29,8 +29,10 @@ def test_text_has_the_same_tokens_as_the_images_beside_it(tmp_path):
     path, tokenizer = tmp_path / "rows.parquet", load_tokenizer()
     pq.write_table(pa.Table.from_pylist([row(i) for i in range(3)]), path)
     ids = image_ids(tokenizer, 6)
-    dataset = tokenize_image_data([path], tokenizer, tmp_path / "cache", image_ids=ids, max_tokens=64)
-    images = ImageRows(dataset, np.arange(3), 64, 1, Features(np.ones((3, 6, 4), np.float16)), "image_features")
+    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", image_ids=ids, max_tokens=64)
+    images = ImageRows(
+        PackedRows(dataset, np.arange(3), 64, 1), Features(np.ones((3, 6, 4), np.float16)), "image_features"
+    )
     text, seen = TextRows(images, ids[0]).batch([0]), images.batch([0])
     assert "image_features" not in text.inputs and len(seen.inputs["image_features"])
     assert (text.n_tokens, text.n_targets) == (seen.n_tokens, seen.n_targets)

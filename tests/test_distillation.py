@@ -57,7 +57,7 @@ def chats(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(chats, tokenizer, tmp_path_factory):
-    dataset = tokenize_chat_data([chats], tokenizer, tmp_path_factory.mktemp("cache"), max_tokens=64, num_workers=0)
+    dataset = tokenize_chat_data([chats], tokenizer, tmp_path_factory.mktemp("cache"), max_tokens=64)
     documents, _ = dataset.split(0)
     return PackedRows(dataset, documents, 64, seed=1)
 

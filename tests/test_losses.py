@@ -91,7 +91,7 @@ def test_packed_sft_rows_cost_what_the_chats_cost_one_by_one(tokenizer, tmp_path
     chats = [messages([*prompt, chosen]) for prompt, chosen, _ in DIALOGUES]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(f'{{"messages": {m}}}\n'.replace("'", '"') for m in chats), encoding="utf-8")
-    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=128, log=lambda _: None)
+    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=128)
     rows = PackedRows(dataset, torch.arange(len(dataset)).numpy(), 128, seed=0)
     batch = rows.batch(range(len(rows)))
     model = make(use_moe=moe)  # in evaluation mode the optimised sum holds no balance loss

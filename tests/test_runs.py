@@ -74,8 +74,8 @@ def cache(tmp_path_factory):
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"hello {n}"}]} for n in "ab"
     ]
     write(folder / "chats.jsonl", chats)
-    tokenize_pretrain_data([folder / "texts.jsonl"], TOKENIZER, folder / "cache", log=lambda text: None)
-    tokenize_chat_data([folder / "chats.jsonl"], TOKENIZER, folder / "cache", max_tokens=64, log=lambda text: None)
+    tokenize_pretrain_data([folder / "texts.jsonl"], TOKENIZER, folder / "cache")
+    tokenize_chat_data([folder / "chats.jsonl"], TOKENIZER, folder / "cache", max_tokens=64)
     return folder / "cache"
 
 

@@ -23,10 +23,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import export_model
 from common.errors import UserError
-from data_pipeline.datasets import ImageRows
+from data_pipeline.datasets import PackedRows
 from data_pipeline.image_features import Features, Pixels, cached_features
 from data_pipeline.image_records import parse_image_row
-from data_pipeline.tokenize_chats import tokenize_image_data
+from data_pipeline.tokenize_chats import tokenize_chat_data
 from evaluation.vlm import ImageQuestion, evaluate, is_right, wrong_images
 from inference.generator import Images, generate, generate_text
 from inference.model_loader import open_model
@@ -41,7 +41,7 @@ from model.weights import load_checkpoint
 from model.weights_file import save_checkpoint
 from trainer.losses import next_token_loss
 from trainer.options import TrainOptions
-from trainer.vision import image_ids
+from trainer.vision import ImageRows, image_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--device cpu --dtype float32 --batch_size 2 --log_interval 1 --val_fraction 0 --learning_rate 1e-2".split()
@@ -194,20 +194,20 @@ def model(trained) -> VisionLanguageModel:
 
 def make_rows(model, tokenizer, data, cache, seq_len, load=None) -> ImageRows:
     ids = model.vision.image_ids
-    dataset = tokenize_image_data([data], tokenizer, cache, image_ids=ids, max_tokens=96, log=lambda text: None)
+    dataset = tokenize_chat_data([data], tokenizer, cache, image_ids=ids, max_tokens=96)
     images = load(dataset) if load else Pixels(dataset, model.vision.image_size)
     name = "image_features" if load else "pixel_values"
-    return ImageRows(dataset, np.arange(len(dataset)), seq_len, 1, images, name)
+    return ImageRows(PackedRows(dataset, np.arange(len(dataset)), seq_len, 1), images, name)
 
 
 def test_packed_equals_unpacked(model, tokenizer, data, tmp_path):
     rows = make_rows(model, tokenizer, data, tmp_path, 200)
-    assert len(rows) < len(rows.dataset)
+    assert len(rows) < len(rows.rows.dataset)
     batch = rows.batch(range(len(rows)))
     packed, n, _ = next_token_loss(model, batch)
     total, count = 0.0, 0
-    for i in range(len(rows.dataset)):
-        alone = ImageRows(rows.dataset, np.array([i]), 96, 1, rows.images, rows.name).batch([0])
+    for i in range(len(rows.rows.dataset)):
+        alone = ImageRows(PackedRows(rows.rows.dataset, np.array([i]), 96, 1), rows.images, rows.name).batch([0])
         assert len(alone.inputs["pixel_values"]) == (1, 1, 2, 0)[i % 4]
         loss, one, _ = next_token_loss(model, alone)
         total, count = total + float(loss.detach()), count + one
@@ -227,7 +227,7 @@ def test_cached_equals_uncached(model, tokenizer, data, tmp_path):
     load = lambda dataset: Features(cached_features(dataset, encode, "x", tmp_path, batch_size=5))  # noqa: E731
     uncached = make_rows(model, tokenizer, data, tmp_path, 96)
     cached = make_rows(model, tokenizer, data, tmp_path, 96, load)
-    assert sum(calls) == int(uncached.dataset.n_images.sum()) == 16
+    assert sum(calls) == int(uncached.n_images.sum()) == 16
     for i in range(len(uncached)):
         expected, found = (next_token_loss(model, rows.batch([i]))[0] for rows in (uncached, cached))
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=rounding(torch.float16, depth=20))
@@ -242,7 +242,7 @@ def test_cached_equals_uncached(model, tokenizer, data, tmp_path):
 def test_a_batch_without_images_still_reaches_every_parameter(model, tokenizer, data, tmp_path):
     """Processes that train together wait for the gradients of all of them."""
     rows = make_rows(model, tokenizer, data, tmp_path, 96)
-    alone = ImageRows(rows.dataset, np.array([3]), 96, 1, rows.images, rows.name).batch([0])
+    alone = ImageRows(PackedRows(rows.rows.dataset, np.array([3]), 96, 1), rows.images, rows.name).batch([0])
     assert len(alone.inputs["pixel_values"]) == 0
     next_token_loss(model, alone)[0].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -261,7 +261,7 @@ def test_a_long_dialogue_loses_its_oldest_turns_with_their_images(tokenizer, tmp
     )
     ids = image_ids(tokenizer, 8)
     for max_tokens, kept in ((96, 3), (40, 2)):
-        dataset = tokenize_image_data(
+        dataset = tokenize_chat_data(
             [tmp_path / "x.parquet"], tokenizer, tmp_path / "cache", image_ids=ids, max_tokens=max_tokens
         )
         assert int(dataset.n_images[0]) == kept
@@ -293,7 +293,7 @@ def test_a_text_with_the_tokens_of_an_image_is_not_trained_on(tokenizer, tmp_pat
     chat = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": text}]
     rows = [row(1), {"image_bytes": [png(1)], "conversations": json.dumps(chat)}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    dataset = tokenize_image_data(
+    dataset = tokenize_chat_data(
         [tmp_path / "x.parquet"], tokenizer, tmp_path / "cache", image_ids=ids, max_tokens=96, max_dropped=1
     )
     assert len(dataset) == 1

@@ -45,10 +45,6 @@ def tokenizer():
     return load_tokenizer()
 
 
-def quiet(message):
-    pass
-
-
 def write_jsonl(path: Path, rows) -> Path:
     lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -85,7 +81,7 @@ def test_documents_of_every_format(tokenizer, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     expected = [[1, *encode_text(tokenizer, text), 2] for text in TEXTS]
     for name in ("a.jsonl", "a.csv", "a.json", "a.parquet", "a.jsonl.gz"):
-        dataset = tokenize_pretrain_data([tmp_path / name], tokenizer, tmp_path / "cache", log=quiet)
+        dataset = tokenize_pretrain_data([tmp_path / name], tokenizer, tmp_path / "cache")
         assert [dataset.document(i).tolist() for i in range(len(dataset))] == expected, name
         assert dataset.n_bytes.tolist() == [len(text.encode()) for text in TEXTS]
         assert dataset.lengths.tolist() == list(map(len, expected))
@@ -96,7 +92,7 @@ def test_documents_of_every_format(tokenizer, tmp_path):
             dataset.document(len(dataset))
     assert len(folders(tmp_path / "cache")) == 5
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    dataset = tokenize_pretrain_data([tmp_path / "a.txt"], tokenizer, tmp_path / "c", text_field="body", log=quiet)
+    dataset = tokenize_pretrain_data([tmp_path / "a.txt"], tokenizer, tmp_path / "c", text_field="body")
     assert len(dataset) == 2
 
 
@@ -105,15 +101,16 @@ def test_several_files_and_many_blocks_keep_their_order(tokenizer, tmp_path, mon
     texts = [f"text {i} " + "春" * (i % 7) for i in range(300)]
     paths = [texts_file(tmp_path / "a.jsonl", texts[:100]), texts_file(tmp_path / "b.jsonl", texts[100:])]
     seen = []
-    for workers in (1, 3):
-        dataset = tokenize_pretrain_data(paths, tokenizer, tmp_path / f"c{workers}", num_workers=workers, log=quiet)
+    for n_threads in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda n=n_threads: n)
+        dataset = tokenize_pretrain_data(paths, tokenizer, tmp_path / f"c{n_threads}")
         seen.append([tokenizer.decode(dataset.document(i)[1:-1]) for i in range(len(dataset))])
     assert seen[0] == seen[1] == texts
     assert [source["rows"] for source in dataset.info["sources"]] == [100, 200]
     assert dataset.source_ends.tolist() == [100, 300]
 
 
-def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):
+def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path, capsys):
     path = write_jsonl(
         tmp_path / "a.jsonl",
         [
@@ -128,17 +125,17 @@ def test_bad_rows_are_skipped_counted_and_listed(tokenizer, tmp_path):
     )
     with path.open("ab") as file:
         file.write(b'{"text": "\xff"}\n')
-    said = []
-    dataset = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", max_dropped=1, log=said.append)
+    dataset = tokenize_pretrain_data([path], tokenizer, tmp_path / "cache", max_dropped=1)
+    printed = capsys.readouterr().out
     assert len(dataset) == 2
     assert dataset.info["skipped"] == {"unreadable": 2, "without text": 2, "empty": 2}
     with (Path(dataset.info["folder"]) / "skipped.jsonl").open(encoding="utf-8") as file:
         listed = [json.loads(line) for line in file]
     assert sorted(row["line"] for row in listed) == [2, 3, 4, 5, 6, 8]
     assert {row["file"] for row in listed} == {str(path)}
-    assert "a.jsonl:2: invalid JSON: Unterminated string" in said[0]
-    assert "a.jsonl:8: invalid UTF-8 at byte 11" in said[0]
-    assert "a.jsonl:3: no text; the fields are body" in said[0]
+    assert "a.jsonl:2: invalid JSON: Unterminated string" in printed
+    assert "a.jsonl:8: invalid UTF-8 at byte 11" in printed
+    assert "a.jsonl:3: no text; the fields are body" in printed
 
 
 def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
@@ -148,7 +145,7 @@ def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(UserError, match=reason):
-            tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+            tokenize_pretrain_data([path], tokenizer, cache)
 
     attempt("a.csv", b"a,b\n1,2\n", r"a\.csv: no column text, this file has a, b")
     attempt("a.jsonl", b"", "the file is empty")
@@ -156,20 +153,20 @@ def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
     attempt("a.jsonl", b'{"text": "cut\n{"text": ""}\n', r"no usable row: 1 unreadable, 1 empty.*a\.jsonl:1")
     attempt("a.xyz", b"x", "cannot tell its format")
     with pytest.raises(UserError, match="no such file"):
-        tokenize_pretrain_data([tmp_path / "none.jsonl"], tokenizer, cache, log=quiet)
+        tokenize_pretrain_data([tmp_path / "none.jsonl"], tokenizer, cache)
     with pytest.raises(UserError, match="no data files"):
-        tokenize_pretrain_data([], tokenizer, cache, log=quiet)
+        tokenize_pretrain_data([], tokenizer, cache)
     assert folders(cache) == []
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="choose another folder"):
-        tokenize_pretrain_data([texts_file(tmp_path / "a.jsonl")], tokenizer, tmp_path / "file" / "c", log=quiet)
+        tokenize_pretrain_data([texts_file(tmp_path / "a.jsonl")], tokenizer, tmp_path / "file" / "c")
 
     class Large:
         def __len__(self):
             return 65_537
 
     with pytest.raises(UserError, match="65,537 does not fit in 16 bits"):
-        tokenize_pretrain_data([tmp_path / "a.jsonl"], Large(), cache, log=quiet)
+        tokenize_pretrain_data([tmp_path / "a.jsonl"], Large(), cache)
 
 
 # --- the cache ---
@@ -177,7 +174,7 @@ def test_wrong_input_is_a_user_error_and_leaves_nothing(tokenizer, tmp_path):
 
 def test_the_cache_is_used_when_nothing_changed_and_only_then(tokenizer, tmp_path, monkeypatch):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
-    build = lambda tok=tokenizer, **kw: tokenize_pretrain_data([path], tok, cache, log=quiet, **kw)  # noqa: E731
+    build = lambda tok=tokenizer, **kw: tokenize_pretrain_data([path], tok, cache, **kw)  # noqa: E731
     first = build()
     other = load_tokenizer()
     other.chat_template += " "  # stands for any change of the tokenizer
@@ -187,7 +184,7 @@ def test_the_cache_is_used_when_nothing_changed_and_only_then(tokenizer, tmp_pat
         assert again.fingerprint == first.fingerprint
         assert np.array_equal(again.tokens, first.tokens) and again.info == first.info
         moved = path.rename(tmp_path / "b.jsonl")  # the content counts, not where it lies
-        assert len(tokenize_pretrain_data([moved], tokenizer, cache, log=quiet)) == len(first)
+        assert len(tokenize_pretrain_data([moved], tokenizer, cache)) == len(first)
         path = moved.rename(path)
         with pytest.raises(TypeError):
             build(other)
@@ -198,7 +195,7 @@ def test_the_cache_is_used_when_nothing_changed_and_only_then(tokenizer, tmp_pat
             build()
     assert len({first.fingerprint, build(other).fingerprint}) == 2
     pair = [path, texts_file(tmp_path / "c.jsonl", ["another"])]
-    fingerprints = {tokenize_pretrain_data(p, tokenizer, cache, log=quiet).fingerprint for p in (pair, pair[::-1])}
+    fingerprints = {tokenize_pretrain_data(p, tokenizer, cache).fingerprint for p in (pair, pair[::-1])}
     assert len(fingerprints | {first.fingerprint}) == 3
 
 
@@ -209,13 +206,13 @@ def test_a_changed_file_is_noticed(tokenizer, tmp_path, monkeypatch, age):
     now = time.time_ns()
     monkeypatch.setattr(text_files.time, "time_ns", lambda: now + age * 10**9)
     os.utime(path, ns=(1, 10**18))
-    first = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    first = tokenize_pretrain_data([path], tokenizer, cache)
     remembered = json.loads((cache / "hashes.json").read_text(encoding="utf-8"))
     assert len(remembered) == (1 if age else 0)
     time.sleep(0.02)
     texts_file(path, ["bbbb"])
     os.utime(path, ns=(1, 10**18))
-    second = tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+    second = tokenize_pretrain_data([path], tokenizer, cache)
     assert second.fingerprint != first.fingerprint
     assert tokenizer.decode(second.document(0)[1:-1]) == "bbbb"
 
@@ -240,9 +237,9 @@ def test_files_are_not_read_again_to_be_recognised(tokenizer, tmp_path, monkeypa
     "damage",
     ["no info", "bad info", "info of another shape", "an older info", "short tokens", "no offsets", "offsets of 0xFF"],
 )
-def test_a_damaged_cache_is_made_again_and_it_is_said(tokenizer, tmp_path, damage):
+def test_a_damaged_cache_is_made_again_and_it_is_said(tokenizer, tmp_path, damage, capsys):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
-    folder = Path(tokenize_pretrain_data([path], tokenizer, cache, log=quiet).info["folder"])
+    folder = Path(tokenize_pretrain_data([path], tokenizer, cache).info["folder"])
     info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     if damage == "no info":
         (folder / "info.json").unlink()
@@ -256,16 +253,18 @@ def test_a_damaged_cache_is_made_again_and_it_is_said(tokenizer, tmp_path, damag
         del info["vocab_size"]
         content = {"bad info": "{", "info of another shape": "[1]", "an older info": json.dumps(info)}[damage]
         (folder / "info.json").write_text(content, encoding="utf-8")
-    said = []
-    dataset = tokenize_pretrain_data([path], tokenizer, cache, log=said.append)
-    assert said[0] == f"{folder} is damaged, or of an earlier version: the data is tokenized again" and len(said) == 2
+    capsys.readouterr()
+    dataset = tokenize_pretrain_data([path], tokenizer, cache)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{folder} is damaged, or of an earlier version: tokenizing again"
+    assert second.startswith("tokens: ")
     assert tokenizer.decode(dataset.document(3)[1:-1]) == TEXTS[3]
     assert folders(cache) == [folder.name]
 
 
 def test_damaged_tokens_are_named_before_they_are_trained_on(tokenizer, tmp_path):
     path = texts_file(tmp_path / "a.jsonl")
-    build = functools.partial(tokenize_pretrain_data, [path], tokenizer, tmp_path / "cache", log=quiet)
+    build = functools.partial(tokenize_pretrain_data, [path], tokenizer, tmp_path / "cache")
     tokens = Path(build().info["folder"]) / "tokens.bin"
     tokens.write_bytes(b"\xff" * tokens.stat().st_size)
     rows = PackedRows(build(), np.arange(len(TEXTS)), 64, seed=0)
@@ -293,11 +292,11 @@ def test_an_interrupted_build_leaves_nothing(tokenizer, tmp_path, monkeypatch, r
     with monkeypatch.context() as patch:
         patch.setattr(module._ArrayWriter, "add", fail)
         with pytest.raises(expected) as caught:
-            tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+            tokenize_pretrain_data([path], tokenizer, cache)
     if expected is UserError:
         assert f"no space left in {cache}" in str(caught.value)
     assert folders(cache) == [] and os.environ["TOKENIZERS_PARALLELISM"] == "true"
-    assert len(tokenize_pretrain_data([path], tokenizer, cache, log=quiet)) == len(TEXTS)
+    assert len(tokenize_pretrain_data([path], tokenizer, cache)) == len(TEXTS)
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tokenizer, tmp_path, monkeypatch):
@@ -311,13 +310,13 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tokenizer, tmp_path, monk
 
     monkeypatch.setattr(module._ArrayWriter, "add", grow)
     with pytest.raises(UserError, match="the file changed while it was read"):
-        tokenize_pretrain_data([path], tokenizer, cache, log=quiet)
+        tokenize_pretrain_data([path], tokenizer, cache)
     assert folders(cache) == []
 
 
 # Builds a dataset and prints what came of it. HANG: encodes one block, says so and waits for its end.
 SCRIPT = """
-import os, sys, time
+import contextlib, os, sys, time
 from pathlib import Path
 from model.tokenizer import load_tokenizer
 from data_pipeline import text_files, tokenize
@@ -327,10 +326,11 @@ if os.environ.get("HANG"):
     def hang(self, *args):
         add(self, *args)
         self.files["tokens"].flush()
-        print("hanging", flush=True)
+        print("hanging", file=sys.__stdout__, flush=True)
         time.sleep(60)
     tokenize._ArrayWriter.add = hang
-made = tokenize.tokenize_pretrain_data([Path(sys.argv[1])], load_tokenizer(), Path(sys.argv[2]), log=lambda s: None)
+with contextlib.redirect_stdout(sys.stderr):
+    made = tokenize.tokenize_pretrain_data([Path(sys.argv[1])], load_tokenizer(), Path(sys.argv[2]))
 peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0] if os.path.exists("/proc/self/status") else 0
 print(len(made), int(made.tokens.sum(dtype="int64")), peak)
 """
@@ -359,7 +359,7 @@ def test_a_killed_build_does_no_harm(tokenizer, tmp_path, same):
     try:
         assert process.stdout.readline() == "hanging\n"
         (left,) = folders(cache)
-        finished = Path(tokenize_pretrain_data([other], tokenizer, cache, log=quiet).info["folder"]).name
+        finished = Path(tokenize_pretrain_data([other], tokenizer, cache).info["folder"]).name
         assert folders(cache) == sorted([left, finished])  # the owner of the other one lives
     finally:
         process.send_signal(signal.SIGKILL)
@@ -367,9 +367,9 @@ def test_a_killed_build_does_no_harm(tokenizer, tmp_path, same):
     assert left.startswith(".") and left.endswith(".tmp")
     if not same:
         texts_file(other, ["something else"])
-        dataset = tokenize_pretrain_data([other], tokenizer, cache, log=quiet)
+        dataset = tokenize_pretrain_data([other], tokenizer, cache)
     else:
-        dataset = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
+        dataset = tokenize_pretrain_data([source], tokenizer, cache)
         assert len(dataset) == 500 and tokenizer.decode(dataset.document(499)[1:-1]) == "text 499"
     assert folders(cache) == sorted([finished, Path(dataset.info["folder"]).name])  # what the killed one left is gone
 
@@ -379,29 +379,28 @@ def test_two_builds_at_once(tokenizer, tmp_path):
     processes = [start(source, cache) for _ in range(2)]
     results = [process.communicate()[0].split()[:2] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    dataset = tokenize_pretrain_data([source], tokenizer, cache, log=quiet)
+    dataset = tokenize_pretrain_data([source], tokenizer, cache)
     assert results[0] == results[1] == ["3000", str(int(dataset.tokens.sum(dtype=np.int64)))]
     assert folders(cache) == [Path(dataset.info["folder"]).name]
 
 
 def test_the_second_of_two_builds_waits_and_takes_the_result(tokenizer, tmp_path, capfd, monkeypatch):
     cache, path = tmp_path / "cache", texts_file(tmp_path / "a.jsonl")
-    folder = Path(tokenize_pretrain_data([path], tokenizer, cache, log=quiet).info["folder"])
+    folder = Path(tokenize_pretrain_data([path], tokenizer, cache).info["folder"])
     hidden = folder.rename(cache / "hidden")
-    said = []
+    capfd.readouterr()
     monkeypatch.setattr(module, "encode_texts", None)  # whoever encodes now fails
     with exclusive(cache, folder.name, ""):
-        waiting = threading.Thread(
-            target=lambda: tokenize_pretrain_data([path], tokenizer, cache, log=said.append), daemon=True
-        )
+        waiting = threading.Thread(target=lambda: tokenize_pretrain_data([path], tokenizer, cache), daemon=True)
         waiting.start()
         printed, deadline = "", time.monotonic() + 60
-        while "waiting for another process that tokenizes the same data" not in printed:
+        while "waiting for another process that is tokenizing into" not in printed:
             assert waiting.is_alive() and time.monotonic() < deadline
             time.sleep(0.1)
             printed += capfd.readouterr().err
         hidden.rename(folder)
     waiting.join(30)
+    said = capfd.readouterr().out.splitlines()
     assert len(said) == 1 and f"ready in {folder}" in said[0]
 
 
@@ -457,14 +456,11 @@ def test_split_shares_and_arguments():
 
 def test_duplicates_share_a_key_across_files(tokenizer, tmp_path):
     paths = [texts_file(tmp_path / "a.jsonl", ["x", "y", "x"]), texts_file(tmp_path / "b.jsonl", ["y"])]
-    keys = tokenize_pretrain_data(paths, tokenizer, tmp_path / "cache", log=quiet).content_hashes
+    keys = tokenize_pretrain_data(paths, tokenizer, tmp_path / "cache").content_hashes
     assert keys[0] == keys[2] != keys[1] == keys[3]
     rows = [{"messages": chat("q", "a " * 30)}, {"q": "q", "a": "a " * 30}, {"q": "q", "a": "b"}]
     path = write_jsonl(tmp_path / "c.jsonl", rows)
-    found = [
-        tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=n, log=quiet).content_hashes
-        for n in (20, 99)
-    ]
+    found = [tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=n).content_hashes for n in (20, 99)]
     assert found[0][0] == found[0][1] != found[0][2]
     assert np.array_equal(*found)  # the split does not depend on where chats are cut
 
@@ -500,7 +496,7 @@ def test_chat_dataset_of_every_format(tokenizer, tmp_path):
         (150, (1, 2, 2), {TURNS_CUT: len(FORMATS)}),
         (40, (1, 2, 1), {TURNS_CUT: len(FORMATS), ANSWER_CUT: len(FORMATS)}),
     ]:
-        dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=max_tokens, log=quiet)
+        dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=max_tokens)
         assert len(dataset) == len(rows) and dataset.info["cut"] == cuts
         for i in range(len(dataset)):
             messages, kept = chats[i % 3], n_answers[i % 3]
@@ -518,16 +514,15 @@ def test_chat_dataset_of_every_format(tokenizer, tmp_path):
     assert len(folders(tmp_path / "cache")) == 3
 
 
-def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
+def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path, capsys):
     twice = [chat("secret")[0], chat("secret")[0]]
     rows = [{"q": "q", "a": "a"}, {"messages": twice}, '{"cut', {"q": "q", "a": ""}, {"messages": chat("q", "a", "r")}]
     path = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0] | {"label": False}])
-    said = []
-    build = functools.partial(tokenize_chat_data, [path], tokenizer, tmp_path / "cache", max_tokens=64)
-    dataset = build(max_dropped=0.84, log=said.append)
+    dataset = tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=64, max_dropped=0.84)
+    printed = capsys.readouterr().out
     counts = {"not a valid dialogue": 3, "unreadable": 1, "not for this stage": 1}
     assert len(dataset) == 1 and dataset.info["skipped"] == counts
-    assert "a.jsonl:2: roles out of order: user user" in said[0] and "a.jsonl:3: invalid JSON" in said[0]
+    assert "a.jsonl:2: roles out of order: user user" in printed and "a.jsonl:3: invalid JSON" in printed
     for content, reason in [
         (
             rows[1:],
@@ -536,12 +531,12 @@ def test_unsound_chats_are_listed_and_never_trained_on(tokenizer, tmp_path):
         ([{"text": "pretraining data"}], "no question and answer; the fields are text"),
     ]:
         with pytest.raises(UserError, match=reason):
-            tokenize_chat_data([write_jsonl(path, content)], tokenizer, tmp_path / "cache", max_tokens=64, log=quiet)
+            tokenize_chat_data([write_jsonl(path, content)], tokenizer, tmp_path / "cache", max_tokens=64)
     (tmp_path / "a.csv").write_text("text\nx\n", encoding="utf-8")
     with pytest.raises(UserError, match="needs the columns q,a or"):
-        tokenize_chat_data([tmp_path / "a.csv"], tokenizer, tmp_path / "cache", max_tokens=64, log=quiet)
+        tokenize_chat_data([tmp_path / "a.csv"], tokenizer, tmp_path / "cache", max_tokens=64)
     with pytest.raises(UserError, match="nothing to train on"):
-        tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=1, log=quiet)
+        tokenize_chat_data([path], tokenizer, tmp_path / "cache", max_tokens=1)
 
 
 LONG = {"q": "long question " * 20, "a": "a"}
@@ -566,19 +561,19 @@ def test_one_rule_for_rows_that_cannot_be_used(tokenizer, tmp_path, monkeypatch,
         "chat": functools.partial(tokenize_chat_data, max_tokens=32),
     }[kind]
     path = write_jsonl(tmp_path / "a.jsonl", [good] * 99 + [bad])
-    assert len(tokenize([path], tokenizer, tmp_path / "c", log=quiet)) == 99
+    assert len(tokenize([path], tokenizer, tmp_path / "c")) == 99
     write_jsonl(path, [good] * 98 + [bad] * 2)
     for limit in (0.01, 0.019):
         with pytest.raises(UserError) as error:
-            tokenize([path], tokenizer, tmp_path / "c", max_dropped=limit, log=quiet)
-        monkeypatch.setattr(module, "_build", None)  # whoever tokenizes now fails
+            tokenize([path], tokenizer, tmp_path / "c", max_dropped=limit)
+        monkeypatch.setattr(module, "_ArrayWriter", None)  # whoever tokenizes now fails
         found = str(error.value)
         assert f"2 of 100 rows cannot be used, more than max_dropped={limit} allows ({reason}). The first: " in found
         assert (
             f"{path}:99: " in found and f"{path}:100: " in found and found.endswith("the others with max_dropped=0.02")
         )
         assert ("--max_seq_len" in found) == (bad is LONG)
-    assert len(tokenize([path], tokenizer, tmp_path / "c", max_dropped=0.02, log=quiet)) == 98
+    assert len(tokenize([path], tokenizer, tmp_path / "c", max_dropped=0.02)) == 98
 
 
 @pytest.mark.parametrize(("n_skipped", "n_rows"), [(29, 100), (57, 100), (1, 3), (7, 9), (99_999, 100_000), (5, 5)])
@@ -595,7 +590,7 @@ def test_a_file_whose_end_is_lost_is_an_error(tokenizer, tmp_path):
     """One bad row of a thousand, and nobody knows how many behind it."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "t"}] * 1000)[:-1] + ', {"text": tru}, {"text": "lost"}]', encoding="utf-8")
-    build = functools.partial(tokenize_pretrain_data, [path], tokenizer, tmp_path / "c", log=quiet)
+    build = functools.partial(tokenize_pretrain_data, [path], tokenizer, tmp_path / "c")
     for limit in (0.01, 0.99):
         with pytest.raises(
             UserError, match=r"a.json:1001: invalid JSON.* after this row .*; max_dropped=1 trains on what"

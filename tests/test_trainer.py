@@ -222,7 +222,7 @@ def test_every_sample_once_an_epoch_in_the_same_order_for_every_world(
             first = min(resumed_at, trainer.total_steps - 1)
             if halved:  # as --auto_batch does in the middle of a run
                 trainer.loader.micro_batch = -(-opts.batch_size // 2)
-            for step, batches in enumerate(trainer.loader.prefetch(first), start=first):
+            for step, (batches, _) in enumerate(trainer.loader.prefetch(first), start=first):
                 assert all(0 < batch.n_targets <= trainer.loader.micro_batch for batch in batches)
                 counted = [batch.inputs["samples"].tolist() for batch in batches if not batch.dummy]
                 steps.setdefault(step, {})[rank] = sum(counted, [])

@@ -53,7 +53,7 @@ def out(tmp_path_factory) -> Path:
     write(folder / "pretrain_64_moe.metrics.jsonl", lines)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     write(folder / "chats.jsonl", [{"messages": chat}])
-    tokenize_chat_data([folder / "chats.jsonl"], TOKENIZER, folder / "cache", max_tokens=64, log=lambda text: None)
+    tokenize_chat_data([folder / "chats.jsonl"], TOKENIZER, folder / "cache", max_tokens=64)
     return folder
 
 

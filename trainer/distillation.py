@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, checksum, explain_write_errors
+from common.files import cached_folder, checksum, explain_write_errors, short_hash
 from common.progress import Progress
 from data_pipeline.datasets import Batch, PackedRows
+from data_pipeline.packing import derive_seed
+from data_pipeline.sequences import sequence_batch
 from export.huggingface import CLASSES
 from inference.generator import decode_all
 from inference.model_loader import open_model
@@ -241,16 +243,20 @@ def cached_top_k(
     temperature: that of the loss: what is kept are the probabilities at this temperature.
     """
     origin = [rows.fingerprint, teacher.fingerprint, k, temperature, str(dtype)]
-    folder = cache_dir / f"teacher-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]}"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return TopK(rows, folder, k)
+    folder = cache_dir / f"teacher-{short_hash(origin)}"
     if k >= (n_tokens := rows.dataset.info["vocab_size"]):
         raise UserError(f"--top_k {k}: there are {n_tokens} tokens; leave it out to use the probabilities of all")
-    labels = [rows.batch([row]).n_targets for row in range(len(rows))]
-    first = np.concatenate([[0], np.cumsum(labels)])
-    size = 4 * k * int(first[-1]) / 1e6
-    print(f"the teacher's {k} most probable tokens of {first[-1]:,} targets: {size:,.0f} MB in {folder}")
-    with explain_write_errors(cache_dir, "another --cache_dir"), atomic_folder(folder) as tmp:
+
+    def read(folder: Path) -> TopK | None:
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            return TopK(rows, folder, k)
+        return None
+
+    def build(tmp: Path) -> None:
+        labels = [rows.batch([row]).n_targets for row in range(len(rows))]
+        first = np.concatenate([[0], np.cumsum(labels)])
+        size = 4 * k * int(first[-1]) / 1e6
+        print(f"the teacher's {k} most probable tokens of {first[-1]:,} targets: {size:,.0f} MB in {folder}")
         np.save(tmp / "first.npy", first)
         with (
             (tmp / "ids.bin").open("wb") as ids,
@@ -266,7 +272,9 @@ def cached_top_k(
                 ids.write(top.indices.cpu().numpy().astype(np.uint16).tobytes())
                 logps.write(top.values.cpu().numpy().astype(np.float16).tobytes())
                 progress.update(len(some))
-    return TopK(rows, folder, k)
+
+    with explain_write_errors(cache_dir, "another --cache_dir"):
+        return cached_folder(folder, read, build, "asking the teacher")[0]
 
 
 # ---- the student's own answers
@@ -323,18 +331,15 @@ class Questions:
 
 def answer_batch(dialogues: Sequence[tuple[list[int], list[int]]]) -> Batch:
     """Return questions and their answers, as tokens, as one packed row: the inputs of `PackedRows.batch`."""
-    ids = [token for question, answer in dialogues for token in question + answer]
-    labels = [token for question, answer in dialogues for token in [-100] * len(question) + answer]
-    lengths = np.array([len(question) + len(answer) for question, answer in dialogues])
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "labels": torch.tensor([labels]),
-        "position_ids": torch.from_numpy(positions)[None],
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-        "cu_seqlens": torch.from_numpy(np.concatenate([[0], lengths.cumsum()])).int(),
-    }
-    return Batch(inputs, sum(len(answer) for _, answer in dialogues), len(ids), int((lengths**2).sum()))
+    batch = sequence_batch(
+        [(question + answer, [False] * len(question) + [True] * len(answer)) for question, answer in dialogues]
+    )
+    x = batch.inputs
+    labels = torch.full_like(x["input_ids"], -100)
+    labels[0, x["predicts"] + 1] = x["targets"]
+    inputs = {name: x[name] for name in ("input_ids", "position_ids", "cu_seqlens")}
+    inputs |= {"labels": labels, "attention_mask": torch.ones_like(labels)}
+    return dataclasses.replace(batch, inputs=inputs)
 
 
 @dataclass
@@ -352,7 +357,10 @@ class AnswerLoader(OnPolicyLoader):
         """Return the student's answers to this process's questions of a step."""
         size, mine = size or self.micro_batch, self.numbered(step)
         questions = [self.data.question(sample) for _, sample in mine]
-        samplings = [SamplingParams(self.max_new_tokens, temperature=1.0, seed=self.seed_of(step, n)) for n, _ in mine]
+        samplings = [
+            SamplingParams(self.max_new_tokens, temperature=1.0, seed=derive_seed(self.schedule.seed, step, n))
+            for n, _ in mine
+        ]
         answers: list[list[int]] = [[] for _ in questions]
         for output in decode_all(self.generator(size), questions, samplings):
             answers[output.key].append(output.token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,13 +66,20 @@ def starting_model(
 
 
 def chat_rows(
-    options: ChatOptions, dist_env: DistEnv, tokenizer: PreTrainedTokenizerFast, seq_len: int
+    options: ChatOptions,
+    dist_env: DistEnv,
+    tokenizer: PreTrainedTokenizerFast,
+    seq_len: int,
+    image_ids: Sequence[int] = (),
 ) -> tuple[PackedRows, PackedRows | None]:
-    """Return training and validation rows of dialogues, with a mask over everything that the assistant does not say."""
+    """Return training and validation rows of dialogues, with a mask over everything that the assistant does not say.
+
+    image_ids: the tokens that stand for an image, for dialogues about images.
+    """
     train, val = packed_rows(
         options, dist_env, seq_len,
         lambda cache: tokenize_chat_data(
-            options.data_path, tokenizer, cache, max_tokens=seq_len, max_dropped=options.max_dropped
+            options.data_path, tokenizer, cache, max_tokens=seq_len, image_ids=image_ids, max_dropped=options.max_dropped
         ),
     )  # fmt: skip
     if options.show_sample:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def weights_run(
     dist_env: DistEnv,
     origin: Checkpoint | None = None,
     frozen: Sequence[tuple[str, Tensor]] = (),
-    **identity: str | None,
+    **identity: Any,
 ) -> Run:
     """Return a run that writes OUT_DIR/<stage>_<dim>[_moe].pth; the stage is that of the class of `options`.
 
@@ -153,13 +154,10 @@ def packed_rows(
     dist_env: DistEnv,
     seq_len: int,
     tokenize: Callable[[Path], TokenizedDataset],
-    make_rows: Callable[..., PackedRows] = PackedRows,
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return training and validation rows of the data (None where --val_fraction is 0).
 
-    Args:
-        tokenize: return the tokens of the data from the cache in a folder, or create them there.
-        make_rows: takes what `PackedRows` takes.
+    tokenize: return the tokens of the data from the cache in a folder, or create them there.
     """
     with main_process_first(dist_env, "preparing tokens"):
         dataset = tokenize(options.cache_folder)
@@ -167,8 +165,8 @@ def packed_rows(
     train_ids, val_ids = dataset.split(min(options.val_fraction, options.val_tokens / n_tokens))
     if options.mix:
         train_ids = _mixed(dataset, train_ids, options)
-    train = make_rows(dataset, train_ids, seq_len, options.seed)
-    val = make_rows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
+    train = PackedRows(dataset, train_ids, seq_len, options.seed)
+    val = PackedRows(dataset, val_ids, seq_len, options.seed) if len(val_ids) else None
     held_out = f"{len(val_ids):,} documents, {val.n_tokens:,} tokens" if val else "nothing"
     print(
         f"training on {len(train_ids):,} documents, {train.n_tokens:,} tokens in {len(train):,} rows of {seq_len} "

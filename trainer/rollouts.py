@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.datasets import Batch, BatchLoader, DataFailure
-from data_pipeline.tokenize import split_by_hash
+from common.files import short_hash
+from data_pipeline.datasets import Batch, BatchLoader
+from data_pipeline.packing import derive_seed
+from data_pipeline.sequences import sequence_batch, split_samples
 from evaluation.rollouts import Rollout, RolloutPrompt, run_rollouts
 from evaluation.verifiers import Reward
 from inference.backends import choose_backend
@@ -39,8 +38,7 @@ class PromptSet:
 
     def __init__(self, prompts: Sequence[RolloutPrompt], algorithm: str) -> None:
         self.prompts, self.algorithm = prompts, algorithm
-        hashes = json.dumps([prompt.content_hash() for prompt in prompts])
-        self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+        self.fingerprint = short_hash([prompt.content_hash() for prompt in prompts])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -50,23 +48,18 @@ class PromptSet:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return empty answers without any advantage, for passes that count for nothing."""
-        rollouts = [_empty(self.prompts[i]) for i in indices]
+        rollouts = [
+            Rollout(prompt, [*prompt.ids, EOS_ID], [False] * len(prompt.ids) + [True], [0.0])
+            for prompt in (self.prompts[i] for i in indices)
+        ]
         return make_batch(rollouts, [torch.zeros(1)] * len(rollouts), [False] * len(rollouts), self.algorithm)
 
 
-def _empty(prompt: RolloutPrompt) -> Rollout:
-    return Rollout(prompt, [*prompt.ids, EOS_ID], [False] * len(prompt.ids) + [True], [0.0])
-
-
 def train_and_val_prompts(prompts: list[RolloutPrompt], options: RolloutOptions) -> tuple[PromptSet, PromptSet | None]:
-    """Split prompts by content, so that duplicates stay on one side; hold out as --val_fraction and --val_tokens say."""
-    hashes = np.array([prompt.content_hash() for prompt in prompts], np.uint64)
+    """Split prompts by content; hold out as --val_fraction and --val_tokens say."""
     n_tokens = sum(len(prompt.ids) for prompt in prompts)
-    train_ids, val_ids = split_by_hash(hashes, min(options.val_fraction, options.val_tokens / n_tokens))
-    train = PromptSet([prompts[i] for i in train_ids], options.algorithm)
-    val = PromptSet([prompts[i] for i in val_ids], options.algorithm) if len(val_ids) else None
-    print(f"training on {len(train):,} prompts; held out for validation: {len(val) if val else 0:,}")
-    return train, val
+    train, val = split_samples(prompts, "prompts", n_tokens, options.val_fraction, options.val_tokens)
+    return PromptSet(train, options.algorithm), PromptSet(val, options.algorithm) if val else None
 
 
 def make_batch(
@@ -78,29 +71,12 @@ def make_batch(
         advantages: of each rollout's sampled tokens, (tokens,) or (1,).
         equal: whether its group had equal rewards.
 
-    input_ids, position_ids: (1, tokens); cu_seqlens: (rollouts + 1,).
-    predicts: (sampled tokens,) positions whose next token was sampled; targets: those tokens; sequence: index of their
-    rollout; sampler_logps, advantages: of them. The entries named in `ROLLOUT_METRICS`: (rollouts,).
+    The inputs are those of `sequence_batch`, with sampler_logps and advantages of the sampled tokens, and the entries named
+    in `ROLLOUT_METRICS`, (rollouts,).
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    boundaries = [0]
-    predicts: list[int] = []
-    sequence: list[int] = []
-    for i, rollout in enumerate(rollouts):
-        predicts += [len(ids) + t - 1 for t, sampled in enumerate(rollout.sampled) if sampled]
-        sequence += [i] * rollout.n_sampled
-        ids += rollout.ids
-        positions += range(len(rollout.ids))
-        boundaries.append(len(ids))
+    batch = sequence_batch([(rollout.ids, rollout.sampled) for rollout in rollouts])
     lengths = [rollout.n_sampled for rollout in rollouts]
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
-        "predicts": torch.tensor(predicts),
-        "targets": torch.tensor([ids[t + 1] for t in predicts]),
-        "sequence": torch.tensor(sequence),
+    batch.inputs.update({
         "sampler_logps": torch.tensor([logp for rollout in rollouts for logp in rollout.logps]),
         "advantages": torch.cat([a.expand(n) for a, n in zip(advantages, lengths, strict=True)]),
         "reward": torch.tensor([rollout.reward.value for rollout in rollouts]),
@@ -111,11 +87,10 @@ def make_batch(
         "failed_calls": torch.tensor([rollout.failed_calls for rollout in rollouts]),
         "verifier_errors": torch.tensor([len(rollout.reward.errors) for rollout in rollouts]),
         "equal_rewards": torch.tensor([*equal]),
-    }
+    })  # fmt: skip
     if algorithm == "ppo":
-        inputs |= {name: torch.zeros(len(predicts)) for name in ("old_values", "returns")}
-    n_targets = len(predicts) if algorithm in TOKEN_MEAN else len(rollouts)
-    return Batch(inputs, n_targets, len(ids), int((np.diff(boundaries) ** 2).sum()))
+        batch.inputs.update({name: torch.zeros(batch.n_targets) for name in ("old_values", "returns")})
+    return batch if algorithm in TOKEN_MEAN else dataclasses.replace(batch, n_targets=len(rollouts))
 
 
 def frozen_copy(model: Transformer, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -176,13 +151,13 @@ class OnPolicyLoader(BatchLoader):
     dtype: torch.dtype = field(kw_only=True)
     _sampler: Sampler | None = field(init=False, default=None)
 
-    def prefetch(self, first: int) -> Iterator[list[Batch] | DataFailure]:
+    def prefetch(self, first: int) -> Iterator[tuple[list[Batch], BaseException | None]]:
         """Yield the batches of every step from `first` on, each made with the weights of that moment."""
         for step in range(first, self.schedule.total_steps):
             try:
-                yield self.batches(step)
-            except Exception as error:  # all processes have to learn of it before they stop
-                yield DataFailure(error)
+                yield self.batches(step), None
+            except Exception as error:
+                yield [], error
 
     def generator(self, rows: int) -> BatchGenerator:
         """Return a generator with the newest weights; `rows` is the number of sequences at a time."""
@@ -199,11 +174,6 @@ class OnPolicyLoader(BatchLoader):
         samples = self.schedule.samples(step)
         dummy = dataclasses.replace(self.data.batch(samples[:1]), dummy=True)
         return batches + [dummy] * (-(-len(samples[:: self.world_size]) // size) - len(batches))
-
-    def seed_of(self, *numbers: int) -> int:
-        """Return a seed that depends on the run's seed and on these numbers."""
-        seed = np.random.SeedSequence([self.schedule.seed, *numbers]).generate_state(1, np.uint64)[0]
-        return int(seed >> np.uint64(1))
 
 
 @dataclass
@@ -244,7 +214,7 @@ class RolloutLoader(OnPolicyLoader):
             mine = self.numbered(step)
             counts.append(len(mine))
             prompts += [self.data.prompts[sample] for _, sample in mine for _ in range(group_size)]
-            seeds = [self.seed_of(step, n, k) for n, _ in mine for k in range(group_size)]
+            seeds = [derive_seed(self.schedule.seed, step, n, k) for n, _ in mine for k in range(group_size)]
             samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
         rollouts = iter(self._run(prompts, samplings))
         made = {}

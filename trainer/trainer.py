@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError, stop_signals
+from common.errors import UserError, first_line, stop_signals
 from common.files import write_json
-from data_pipeline.datasets import Batch, BatchLoader, DataFailure, Dataset, Schedule
+from data_pipeline.datasets import Batch, BatchLoader, Dataset, Schedule
+from data_pipeline.packing import derive_seed
 from model.device import is_out_of_memory, resolve_device, resolve_dtype
 from model.LMConfig import LMConfig
 from model.model import parameter_counts
@@ -142,19 +142,20 @@ class Trainer:
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, batches: list[Batch] | DataFailure) -> dict[str, float]:
-        """Do one optimizer step with this process's part of the samples; return sums over the whole step."""
+    def step(self, step: int, micro_batches: list[Batch], error: BaseException | None = None) -> dict[str, float]:
+        """Do one optimizer step with this process's part of the samples; return sums over the whole step.
+
+        error: why this process could not prepare its part.
+        """
         lr = get_lr(step, self.total_steps, self.options.learning_rate, self.warmup_steps)
         self.strategy.set_learning_rate(lr)
         self.dist_env.heartbeat(f"step {step + 1}")
         # Count first: gradients are divided by the targets of the whole step, not of a micro-batch or a process.
-        failure = batches if isinstance(batches, DataFailure) else None
-        micro_batches = [] if isinstance(batches, DataFailure) else batches
         counts = [sum(getattr(batch, name) for batch in micro_batches if not batch.dummy) for name in COUNTS]
-        *counts, n_failed = all_reduce_sum(self.dist_env, [*counts, failure is not None], self.device)
+        *counts, n_failed = all_reduce_sum(self.dist_env, [*counts, error is not None], self.device)
         n_targets, n_tokens, attention_pairs = counts
         if n_failed:
-            self._stop_on_lost_data(step, failure)
+            self._stop_on_lost_data(step, error)
         if not n_targets:
             raise UserError(f"step {step + 1}: its samples have no target token; was the data changed while training?")
 
@@ -178,7 +179,7 @@ class Trainer:
 
         None: with --auto_batch, the memory of this process or of another was not enough; gradients are empty again.
         """
-        torch.manual_seed(hash_seed(self.options.seed, step, self.dist_env.rank))  # dropout: no state has to be saved
+        torch.manual_seed(derive_seed(self.options.seed, step, self.dist_env.rank))  # dropout: no state has to be saved
         sums: dict[str, Tensor] = {}
         out_of_memory = False
         # A process that ran out of memory cannot take part in the sum of gradients: with --auto_batch it comes later.
@@ -239,7 +240,7 @@ class Trainer:
         return self.loader.batches(step)
 
     def _memory_advice(self, error: RuntimeError | None) -> str:
-        reason = f" ({str(error).splitlines()[0]})" if error is not None else ""
+        reason = f" ({first_line(error)})" if error is not None else ""
         if self.loader.micro_batch > 1:
             advice = "--auto_batch, a smaller --batch_size with more --accumulation_steps (the result is the same)"
         else:
@@ -278,11 +279,10 @@ class Trainer:
             "--dtype float32, and look at those documents"
         )
 
-    def _stop_on_lost_data(self, step: int, failure: DataFailure | None) -> None:
+    def _stop_on_lost_data(self, step: int, error: BaseException | None) -> None:
         """Stop every process when one cannot read its data; all raise the same error."""
         text = None
-        if failure is not None:
-            error = failure.error
+        if error is not None:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             who = f" on rank {self.dist_env.rank}" if self.dist_env.size > 1 else ""
             text = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
@@ -292,7 +292,7 @@ class Trainer:
         raise UserError(
             f"step {step + 1}: the data could not be read: {reasons}. {self._kept()}{files} Fix the data, then continue "
             "with --resume auto"
-        ) from (failure.error if failure is not None else None)
+        ) from error
 
     def _kept(self) -> str:
         return f"The state is saved in {self.folder}." if self.steps_done else "Nothing was trained yet."
@@ -349,8 +349,8 @@ class Trainer:
         prefetched = self.loader.prefetch(first)
         for step in range(first, self.total_steps):
             with self.timer.waiting_for_data():
-                batches = next(prefetched)
-            result = self.step(step, batches)
+                batches, error = next(prefetched)
+            result = self.step(step, batches, error)
             self.steps_done = done = step + 1
             self.tokens_done += int(result["n_tokens"])
             logger.add(done, result)
@@ -500,11 +500,6 @@ def has_exploded(loss: float, before: float) -> bool:
     Losses that are not nats per token (IPO starts at 25 or more) may double.
     """
     return loss > before + max(EXPLODED, before)
-
-
-def hash_seed(seed: int, step: int, rank: int) -> int:
-    """Return one number from three, such that neighbouring steps and ranks have unrelated random streams."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _shared_flags(options: TrainOptions) -> dict:

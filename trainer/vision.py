@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from data_pipeline.datasets import ImageRows, PackedRows
+from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.image_features import Encoder, Features, Pixels, cached_features, pixel_values
-from data_pipeline.tokenize import TokenizedDataset
-from data_pipeline.tokenize_chats import show_sample, tokenize_image_data
 from model.architecture import VisionConfig
 from model.device import resolve_device
 from model.LMConfig import LMConfig
@@ -24,8 +23,8 @@ from model.tokenizer import IMAGE_TOKEN, encode_text
 from model.vision import PretrainedEncoder, VisionLanguageModel
 from model.weights_file import Checkpoint, build_model
 from trainer.distributed import DistEnv, main_process_first
+from trainer.finetune import chat_rows
 from trainer.options import VisionOptions
-from trainer.recipe import packed_rows
 
 
 def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
@@ -105,6 +104,40 @@ def open_encoder(
     return load_encoder(options, folder, len(model.vision.image_ids))
 
 
+class ImageRows:
+    """Rows of packed dialogues with their images. No dialogue may be longer than a row.
+
+    Args:
+        images: returns the images of these numbers as one tensor, in the order of the numbers.
+        name: of that tensor among the inputs of the model.
+    """
+
+    def __init__(self, rows: PackedRows, images: Callable[[list[int]], Tensor], name: str) -> None:
+        if rows.dataset.n_images is None:
+            raise ValueError("this dataset has no images")
+        if rows.packing.start.any():
+            raise ValueError(
+                f"a dialogue is longer than the rows of {rows.packing.seq_len} tokens: tokenize with that length"
+            )
+        self.rows, self.images, self.name = rows, images, name
+        self.n_bytes, self.fingerprint, self.documents = rows.n_bytes, rows.fingerprint, rows.documents
+        self.n_images = rows.dataset.n_images
+        self.first_image = np.cumsum(self.n_images) - self.n_images
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return rows as `PackedRows.batch` does, and the images in the order in which they stand in the rows."""
+        packing, batch = self.rows.packing, self.rows.batch(indices)
+        numbers: list[int] = []
+        for row in indices:
+            for document in packing.document[packing.bounds[row] : packing.bounds[row + 1]]:
+                first = int(self.first_image[document])
+                numbers += range(first, first + int(self.n_images[document]))
+        return replace(batch, inputs=batch.inputs | {self.name: self.images(numbers)})
+
+
 def image_rows(
     options: VisionOptions,
     dist_env: DistEnv,
@@ -112,7 +145,7 @@ def image_rows(
     model: VisionLanguageModel,
     encoder: PretrainedEncoder | None,
     frozen: Checkpoint | None = None,
-) -> tuple[PackedRows, PackedRows | None]:
+) -> tuple[ImageRows, ImageRows | None]:
     """Return training and validation rows of dialogues about images.
 
     Args:
@@ -121,37 +154,25 @@ def image_rows(
 
     Raises UserError if the data has no images.
     """
-    config, vision = model.config, model.vision
+    vision = model.vision
     encode: Encoder | None = encoder
     identity = encoder.fingerprint if encoder is not None else ""
     if frozen is not None:
         encode, identity = _own_encoder(model, options), frozen.fingerprint
 
-    loaders: dict[str, Pixels | Features] = {}  # one for training and validation
-
-    def rows(dataset: TokenizedDataset, documents: np.ndarray, seq_len: int, seed: int) -> ImageRows:
-        if dataset.n_images is None or not dataset.n_images.any():
-            files = " ".join(map(str, options.data_path))
-            raise UserError(f"{files}: no images in it; 3-full_sft.py learns from dialogues without images")
-        if not loaders and encode is None:
-            loaders["pixel_values"] = Pixels(dataset, vision.image_size)
-        elif not loaders and encode is not None:
-            with main_process_first(dist_env, "computing the features of images"):
-                loaders["image_features"] = Features(cached_features(dataset, encode, identity, options.cache_folder))
-        name, load = next(iter(loaders.items()))
-        return ImageRows(dataset, documents, seq_len, seed, load, name)
-
-    train, val = packed_rows(
-        options, dist_env, config.max_seq_len,
-        lambda cache: tokenize_image_data(
-            options.data_path, tokenizer, cache, image_ids=vision.image_ids, max_tokens=config.max_seq_len,
-            max_dropped=options.max_dropped,
-        ),
-        rows,
-    )  # fmt: skip
-    if options.show_sample:
-        show_sample(train.dataset, tokenizer)
-    return train, val
+    train, val = chat_rows(options, dist_env, tokenizer, model.config.max_seq_len, vision.image_ids)
+    dataset = train.dataset
+    if dataset.n_images is None or not dataset.n_images.any():
+        files = " ".join(map(str, options.data_path))
+        raise UserError(f"{files}: no images in it; 3-full_sft.py learns from dialogues without images")
+    load: Pixels | Features
+    if encode is None:
+        name, load = "pixel_values", Pixels(dataset, vision.image_size)
+    else:
+        with main_process_first(dist_env, "computing the features of images"):
+            features = cached_features(dataset, encode, identity, options.cache_folder)
+        name, load = "image_features", Features(features)
+    return ImageRows(train, load, name), ImageRows(val, load, name) if val else None
 
 
 def _own_encoder(model: VisionLanguageModel, options: VisionOptions) -> Encoder:

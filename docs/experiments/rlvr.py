@@ -93,7 +93,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             history = tiny.train(
                 model, data, options.steps, rate, optimizer="muon", batch_size=PROMPTS, warmup=4,
-                loss_fn=policy_loss(algorithm, LONGEST, value_head=head), change=lambda _: next(answers)[0],
+                loss_fn=policy_loss(algorithm, LONGEST, value_head=head), change=lambda _: next(answers)[0][0],
             )  # fmt: skip
         return model, [{name: value / line["n_answers"] for name, value in line.items()} for line in history]
 

@@ -49,7 +49,7 @@ def text_rows(seq_len: int = 128) -> tuple[PackedRows, PackedRows]:
     """Return (training, validation) rows of the sample texts, packed as in pretraining."""
     from data_pipeline.tokenize import tokenize_pretrain_data
 
-    return _split(tokenize_pretrain_data([SAMPLE / TEXTS], tokenizer(), OUT / "cache", log=quiet), seq_len, 0.05)
+    return _split(tokenize_pretrain_data([SAMPLE / TEXTS], tokenizer(), OUT / "cache"), seq_len, 0.05)
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def chat_rows(name: str = CHATS, seq_len: int = 128, val_fraction: float = 0.05)
     """Return (training, validation) rows of dialogues of the sample data, packed and masked as in SFT."""
     from data_pipeline.tokenize_chats import tokenize_chat_data
 
-    data = tokenize_chat_data([SAMPLE / name], tokenizer(), OUT / "cache", max_tokens=seq_len, log=quiet)
+    data = tokenize_chat_data([SAMPLE / name], tokenizer(), OUT / "cache", max_tokens=seq_len)
     return _split(data, seq_len, val_fraction)
 
 

@@ -27,26 +27,26 @@ def main() -> None:
     options = parse_options(Options, __doc__)
     import torch
 
-    from data_pipeline.datasets import ImageRows
+    from data_pipeline.datasets import PackedRows
     from data_pipeline.image_features import Pixels
-    from data_pipeline.tokenize_chats import tokenize_image_data
+    from data_pipeline.tokenize_chats import tokenize_chat_data
     from model.architecture import VisionConfig
     from model.LMConfig import LMConfig
     from model.vision import VisionLanguageModel
     from trainer.losses import next_token_loss
-    from trainer.vision import image_ids
+    from trainer.vision import ImageRows, image_ids
 
     shape = dict(encoder="vit", width=64, image_size=48, patch_size=16, n_layers=2, n_heads=4)
     ids = image_ids(tiny.tokenizer(), 9)  # 3 x 3 patches
     vision = VisionConfig.complete(shape | {"image_ids": ids})
     torch.manual_seed(0)
     model = VisionLanguageModel(LMConfig(**tiny.SHAPE, vision_config=vision)).train()
-    dataset = tokenize_image_data(
+    dataset = tokenize_chat_data(
         [tiny.SAMPLE / "vlm_pretrain.parquet"], tiny.tokenizer(), tiny.OUT / "cache",
-        image_ids=ids, max_tokens=128, log=tiny.quiet,
+        image_ids=ids, max_tokens=128,
     )  # fmt: skip
     pixels = Pixels(dataset, 48)
-    rows, val = (ImageRows(dataset, part, 128, 0, pixels, "pixel_values") for part in dataset.split(0.05))
+    rows, val = (ImageRows(PackedRows(dataset, part, 128, 0), pixels, "pixel_values") for part in dataset.split(0.05))
     batch = val.batch(range(min(24, len(val))))
     images = batch.inputs["pixel_values"]
     seen = {"the right image": images, "another image": images.roll(1, 0), "a grey image": torch.full_like(images, 127)}
