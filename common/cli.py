@@ -125,7 +125,6 @@ def parse_options(
     argv: list[str] | None = None,
     *,
     parser_class: type[Parser] | None = None,
-    **defaults: Any,
 ) -> Options:
     """Read the command line into a dataclass of flags; exit with all that is wrong at once.
 
@@ -139,12 +138,9 @@ def parse_options(
         description: of the script, for `--help`; usually its docstring.
         argv: the command line; None: that of the process.
         parser_class: a `Parser` that reports errors in another way.
-        defaults: replace defaults of the fields.
     """
     parser = (parser_class or Parser)(description=description)
-    members: dict[str, list[str]] = {}  # field of a `flag_group` -> its flags
-    groups: dict[str, Any] = {"": parser}
-    add_flags(parser, groups, options, defaults, members)
+    _add_flags(parser, parser, options, {})
     given = vars(parser.parse_args(argv))
     if (stored_flags := getattr(options, "stored_flags", None)) is not None:
         untouched = argparse.Namespace(**dict.fromkeys(given, argparse.SUPPRESS))  # a value that no flag has
@@ -153,9 +149,6 @@ def parse_options(
         hints = typing.get_type_hints(options)
         for name in stored.keys() & given.keys() - typed:
             given[name] = _from_json(hints.get(name), stored[name])
-    for field_name, names in members.items():
-        values = {name: given.pop(name) for name in names}
-        given[field_name] = {name: value for name, value in values.items() if value is not None}
     errors: list[str] = []
     try:
         result = _build(options, given, errors)
@@ -167,28 +160,25 @@ def parse_options(
     return result
 
 
-def add_flags(
-    parser: Parser, groups: dict[str, Any], options: Any, defaults: dict[str, Any], members: dict[str, list[str]]
-) -> None:
-    """Add the flags of a dataclass to `parser`. Fills `groups` (title -> group) and `members`."""
-    hints = typing.get_type_hints(options)
+def _add_flags(parser: Parser, target: Any, options: Any, defaults: dict[str, Any]) -> None:
+    """Add the flags of a dataclass to `target`, the parser or one of its groups; those with a group of their own to that."""
+    hints, groups = typing.get_type_hints(options), {"": target}
     for field in dataclasses.fields(options):
         metadata = next(iter(_declarations(options, field.name) if field.init else ()), {})
         if "help" in metadata:
             title = metadata["group"]
-            target = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
             default = defaults.get(field.name, _default(field))
             name = field.name if metadata["positional"] else f"--{field.name}"
-            _add(target, name, hints[field.name], default, metadata["help"], metadata["settings"])
+            _add(groups[title], name, hints[field.name], default, metadata["help"], metadata["settings"])
         elif "flags" in metadata:
             group = parser.add_argument_group(metadata["title"], metadata["description"])
-            flags = metadata["flags"]()
-            members[field.name] = list(flags)
-            for name, (kind, help) in flags.items():
+            for name, (kind, help) in metadata["flags"]().items():
                 _add(group, f"--{name}", kind, None, help, {})
         elif "options" in metadata:
-            inner = {"": parser.add_argument_group(metadata["title"])}
-            add_flags(parser, inner, metadata["options"], metadata["defaults"], members)
+            inner = parser.add_argument_group(metadata["title"])
+            _add_flags(parser, inner, metadata["options"], metadata["defaults"])
 
 
 def _build(options: Any, given: dict[str, Any], errors: list[str]) -> Any:
@@ -200,6 +190,9 @@ def _build(options: Any, given: dict[str, Any], errors: list[str]) -> Any:
     for field in dataclasses.fields(options):
         if "options" in field.metadata:
             values[field.name] = _build(field.metadata["options"], given, errors)
+        elif "flags" in field.metadata:
+            group = {name: given.pop(name) for name in field.metadata["flags"]()}
+            values[field.name] = {name: value for name, value in group.items() if value is not None}
         elif field.name in given:
             values[field.name] = given.pop(field.name)
             if wrong := range_errors(options, {field.name: values[field.name]}):
