@@ -14,7 +14,8 @@ import torch
 from common.errors import UserError
 from common.files import atomic_write, short_hash
 from data_pipeline.datasets import Batch
-from data_pipeline.records import Preference, iter_preferences
+from data_pipeline.readers import Record
+from data_pipeline.records import PREFERENCE_COLUMNS, check_columns, parse_preference
 from data_pipeline.sequences import content_hash, sequence_batch, split_samples
 from data_pipeline.tokenize_chats import collect_rows, encode_preference
 from model.tokenizer import tokenizer_hash
@@ -40,12 +41,14 @@ def read_pairs(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, max_tokens: int, max_dropped: float
 ) -> list[EncodedPair]:
     """Return all usable pairs of the files; count and list the other rows. Raises UserError as `collect_rows`."""
+    for path in paths:
+        check_columns(path, PREFERENCE_COLUMNS)
 
-    def make(preference: Preference) -> EncodedPair:
-        return EncodedPair(*encode_preference(tokenizer, preference, max_tokens))
+    def make(record: Record) -> EncodedPair:
+        return EncodedPair(*encode_preference(tokenizer, *parse_preference(record.data), max_tokens))
 
     invalid = "unreadable or not a valid pair"
-    return collect_rows(paths, iter_preferences, make, "preference pair", invalid, max_dropped)
+    return collect_rows(paths, make, "preference pair", invalid, max_dropped)
 
 
 class PreferencePairs:

@@ -16,13 +16,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from data_pipeline.readers import columns, field_names, file_format, iter_records
-from data_pipeline.text_files import BadLine
+from data_pipeline.readers import columns, field_names, file_format
 from model.chat_format import Message, check_messages, message_text, with_tools
 
 ROLES = {
@@ -46,29 +43,6 @@ class Malformed(UserError):
 
 class WrongStage(Malformed):
     """A row that could be read as a dialogue, but whose other fields say that this is not what is to be learned."""
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two different answers to one prompt: an optional system message, then user and assistant in turn, the user last."""
-
-    line: int
-    prompt_messages: list[Message]
-    chosen: str
-    rejected: str
-
-
-def iter_preferences(path: Path, on_bad: Callable[[BadLine], None]) -> Iterator[Preference]:
-    """Yield the preference pairs of `path` in constant memory; rows that are not a valid pair go to `on_bad`.
-
-    Raises UserError for a file that is missing, empty, of an unknown format or without the columns of a pair.
-    """
-    check_columns(path, PREFERENCE_COLUMNS)
-    for record in iter_records(path, on_bad):
-        try:
-            yield Preference(record.line, *parse_preference(record.data))
-        except UserError as reason:
-            on_bad(BadLine(record.line, str(reason)))
 
 
 def parse_conversation(data: dict) -> list[Message]:

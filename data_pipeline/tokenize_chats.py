@@ -9,17 +9,17 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from common.errors import UserError, stoppable
 from data_pipeline.image_records import IMAGE_COLUMNS, parse_image_row
 from data_pipeline.images import BadImage
-from data_pipeline.readers import Block
-from data_pipeline.records import CHAT_COLUMNS, Malformed, Preference, WrongStage, check_columns, parse_conversation
+from data_pipeline.readers import Block, Record, iter_records
+from data_pipeline.records import CHAT_COLUMNS, Malformed, WrongStage, check_columns, parse_conversation
 from data_pipeline.text_files import BadLine, BadLineLog
 from data_pipeline.tokenize import (
     MAX_DROPPED,
@@ -63,20 +63,13 @@ class NothingToTrainOn(Exception):
         self.detail = detail
 
 
-class _Row(Protocol):
-    @property
-    def line(self) -> int: ...
-
-
-Source = TypeVar("Source", bound=_Row)
 Kept = TypeVar("Kept")
 
 
 @stoppable(STOPPED)
 def collect_rows(
     paths: Sequence[Path],
-    rows_of: Callable[[Path, Callable[[BadLine], None]], Iterable[Source]],
-    make: Callable[[Source], Kept],
+    make: Callable[[Record], Kept],
     name: str,
     invalid: str,
     max_dropped: float,
@@ -86,7 +79,6 @@ def collect_rows(
     For data that people wrote, of which there is little: it is kept in memory.
 
     Args:
-        rows_of: yields the rows of a file, and hands those that cannot be read to its second argument.
         make: raises UserError for a row that is not valid, NothingToTrainOn for one that is and cannot be used.
         name: of what is made, for messages.
         invalid: line of the summary for rows that cannot be read or are not valid.
@@ -99,7 +91,7 @@ def collect_rows(
     unused: Counter[str] = Counter()
     for path in paths:
         before = len(kept)
-        for row in rows_of(path, functools.partial(bad.add, path)):
+        for row in iter_records(path, functools.partial(bad.add, path)):
             try:
                 kept.append(make(row))
             except NothingToTrainOn as error:
@@ -147,22 +139,21 @@ def tokenize_chat_data(
 
 
 def encode_preference(
-    tokenizer: PreTrainedTokenizerFast, preference: Preference, max_tokens: int
+    tokenizer: PreTrainedTokenizerFast, prompt: list[Message], chosen: str, rejected: str, max_tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
     """Return (prompt with the header of the answer, chosen, rejected) as token ids; prompt + either fit `max_tokens`.
 
     Cut as in `truncate_chat`, by the longer of the two answers; an answer ends in `</s>` unless it was cut.
     Raises NothingToTrainOn if no answer fits, or the two are the same as far as they fit.
     """
-    encoded = encode_texts(tokenizer, [preference.chosen, preference.rejected])
-    chosen, rejected = ([*ids, EOS_ID] for ids in encoded)
-    longer = preference.chosen if len(chosen) >= len(rejected) else preference.rejected
-    messages = [*preference.prompt_messages, {"role": ANSWER_ROLE, "content": longer}]
+    answers = [[*ids, EOS_ID] for ids in encode_texts(tokenizer, [chosen, rejected])]
+    longer = chosen if len(answers[0]) >= len(answers[1]) else rejected
+    messages = [*prompt, {"role": ANSWER_ROLE, "content": longer}]
     chat = _truncate(tokenizer, messages, max_tokens)
     room = max_tokens - chat.answer_start
-    if chosen[:room] == rejected[:room]:
+    if answers[0][:room] == answers[1][:room]:
         raise NothingToTrainOn(SAME_AFTER_CUT, f" in {max_tokens} tokens")
-    return chat.ids[: chat.answer_start], chosen[:room], rejected[:room]
+    return chat.ids[: chat.answer_start], answers[0][:room], answers[1][:room]
 
 
 def _truncate(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.readers import Record, iter_records
+from data_pipeline.readers import Record
 from data_pipeline.records import Malformed, parse_prompt
 from data_pipeline.sequences import content_hash
 from data_pipeline.tokenize_chats import NothingToTrainOn, collect_rows
@@ -93,7 +93,7 @@ def read_prompts(
             raise NothingToTrainOn(NO_ROOM, f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit")
         return prompt
 
-    prompts = collect_rows(paths, iter_records, make, "prompt", NOT_A_PROMPT, max_dropped)
+    prompts = collect_rows(paths, make, "prompt", NOT_A_PROMPT, max_dropped)
     if verifier is not None and (n_own := sum(prompt.verifier is not verifier for prompt in prompts)):
         print(f"--verifier is for rows without one: {n_own:,} of {len(prompts):,} name their own")
     return prompts

@@ -16,7 +16,6 @@ from trl import DPOConfig, DPOTrainer
 
 from data_pipeline.datasets import PackedRows
 from data_pipeline.preferences import EncodedPair, PreferencePairs
-from data_pipeline.records import Preference
 from data_pipeline.tokenize_chats import encode_preference, tokenize_chat_data
 from model.chat_format import render_chat
 from model.LMConfig import LMConfig
@@ -46,8 +45,10 @@ def messages(texts: list[str]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer) -> list[EncodedPair]:
-    rows = [Preference(1, messages(prompt), chosen, rejected) for prompt, chosen, rejected in DIALOGUES]
-    return [EncodedPair(*encode_preference(tokenizer, row, 128)) for row in rows]
+    return [
+        EncodedPair(*encode_preference(tokenizer, messages(prompt), chosen, rejected, 128))
+        for prompt, chosen, rejected in DIALOGUES
+    ]
 
 
 def make(seed: int = 0, **fields) -> Transformer:

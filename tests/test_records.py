@@ -12,9 +12,9 @@ from common.errors import UserError
 from data_pipeline.readers import iter_records
 from data_pipeline.records import (
     CHAT_COLUMNS,
+    PREFERENCE_COLUMNS,
     WrongStage,
     check_columns,
-    iter_preferences,
     parse_conversation,
     parse_preference,
 )
@@ -395,7 +395,7 @@ def test_unusable_files(tmp_path):
         with pytest.raises(UserError, match=reason):
             check_columns(tmp_path / name, CHAT_COLUMNS)
     with pytest.raises(UserError, match="needs the columns chosen,rejected"):
-        list(iter_preferences(tmp_path / "a.csv", lambda bad: None))
+        check_columns(tmp_path / "a.csv", PREFERENCE_COLUMNS)
 
 
 # --- preference pairs ---
@@ -461,21 +461,3 @@ def test_preference_prompts():
 def test_unsound_preferences(data, reason):
     with pytest.raises(UserError, match=reason):
         parse_preference(data)
-
-
-def test_preference_files(tmp_path):
-    rows = [
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
-        {"prompt": "q", "chosen": "a", "rejected": "a"},
-        {"conversations": sharegpt(chat("r")), "chosen": {"from": "gpt", "value": "c"}, "rejected": "d"},
-    ]
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    for name in ("a.json", "a.jsonl"):
-        bad = []
-        found = list(iter_preferences(tmp_path / name, bad.append))
-        assert [(p.line, p.prompt_messages, p.chosen, p.rejected) for p in found] == [
-            (1, chat("q"), "a", "b"),
-            (3, chat("r"), "c", "d"),
-        ]
-        assert [(b.line, b.reason) for b in bad] == [(2, "chosen and rejected are the same")]

@@ -22,7 +22,6 @@ from common.files import exclusive
 from data_pipeline import text_files
 from data_pipeline import tokenize as module
 from data_pipeline.datasets import PackedRows
-from data_pipeline.records import Preference
 from data_pipeline.text_files import hash_files
 from data_pipeline.tokenize import TokenizedDataset, tokenize_pretrain_data
 from data_pipeline.tokenize_chats import (
@@ -605,12 +604,11 @@ def test_encode_preference(tokenizer, system, turns, question, chosen, rejected,
     assume(chosen != rejected)
     before = chat(*(text for turn in turns for text in turn), system=system)
     prompt = [*before, {"role": "user", "content": question}]
-    pair = Preference(1, prompt, chosen, rejected)
     header = render_chat(tokenizer, prompt[-1:], add_generation_prompt=True)[0]
     whole = [[*encode_text(tokenizer, text), 2] for text in (chosen, rejected)]
     room = max_tokens - len(header)
     try:
-        prompt_ids, *answers = encode_preference(tokenizer, pair, max_tokens)
+        prompt_ids, *answers = encode_preference(tokenizer, prompt, chosen, rejected, max_tokens)
     except NothingToTrainOn:
         assert room <= 0 or whole[0][:room] == whole[1][:room]
         return
