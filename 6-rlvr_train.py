@@ -100,10 +100,12 @@ def main() -> None:
     # Model: one that answers, for ppo with a value function, and for --beta a copy of what it is now.
     tokenizer = open_tokenizer(options)
     model, origin = starting_model(options, ["full_sft", "rl", "distill"], tokenizer, dist_env)
-    names = "algorithm group_size max_new_tokens max_tool_calls verifier judge_model reward_model epsilon epsilon_high beta "
-    names += "value_coef gamma gae_lambda steps_per_generation tools"
+    names = (
+        "algorithm", "group_size", "max_new_tokens", "max_tool_calls", "verifier", "judge_model", "reward_model", "epsilon",
+        "epsilon_high", "beta", "value_coef", "gamma", "gae_lambda", "steps_per_generation", "tools",
+    )  # fmt: skip
     flags = options.describe()
-    objective = {name: flags[name] for name in names.split()}
+    objective = {name: flags[name] for name in names}
     run = weights_run(options, model.config, tokenizer, dist_env, origin, objective=objective)
     require_files(options.data_path, "name your prompts with --data_path; dataset/sample/rlvr_data.jsonl has some")
     reference = frozen_copy(model, device) if options.beta else None

@@ -123,7 +123,10 @@ def main() -> None:
     train, make_loader = rows, BatchLoader
     if options.on_policy:
         train = Questions(rows, model.config.max_seq_len - options.max_new_tokens)
-        make_loader = partial(AnswerLoader, model=model, dtype=dtype, max_new_tokens=options.max_new_tokens)
+        make_loader = partial(
+            AnswerLoader, model=model, dtype=dtype, max_new_tokens=options.max_new_tokens,
+            heartbeat=partial(dist_env.heartbeat, "answering the questions", count=False),
+        )  # fmt: skip
     elif options.top_k:
         ask = partial(
             cached_top_k, teacher=teacher, k=options.top_k, temperature=options.temperature, cache_dir=options.cache_folder,

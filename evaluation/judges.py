@@ -3,8 +3,8 @@
     verifier = parse_verifier("judge:1,length=400:0.2", judges={"judge": Judge("http://127.0.0.1:8000/v1", "big-model")})
 
 `judge` is a chat model behind an OpenAI-compatible API; `reward_model` is a Hugging Face sequence classifier with one
-output, as TRL's RewardTrainer makes them, in a local folder. Both see the whole chat. An answer that convinces a model is
-not always right: read some, and combine a judge with rules that cannot be talked into anything.
+output, as TRL's RewardTrainer makes them, in a local folder. Both see the chat with its tool calls. An answer that convinces
+a model is not always right: read some, and combine a judge with rules that cannot be talked into anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from model.chat_format import Message
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ useless) to 10 (perfect) and nothing else. The conversation and the answer are d
 </answer>"""
 
 
+GRADE = re.compile(r"[^\d]*?(?<![-.,\d])(10|\d)(?:\s*/\s*10)?[^\w]*")  # "7", "Grade: 7.", "7/10"
+
+
 class JudgeFunction(Protocol):
-    """A verifier that also gets the messages before the answer. It may be called by several threads."""
+    """A verifier that also gets the messages before the answer. Beside a `Judge`, several threads call it."""
 
     def __call__(self, answer: str, reference: str, messages: Sequence[Message]) -> float: ...
 
@@ -44,11 +47,13 @@ class Judge:
     Raises UserError if the model cannot be asked.
     """
 
-    def __init__(self, base_url: str, model: str, api_key: str = "none", timeout: float = 120.0) -> None:
+    def __init__(
+        self, base_url: str, model: str, api_key: str = "none", timeout: float = 30.0, retries: int = 2
+    ) -> None:
         import openai
 
         self.model = model
-        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=4)
+        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         try:
             self("4", "4", [{"role": "user", "content": "2 + 2 = ?"}])
         except openai.OpenAIError as error:
@@ -58,26 +63,31 @@ class Judge:
 
     def __call__(self, answer: str, reference: str, messages: Sequence[Message]) -> float:
         """Return a reward from 0 to 1. Raises ValueError if the judge says no such number, OpenAIError without a reply."""
-        conversation = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        conversation = "\n".join(f"{message['role']}: {message['content']}" for message in spoken(messages))
         given = f"<reference_answer>\n{reference}\n</reference_answer>\n" if reference else ""
         text = INSTRUCTION.format(conversation=conversation, reference=given, answer=answer)
         reply = self.client.chat.completions.create(
             model=self.model, messages=[{"role": "user", "content": text}], temperature=0.0
         )
-        said = reply.choices[0].message.content or ""
-        grades = re.findall(r"\d+", said.rpartition("</think>")[2].replace("/10", ""))
-        if len(grades) != 1 or int(grades[0]) > 10:
+        choices = getattr(reply, "choices", None)  # the library takes any page with status 200 for a reply
+        said = (choices[0].message.content or "") if choices else str(reply)
+        grade = GRADE.fullmatch(said.rpartition("</think>")[2])
+        if not choices or grade is None:
             raise ValueError(f"a number from 0 to 10 was asked for, and the reply is {said[:80]!r}")
-        return int(grades[0]) / 10
+        return int(grade[1]) / 10
 
 
 class RewardModel:
-    """A sequence classifier with one output, which is the reward: not bounded, and only differences mean something.
+    """A sequence classifier with one output x; the reward is sigmoid(x), from 0 to 1.
+
+    It was trained to say with sigmoid(x - y) how much more probable it is that an answer is the better one of two
+    (https://arxiv.org/abs/2203.02155). A reward below 0 would make an answer that is cut off, with 0, a good one.
 
     Raises UserError if the folder has no such model.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         if not (folder / "config.json").is_file():
@@ -87,8 +97,8 @@ class RewardModel:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
         if missing := sorted(found["missing_keys"]):
             raise UserError(f"{folder} is not a trained reward model: {missing[0]} is not in its weights")
         if model.config.num_labels != 1:
@@ -96,15 +106,25 @@ class RewardModel:
         if not self.tokenizer.chat_template:
             raise UserError(f"the tokenizer of {folder} has no chat template")
         self.model = model.to(device).eval()
+        try:
+            self("4", "4", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 = ?"}])
+        except Exception as error:  # a chat template can raise anything
+            raise UserError(f"{folder} cannot grade a chat: {first_line(error)}") from error
 
     def __call__(self, answer: str, reference: str, messages: Sequence[Message]) -> float:
+        """Return a reward from 0 to 1."""
         import torch
 
-        chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+        chat = [{"role": message["role"], "content": message["content"]} for message in spoken(messages)]
         chat.append({"role": "assistant", "content": answer})
         inputs: Any = self.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
         with torch.inference_mode():
-            return float(self.model(**inputs.to(self.model.device)).logits[0, 0])
+            return float(self.model(**inputs.to(self.model.device)).logits[0, 0].sigmoid())
+
+
+def spoken(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with a text: tools are listed in a system message that may have none."""
+    return [message for message in messages if message["content"]]
 
 
 def open_judges(

@@ -107,8 +107,6 @@ def _read_prompt(
     tools: Mapping[str, Tool],
 ) -> RolloutPrompt:
     data = record.data
-    if (answer := data.get("answer")) is None:
-        raise Malformed("no answer to compare with")
     spec, names, thinking = data.get("verifier"), data.get("tools") or [], data.get("enable_thinking")
     messages = parse_prompt({name: value for name, value in data.items() if name != "tools"})
     if not isinstance(names, list):
@@ -122,6 +120,11 @@ def _read_prompt(
         raise Malformed("no verifier in the row: add one, or name one for all with --verifier")
     own = parse_verifier(str(spec), judges=judges) if spec is not None else verifier
     assert own is not None
+    answer = data.get("answer")
+    if answer is None:
+        if own.needs_reference:
+            raise Malformed("no answer to compare with")
+        answer = ""
     reference = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
     if "####" in reference and own.spec.startswith("number"):  # GSM8K: the result stands after the way to it
         reference = reference.rpartition("####")[2].strip().replace(",", "")
@@ -149,6 +152,7 @@ class Rollout:
         sampled: which of them the model chose.
         logps: log-probabilities of the chosen ones, if the sampling parameters asked for them.
         text: of the last answer, with its thinking and calls.
+        calling: what stands between the prompt and the last answer: answers that call tools, and what the tools return.
         cut: it was stopped, by the limit of an answer, of the context or of calls, and has no reward.
         calls, failed_calls: how many tools it called; how many of these could not be read or returned an error.
     """
@@ -158,6 +162,7 @@ class Rollout:
     sampled: list[bool]
     logps: list[float] = field(default_factory=list)
     text: str = ""
+    calling: list[Message] = field(default_factory=list)
     cut: bool = False
     calls: int = 0
     failed_calls: int = 0
@@ -215,6 +220,8 @@ def run_rollouts(
                 rollout.cut = len(rollout.ids) + len(ids) >= generator.max_len
             if responses and not rollout.cut:
                 rollout.append(ids, sampled=False)
+                rollout.calling.append({"role": "assistant", "content": rollout.text})
+                rollout.calling += [{"role": "tool", "content": response} for response in responses]
                 starts[output.key], turns[output.key] = len(rollout.ids), turns[output.key] + 1
                 waiting.append(output.key)
     _reward([rollout for rollout in rollouts if not rollout.cut], heartbeat)
@@ -225,11 +232,12 @@ def _reward(rollouts: Sequence[Rollout], heartbeat: Callable[[], None]) -> None:
     """Give each rollout its reward. Judges answer over a network: several are asked at a time."""
 
     def verify(rollout: Rollout) -> Reward:
-        return rollout.prompt.verifier(rollout.text, rollout.prompt.answer, rollout.prompt.messages)
+        messages = [*rollout.prompt.messages, *rollout.calling]
+        return rollout.prompt.verifier(rollout.text, rollout.prompt.answer, messages)
 
     with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
-        has_judge = any(rollout.prompt.verifier.has_judge for rollout in rollouts)
-        for rollout, reward in zip(rollouts, (pool.map if has_judge else map)(verify, rollouts), strict=True):
+        waits = any(rollout.prompt.verifier.waits for rollout in rollouts)
+        for rollout, reward in zip(rollouts, (pool.map if waits else map)(verify, rollouts), strict=True):
             rollout.reward = reward
             heartbeat()
 

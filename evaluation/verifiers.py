@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from regex import search as search_regex  # type: ignore[import-untyped]  # `re` has no time limit
 
 from common.errors import UserError
-from evaluation.judges import JudgeFunction
+from evaluation.judges import Judge, JudgeFunction
 from evaluation.tools import import_function
 from model.chat_format import Message
 from model.chat_parser import END_THINK, parse_answer
@@ -123,7 +123,10 @@ VERIFIERS: dict[str, VerifierFunction] = {
     "format": well_formed, "thinks": thinks,
 }  # fmt: skip
 _WHOLE_ANSWER = ("format", "thinks")
-JUDGES = {"judge": "--judge_url and --judge_model", "reward_model": "--reward_model"}  # name -> the flags that open it
+JUDGE_FLAGS = {
+    "judge": "--judge_url and --judge_model",
+    "reward_model": "--reward_model",
+}  # name -> the flags that open it
 
 
 class Reward(NamedTuple):
@@ -163,8 +166,13 @@ class Verifier:
     spec: str
 
     @property
-    def has_judge(self) -> bool:
-        return any(part.is_judge for part in self.parts)
+    def waits(self) -> bool:
+        """Return whether it waits for a server, so that several answers should be verified at a time."""
+        return any(isinstance(part.function, Judge) for part in self.parts)
+
+    @property
+    def needs_reference(self) -> bool:
+        return not all(part.is_judge or part.argument or part.name in _WHOLE_ANSWER for part in self.parts)
 
     def __call__(self, answer: str, reference: str, messages: Sequence[Message] = ()) -> Reward:
         """Return the reward of an answer (its whole text, with thinking and calls). Never raises an error.
@@ -222,8 +230,8 @@ def parse_verifier(
             function = VERIFIERS[name]
         elif name in judges:
             function = judges[name]
-        elif name in JUDGES:
-            raise UserError(f"verifier {name!r} needs {JUDGES[name]}")
+        elif name in JUDGE_FLAGS:
+            raise UserError(f"verifier {name!r} needs {JUDGE_FLAGS[name]}")
         elif allow_functions:
             function = import_function(name, known)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from common.errors import UserError
 from evaluation.judges import Judge, RewardModel
+from evaluation.rollouts import read_prompts
 from evaluation.verifiers import parse_verifier
 from model.tokenizer import load_tokenizer
 from tests.test_script_rlvr_train import QUESTIONS, QUICK, base, metrics, write  # noqa: F401  # base is a fixture
@@ -20,8 +22,16 @@ from tests.test_script_rlvr_train import QUESTIONS, QUICK, base, metrics, write 
 CHAT = [{"role": "user", "content": "What is red?"}]
 
 
+def send(handler: BaseHTTPRequestHandler, kind: str, data: bytes) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", kind)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Replies what the server's `grade` makes of the request's text."""
+    """Answer with what the server's `grade` makes of the request's text."""
 
     def do_POST(self) -> None:
         text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
@@ -29,11 +39,7 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": self.server.grade(text)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         data = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data.encode())
+        send(self, "application/json", data.encode())
 
     def log_message(self, *args: object) -> None:
         pass
@@ -55,7 +61,7 @@ def judge_that(grade):
 @pytest.mark.parametrize(
     ("reply", "reward"),
     [("7", 0.7), ("10/10", 1.0), ("Grade: 3.", 0.3), ("<think>2 and 8</think>0", 0.0), ("good", None), ("11", None),
-     ("4 or 5", None)],
+     ("4 or 5", None), ("10 / 10", 1.0), ("-3", None), ("8.5", None), ("打分：9。", 0.9)],
 )  # fmt: skip
 def test_a_grade_becomes_a_reward(reply, reward):
     with judge_that(lambda text: "10" if "2 + 2" in text else reply) as (url, asked):
@@ -73,7 +79,7 @@ def test_a_judge_that_cannot_be_asked_is_named_before_any_work():
     with judge_that(lambda text: "I cannot grade that") as (url, _), pytest.raises(UserError, match="does not grade"):
         Judge(url, "m")
     with pytest.raises(UserError, match="cannot be asked"):
-        Judge("http://127.0.0.1:9/v1", "m", timeout=0.1)
+        Judge("http://127.0.0.1:9/v1", "m", retries=0)
     with pytest.raises(UserError, match="verifier 'judge' needs --judge_url and --judge_model"):
         parse_verifier("number,judge")
 
@@ -90,6 +96,11 @@ def reward_model(tmp_path_factory):
     load_tokenizer().save_pretrained(folder / "no_classifier")
     LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=2)).save_pretrained(folder / "two")
     load_tokenizer().save_pretrained(folder / "two")
+    shutil.copytree(folder / "two", folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    shutil.copytree(folder / "two", folder / "strict")
+    LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)).save_pretrained(folder / "strict")
+    (folder / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
     return folder
 
 
@@ -100,7 +111,23 @@ def test_a_reward_model_sees_the_chat(reward_model):
     classifier = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
     with torch.no_grad():
         expected = classifier(torch.tensor([ids])).logits.item()
-    assert reward == pytest.approx(expected, rel=1e-4, abs=1e-5) and reward != 0
+    assert reward == pytest.approx(torch.tensor(expected).sigmoid().item(), rel=1e-4, abs=1e-5) and reward != 0.5
+
+
+def test_a_page_that_is_no_reply_is_named(monkeypatch):
+    monkeypatch.setattr(Handler, "do_POST", lambda self: send(self, "text/html", b"<html>welcome</html>"))
+    with judge_that(None) as (url, _), pytest.raises(UserError, match="does not grade answers: .*welcome"):
+        Judge(url, "m")
+
+
+def test_prompts_without_an_answer_are_for_judges_only(tmp_path):
+    tokenizer, judges = load_tokenizer(), {"judge": lambda answer, reference, messages: 1.0}
+    path = write(tmp_path / "a.jsonl", [{"question": "Tell me something.", "verifier": "judge,length=50:0.1"}])
+    (prompt,) = read_prompts([path], tokenizer, 64, judges=judges)
+    assert prompt.answer == "" and prompt.verifier("x", "", CHAT).value == pytest.approx(1.1)
+    path = write(tmp_path / "b.jsonl", [{"question": "Tell me something.", "verifier": "judge,exact"}])
+    with pytest.raises(UserError, match="no answer to compare with"):
+        read_prompts([path], tokenizer, 64, judges=judges)
 
 
 @pytest.mark.parametrize(

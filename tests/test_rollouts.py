@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.errors import UserError
-from evaluation.rollouts import read_prompts, run_rollouts
+from evaluation.rollouts import Rollout, read_prompts, run_rollouts
 from evaluation.tools import TOOLS
-from evaluation.verifiers import parse_verifier
+from evaluation.verifiers import Reward, parse_verifier
 from inference.backends import choose_backend
 from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
@@ -19,7 +20,7 @@ from model.chat_format import render_chat
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import EOS_ID, load_tokenizer
-from trainer.rollouts import Sampler, make_batch
+from trainer.rollouts import RolloutLoader, Sampler, make_batch
 
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "3*4"}}</tool_call>'
 
@@ -66,7 +67,7 @@ def test_prompts_are_read_with_tools_and_thinking(tokenizer, tmp_path):
         (row(verifier="numbers"), "verifier 'numbers' is unknown"),
         (row(verifier="os:system"), "functions of your own only with --verifier"),
         (row(tools=["search"]), "there is no tool search"), (row(tools="calculator"), "tools must be a list"),
-        ({"messages": row()["messages"]}, "no answer to compare with"), (row(verifier=None), "no verifier in the row"),
+        (row(answer=None), "no answer to compare with"), (row(verifier=None), "no verifier in the row"),
         (row("x " * 300), "too long: the question leaves no room for an answer: it has"),
         (row(enable_thinking="yes"), "enable_thinking is 'yes'"),
         ({"messages": [{"role": "assistant", "content": "hi"}], "answer": "1", "verifier": "number"}, "roles out of order"),
@@ -124,6 +125,7 @@ def rollout_of(
 def test_tools_are_called_and_what_they_return_is_not_trained_on(tokenizer, tmp_path):
     rollout, script = rollout_of(tokenizer, tmp_path, CALL, "It is 12.")
     assert rollout.reward.correct and not rollout.cut and (rollout.calls, rollout.failed_calls) == (1, 0)
+    assert rollout.calling == [{"role": "assistant", "content": CALL}, {"role": "tool", "content": "12"}]  # for judges
     # The ids are those of the whole chat, as training and serving render it, and so is the mask.
     call = {"name": "calculator", "arguments": {"expression": "3*4"}}
     chat = [
@@ -246,3 +248,30 @@ def test_the_verifier_of_the_command_line_is_for_rows_without_one(tokenizer, tmp
     named, other = read_prompts([path], tokenizer, 128, verifier=parse_verifier("exact"))
     assert "--verifier is for rows without one: 1 of 2 name their own" in capsys.readouterr().out
     assert named.verifier("x 12", "12").correct and not other.verifier("a x", "x").correct
+
+
+def test_an_answer_whose_verifier_failed_is_not_learned_from(prompts):
+    """Its advantage is 0, and it does not lower the mean that the other answers to its prompt are compared with."""
+    loader = object.__new__(RolloutLoader)
+    loader.options = SimpleNamespace(algorithm="dr_grpo", steps_per_generation=1)
+    rewards = [Reward(0.9, False), Reward(0.5, False), Reward(0.0, False, ("judge: timeout",))]
+    ids, group = prompts[0].ids, []
+    for reward in rewards:
+        sampled = [False] * len(ids) + [True] * 2
+        group.append(Rollout(prompts[0], [*ids, 5, 2], sampled, [0.0] * 2, reward=reward))
+    batch = loader._learnable([group])
+    assert batch.inputs["advantages"].tolist() == pytest.approx([0.2, 0.2, -0.2, -0.2, 0, 0])
+    assert batch.inputs["equal_rewards"].tolist() == [False] * 3
+    group[0].reward = Reward(0.5, False)
+    assert loader._learnable([group]).inputs["equal_rewards"].all()
+
+
+def test_processes_that_answer_have_a_heartbeat(monkeypatch):
+    beats: list[int] = []
+    loader = object.__new__(RolloutLoader)
+    loader.options = SimpleNamespace(group_size=1, max_tool_calls=1)
+    loader.micro_batch, loader.tokenizer, loader._errors = 1, None, set()
+    loader.heartbeat = lambda: beats.append(1)
+    monkeypatch.setattr(RolloutLoader, "generator", lambda self, rows: None)
+    monkeypatch.setattr("trainer.rollouts.run_rollouts", lambda *arguments: arguments[-1]() or [])
+    assert loader._run([], []) == [] and beats == [1]

@@ -170,7 +170,7 @@ def test_a_verifier_that_raises_ends_no_run(run, base, tmp_path, monkeypatch):
     flags = [*QUICK, "--data_path", write(tmp_path / "a.jsonl", rows), "--init_from", base, "--out_dir", tmp_path]
     result = run(*flags, "--verifier", "my_picky_rewards:picky")
     assert result.returncode == 0, result.stderr
-    text = "WARNING: a verifier failed, and its answer got no reward: my_picky_rewards:picky: RuntimeError: not x"
+    text = "WARNING: a verifier failed, and its answer is not learned from: my_picky_rewards:picky: RuntimeError: not x"
     assert (result.stderr + result.stdout).count(text) == 1
     first = metrics(tmp_path)[0]
     assert 0 < first["accuracy"] < 0.5 and first["verifier_errors"] == pytest.approx(1 - first["accuracy"])

@@ -363,6 +363,7 @@ class AnswerLoader(OnPolicyLoader):
         ]
         answers: list[list[int]] = [[] for _ in questions]
         for output in decode_all(self.generator(size), questions, samplings):
+            self.heartbeat()
             answers[output.key].append(output.token)
         dialogues = list(zip(questions, answers, strict=True))
         found = [answer_batch(dialogues[i : i + size]) for i in range(0, len(dialogues), size)]

@@ -145,10 +145,12 @@ class OnPolicyLoader(BatchLoader):
     Attributes:
         model: the one that is trained, on its device.
         dtype: of the sampler's weights.
+        heartbeat: called while answers are made, which takes as long as it takes.
     """
 
     model: Transformer = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)
+    heartbeat: Callable[[], None] = field(kw_only=True, default=lambda: None)
     _sampler: Sampler | None = field(init=False, default=None)
 
     def prefetch(self, first: int) -> Iterator[tuple[list[Batch], BaseException | None]]:
@@ -182,14 +184,12 @@ class RolloutLoader(OnPolicyLoader):
 
     Attributes:
         value_head: of `model`, for ppo.
-        heartbeat: called while answers are made, which takes as long as it takes.
     """
 
     data: PromptSet
     tokenizer: PreTrainedTokenizerFast = field(kw_only=True)
     options: RolloutOptions = field(kw_only=True)
     value_head: nn.Module | None = field(kw_only=True, default=None)
-    heartbeat: Callable[[], None] = field(kw_only=True, default=lambda: None)
     _ready: dict[tuple[int, int], list[Batch]] = field(init=False, default_factory=dict)  # of (step, micro-batch)
     _silent: bool = field(init=False, default=False)  # the last step had no gradient
     _errors: set[str] = field(init=False, default_factory=set)  # of verifiers, that were printed
@@ -248,14 +248,20 @@ class RolloutLoader(OnPolicyLoader):
         )
         for error in {error for rollout in rollouts for error in rollout.reward.errors} - self._errors:
             self._errors.add(error)
-            tqdm.write(f"WARNING: a verifier failed, and its answer got no reward: {error}")
+            tqdm.write(f"WARNING: a verifier failed, and its answer is not learned from: {error}")
         return rollouts
 
     def _learnable(self, groups: list[list[Rollout]]) -> Batch:
-        """Return the rollouts of some groups as a batch with their advantages."""
+        """Return the rollouts of some groups as a batch with their advantages.
+
+        An answer whose verifier failed has none: nobody knows whether it was good. For the others it counts as the mean.
+        """
         options, rollouts = self.options, [rollout for group in groups for rollout in group]
-        equal = [len({rollout.reward.value for rollout in group}) == 1 for group in groups for _ in group]
+        known = torch.tensor([[not rollout.reward.errors for rollout in group] for group in groups])
         rewards = torch.tensor([[rollout.reward.value for rollout in group] for group in groups])
+        means = (rewards * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
+        rewards = torch.where(known, rewards, means)
+        equal = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards).flatten().tolist()
         advantages = group_advantages(rewards, options.algorithm) if options.algorithm != "ppo" else rewards
         batch = make_batch(rollouts, [*advantages.flatten()[:, None]], equal, options.algorithm)
         if options.algorithm == "ppo" or options.steps_per_generation > 1:
@@ -281,7 +287,8 @@ class RolloutLoader(OnPolicyLoader):
         if values is not None:
             parts = zip(values.split([rollout.n_sampled for rollout in rollouts]), rollouts, strict=True)
             advantages = torch.cat([
-                token_advantages(part, rollout.reward.value, options.gamma, options.gae_lambda) for part, rollout in parts
+                token_advantages(part, rollout.reward.value, options.gamma, options.gae_lambda) * (not rollout.reward.errors)
+                for part, rollout in parts
             ])  # fmt: skip
             found |= {"advantages": advantages, "old_values": values, "returns": advantages + values}
         return found
@@ -292,7 +299,8 @@ class RolloutLoader(OnPolicyLoader):
             return
         if step % self.options.show_interval == 0:
             tqdm.write(describe(self.tokenizer, groups[0][0], step))
-        silent = all(len({rollout.reward.value for rollout in group}) == 1 for group in groups)
+        values = ({rollout.reward.value for rollout in group if not rollout.reward.errors} for group in groups)
+        silent = all(len(different) <= 1 for different in values)
         if silent and not self._silent and self.options.algorithm != "ppo":
             reward = groups[0][0].reward.value
             tqdm.write(
