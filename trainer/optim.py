@@ -74,12 +74,16 @@ class SignDescent(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad.sign(), alpha=group["rate"])
 
 
-def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, name: str, weight_decay: float, embedding_lr_scale: float = 1.0
+) -> list[torch.optim.Optimizer]:
     """Return the optimizer(s) that together update every trainable parameter; the loop sets their learning rate.
 
     adamw: AdamW (https://arxiv.org/abs/1711.05101) for all.
     muon: Muon (https://kellerjordan.github.io/posts/muon/) for the matrices, scaled so that its updates have the size of
         AdamW's (https://arxiv.org/abs/2502.16982) and one learning rate serves both; AdamW for the rest.
+
+    embedding_lr_scale: the embedding's learning rate relative to that of the rest; in its group as `lr_scale`.
     """
     if name not in ("adamw", "muon"):
         raise ValueError(f"unknown optimizer {name!r}; known: adamw, muon")
@@ -90,7 +94,8 @@ def make_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[to
         optimizers.append(SignDescent(biases, model.config.router_bias_rate))  # type: ignore[union-attr, arg-type]
     rest: list[dict] = [
         {"params": groups["gates"], "weight_decay": weight_decay},
-        {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0},
+        {"params": groups["embeddings"], "weight_decay": 0.0, "lr_scale": embedding_lr_scale},
+        {"params": groups["vectors"], "weight_decay": 0.0},
     ]
     if name == "adamw":
         rest.insert(0, {"params": matrices, "weight_decay": weight_decay})

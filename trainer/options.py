@@ -89,6 +89,7 @@ class TrainOptions:
         "accumulation, as often as needed; the samples of a step stay the same",
     )  # fmt: skip
     learning_rate: float = flag(1e-3, "peak learning rate", above=0)
+    embedding_lr_scale: float = flag(1.0, "learning rate of the embedding, relative to --learning_rate", above=0)
     warmup_iters: int = flag(50, "optimizer steps of linear warm-up (at most a tenth of the run)", min=0)
     weight_decay: float = flag(0.1, "weight decay of matrices; norms and embeddings never decay", min=0)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", min=0)
@@ -241,6 +242,8 @@ class TrainOptions:
         if self.deepspeed is not None:
             if self.optimizer != "adamw":
                 found.append(f"--optimizer {self.optimizer} with --deepspeed is not supported: use adamw, or --fsdp")
+            if self.embedding_lr_scale != 1:
+                found.append("--embedding_lr_scale with --deepspeed is not supported: leave it out, or use --fsdp")
             if self.compile:
                 found.append("--compile and --deepspeed do not work together: leave one of them out")
             found += validate_zero_config(self.deepspeed)

@@ -427,7 +427,7 @@ class Trainer:
 
     def settings(self) -> dict:
         """Return what may change; then the result differs from that of an uninterrupted run."""
-        names = ["learning_rate", "warmup_iters", "weight_decay", "grad_clip", "dtype"]
+        names = ["learning_rate", "embedding_lr_scale", "warmup_iters", "weight_decay", "grad_clip", "dtype"]
         return {name: getattr(self.options, name) for name in names} | {
             "total_steps": self.total_steps,
             "world_size": self.dist_env.size,

@@ -49,10 +49,10 @@ class ParallelStrategy:
         self.module.train(mode)
 
     def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of all parameters."""
+        """Set the learning rate of all parameters, that of the embedding in proportion."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Return the context for forward and backward of one part of the step's loss; `last`: no other part follows.
@@ -145,7 +145,9 @@ class DDPStrategy(ParallelStrategy):
     ) -> None:
         self.module, self.dist_env = model.to(device), dist_env
         self.trainable_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay)
+        self.optimizers = make_optimizers(
+            model, options.optimizer, options.weight_decay, options.embedding_lr_scale
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if options.compile:
             # Its cutting of graphs at DDP's buckets fails for ours, in which the number of documents is dynamic.
