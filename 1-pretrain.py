@@ -39,7 +39,9 @@ class PretrainOptions(TrainOptions):
     optimizer: str = "auto"
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
     embedding_lr_scale: float = flag(
-        None, "learning rate of the embedding, relative to --learning_rate (default: 10 with muon, 1 with adamw)", above=0
+        None,
+        "learning rate of the embedding, relative to --learning_rate (default: 10 with muon, 1 with adamw)",
+        above=0,
     )
     batch_size: int = flag(
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "

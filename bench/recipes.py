@@ -1,12 +1,13 @@
 """Try what others report to train faster: the same texts and steps with one thing changed, over several seeds.
 
     python bench/recipes.py --data_path dataset/pretrain_data.csv                     # everything; hours on a CPU
-    python bench/recipes.py --data_path dataset/pretrain_data.csv --only "init 0.05" "head not tied" --seeds 1
+    python bench/recipes.py --data_path dataset/pretrain_data.csv --only base default "head not tied" --seeds 1
 
-"default" is what 1-pretrain.py does. Everything else changes what its line in `RECIPES` says. The loss is that of held-out
-texts after the last step; the steps are the same for all, so a recipe that costs more time per step needs a larger gain: the
-column "time" has the time of a step, relative to the default's. A line of a finished run is kept in --out_file, and not
-repeated; --plot draws those of this setting: gains over the default, and the training loss of the default and the best.
+"base" is Muon at 4e-3 for everything, and "default" what 1-pretrain.py does. The others change of "base" what their line in
+`RECIPES` says; those that begin with "default" change the default. The loss is that of held-out texts after the last step;
+the steps are the same for all, so a recipe that costs more time per step needs a larger gain: the column "time" has the time
+of a step, relative to the base's. A line of a finished run is kept in --out_file, and not repeated; --plot draws those of
+this setting: gains over the base, and the training loss of the base and the best.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ POLAR = [
 
 @dataclass
 class Recipe:
-    """How a model is trained. The defaults are those of 1-pretrain.py."""
+    """How a model is trained."""
 
     fields: dict = field(default_factory=dict)  # of LMConfig
     heads: float = 1.0  # their number, relative to the preset's
@@ -86,7 +87,8 @@ def scale(part: str, factor: float) -> Callable[[Transformer], None]:
 
 RESIDUAL = "wo.weight w2.weight"
 RECIPES = {
-    "default": Recipe(),
+    "base": Recipe(),
+    "default": Recipe(embedding_rate=10),
     "rate 2e-3": Recipe(peak=2e-3),
     "rate 8e-3": Recipe(peak=8e-3),
     "init 0.05": Recipe(fields={"initializer_range": 0.05}),
@@ -97,7 +99,7 @@ RECIPES = {
     "residual projections 0": Recipe(prepare=scale(RESIDUAL, 0)),
     "embedding rate x 0.3": Recipe(embedding_rate=0.3),
     "embedding rate x 3": Recipe(embedding_rate=3),
-    "embedding rate x 10": Recipe(embedding_rate=10),
+    "embedding rate x 30": Recipe(embedding_rate=30),
     "norm rate x 3": Recipe(vector_rate=3),
     "warm-up 2%": Recipe(warmup=0.02),
     "cosine to 0": Recipe(floor=0.0),
@@ -116,6 +118,10 @@ RECIPES = {
     "head not tied": Recipe(fields={"tie_word_embeddings": False}),
     "QK-norm": Recipe(fields={"qk_norm": True}),
     "half as many heads": Recipe(heads=0.5),
+    "default, residual projections 0": Recipe(embedding_rate=10, prepare=scale(RESIDUAL, 0)),
+    "default, head not tied": Recipe(embedding_rate=10, fields={"tie_word_embeddings": False}),
+    "default, QK-norm": Recipe(embedding_rate=10, fields={"qk_norm": True}),
+    "default, Polar Express, 3 rounds": Recipe(embedding_rate=10, rounds=POLAR[:3]),
 }
 
 
@@ -241,17 +247,17 @@ def train(recipe: Recipe, rows: PackedRows, val: PackedRows, seed: int, args) ->
 
 
 def draw(found: dict[str, list[dict]], axes) -> None:
-    """Draw the gains of recipes over the default, a dot for each seed, and the curves of the default and the best."""
+    """Draw the gains of recipes over the base, a dot for each seed, and the curves of the base and the best."""
     means = {name: statistics.mean(line["loss"] for line in lines) for name, lines in found.items()}
-    base = {line["seed"]: line["loss"] for line in found["default"]}
+    base = {line["seed"]: line["loss"] for line in found["base"]}
     names = sorted(means, key=means.__getitem__, reverse=True)
     for y, name in enumerate(names):
         gains = [line["loss"] - base[line["seed"]] for line in found[name] if line["seed"] in base]
-        axes[0].plot(gains, [y] * len(gains), "o", color="tab:blue" if name != "default" else "black")
+        axes[0].plot(gains, [y] * len(gains), "o", color="tab:blue" if name != "base" else "black")
     axes[0].axvline(0, color="black", linewidth=0.8)
     axes[0].set_yticks(range(len(names)), names, fontsize=7)
-    axes[0].set_xlabel("validation loss, minus the default's")
-    for name, colour in (("default", "black"), (names[-1], "tab:blue")):
+    axes[0].set_xlabel("validation loss, minus the base's")
+    for name, colour in (("base", "black"), (names[-1], "tab:blue")):
         for i, line in enumerate(found[name]):
             curve = [statistics.mean(line["losses"][max(n - 9, 0) : n + 1]) for n in range(len(line["losses"]))]
             axes[1].plot(curve, color=colour, linewidth=0.8, label=name if i == 0 else None)
@@ -294,10 +300,10 @@ def main() -> None:
             print(f"{name}, seed {seed}: {result['loss']:.4f}, {result['seconds']:.2f} CPU s per step", flush=True)
             with args.out_file.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
-    print("\n| recipe | loss, each seed | mean | to the default | time |\n|---|---|---|---|---|")
+    print("\n| recipe | loss, each seed | mean | to the base | time |\n|---|---|---|---|---|")
     found = {name: [line for line in done if line["name"] == name] for name in RECIPES}
     found = {name: lines for name, lines in found.items() if lines}
-    base = {line["seed"]: line for line in found.get("default", [])}
+    base = {line["seed"]: line for line in found.get("base", [])}
     for name, lines in sorted(found.items(), key=lambda pair: statistics.mean(line["loss"] for line in pair[1])):
         pairs = [(line, base[line["seed"]]) for line in lines if line["seed"] in base]
         gain = f"{statistics.mean(a['loss'] - b['loss'] for a, b in pairs):+.4f}" if pairs else "–"

@@ -1,4 +1,4 @@
-"""bench/recipes.py: its default is what 1-pretrain.py does, each recipe trains, and finished runs are not repeated."""
+"""bench/recipes.py: it updates weights as 1-pretrain.py does, each recipe trains, and finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE = ROOT / "dataset" / "sample" / "mobvoi_seq_monkey_general_open_corpus.js
 SIZE = "--steps 20 --batch_size 2 --seq_len 64 --dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --device cpu".split()
 
 
-def test_the_default_is_that_of_pretraining():
+def test_updates_and_rates_are_those_of_pretraining():
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (16, 16))]
     ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
@@ -33,22 +33,22 @@ def test_the_default_is_that_of_pretraining():
     assert [rate(Recipe(), step, 50) for step in range(50)] == pytest.approx([get_lr(s, 50, 1.0, 5) for s in range(50)])
 
 
-@pytest.mark.parametrize("rounds", ["Polar Express", "default"])
+@pytest.mark.parametrize("rounds", ["Polar Express", "base"])
 def test_updates_are_nearly_orthogonal(rounds):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(48, 32), RECIPES[rounds].rounds).float())
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_every_recipe_differs_from_the_default_and_trains(run_here, tmp_path):
-    default = dataclasses.asdict(Recipe())
+def test_every_recipe_differs_from_the_base_and_trains(run_here, tmp_path):
+    base = dataclasses.asdict(Recipe())
     for name, recipe in RECIPES.items():
-        assert (dataclasses.asdict(recipe) == default) == (name == "default"), name
+        assert (dataclasses.asdict(recipe) == base) == (name == "base"), name
     flags = ["--data_path", SAMPLE, "--out_file", tmp_path / "r.jsonl", *SIZE, "--seeds", 1]
     first = run_here("bench/recipes.py", *flags)
     assert first.returncode == 0, first.stderr
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [*RECIPES] and len({line["loss"] for line in lines}) == len(RECIPES)
-    assert f"| default | {lines[0]['loss']:.3f} | {lines[0]['loss']:.4f} | +0.0000 | 1.00 |" in first.stdout
+    assert f"| base | {lines[0]['loss']:.3f} | {lines[0]['loss']:.4f} | +0.0000 | 1.00 |" in first.stdout
     again = run_here("bench/recipes.py", *flags)
     assert "CPU s per step" not in again.stdout and again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]

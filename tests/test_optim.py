@@ -8,7 +8,10 @@ from tolerances import rounding
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from trainer.distributed import DistEnv
 from trainer.optim import clip_gradients, get_lr, gradient_norm, make_optimizers, parameter_groups
+from trainer.options import TrainOptions
+from trainer.parallel.ddp import DDPStrategy
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
 
@@ -66,6 +69,25 @@ def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(model)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_embedding_has_a_learning_rate_of_its_own(name):
+    """One step of AdamW moves every weight with a gradient by its learning rate."""
+    model = tiny(tie_word_embeddings=False)
+    options = TrainOptions(optimizer=name, embedding_lr_scale=5.0, weight_decay=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    strategy = DDPStrategy(model, options, DistEnv(), torch.device("cpu"), torch.float32)
+    strategy.set_learning_rate(1e-3)
+    ids = torch.arange(64)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for optimizer in strategy.optimizers:
+        optimizer.step()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    for parameter in ("tok_embeddings.weight", "output.weight"):
+        assert moved[parameter] == pytest.approx(5e-3, rel=0.01)
+    assert moved["norm.weight"] == pytest.approx(1e-3, rel=0.01)
+    assert moved["layers.0.attention.wq.weight"] < 2e-3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

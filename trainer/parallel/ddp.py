@@ -145,9 +145,7 @@ class DDPStrategy(ParallelStrategy):
     ) -> None:
         self.module, self.dist_env = model.to(device), dist_env
         self.trainable_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(
-            model, options.optimizer, options.weight_decay, options.embedding_lr_scale
-        )
+        self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay, options.embedding_lr_scale)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if options.compile:
             # Its cutting of graphs at DDP's buckets fails for ours, in which the number of documents is dynamic.

@@ -42,9 +42,7 @@ class FSDPStrategy(ParallelStrategy):
                 if device.type == "cpu":  # gathering the next layer in advance would only cost memory: nothing overlaps
                     module.set_modules_to_backward_prefetch([module])
         self.trainable_parameters: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(
-            model, options.optimizer, options.weight_decay, options.embedding_lr_scale
-        )
+        self.optimizers = make_optimizers(model, options.optimizer, options.weight_decay, options.embedding_lr_scale)
         if options.compile:
             self.module.compile()
 
