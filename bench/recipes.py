@@ -225,7 +225,7 @@ def train(recipe: Recipe, rows: PackedRows, val: PackedRows, seed: int, args) ->
                 logits = model(**{k: v for k, v in batch.inputs.items() if k != "labels"}, use_cache=False).logits
                 loss = loss + recipe.z_loss * logits.float().logsumexp(-1).square().sum()
         (loss / n_targets).backward()
-        losses.append(round(float(loss) / n_targets, 3))
+        losses.append(round(float(loss.detach()) / n_targets, 3))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = recipe.peak * rate(recipe, step, args.steps)
         first, last = recipe.momentum
