@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from data_pipeline.images import MAX_BYTES, BadImage, open_data_url, open_image
 from inference.generator import Images
 from inference.vision import ImageProcessor
@@ -86,29 +86,38 @@ class ImageReader:
 async def fetch_image(url: str) -> bytes:
     """Return what is at an http(s) address. Raises BadImage."""
     shown = f"{url:.80}"
-    settings = dict(transport=PublicTransport(), follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=None)
+    settings = dict(transport=PublicTransport(), timeout=None, trust_env=False)
     headers = {"User-Agent": "minimind", "Accept": "image/*", "Accept-Encoding": "identity"}
-    data = b""
+    address = url
     try:
-        async with (
-            asyncio.timeout(FETCH_SECONDS),
-            httpx2.AsyncClient(**settings, headers=headers, trust_env=False) as client,
-            client.stream("GET", url) as answer,
-        ):
-            if answer.status_code != 200:
-                raise BadImage(f"{shown} answers {answer.status_code}")
-            async for part in answer.aiter_raw():
-                data += part
-                if len(data) > MAX_BYTES:
-                    raise BadImage(f"{shown} is larger than {MAX_BYTES >> 20} MB")
-    except httpx2.TooManyRedirects:
-        raise BadImage(f"{shown}: more than {MAX_REDIRECTS} redirects") from None
+        async with asyncio.timeout(FETCH_SECONDS), httpx2.AsyncClient(**settings, headers=headers) as client:
+            for _ in range(MAX_REDIRECTS + 1):
+                target = httpx2.URL(address)
+                if target.scheme not in ("http", "https") or not target.host:
+                    raise BadImage(f"{address:.80} is neither a data URL nor an http or https address")
+                # A client that follows redirects by itself reads and decompresses their bodies, however long they are.
+                async with client.stream("GET", target, follow_redirects=False) as answer:
+                    if answer.next_request is None:
+                        return await _read_body(answer, shown)
+                    address = str(answer.next_request.url)
+        raise BadImage(f"{shown}: more than {MAX_REDIRECTS} redirects")
     except httpx2.InvalidURL:
         raise BadImage(f"{shown} is not an address") from None
     except (OSError, ValueError, httpx2.HTTPError) as error:
         if isinstance(error, BadImage):
             raise
-        raise BadImage(f"{shown} cannot be fetched within {FETCH_SECONDS:g} s ({error})") from None
+        raise BadImage(f"{shown} cannot be fetched within {FETCH_SECONDS:g} s ({first_line(error)})") from None
+
+
+async def _read_body(answer: httpx2.Response, shown: str) -> bytes:
+    """Return the body of an answer as it was sent. Raises BadImage, which calls the address `shown`."""
+    if answer.status_code != 200:
+        raise BadImage(f"{shown} answers {answer.status_code}")
+    data = b""
+    async for part in answer.aiter_raw():
+        data += part
+        if len(data) > MAX_BYTES:
+            raise BadImage(f"{shown} is larger than {MAX_BYTES >> 20} MB")
     return data
 
 
@@ -123,8 +132,6 @@ class PublicTransport(httpx2.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
-        if url.scheme not in ("http", "https") or not url.host:
-            raise BadImage(f"{str(url):.80} is neither a data URL nor an http or https address")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
         found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
         addresses = [str(address[0]) for *_, address in found]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import gzip
 import http.server
 import io
 import socket
@@ -11,19 +13,20 @@ import struct
 import threading
 import zlib
 
+import httpx2
 import openai
 import psutil
 import pytest
 from PIL import Image
 from serving_helpers import IMAGE_IDS, NAME, TOKENIZER, png, serving
 
-from data_pipeline.images import data_url, open_image
+from data_pipeline.images import BadImage, data_url, open_image
 from inference.generator import generate_text
 from inference.options import SamplingParams
 from inference.vision import ImageProcessor
 from model.chat_format import render_chat, with_images
 from serving import images as serving_images
-from serving.images import MAX_IMAGES, is_public
+from serving.images import MAX_IMAGES, fetch_image, is_public
 
 
 def image_part(data: bytes | str) -> dict:
@@ -131,7 +134,8 @@ BAD_IMAGES = {
     "another type": ("data:text/html;base64,AAAA", "text/html, not an image"),
     "half a surrogate pair": ("data:image/png;base64,\ud800", "not base64"),
     "an empty address": ("", "neither a data URL nor an http"),
-    "a file": ("file:///etc/passwd", "neither a data URL nor an http"),
+    "a file": ("file:///etc/passwd", ": file:///etc/passwd is neither a data URL nor an http"),
+    "a word": ("nothing", ": nothing is neither a data URL nor an http"),
     "no address": ("http://[::1", "is not an address"),
     "this machine": ("http://127.0.0.1:9/x.png", "a private address"),
     "its name": ("http://localhost/x.png", "a private address"),
@@ -220,10 +224,20 @@ class Pictures(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(b"x")
                     threading.Event().wait(0.02)
             return
-        target = {"there": "/1.png", "away": "http://127.0.0.2:1/x.png", "loop": "/loop"}.get(name)
+        targets = {"there": "/1.png", "unread": "/1.png", "away": "http://127.0.0.2:1/x.png", "loop": "/loop"}
+        target = (targets | {"ftp": "ftp://127.0.0.1/x.png"}).get(name)
         self.send_response(302 if target else 200 if name in ("1.png", "large", "text") else 404)
         if target:
             self.send_header("Location", target)
+        if name == "unread":  # 1 GB for a client that decompresses it, and it never ends
+            body = gzip.compress(bytes(2**20)) * 1000
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(body) + 1))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
+                self.rfile.read(1)  # until the client is gone
+            return
         self.end_headers()
         if not target:
             self.wfile.write({"1.png": png(1), "large": bytes(2000)}.get(name, b"hello"))
@@ -244,7 +258,7 @@ def pictures():
     found.server_close()
 
 
-@pytest.mark.parametrize("name", ["1.png", "there"])
+@pytest.mark.parametrize("name", ["1.png", "there", "unread"])
 def test_fetched_images_are_those_of_data_urls(server, pictures, name):
     answers = [
         server.post("/v1/chat/completions", messages=[question("?", url)], temperature=0, max_tokens=8)[1]["choices"]
@@ -258,6 +272,7 @@ def test_fetched_images_are_those_of_data_urls(server, pictures, name):
     [
         ("away", "127.0.0.2 is a private address"),
         ("loop", "more than 3 redirects"),
+        ("ftp", "ftp://127.0.0.1/x.png is neither a data URL nor an http"),
         ("none", "answers 404"),
         ("text", "not an image of a known format"),
         ("large", "is larger than"),
@@ -272,13 +287,36 @@ def test_addresses_that_give_no_image(server, pictures, monkeypatch, name, reaso
     assert status == 400 and (reason in found or (name == "slow" and "known format" in found)), found
 
 
+def test_what_was_checked_is_what_is_connected_to(monkeypatch):
+    """A name that is public when it is looked up first and private afterwards; the certificate is the name's."""
+    resolved = iter(["93.184.215.14", "10.0.0.1"])
+    connected: list[httpx2.Request] = []
+
+    def getaddrinfo(host, port, *_, **__):
+        assert host == "pictures.example"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(resolved), port))]
+
+    async def connect(self, request):
+        connected.append(request)
+        return httpx2.Response(302, headers={"Location": "/2.png"})
+
+    monkeypatch.setattr(serving_images, "is_public", is_public)  # as it is without `pictures`
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", connect)
+    with pytest.raises(BadImage, match=r"pictures\.example is a private address"):  # where it is redirected to
+        asyncio.run(fetch_image("https://pictures.example/1.png"))
+    (request,) = connected
+    assert request.url == "https://93.184.215.14/1.png" and request.headers["Host"] == "pictures.example"
+    assert request.extensions["sni_hostname"] == "pictures.example" and serving_images._SSL.check_hostname
+
+
 def test_a_server_that_says_nothing_is_left_in_time(server, pictures, monkeypatch):
     """With https, where the handshake already waits."""
     monkeypatch.setattr(serving_images, "FETCH_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/x.png"
         status, body = server.post("/v1/chat/completions", messages=[question("?", url)])
-    assert status == 400 and "cannot be fetched within 0.3 s" in body["error"]["message"], body
+    assert status == 400 and "cannot be fetched within 0.3 s (TimeoutError)" in body["error"]["message"], body
 
 
 def test_addresses_are_only_fetched_where_it_is_allowed(pictures):
