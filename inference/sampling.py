@@ -21,6 +21,8 @@ class BatchedSamplingParams:
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         first = samplings[0]
+        if any(sampling.kind() != first.kind() for sampling in samplings):
+            raise ValueError("rows of different kinds cannot be sampled together: the first one would decide for all")
         self.greedy, self.has_penalties = first.greedy, first.has_penalties
         self.top_k, self.truncates, self.has_top_p = first.top_k, first.truncates, first.top_p < 1
         if self.has_penalties or not self.greedy:
@@ -128,7 +130,7 @@ def log_probabilities(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, T
 
 
 class SampledRow:
-    """What chooses the tokens of one row.
+    """Hold what chooses the tokens of one row.
 
     Each row has its own random numbers: what it draws does not depend on the other rows.
     """

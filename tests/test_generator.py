@@ -270,6 +270,13 @@ def draw(logits: list[float], n: int = 20_000, **fields) -> torch.Tensor:
     return torch.bincount(tokens, minlength=len(logits)) / n
 
 
+def test_rows_of_different_kinds_are_not_sampled_as_the_first_one():
+    sampled, greedy = SamplingParams(temperature=1.0), SamplingParams(temperature=0.0)
+    for rows in ([sampled, greedy], [greedy, sampled], [sampled, SamplingParams(temperature=1.0, top_k=3)]):
+        with pytest.raises(ValueError, match="rows of different kinds"):
+            BatchedSamplingParams(rows)
+
+
 P = [0.05, 0.4, 0.1, 0.25, 0.2]
 LOGITS = [math.log(p) for p in P]
 

@@ -170,7 +170,8 @@ class NativeStep:
         Returns float32 (tokens, dim), their final hidden states, and (logits_to_keep, vocab), the logits of the token after
         each of the last ones.
         """
-        n, residuals = len(tokens), list[Tensor]()
+        n = len(tokens)
+        residuals: list[Tensor] = []
         ends = self._all[n - logits_to_keep : n]
         positions = self._all[start : start + n]
         logits = self._rows(torch.tensor(tokens), positions, torch.zeros(n, dtype=torch.int64), ends, residuals)

@@ -6,7 +6,8 @@ every one of them for a single token of each sequence: fewer and larger matrices
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -124,12 +125,19 @@ class DecodeWeights:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors."""
-        found, parts = [self.embedding], [self.norm, self.output, *self.layers]
-        for part in parts:  # grows meanwhile
-            if isinstance(part, Tensor):
-                found.append(part)
-            elif isinstance(part, nn.Module):
-                found += [*part.parameters(), *part.buffers()]
-            elif part is not None:
-                parts += part if isinstance(part, list) else vars(part).values()
-        return found
+        return [self.embedding, *_tensors([self.norm, self.output, *self.layers])]
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a module, of one of the classes above, or of a list of them."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, nn.Module):
+        yield from part.parameters()
+        yield from part.buffers()
+    elif isinstance(part, list):
+        for item in part:
+            yield from _tensors(item)
+    elif part is not None:
+        for attribute in fields(part):
+            yield from _tensors(getattr(part, attribute.name))
