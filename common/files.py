@@ -104,7 +104,7 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_or_empty(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; {} if there is none, or it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import file_stamp, read_json
+from common.files import file_stamp, read_json_or_empty
 from model.architecture import Architecture, checkpoint_name
 
 WEIGHTS, ADAPTER, EXPORT = "weights", "adapter", "export"
@@ -77,7 +77,7 @@ def read_entry(path: Path) -> Entry | None:
         kind, files = EXPORT, [path / "model.safetensors", path / "config.json"]
     else:
         return None
-    info = read_json(description)  # loading the model reports what is wrong with it
+    info = read_json_or_empty(description)  # loading the model reports what is wrong with it
     stage, base, loss = (info.get(key) for key in ("stage", "base", "loss"))
     step, total_steps = (value if isinstance(value := info.get(key), int) else None for key in ("step", "total_steps"))
     if not isinstance(stage, str):

@@ -33,7 +33,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from common.errors import UserError
-from common.files import atomic_folder, checksum, exclusive, explain_write_errors, read_json, recover_folder, write_json
+from common.files import (
+    atomic_folder,
+    checksum,
+    exclusive,
+    explain_write_errors,
+    read_json_or_empty,
+    recover_folder,
+    write_json,
+)
 from trainer.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from trainer.options import TrainOptions
 
@@ -253,13 +261,13 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
     ours = [
         path
         for path in found
-        if dist_env.restart_count and read_json(path / "run.json").get("launch") == dist_env.run_id
+        if dist_env.restart_count and read_json_or_empty(path / "run.json").get("launch") == dist_env.run_id
     ]
     if ours:  # the processes wrote them before the launcher restarted them
         return ours[::-1]
     if options.resume is None or (options.resume == "auto" and not found):
         if found and not options.overwrite:
-            finished = read_json(found[-1] / "run.json").get("finished")
+            finished = read_json_or_empty(found[-1] / "run.json").get("finished")
             raise UserError(
                 f"{folder} holds a finished run of {step_of(found[-1])} steps: replace it with --overwrite, continue it "
                 "with --resume and more --max_steps or --epochs, or choose another --out_dir"
@@ -318,7 +326,7 @@ def find_state(
             f"--resume: {path} is damaged ({reason}): resume from another state with --resume PATH, or start again with "
             "--overwrite"
         )
-    state = TrainingCheckpoint(path, step_of(path), read_json(path / "run.json"))
+    state = TrainingCheckpoint(path, step_of(path), read_json_or_empty(path / "run.json"))
     changed = differences(identity, state.run["identity"])
     if any(line.startswith(("train_data", "val_data")) for line in changed):
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
