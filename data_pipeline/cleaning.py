@@ -246,9 +246,8 @@ class Summary:
         for kind, bad in block.bad:
             self.drop(path, kind, bad)
 
-    @property
-    def first_bad(self) -> str:
-        """Return the end of a message: "; the first bad line is ...", or nothing."""
+    def first_bad_hint(self) -> str:
+        """Return "; the first bad line is ..." for the end of an error message; nothing if no line was bad."""
         return f"; the first bad line is {self.bad.first[0]}" if self.bad.count else ""
 
 
@@ -357,8 +356,8 @@ def clean(stage: Stage, inputs: list[Path], out_dir: Path, options: CleaningOpti
         )
         listed = f" (all: {summary.rejects})" if summary.bad.count else ""
         raise UserError(
-            f"no valid rows in {', '.join(map(str, inputs))}: {counts}{summary.first_bad}{listed}. Check the format or "
-            f"loosen the filters; {UNCHANGED}"
+            f"no valid rows in {', '.join(map(str, inputs))}: {counts}{summary.first_bad_hint()}{listed}. Check the format "
+            f"or loosen the filters; {UNCHANGED}"
         )
     return summary
 

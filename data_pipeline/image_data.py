@@ -55,7 +55,7 @@ def convert_images(inputs: list[Path], output: Path, image_dir: Path | None, num
             progress.kept = summary.kept
         if not summary.kept:
             names = ", ".join(map(str, inputs))
-            raise UserError(f"no valid rows in {names}{summary.first_bad}. Check the format; {UNCHANGED}")
+            raise UserError(f"no valid rows in {names}{summary.first_bad_hint()}. Check the format; {UNCHANGED}")
     summary.written.append(f"wrote {output}: {summary.kept:,} rows, {output.stat().st_size / 1e6:,.1f} MB")
     return summary
 

@@ -86,7 +86,7 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: TeacherAPI, syst
                 writer.write({"messages": [*messages, answer], "asked": asked})
                 summary.kept += 1
         if not (summary.kept or done):
-            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{summary.first_bad}")
+            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{summary.first_bad_hint()}")
     summary.kept += len(done)
     summary.written.append(f"wrote {output}: {summary.kept:,} dialogues")
     return summary
