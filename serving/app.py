@@ -57,6 +57,9 @@ def create_app(
     """
     metrics = Metrics(engine)
     chat = ChatEndpoint(engine, model, defaults, strict)
+    responses = ResponsesEndpoint(engine, model, defaults, strict)
+    completions = CompletionEndpoint(engine, model, defaults, strict)
+    embeddings = EmbeddingEndpoint(engine, model, defaults, strict)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -112,14 +115,16 @@ def create_app(
         return json_response(card)
 
     or_stream = errors | {200: {"content": {"text/event-stream": {}}}}
-    for path, name, kind, answer, answers in (
-        ("/v1/chat/completions", "chat_completions", ChatEndpoint, ChatCompletion, or_stream),
-        ("/v1/responses", "create_response", ResponsesEndpoint, None, or_stream),
-        ("/v1/completions", "completions", CompletionEndpoint, protocol.Completion, or_stream),
-        ("/v1/embeddings", "embeddings", EmbeddingEndpoint, protocol.EmbeddingList, errors),
-    ):
-        create = kind(engine, model, defaults, strict).create
-        app.post(path, name=name, response_model=answer, responses=answers)(create)
+    app.post("/v1/chat/completions", name="chat_completions", response_model=ChatCompletion, responses=or_stream)(
+        chat.create
+    )
+    app.post("/v1/responses", name="create_response", response_model=None, responses=or_stream)(responses.create)
+    app.post("/v1/completions", name="completions", response_model=protocol.Completion, responses=or_stream)(
+        completions.create
+    )
+    app.post("/v1/embeddings", name="embeddings", response_model=protocol.EmbeddingList, responses=errors)(
+        embeddings.create
+    )
 
     @app.get("/health", response_model=protocol.Health, responses={503: {"model": protocol.Health}})
     async def health() -> Response:
