@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import atomic_write
+from common.text import one_line
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.images import open_image
 from data_pipeline.readers import iter_records
 from evaluation.ceval_results import chinese_fonts
 from inference.generator import Images, generate_text
 from inference.options import SamplingParams
-from inference.terminal import one_line
 from inference.vision import ImageProcessor
 from model.chat_format import IMAGE, Message, render_chat
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonlines
 
+from common.text import visible
 from model.chat_format import IMAGE, Message
 from model.chat_parser import AnswerParser, AnswerPart
 from model.tokenizer import IMAGE_TOKEN
@@ -226,21 +227,6 @@ def shortened(thoughts: str) -> str:
     """Return the beginning of a longer text in one line."""
     line = visible(" ".join(thoughts.split()))
     return line if len(line) <= THOUGHTS_SHOWN else f"{line[:THOUGHTS_SHOWN]} … {len(thoughts)} characters"
-
-
-def one_line(text: str, limit: int) -> str:
-    """Return a text in one line of at most `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def visible(text: str) -> str:
-    """Return `text` with control characters as pictures (U+2400...): a model must not control the terminal."""
-    return text.translate(_PICTURES)
-
-
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(range(128, 160), 65533)
 
 
 # ---- the terminal itself

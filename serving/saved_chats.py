@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 
 from common.errors import UserError
 from common.files import atomic_write, file_stamp
-from inference.terminal import one_line, training_row, visible
+from common.text import one_line, visible
+from inference.terminal import training_row
 from serving.chat_model import Conversation, new_id
 
 TITLE_CHARACTERS = 50

@@ -13,9 +13,9 @@ import pytest
 import torch
 from launching import run
 
+from common.text import visible
 from inference.generator import generate_text
 from inference.options import SamplingParams
-from inference.terminal import visible
 from model.LMConfig import preset
 from model.model import Transformer
 from model.tokenizer import BOS_ID, encode_text, load_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from common.errors import UserError
-from inference.terminal import visible
+from common.text import visible
 from serving.chat_model import Conversation
 from serving.saved_chats import ChatFolder, title_of, to_jsonl, to_markdown
 from serving.web.page import literal

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from inference.terminal import one_line, visible
+from common.text import one_line, visible
 from serving.chat_model import CONTEXT, ENDED, LENGTH, ROUNDS, STOPPED, Exchange
 from serving.web.texts import Texts
 

@@ -12,10 +12,10 @@ import streamlit as st
 import torch
 
 from common.errors import UserError, name_flags
+from common.text import visible
 from evaluation.inspect import Token, describe_tokens
 from inference.options import ModelOptions, SamplingParams
 from inference.prompts import chat_prompt
-from inference.terminal import visible
 from model.chat_format import Message
 from model.tokenizer import BOS_ID, encode_text
 from serving.chat_model import ChatModel
