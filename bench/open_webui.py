@@ -42,26 +42,24 @@ WAIT = 120  # seconds for anything to happen
 
 def generator_class() -> type:
     """Return a generator whose model writes what Open WebUI asks for, at 50 tokens a second."""
-    from inference.generator import BatchGenerator
-    from model.tokenizer import EOS_ID, load_tokenizer
+    from serving_helpers import TOKENIZER, GivenAnswers
 
-    tokenizer = load_tokenizer()
+    from model.tokenizer import EOS_ID
 
-    def answer_to(prompt: str) -> str:
+    def text_after(prompt: str) -> str:
         for name, value in WRITTEN.items():
             if f'{{ "{name}":' in prompt:
                 return json.dumps({name: value})
         return STORY if "story" in prompt.rpartition("user\n")[2] else ANSWER
 
-    class Written(BatchGenerator):
-        def _restrict(self, logits, first):
+    class Written(GivenAnswers):
+        def answer_to(self, row) -> list[int]:
+            prompt = TOKENIZER.decode(row.tokens[: len(row.tokens) - row.num_generated])
+            return [*TOKENIZER.encode(text_after(prompt), add_special_tokens=False), EOS_ID]
+
+        def _sample(self, logits, first):
             time.sleep(0.02)
-            logits = super()._restrict(logits, first).clone()
-            for i, row in enumerate(self.rows[first:]):
-                prompt = row.tokens[: len(row.tokens) - row.num_generated]
-                ids = [*tokenizer.encode(answer_to(tokenizer.decode(prompt)), add_special_tokens=False), EOS_ID]
-                logits[i, ids[row.num_generated]] += 1e4
-            return logits
+            return super()._sample(logits, first)
 
     return Written
 

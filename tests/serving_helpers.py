@@ -24,7 +24,8 @@ from inference.detokenizer import Detokenizer
 from inference.generator import BatchGenerator, TokenOutput
 from inference.options import SamplingParams
 from inference.vision import ImageProcessor
-from model.chat_format import chat_style, render_chat
+from model.chat_format import render_chat
+from model.chat_style import chat_style
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import load_tokenizer
@@ -86,19 +87,29 @@ def scripted_outputs(ids: list[int]) -> Iterator[TokenOutput]:
         yield TokenOutput(0, token, detokenizer.add(token), "stop" if i == len(ids) - 1 else None)
 
 
-class Scripted(BatchGenerator):
+class GivenAnswers(BatchGenerator):
+    """Writes answers that a subclass knows."""
+
+    def answer_to(self, row) -> list[int]:
+        """The ids of the answer to a row's prompt, up to </s>."""
+        raise NotImplementedError
+
+    def _sample(self, logits, first):
+        logits = logits.clone()
+        for i, row in enumerate(self.rows[first:]):
+            logits[i, self.answer_to(row)[row.num_generated]] += 1e4
+        return super()._sample(logits, first)
+
+
+class Scripted(GivenAnswers):
     """Writes `script` after a question, and `answer` after what a tool returned."""
 
     script: ClassVar[list[int]] = []
     answer: ClassVar[str] = "It is 27。"
 
-    def _sample(self, logits, first):
-        logits = logits.clone()
-        for i, row in enumerate(self.rows[first:]):
-            returned = chat_style(TOKENIZER).tags["<tool_response>"][0] in row.tokens
-            ids = answer_ids(content=self.answer) if returned and self.answer else self.script
-            logits[i, ids[row.num_generated]] += 1e4
-        return super()._sample(logits, first)
+    def answer_to(self, row) -> list[int]:
+        returned = chat_style(TOKENIZER).tags["<tool_response>"][0] in row.tokens
+        return answer_ids(content=self.answer) if returned and self.answer else self.script
 
 
 @dataclasses.dataclass
