@@ -190,7 +190,7 @@ class _TextTokenizer:
         return encode_text(self._tokenizer, text)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)  # what is kept keeps its tokenizer alive, and mostly there is one model at a time
 def _wrapped(tokenizer: PreTrainedTokenizerFast) -> Any:
     """Return the `llguidance.LLTokenizer` of a tokenizer; making one takes tens of milliseconds, so they are kept."""
     from llguidance import LLTokenizer, TokenizerWrapper

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from serving_helpers import TOKENIZER, tiny_model, without_tags
 
@@ -10,8 +13,8 @@ from common.errors import UserError
 from inference.constraints import Constraint, answer_grammar, blocked_tokens, without_other_properties
 from inference.generator import generate
 from inference.options import SamplingParams
-from model.chat_format import chat_style
 from model.chat_parser import parse_answer
+from model.chat_style import chat_style
 
 TAGS = chat_style(TOKENIZER).tags
 PROMPT = [1, 5, 6]
@@ -40,6 +43,16 @@ def test_json_matches_its_schema(model):
     """Over schemas that are drawn at random, eight answers at a time."""
     finished, cut, wrong = check_answers(model, 40)
     assert not wrong and finished > 36 and finished + cut == 40
+
+
+def test_no_tokenizer_of_an_earlier_model_is_kept():
+    grammar, earlier = answer_grammar(TAGS, schema={"type": "object"}), without_tags()
+    Constraint(earlier, grammar)
+    gone = weakref.ref(earlier)
+    del earlier
+    Constraint(TOKENIZER, grammar)
+    gc.collect()
+    assert gone() is None
 
 
 TOOLS = [
