@@ -17,17 +17,9 @@ from starlette.responses import Response
 from common.errors import UserError
 from inference.constraints import Constraint, answer_grammar
 from inference.generator import TokenOutput
-from model.chat_format import (
-    Message,
-    PromptTooLong,
-    chat_style,
-    message_text,
-    render_chat,
-    truncate_chat,
-    with_images,
-    with_tools,
-)
+from model.chat_format import Message, PromptTooLong, message_text, render_chat, truncate_chat, with_images, with_tools
 from model.chat_parser import THINK, AnswerParser, AnswerPart
+from model.chat_style import chat_style
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
 from serving.http import ApiError
@@ -76,8 +68,9 @@ class ChatEndpoint(Endpoint):
         try:
             prompt = await tokenize(encode, offered, size, param)
             fits = len(prompt) < self.engine.max_len
-        except ApiError:  # not even beside the last question alone
-            if not optional:
+        except ApiError as error:
+            too_long = isinstance(error.__cause__, PromptTooLong)  # even with the last question alone
+            if not (optional and too_long):
                 raise
             fits = False
         if optional and not fits:

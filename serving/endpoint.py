@@ -246,7 +246,7 @@ class Endpoint:
     def ignore(self, ignored: list[str], request: Request) -> None:
         """Name fields that are ignored in the response and, once each, in the log. With `strict` raise ApiError instead."""
         if self.strict:
-            message = f"this server does not know the field {ignored[0]!r}, and --strict refuses what it would ignore"
+            message = f"the field {ignored[0]!r} would have no effect here, and --strict refuses such fields"
             raise ApiError(400, message, ignored[0], "unknown_parameter")
         add_header(request, "X-Ignored-Fields", ", ".join(ignored[:MAX_NAMES]))
         for name in ignored:

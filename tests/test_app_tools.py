@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field
 from serving_helpers import NAME, QUESTION, SUM, TOKENIZER, Scripted, answer_ids, serving, without_tags
 
 from evaluation.tools import TOOLS, call_tool, tool_schema
-from model.chat_format import chat_style, render_chat, with_tools
+from model.chat_format import render_chat, with_tools
+from model.chat_style import chat_style
 from model.tokenizer import EOS_ID, encode_text
 
 SCHEMAS = [tool_schema(function) for function in TOOLS.values()]
@@ -295,6 +296,27 @@ def test_required_calls(client, fields, names, stream):
         else:
             assert arguments == {}
     assert found <= names
+
+
+def test_only_tools_that_do_not_fit_are_left_out(server):
+    """Whatever else is wrong with a request remains an error, which blames no tools."""
+    broken = [{"type": "function", "function": {"name": "f", "description": "half \ud800"}}]
+    out_of_order = [*QUESTION, {"role": "tool", "content": "27"}]
+    for messages, tools, reason in (QUESTION, broken, "is not Unicode"), (out_of_order, OFFERED, "tool"):
+        for keep in ({}, {"truncate_prompt_tokens": -1}):
+            body = json.dumps({"model": NAME, "messages": messages, "tools": tools, "max_tokens": 1, **keep}).encode()
+            status, headers, answer = server.call("POST", "/v1/chat/completions", body)
+            assert status == 400 and reason in json.loads(answer)["error"]["message"], answer
+            assert "x-ignored-fields" not in headers
+
+
+def test_strict_refuses_a_known_field_without_effect():
+    """The error does not say that the field is unknown."""
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    with serving(tokenizer=without_tags(), strict=True) as found:
+        status, answer = found.chat(tools=tools, max_tokens=4)
+    assert status == 400 and answer["error"]["param"] == "tools.function.strict"
+    assert "'tools.function.strict' would have no effect here" in answer["error"]["message"]
 
 
 def test_strict_is_named_where_it_has_no_effect():
