@@ -29,8 +29,9 @@ from common.errors import UserError, run_script
 from evaluation.tools import chat_tools
 from inference.options import ChatOptions, ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import Chat, print_answer, training_row, use_utf8
-from model.chat_format import Message, chat_style, with_images
+from model.chat_format import Message, with_images
 from model.chat_parser import AnswerParser
+from model.chat_style import chat_style
 
 if TYPE_CHECKING:
     from inference.model_loader import TextGenerator

@@ -31,7 +31,7 @@ from inference.backends import choose_backend
 from inference.constraints import Constraint, answer_grammar
 from inference.generator import generate
 from inference.options import SamplingParams
-from model.chat_format import chat_style
+from model.chat_style import chat_style
 from model.LMConfig import PRESETS, preset
 from model.model import Transformer
 from model.tokenizer import load_tokenizer

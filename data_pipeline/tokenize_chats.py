@@ -34,11 +34,11 @@ from model.chat_format import (
     Message,
     PromptTooLong,
     TruncatedChat,
-    chat_style,
     count_images,
     message_text,
     truncate_chat,
 )
+from model.chat_style import chat_style
 from model.tokenizer import EOS_ID, encode_texts
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from evaluation.options import EvaluatedModelOptions
 from evaluation.scoring import BATCH_TOKENS, MultipleChoice, draft_models, score, score_cascade
 from inference.model_finder import require_model
 from inference.model_loader import open_model
-from model.chat_format import CHAT_TEMPLATE, chat_style, render_chat
+from model.chat_format import CHAT_TEMPLATE, render_chat
+from model.chat_style import chat_style
 from model.device import resolve_device, resolve_dtype
 from model.tokenizer import BOS_ID, encode_text, encode_texts
 from model.weights_file import dtype_name

@@ -1,4 +1,4 @@
-"""How the chat templates of the published tokenizers differ, read off a few chats that each of them renders."""
+"""Find out how the chat templates of the published tokenizers differ, by rendering a few chats with each of them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _read_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
             raise ValueError(f"{', '.join(roles)}: {render(*roles)!r} instead of {expected!r}")
 
     def encode(text: str) -> tuple[int, ...]:
-        """These are the template's own texts: what is a control token in them becomes one."""
+        """Return the token ids of one of the template's own texts: what is a control token in it becomes one."""
         return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
     tags = _tags(tokenizer)

@@ -25,8 +25,9 @@ from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
 from inference.prompts import Prompt, text_prompt
 from inference.terminal import MAX_ROUNDS
-from model.chat_format import Message, chat_style, with_images
+from model.chat_format import Message, with_images
 from model.chat_parser import ParsedAnswer, parse_answer
+from model.chat_style import chat_style
 
 # Why an answer ended: by the model (or a stop text), at max_new_tokens, because the context is full, by the user.
 ENDED, LENGTH, CONTEXT, STOPPED = "ended", "length", "context", "stopped"

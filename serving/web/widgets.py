@@ -16,12 +16,12 @@ import torch
 from streamlit.delta_generator import DeltaGenerator
 
 from common.errors import UserError, name_flags
+from common.text import visible
 from data_pipeline.images import FORMATS, check_image, data_url
 from inference.model_finder import EXPORT, Entry, default_model, list_models, read_entry
 from inference.model_loader import TextGenerator, load_text_generator
 from inference.options import ChatOptions, ModelOptions, SamplingParams
-from inference.terminal import visible
-from model.chat_format import chat_style
+from model.chat_style import chat_style
 from model.model import parameter_counts
 from serving.chat_model import STOPPED, ChatModel, Conversation, Exchange
 from serving.web.page import (
