@@ -349,7 +349,7 @@ def said_in(row: dict) -> list[dict]:
 def test_rows_with_pictures_are_valid_and_different(name):
     rows = picture_rows(name)
     pictures = {row["image_bytes"][0] for row in rows}
-    assert len(pictures) > 0.95 * len(rows)  # a picture of one thing may come twice
+    assert len(pictures) > 0.9 * len(rows)  # a picture of one thing may come twice
     for row in rows[:: max(len(rows) // 100, 1)]:
         messages, images = parse_image_row(row, None)
         assert messages[0]["content"].startswith(f"{IMAGE}\n") and len(images) == 1
@@ -363,7 +363,7 @@ def test_no_training_picture_is_held_out():
 
 def test_held_out_pairs_are_never_taught_and_always_asked(scenes):
     pairs = {f"{colour} {shape}" for colour, shape in scenes.HELD_OUT}
-    pairs |= {f"{scenes.CHINESE[colour]}的{scenes.CHINESE[shape]}" for colour, shape in scenes.HELD_OUT}
+    pairs |= {f"{scenes.CHINESE[colour]}{scenes.CHINESE[shape]}" for colour, shape in scenes.HELD_OUT}
     for name in ("pretrain", "sft"):
         for row in picture_rows(name):
             assert not any(pair in row["conversations"] for pair in pairs)
@@ -386,11 +386,11 @@ def test_answers_about_pictures_are_true(scenes, generate):
             found += [(palette[rgb], place) for rgb in colours if rgb in palette]
         answer = said_in(row)[1]["content"]
         if answer.isascii():
-            parts = [re.fullmatch(r"([\w ]+): a (\w+) (\w+)", part.strip()) for part in answer.split(".")[:-1]]
-            told = [(part[2], scenes.PLACES.index(part[1].lower())) for part in parts]
+            parts = [re.fullmatch(r"A (\w+) \w+ in the ([\w ]+)", part.strip()) for part in answer.split(".")[:-1]]
+            told = [(part[1], scenes.PLACES.index(part[2])) for part in parts]
         else:
             chinese = {text: name for name, text in scenes.CHINESE.items()}
-            parts = [re.fullmatch(r"(\w+)有一个(\w\w)的(\w+)", part) for part in answer.rstrip("。").split("，")]
+            parts = [re.fullmatch(r"(\w+)有(\w\w)(\w+)", part) for part in answer.rstrip("。").split("，")]
             told = [(chinese[part[2]], scenes.PLACES.index(chinese[part[1]])) for part in parts]
         assert told == found
 

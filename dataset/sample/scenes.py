@@ -1,8 +1,9 @@
 """Draw the pictures of the sample data: scenes of coloured shapes and digits, with captions and questions about them.
 
-A picture has a grid of 3 x 3 places, and one to four things in it. Every pixel is decided by whole numbers, so the
-pictures are the same on every machine. `HELD_OUT` pairs of colour and shape never occur in the training data: a model
-that learned what red is and what a ring is recognises a red ring at first sight.
+A picture has a grid of 3 x 3 places, and one to three things in it, which differ in colour and in form: every question has
+one answer. Every pixel is decided by whole numbers, so the pictures are the same on every machine. `HELD_OUT` pairs of
+colour and shape never occur in the training data: a model that learned what red is and what a ring is recognises a red
+ring at first sight.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-N_CAPTIONS = 8000  # pictures with a caption
-N_DIALOGUES = 8000  # pictures with questions about them
-N_TURNS = 3  # questions about each, at most
+N_CAPTIONS = 4000  # pictures with a caption
+N_DIALOGUES = 4000  # pictures with questions about them
 N_HELD_OUT = 100  # questions of each kind
 SIZE, CELL = 48, 16  # pixels
 BACKGROUNDS = [(255, 255, 255), (226, 232, 240), (250, 240, 215)]
@@ -29,7 +29,8 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-NUMBERS = ("one", "two", "three", "four")
+NUMBERS = ("one", "two", "three")
+HOW_MANY = (1, 1, 1, 1, 1, 2, 2, 2, 3, 3)  # things in a picture: what one is comes before which one
 HELD_OUT = tuple(zip(COLOURS, (*SHAPES[4:], *SHAPES[:4]), strict=True))  # each colour once, each shape once
 DIGITS = """
 01110 00100 01110 11110 00010 11111 00110 11111 01110 01110
@@ -46,7 +47,7 @@ CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字", "ring": "圆环", "diamond": "菱形",
     "top left": "左上角", "top": "上方", "top right": "右上角", "left": "左边", "middle": "中间", "right": "右边",
     "bottom left": "左下角", "bottom": "下方", "bottom right": "右下角",
-    "one": "一个", "two": "两个", "three": "三个", "four": "四个", "digit": "数字",
+    "one": "一个", "two": "两个", "three": "三个", "digit": "数字",
 }  # fmt: skip
 CAPTION = {"en": ("Describe this picture.", "What can you see?"), "zh": ("描述这张图片。", "图里有什么？")}
 QUESTIONS = {
@@ -85,7 +86,7 @@ class Thing:
 
     def name(self, language: str) -> str:
         form = self.form if self.is_digit else word(self.form, language)
-        return f"{self.colour} {form}" if language == "en" else f"{word(self.colour, language)}的{form}"
+        return f"{self.colour} {form}" if language == "en" else f"{word(self.colour, language)}{form}"
 
 
 def word(text: str, language: str) -> str:
@@ -96,17 +97,19 @@ def word(text: str, language: str) -> str:
 
 
 def draw_things(dice, pairs: list[tuple[str, str]], first: tuple[str, str] | None = None) -> list[Thing]:
-    """Return one to four things in reading order, of the allowed (colour, shape) pairs; `first` is one of them."""
-    n = 1 + dice.below(4)
-    places = dice.sample(range(9), n)
-    things = []
-    for i, place in enumerate(places):
-        if first is not None and i == 0:
+    """Return one to three things in reading order, of the allowed (colour, shape) pairs; `first` is one of them.
+
+    No two have the same colour or the same shape, and at most one is a digit.
+    """
+    things: list[Thing] = []
+    for place in dice.sample(range(9), dice.choice(HOW_MANY)):
+        colours, forms = ({getattr(thing, name) for thing in things} for name in ("colour", "form"))
+        if first is not None and not things:
             colour, form = first
-        elif dice.below(5) == 0:
-            colour, form = dice.choice(list(COLOURS)), str(dice.below(10))
+        elif dice.below(3) == 0 and not any(thing.is_digit for thing in things):
+            colour, form = dice.choice([colour for colour in COLOURS if colour not in colours]), str(dice.below(10))
         else:
-            colour, form = dice.choice(pairs)
+            colour, form = dice.choice([pair for pair in pairs if pair[0] not in colours and pair[1] not in forms])
         things.append(Thing(form, colour, place))
     return sorted(things, key=lambda thing: thing.place)
 
@@ -161,34 +164,39 @@ def glyph(digit: int, left: int) -> np.ndarray:
 
 
 def caption(things: list[Thing], language: str) -> str:
-    parts = []
-    for thing in things:
-        place = word(PLACES[thing.place], language)
-        if language == "zh":
-            parts.append(f"{place}有一个{thing.name(language)}")
-        else:
-            parts.append(f"{place.capitalize()}: a {thing.name(language)}.")
-    return "，".join(parts) + "。" if language == "zh" else " ".join(parts)
+    if language == "zh":
+        return "，".join(f"{word(PLACES[thing.place], 'zh')}有{thing.name('zh')}" for thing in things) + "。"
+    return " ".join(f"A {thing.name('en')} in the {PLACES[thing.place]}." for thing in things)
+
+
+# As in the captions, with a blank before most words: at the start of an answer, a word has other tokens than after a blank.
+ANSWERS = {
+    "colour": "It is {}.",
+    "shape": "A {}.",
+    "count": "There {}.",
+    "position": "In the {}.",
+    "digit": "It is {}.",
+}
+
+
+def answer(kind: str, text: str, language: str) -> str:
+    if language == "zh":
+        return word(text, language) if kind != "digit" else text
+    return ANSWERS[kind].format(text if kind != "count" else f"{'is' if text == 'one' else 'are'} {text}")
 
 
 def questions(things: list[Thing], kind: str, language: str) -> list[tuple[str, str, Thing | None]]:
-    """Return (template, answer, thing) of every question of a kind that has one answer in this scene."""
-    shapes = [thing.form for thing in things if not thing.is_digit]
-    digits = [thing for thing in things if thing.is_digit]
-    colours = [thing.colour for thing in things]
-    names = [thing.name(language) for thing in things]
+    """Return (kind, answer, thing) of every question of a kind."""
     if kind == "count":
-        return [(kind, word(NUMBERS[len(things) - 1], language), None)]
-    if kind == "digit":
-        return [(kind, digits[0].form, digits[0])] if len(digits) == 1 else []
-    found = []
+        return [(kind, answer(kind, NUMBERS[len(things) - 1], language), None)]
+    found: list[tuple[str, str, Thing | None]] = []
     for thing in things:
-        if kind == "colour" and (shapes.count(thing.form) == 1 or (thing.is_digit and len(digits) == 1)):
-            found.append((kind, word(thing.colour, language), thing))
-        elif kind == "shape" and not thing.is_digit and colours.count(thing.colour) == 1:
-            found.append((kind, word(thing.form, language), thing))
-        elif kind == "position" and names.count(thing.name(language)) == 1:
-            found.append((kind, word(PLACES[thing.place], language), thing))
+        if kind == "colour":
+            found.append((kind, answer(kind, thing.colour, language), thing))
+        elif kind == "position":
+            found.append((kind, answer(kind, PLACES[thing.place], language), thing))
+        elif thing.is_digit == (kind == "digit"):
+            found.append((kind, answer(kind, thing.form, language), thing))
     return found
 
 
@@ -226,12 +234,17 @@ def captions(dice, n: int) -> list[dict]:
 
 
 def dialogues(dice, n: int) -> list[dict]:
-    """Return pictures with some questions about each, in one language."""
+    """Return pictures with questions about each, in one language: one about each thing, and in some the number of things.
+
+    A second question about a thing could be answered from the first: it would teach to read instead of to look.
+    """
     rows = []
     for _ in range(n):
         things, language = draw_things(dice, pairs_for_training()), dice.choice(LANGUAGES)
         found = [one for kind in QUESTIONS for one in questions(things, kind, language)]
-        turns = [(ask(dice, kind, language, thing), answer) for kind, answer, thing in dice.sample(found, N_TURNS)]
+        asked = [*([None] if dice.below(3) == 0 else []), *dice.shuffled(things)]
+        chosen = [dice.choice([one for one in found if one[2] == thing]) for thing in asked]
+        turns = [(ask(dice, kind, language, thing), answer) for kind, answer, thing in chosen]
         rows.append(row(draw(dice, things), turns))
     return rows
 
