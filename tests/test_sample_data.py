@@ -375,6 +375,14 @@ def test_held_out_pairs_are_never_taught_and_always_asked(scenes):
         assert f"{colour} thing" in asked or f"Which shape is {colour}" in asked
 
 
+def test_questions_of_a_dialogue_do_not_answer_each_other(scenes):
+    """Each thing is asked about once: no colour and no shape is named twice."""
+    names = [*scenes.COLOURS, *scenes.SHAPES]
+    for row in picture_rows("sft"):
+        for name in (*names, *(scenes.CHINESE[name] for name in names)):
+            assert row["conversations"].count(name) <= 1, row["conversations"]
+
+
 def test_answers_about_pictures_are_true(scenes, generate):
     """The colours, places and number of the things are read from the pixels."""
     palette = {rgb: name for name, rgb in scenes.COLOURS.items()}
