@@ -1,9 +1,8 @@
 """Draw the pictures of the sample data: scenes of coloured shapes and digits, with captions and questions about them.
 
-A picture has a grid of 3 x 3 places, and one to three things in it, which differ in colour and in form: every question has
-one answer. Every pixel is decided by whole numbers, so the pictures are the same on every machine. `HELD_OUT` pairs of
-colour and shape never occur in the training data: a model that learned what red is and what a ring is recognises a red
-ring at first sight.
+A picture has a grid of 3 x 3 places, and one to four copies of a thing in it: three red rings, or a blue 7. Every pixel is
+decided by whole numbers, so the pictures are the same on every machine. `HELD_OUT` pairs of colour and shape never occur in
+the training data: a model that learned what red is and what a ring is recognises a red ring at first sight.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-NUMBERS = ("one", "two", "three")
-HOW_MANY = (1, 1, 1, 1, 1, 2, 2, 2, 3, 3)  # things in a picture: what one is comes before which one
+NUMBERS = ("one", "two", "three", "four")
+HOW_MANY = (1, 1, 1, 1, 2, 3, 4)  # copies of the thing: most pictures have one
 HELD_OUT = tuple(zip(COLOURS, (*SHAPES[4:], *SHAPES[:4]), strict=True))  # each colour once, each shape once
+TAUGHT = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
 DIGITS = """
 01110 00100 01110 11110 00010 11111 00110 11111 01110 01110
 10001 01100 10001 00001 00110 10000 01000 00001 10001 10001
@@ -47,25 +47,25 @@ CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字", "ring": "圆环", "diamond": "菱形",
     "top left": "左上角", "top": "上方", "top right": "右上角", "left": "左边", "middle": "中间", "right": "右边",
     "bottom left": "左下角", "bottom": "下方", "bottom right": "右下角",
-    "one": "一个", "two": "两个", "three": "三个", "digit": "数字",
+    "one": "一个", "two": "两个", "three": "三个", "four": "四个", "digit": "数字",
 }  # fmt: skip
 CAPTION = {"en": ("Describe this picture.", "What can you see?"), "zh": ("描述这张图片。", "图里有什么？")}
 QUESTIONS = {
     "colour": {
-        "en": ("What colour is the {shape}?", "The {shape} has which colour?"),
-        "zh": ("{shape}是什么颜色的？", "图里的{shape}是什么颜色？"),
+        "en": ("What colour is in the picture?", "Which colour do you see?"),
+        "zh": ("图里有什么颜色？", "你看到什么颜色？"),
     },
     "shape": {
-        "en": ("What shape is the {colour} thing?", "Which shape is {colour}?"),
-        "zh": ("{colour}的东西是什么形状？", "什么形状是{colour}的？"),
+        "en": ("What shape is in the picture?", "Which shape do you see?"),
+        "zh": ("图里有什么形状？", "你看到什么形状？"),
     },
     "count": {
         "en": ("How many things are there?", "Count the things in the picture."),
         "zh": ("图里有几个东西？", "数一数有几个东西。"),
     },
     "position": {
-        "en": ("Where is the {thing}?", "In which place is the {thing}?"),
-        "zh": ("{thing}在哪里？", "{thing}在什么位置？"),
+        "en": ("Where is the thing?", "In which place is the thing?"),
+        "zh": ("东西在哪里？", "东西在什么位置？"),
     },
     "digit": {"en": ("Which digit is it?", "Read the digit."), "zh": ("图里是数字几？", "读出这个数字。")},
 }
@@ -73,20 +73,16 @@ LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A shape ("circle") or a digit ("7") of a colour at a place of the grid."""
+class Scene:
+    """Copies of a shape ("circle") or a digit ("7") of a colour at some places of the grid."""
 
     form: str
     colour: str
-    place: int
+    places: tuple[int, ...]
 
     @property
     def is_digit(self) -> bool:
         return self.form.isdigit()
-
-    def name(self, language: str) -> str:
-        form = self.form if self.is_digit else word(self.form, language)
-        return f"{self.colour} {form}" if language == "en" else f"{word(self.colour, language)}{form}"
 
 
 def word(text: str, language: str) -> str:
@@ -96,36 +92,26 @@ def word(text: str, language: str) -> str:
 # ---- scenes
 
 
-def draw_things(dice, pairs: list[tuple[str, str]], first: tuple[str, str] | None = None) -> list[Thing]:
-    """Return one to three things in reading order, of the allowed (colour, shape) pairs; `first` is one of them.
-
-    No two have the same colour or the same shape, and at most one is a digit.
-    """
-    things: list[Thing] = []
-    for place in dice.sample(range(9), dice.choice(HOW_MANY)):
-        colours, forms = ({getattr(thing, name) for thing in things} for name in ("colour", "form"))
-        if first is not None and not things:
-            colour, form = first
-        elif dice.below(3) == 0 and not any(thing.is_digit for thing in things):
-            colour, form = dice.choice([colour for colour in COLOURS if colour not in colours]), str(dice.below(10))
-        else:
-            colour, form = dice.choice([pair for pair in pairs if pair[0] not in colours and pair[1] not in forms])
-        things.append(Thing(form, colour, place))
-    return sorted(things, key=lambda thing: thing.place)
+def draw_scene(dice, pair: tuple[str, str] | None = None) -> Scene:
+    """Return a scene with this pair of colour and shape, or with any that may be taught."""
+    colour, form = pair or dice.choice(TAUGHT)
+    if pair is None and dice.below(3) == 0:
+        form = str(dice.below(10))
+    return Scene(form, colour, tuple(sorted(dice.sample(range(9), dice.choice(HOW_MANY)))))
 
 
-def draw(dice, things: list[Thing]) -> bytes:
+def draw(dice, scene: Scene) -> bytes:
     """Return the scene as a PNG of few colours; sizes and exact places are drawn too."""
     palette = [dice.choice(BACKGROUNDS), *COLOURS.values()]
     canvas = np.zeros((SIZE, SIZE), np.uint8)
-    for thing in things:
-        row, column = divmod(thing.place, 3)
+    for place in scene.places:
+        row, column = divmod(place, 3)
         radius = 5 + dice.below(3)
         slack = 7 - radius  # a thing stays in its cell
         down, right = (8 + dice.below(2 * slack + 1) - slack for _ in range(2))
         cell = canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-        here = glyph(int(thing.form), right // 3) if thing.is_digit else inside(thing.form, X - right, Y - down, radius)
-        cell[here] = 1 + list(COLOURS).index(thing.colour)
+        here = glyph(int(scene.form), right // 3) if scene.is_digit else inside(scene.form, X - right, Y - down, radius)
+        cell[here] = 1 + list(COLOURS).index(scene.colour)
     image = Image.fromarray(canvas)
     image.putpalette([value for colour in palette for value in colour])
     buffer = io.BytesIO()
@@ -163,10 +149,15 @@ def glyph(digit: int, left: int) -> np.ndarray:
 # ---- texts
 
 
-def caption(things: list[Thing], language: str) -> str:
+def caption(scene: Scene, language: str) -> str:
+    """Return a sentence with the number, the colour, the form and the places of the things."""
+    number, colour = word(NUMBERS[len(scene.places) - 1], language), word(scene.colour, language)
+    form = scene.form if scene.is_digit else word(scene.form, language)
+    places = [word(PLACES[place], language) for place in scene.places]
     if language == "zh":
-        return "，".join(f"{word(PLACES[thing.place], 'zh')}有{thing.name('zh')}" for thing in things) + "。"
-    return " ".join(f"A {thing.name('en')} in the {PLACES[thing.place]}." for thing in things)
+        return f"{number}{colour}{form}：{'、'.join(places)}。"
+    plural = "" if len(places) == 1 else "es" if form == "cross" else "s"
+    return f"{number.capitalize()} {colour} {form}{plural} in the {', '.join(places)}."
 
 
 # As in the captions, with a blank before most words: at the start of an answer, a word has other tokens than after a blank.
@@ -179,33 +170,17 @@ ANSWERS = {
 }
 
 
-def answer(kind: str, text: str, language: str) -> str:
+def answer(scene: Scene, kind: str, language: str) -> str | None:
+    """Return the answer to a question, None where there is none: copies have several places, digits no shape."""
+    number = NUMBERS[len(scene.places) - 1]
+    if kind in ("shape", "digit") and scene.is_digit != (kind == "digit"):
+        return None
+    if kind == "position" and number != "one":
+        return None
+    found = {"colour": scene.colour, "count": number, "position": PLACES[scene.places[0]]}.get(kind, scene.form)
     if language == "zh":
-        return word(text, language) if kind != "digit" else text
-    return ANSWERS[kind].format(text if kind != "count" else f"{'is' if text == 'one' else 'are'} {text}")
-
-
-def questions(things: list[Thing], kind: str, language: str) -> list[tuple[str, str, Thing | None]]:
-    """Return (kind, answer, thing) of every question of a kind."""
-    if kind == "count":
-        return [(kind, answer(kind, NUMBERS[len(things) - 1], language), None)]
-    found: list[tuple[str, str, Thing | None]] = []
-    for thing in things:
-        if kind == "colour":
-            found.append((kind, answer(kind, thing.colour, language), thing))
-        elif kind == "position":
-            found.append((kind, answer(kind, PLACES[thing.place], language), thing))
-        elif thing.is_digit == (kind == "digit"):
-            found.append((kind, answer(kind, thing.form, language), thing))
-    return found
-
-
-def ask(dice, kind: str, language: str, thing: Thing | None) -> str:
-    template = dice.choice(QUESTIONS[kind][language])
-    if thing is None:
-        return template
-    shape = word("digit" if thing.is_digit else thing.form, language)
-    return template.format(shape=shape, colour=word(thing.colour, language), thing=thing.name(language))
+        return found if kind == "digit" else word(found, language)
+    return ANSWERS[kind].format(found if kind != "count" else f"{'is' if number == 'one' else 'are'} {number}")
 
 
 # ---- rows
@@ -220,56 +195,50 @@ def row(image: bytes, turns: list[tuple[str, str]], **more: str) -> dict:
     return {"image_bytes": [image], "conversations": json.dumps(messages, ensure_ascii=False), **more}
 
 
-def pairs_for_training() -> list[tuple[str, str]]:
-    return [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
-
-
 def captions(dice, n: int) -> list[dict]:
     """Return pictures with a caption in one language."""
     rows = []
     for _ in range(n):
-        things, language = draw_things(dice, pairs_for_training()), dice.choice(LANGUAGES)
-        rows.append(row(draw(dice, things), [(dice.choice(CAPTION[language]), caption(things, language))]))
+        scene, language = draw_scene(dice), dice.choice(LANGUAGES)
+        rows.append(row(draw(dice, scene), [(dice.choice(CAPTION[language]), caption(scene, language))]))
     return rows
 
 
 def dialogues(dice, n: int) -> list[dict]:
-    """Return pictures with questions about each, in one language: one about each thing, and in some the number of things.
+    """Return pictures with up to three questions about each, in one language, in any order.
 
-    A second question about a thing could be answered from the first: it would teach to read instead of to look.
+    Where the thing is, and how many there are, is not asked together: one answer would give away the other.
     """
     rows = []
     for _ in range(n):
-        things, language = draw_things(dice, pairs_for_training()), dice.choice(LANGUAGES)
-        found = [one for kind in QUESTIONS for one in questions(things, kind, language)]
-        asked = [*([None] if dice.below(3) == 0 else []), *dice.shuffled(things)]
-        chosen = [dice.choice([one for one in found if one[2] == thing]) for thing in asked]
-        turns = [(ask(dice, kind, language, thing), answer) for kind, answer, thing in chosen]
-        rows.append(row(draw(dice, things), turns))
+        scene, language = draw_scene(dice), dice.choice(LANGUAGES)
+        kinds = [kind for kind in QUESTIONS if answer(scene, kind, language)]
+        if "position" in kinds:
+            kinds.remove(dice.choice(("position", "count", "count")))
+        turns = [
+            (dice.choice(QUESTIONS[kind][language]), answer(scene, kind, language)) for kind in dice.shuffled(kinds)
+        ]
+        rows.append(row(draw(dice, scene), turns))
     return rows
 
 
 def held_out(dice, n: int, taught: set[bytes]) -> list[dict]:
-    """Return pictures with one question each: `n` of every kind, and `n` about pairs that training never shows.
+    """Return pictures with one question each: `n` of every kind, and as many about pairs that training never shows.
 
     taught: the pictures of the training data, none of which is among them.
     """
     rows = []
-    kinds = [*QUESTIONS, "unseen"]
+    kinds = [*QUESTIONS, "unseen colour", "unseen shape"]
     while len(rows) < n * len(kinds):
         kind = kinds[len(rows) // n]
         language = LANGUAGES[len(rows) % 2]
-        turn = len(rows) // len(LANGUAGES)  # every pair in turn, asked about in both ways
-        pair = HELD_OUT[turn % len(HELD_OUT)] if kind == "unseen" else None
-        things = draw_things(dice, pairs_for_training(), pair)
-        asked = ("colour", "shape")[turn // len(HELD_OUT) % 2] if kind == "unseen" else kind
-        found = questions(things, asked, language)
-        if pair is not None:
-            found = [one for one in found if (one[2].colour, one[2].form) == pair]
-        picture = draw(dice, things)
-        if found and picture not in taught:
-            template, answer, thing = dice.choice(found)
-            rows.append(row(picture, [(ask(dice, template, language, thing), answer)], kind=kind, language=language))
+        pair = HELD_OUT[len(rows) // len(LANGUAGES) % len(HELD_OUT)]  # every pair in turn
+        scene = draw_scene(dice, pair if kind.startswith("unseen") else None)
+        asked = kind.removeprefix("unseen ")
+        text, picture = answer(scene, asked, language), draw(dice, scene)
+        if text is not None and picture not in taught:
+            question = dice.choice(QUESTIONS[asked][language])
+            rows.append(row(picture, [(question, text)], kind=kind, language=language))
     return rows
 
 
