@@ -51,6 +51,13 @@ python 2-eval.py --auto --weights $out/rl_192.pth --device cpu --max_new_tokens 
 stage export "write a folder that transformers can load"
 python export_model.py --weights $out/rl_192.pth --output $out/minimind-toy --overwrite
 
+stage vision "learn to see, from pictures with captions and questions"
+vision="$common --out_dir $out/vision --optimizer muon --batch_size 4 --warmup_iters 4 --val_fraction 0"
+python 8-pretrain_vlm.py $vision --init_from $out/full_sft_192.pth --data_path dataset/sample/vlm_pretrain.parquet \
+    --freeze none --learning_rate 1e-2 --max_steps 260
+python 9-sft_vlm.py $vision --data_path dataset/sample/vlm_sft.parquet --learning_rate 3e-3 --max_steps 180
+python eval_vlm.py --out_dir $out/vision --device cpu
+
 stage report "measure what was learned"
 python bench/quickstart_report.py --out_dir $out
 echo "The whole pipeline took $((SECONDS / 60)) min $((SECONDS % 60)) s. To chat with the model, first run: . .venv/bin/activate"

@@ -120,6 +120,17 @@ def compression_table(folders: dict[str, Path]) -> str:
     return "\n".join(rows)
 
 
+def vision_table(path: Path) -> str:
+    """Return what eval_vlm.py measured, by kind of question."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: create it with bash quickstart.sh")
+    rows = ["| questions about pictures | right | chance | no image | wrong image |", "|---|---|---|---|---|"]
+    for kind, one in json.loads(path.read_text(encoding="utf-8"))["kinds"].items():
+        shares = " | ".join(f"{one[name]:.1%}" for name in ("right", "chance", "without", "wrong"))
+        rows.append(f"| {kind} ({one['n']}) | {shares} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
@@ -190,6 +201,9 @@ def main() -> None:
         "\n".join(["| question | before | after |", "|---|---|---|"] + [
             f"| {chat[-2]['content']} | {b} | {a} |" for chat, b, a in list(zip(identity, before, after, strict=True))[::8]
         ]),
+        "## What the model sees",
+        vision_table(out / "vision" / "vlm" / "summary.json"),
+        "![pictures with answers](vision/vlm/sheet.png)",
         "## Tokenizers",
         compression_table(tokenizers),
         f"(report made in {time.perf_counter() - started:.0f} s)",
