@@ -1,13 +1,12 @@
 """Try what others report to train faster: the same texts and steps with one thing changed, over several seeds.
 
     python bench/recipes.py --data_path dataset/pretrain_data.csv                     # everything; hours on a CPU
-    python bench/recipes.py --data_path dataset/pretrain_data.csv --only base default "head not tied" --seeds 1
+    python bench/recipes.py --data_path dataset/pretrain_data.csv --only base "head not tied" --seeds 1
 
-"base" is Muon at 4e-3 for everything, and "default" what 1-pretrain.py does. The others change of "base" what their line in
-`RECIPES` says; those that begin with "default" change the default. The loss is that of held-out texts after the last step;
-the steps are the same for all, so a recipe that costs more time per step needs a larger gain: the column "time" has the time
-of a step, relative to the base's. A line of a finished run is kept in --out_file, and not repeated; --plot draws those of
-this setting: gains over the base, and the training loss of the base and the best.
+"base" is what 1-pretrain.py does. The others change what their line in `RECIPES` says. The loss is that of held-out texts
+after the last step; the steps are the same for all, so a recipe that costs more time per step needs a larger gain: the
+column "time" has the time of a step, relative to the base's. A line of a finished run is kept in --out_file, and not
+repeated; --plot draws those of this setting: gains over the base, and the training loss of the base and the best.
 """
 
 from __future__ import annotations
@@ -88,7 +87,6 @@ def scale(part: str, factor: float) -> Callable[[Transformer], None]:
 RESIDUAL = "wo.weight w2.weight"
 RECIPES = {
     "base": Recipe(),
-    "default": Recipe(embedding_rate=10),
     "rate 2e-3": Recipe(peak=2e-3),
     "rate 8e-3": Recipe(peak=8e-3),
     "init 0.05": Recipe(fields={"initializer_range": 0.05}),
@@ -99,6 +97,7 @@ RECIPES = {
     "residual projections 0": Recipe(prepare=scale(RESIDUAL, 0)),
     "embedding rate x 0.3": Recipe(embedding_rate=0.3),
     "embedding rate x 3": Recipe(embedding_rate=3),
+    "embedding rate x 10": Recipe(embedding_rate=10),
     "embedding rate x 30": Recipe(embedding_rate=30),
     "norm rate x 3": Recipe(vector_rate=3),
     "warm-up 2%": Recipe(warmup=0.02),
@@ -118,10 +117,6 @@ RECIPES = {
     "head not tied": Recipe(fields={"tie_word_embeddings": False}),
     "QK-norm": Recipe(fields={"qk_norm": True}),
     "half as many heads": Recipe(heads=0.5),
-    "default, residual projections 0": Recipe(embedding_rate=10, prepare=scale(RESIDUAL, 0)),
-    "default, head not tied": Recipe(embedding_rate=10, fields={"tie_word_embeddings": False}),
-    "default, QK-norm": Recipe(embedding_rate=10, fields={"qk_norm": True}),
-    "default, Polar Express, 3 rounds": Recipe(embedding_rate=10, rounds=POLAR[:3]),
 }
 
 

@@ -92,7 +92,7 @@ def test_with_no_flags_the_optimizer_is_muon_and_the_batch_fits_the_length_of_th
     result = pretrain(*TINY, "--data_path", texts, "--out_dir", tmp_path, "--max_steps", 3)
     assert result.returncode == 0, result.stderr
     options = load_checkpoint(tmp_path / "pretrain_32.pth").info["options"]
-    assert options["optimizer"] == "muon" and options["learning_rate"] == 4e-3 and options["embedding_lr_scale"] == 10
+    assert options["optimizer"] == "muon" and options["learning_rate"] == 4e-3
     tokens = options["batch_size"] * options["accumulation_steps"] * 64
     assert tokens == 4096 and f"no --batch_size: {tokens:,} tokens in a step" in result.stdout
     # A resumed run keeps its batch, though it has become longer.
