@@ -153,5 +153,17 @@ def test_training_with_judges(run_here, base, reward_model, tmp_path):  # noqa: 
     lines = metrics(tmp_path)
     assert lines[0]["accuracy"] < 0.5 < lines[-1]["accuracy"] and lines[-1]["verifier_errors"] == 0
     assert len(asked) > 16 * 4 * 16 * 0.9 and "user: red" in "".join(asked)
+    graded = []
+
+    def leave(text: str) -> str:
+        """Grade the trial and the first step, and then nothing."""
+        graded.append(text)
+        return "5" if len(graded) < 66 else "gone"
+
+    with judge_that(leave) as (url, _):
+        result = run_here(*flags, "--judge_url", url, "--judge_model", "m", "--verifier", "judge", "--overwrite")
+    assert (
+        result.returncode == 1 and "answers could be graded: judge: ValueError: a number from 0 to 10" in result.stderr
+    )
     result = run_here(*flags, "--judge_url", "http://127.0.0.1:9/v1", "--overwrite")
     assert result.returncode == 2 and "--judge_url and --judge_model belong together" in result.stderr

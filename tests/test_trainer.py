@@ -457,7 +457,7 @@ def test_a_dead_data_worker_ends_the_run_with_its_sample_and_a_saved_state(tmp_p
 
     seen, bad = [], []
     opts = options(tmp_path, num_workers=num_workers, save_interval=100, data_path=[tmp_path / "texts.csv"])
-    with pytest.raises(UserError, match=r"step 7: the data could not be read: sample (\d+) \(documents? ") as error:
+    with pytest.raises(UserError, match=r"step 7: no batch could be made: sample (\d+) \(documents? ") as error:
         train(opts, train_rows=Dying())
     text = str(error.value)
     assert f"sample {bad[0]} " in text

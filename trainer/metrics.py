@@ -75,7 +75,9 @@ class MetricsLogger:
         """Return what is known before the first step; its duration is not."""
         options, size = self.options, self.dist_env.size
         rows = options.batch_size * options.accumulation_steps * size
-        text = f"{options.optimizer}, learning rate {options.learning_rate:g}; "
+        scale = options.embedding_lr_scale
+        text = f"{options.optimizer}, learning rate {options.learning_rate:g}"
+        text += "; " if scale == 1 else f" ({options.learning_rate * scale:g} for the embedding); "
         text += f"steps to do: {self.total_steps - self.first_step:,}; rows in each: {rows:,}"
         if rows > options.batch_size:
             text += f", {options.batch_size:,} at once" + (f" in each of {size} processes" if size > 1 else "")

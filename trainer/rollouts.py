@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import UserError
 from common.files import short_hash
 from data_pipeline.datasets import Batch, BatchLoader
 from data_pipeline.packing import derive_seed
@@ -216,7 +217,12 @@ class RolloutLoader(OnPolicyLoader):
             prompts += [self.data.prompts[sample] for _, sample in mine for _ in range(group_size)]
             seeds = [derive_seed(self.schedule.seed, step, n, k) for n, _ in mine for k in range(group_size)]
             samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
-        rollouts = iter(self._run(prompts, samplings))
+        answers = self._run(prompts, samplings)
+        if any(prompt.verifier.waits for prompt in prompts) and all(answer.reward.errors for answer in answers):
+            raise UserError(
+                f"step {steps[0] + 1}: none of {len(answers)} answers could be graded: {answers[0].reward.errors[0]}"
+            )
+        rollouts = iter(answers)
         made = {}
         for step, count in zip(steps, counts, strict=True):
             groups = [[next(rollouts) for _ in range(group_size)] for _ in range(count)]
@@ -301,11 +307,17 @@ class RolloutLoader(OnPolicyLoader):
             tqdm.write(describe(self.tokenizer, groups[0][0], step))
         values = ({rollout.reward.value for rollout in group if not rollout.reward.errors} for group in groups)
         silent = all(len(different) <= 1 for different in values)
+        failed = sum(bool(rollout.reward.errors) for group in groups for rollout in group)
         if silent and not self._silent and self.options.algorithm != "ppo":
             reward = groups[0][0].reward.value
             tqdm.write(
                 f"step {step + 1}: the answers to every question have equal rewards (the first: {reward:g}), and give no "
-                "gradient: nothing can be learned from them; easier, harder or more prompts help, or a larger --group_size"
+                "gradient: nothing can be learned from them; "
+                + (
+                    f"the verifiers failed for {failed} answers, see the warnings"
+                    if failed
+                    else "easier, harder or more prompts help, or a larger --group_size"
+                )
             )
         self._silent = silent
 

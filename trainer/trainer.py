@@ -290,7 +290,7 @@ class Trainer:
         reasons = "; ".join(text for text in all_gather_object(self.dist_env, text) if text)
         files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
         raise UserError(
-            f"step {step + 1}: the data could not be read: {reasons}. {self._kept()}{files} Fix the data, then continue "
+            f"step {step + 1}: no batch could be made: {reasons}. {self._kept()}{files} Fix the cause, then continue "
             "with --resume auto"
         ) from error
 
