@@ -54,6 +54,7 @@ class LoraOptions(ChatOptions):
             f"--lora_name {self.lora_name!r} becomes part of a file name: use letters, digits and -": (
                 re.fullmatch(r"[A-Za-z0-9-]+", self.lora_name)
             ),
+            "--embedding_lr_scale: the embedding is frozen here: leave it out": self.embedding_lr_scale == 1,
             "--init_from none: an adapter needs trained weights to start from": self.init_from != "none",
         }
         return super().validate() + [error for error, kept in rules.items() if not kept]

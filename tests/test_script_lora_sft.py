@@ -168,10 +168,12 @@ def test_a_merged_file_is_not_replaced_unasked(run, out, chats, tokenizer):
 
 def test_wrong_flags_are_named_all_at_once(run, out, chats):
     flags = ["--lora_name", "a/b", "--rank", 0, "--alpha", 0, "--lora_dropout", 1, "--init_from", "none", "--epochs", 0]
+    flags += ["--embedding_lr_scale", 2]
     result = run(*flags, "--out_dir", out)
     assert result.returncode == 2
     for part in ("--lora_name 'a/b'", "--rank 0", "--alpha 0", "--lora_dropout 1", "--init_from none", "--epochs 0"):
         assert part in result.stderr, part
+    assert "--embedding_lr_scale: the embedding is frozen" in result.stderr
     message = error_of(run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "wq", "q_proj"))
     assert "--target_modules" in message and "q_proj; there are w1, w2, w3, wk" in message
     message = error_of(run(*QUICK, "--data_path", chats, "--out_dir", out, "--target_modules", "output"))

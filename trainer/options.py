@@ -365,6 +365,8 @@ class VisionOptions(ChatOptions):
             found.append(
                 "--fsdp and --deepspeed do not support vision-language models: leave them out (torchrun without them works)"
             )
+        if self.freeze != "none" and self.embedding_lr_scale != 1:
+            found.append(f"--embedding_lr_scale: --freeze {self.freeze} freezes the embedding: leave one of them out")
         return found
 
 
