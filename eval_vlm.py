@@ -61,9 +61,9 @@ def main() -> None:
         raise UserError(f"{options.data_path} has no questions")
     results, answers = evaluate(prepare, tokenizer, questions)
 
-    print(f"{'kind':<10} {'questions':>9} {'right':>7} {'chance':>7} {'no image':>9} {'wrong image':>12}")
+    print(f"{'kind':<14} {'questions':>9} {'right':>7} {'chance':>7} {'no image':>9} {'wrong image':>12}")
     for kind, one in results.items():
-        row = f"{kind:<10} {one.n:>9} {one.right:>7.1%} {one.chance:>7.1%} {one.without:>9.1%} {one.wrong:>12.1%}"
+        row = f"{kind:<14} {one.n:>9} {one.right:>7.1%} {one.chance:>7.1%} {one.without:>9.1%} {one.wrong:>12.1%}"
         print(row)
     folder = options.out_dir / "vlm"
     folder.mkdir(parents=True, exist_ok=True)

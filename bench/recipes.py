@@ -72,13 +72,13 @@ class Recipe:
     average: float = 0.0  # decay of the moving average of the weights that is evaluated
 
 
-def scale(part: str, factor: float) -> Callable[[Transformer], None]:
-    """Return a function that multiplies the initial weights whose name has `part` in it."""
+def scale(parts: str, factor: float) -> Callable[[Transformer], None]:
+    """Return a function that multiplies the initial weights whose names have one of `parts` in them."""
 
     @torch.no_grad()
     def prepare(model: Transformer) -> None:
         for name, parameter in model.named_parameters():
-            if any(piece in name for piece in part.split()):
+            if any(piece in name for piece in parts.split()):
                 parameter.mul_(factor)
 
     return prepare
@@ -180,6 +180,7 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
 
 @torch.no_grad()
 def validation_loss(model: Transformer, rows: PackedRows, dtype: torch.dtype, batch_size: int) -> float:
+    """Return the mean loss of a target of all rows."""
     device, total, n_targets = next(model.parameters()).device, 0.0, 0
     model.eval()
     for begin in range(0, len(rows), batch_size):

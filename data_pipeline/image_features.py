@@ -23,7 +23,7 @@ from common.files import cached_folder, explain_write_errors, short_hash, write_
 from common.progress import Progress
 from data_pipeline.images import open_image
 from data_pipeline.tokenize import TokenizedDataset
-from model.pixels import to_pixels
+from model.pixels import pixel_values
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,14 +47,6 @@ class Pixels:
 
     def __call__(self, numbers: list[int]) -> Tensor:
         return pixel_values([dataset_image(self.dataset, number) for number in numbers], self.size)
-
-
-def pixel_values(images: list[Image], size: int) -> Tensor:
-    """Return images as (images, 3, size, size) uint8, the input of our own encoder."""
-    pixels = np.empty((len(images), 3, size, size), np.uint8)
-    for i, image in enumerate(images):
-        pixels[i] = to_pixels(image, size)
-    return torch.from_numpy(pixels)
 
 
 class Features:

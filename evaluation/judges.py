@@ -57,7 +57,7 @@ class Judge:
         try:
             self("4", "4", [{"role": "user", "content": "2 + 2 = ?"}])
         except openai.OpenAIError as error:
-            raise UserError(f"the judge {model} at {base_url} cannot be asked: {error}") from error
+            raise UserError(f"the judge {model} at {base_url} cannot be asked: {first_line(error)}") from error
         except ValueError as error:
             raise UserError(f"the judge {model} at {base_url} does not grade answers: {error}") from error
 

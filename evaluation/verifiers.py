@@ -123,10 +123,8 @@ VERIFIERS: dict[str, VerifierFunction] = {
     "format": well_formed, "thinks": thinks,
 }  # fmt: skip
 _WHOLE_ANSWER = ("format", "thinks")
-JUDGE_FLAGS = {
-    "judge": "--judge_url and --judge_model",
-    "reward_model": "--reward_model",
-}  # name -> the flags that open it
+# Name of a verifier -> the flags that open its model.
+JUDGE_FLAGS = {"judge": "--judge_url and --judge_model", "reward_model": "--reward_model"}
 
 
 class Reward(NamedTuple):
@@ -172,6 +170,7 @@ class Verifier:
 
     @property
     def needs_reference(self) -> bool:
+        """Return whether some part compares with the reference."""
         return not all(part.is_judge or part.argument or part.name in _WHOLE_ANSWER for part in self.parts)
 
     def __call__(self, answer: str, reference: str, messages: Sequence[Message] = ()) -> Reward:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from data_pipeline.image_features import pixel_values
 from inference.generator import Images
 from model.model import Transformer
+from model.pixels import pixel_values
 from model.vision import PretrainedEncoder, VisionLanguageModel
 from model.weights_file import Checkpoint
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
 
 def to_rgb(image: Image) -> Image:
@@ -31,3 +33,14 @@ def to_pixels(image: Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def pixel_values(images: Sequence[Image], size: int) -> Tensor:
+    """Return RGB images as (images, 3, size, size) uint8, the input of our own encoder."""
+    import numpy as np
+    import torch
+
+    pixels = np.empty((len(images), 3, size, size), np.uint8)
+    for i, image in enumerate(images):
+        pixels[i] = to_pixels(image, size)
+    return torch.from_numpy(pixels)

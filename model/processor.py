@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import load_image
 
 from model.chat_format import Message, render_chat, with_images, with_tools
-from model.pixels import to_pixels, to_rgb
+from model.pixels import pixel_values, to_rgb
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -77,8 +76,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         )  # fmt: skip
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if images:
-            pixels = np.stack([to_pixels(to_rgb(load_image(image)), self.image_size) for image in images])
-            inputs["pixel_values"] = torch.from_numpy(pixels)
+            inputs["pixel_values"] = pixel_values([to_rgb(load_image(image)) for image in images], self.image_size)
         return BatchFeature(inputs)
 
 

@@ -23,7 +23,6 @@ from data_pipeline.datasets import Batch, BatchLoader
 from data_pipeline.packing import derive_seed
 from data_pipeline.sequences import sequence_batch, split_samples
 from evaluation.rollouts import Rollout, RolloutPrompt, run_rollouts
-from evaluation.verifiers import Reward
 from inference.backends import choose_backend
 from inference.generator import BatchGenerator
 from inference.options import SamplingParams
@@ -219,9 +218,7 @@ class RolloutLoader(OnPolicyLoader):
             samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
         answers = self._run(prompts, samplings)
         if any(prompt.verifier.waits for prompt in prompts) and all(answer.reward.errors for answer in answers):
-            raise UserError(
-                f"step {steps[0] + 1}: none of {len(answers)} answers could be graded: {answers[0].reward.errors[0]}"
-            )
+            raise UserError(f"none of {len(answers)} answers could be graded: {answers[0].reward.errors[0]}")
         rollouts = iter(answers)
         made = {}
         for step, count in zip(steps, counts, strict=True):
@@ -267,7 +264,7 @@ class RolloutLoader(OnPolicyLoader):
         rewards = torch.tensor([[rollout.reward.value for rollout in group] for group in groups])
         means = (rewards * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
         rewards = torch.where(known, rewards, means)
-        equal = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards).flatten().tolist()
+        equal = [has_equal_rewards(group) for group in groups for _ in group]
         advantages = group_advantages(rewards, options.algorithm) if options.algorithm != "ppo" else rewards
         batch = make_batch(rollouts, [*advantages.flatten()[:, None]], equal, options.algorithm)
         if options.algorithm == "ppo" or options.steps_per_generation > 1:
@@ -305,8 +302,7 @@ class RolloutLoader(OnPolicyLoader):
             return
         if step % self.options.show_interval == 0:
             tqdm.write(describe(self.tokenizer, groups[0][0], step))
-        values = ({rollout.reward.value for rollout in group if not rollout.reward.errors} for group in groups)
-        silent = all(len(different) <= 1 for different in values)
+        silent = all(map(has_equal_rewards, groups))
         failed = sum(bool(rollout.reward.errors) for group in groups for rollout in group)
         if silent and not self._silent and self.options.algorithm != "ppo":
             reward = groups[0][0].reward.value
@@ -322,12 +318,17 @@ class RolloutLoader(OnPolicyLoader):
         self._silent = silent
 
 
+def has_equal_rewards(group: Sequence[Rollout]) -> bool:
+    """Return whether answers to one prompt have the same reward, apart from those whose verifier failed."""
+    return len({rollout.reward.value for rollout in group if not rollout.reward.errors}) <= 1
+
+
 def describe(tokenizer: PreTrainedTokenizerFast, rollout: Rollout, step: int) -> str:
     """Return a rollout as text: its question, everything after it, and its reward."""
     n_prompt = len(rollout.prompt.ids)
     question = rollout.prompt.messages[-1]["content"]
-    reward: Reward = rollout.reward
+    expected = f" (the answer is {rollout.prompt.answer})" if rollout.prompt.answer else ""  # a judge needs none
     return (
-        f"--- a rollout of step {step + 1}, reward {reward.value:g} (the answer is {rollout.prompt.answer}):\n"
+        f"--- a rollout of step {step + 1}, reward {rollout.reward.value:g}{expected}:\n"
         f"{question}\n{tokenizer.decode(rollout.ids[n_prompt:])}\n---"
     )

@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data_pipeline.datasets import Batch, PackedRows
-from data_pipeline.image_features import Encoder, Features, Pixels, cached_features, pixel_values
+from data_pipeline.image_features import Encoder, Features, Pixels, cached_features
 from model.architecture import VisionConfig
 from model.device import resolve_device
 from model.LMConfig import LMConfig
 from model.model import Transformer, initial_weights
+from model.pixels import pixel_values
 from model.tokenizer import IMAGE_TOKEN, encode_text
 from model.vision import PretrainedEncoder, VisionLanguageModel
 from model.weights_file import Checkpoint, build_model
