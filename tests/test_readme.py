@@ -127,7 +127,7 @@ def test_the_readmes_say_the_same(name):
         return re.findall(r"^(#+) ", text, re.MULTILINE)
 
     def links(text: str) -> list[str]:
-        found = re.findall(r"\]\(([^)\s]+)\)", text)
+        found = re.findall(r"\]\(([^)\s]+)\)", text.replace("_zh.ipynb", ".ipynb"))
         return sorted("#" if target.startswith("#") else target for target in found if not target.startswith("README"))
 
     def figures(text: str) -> set[str]:
