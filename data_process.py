@@ -8,6 +8,7 @@
     python data_process.py distill --input prompts.jsonl --endpoint http://127.0.0.1:8000/v1 --model NAME
     python data_process.py download                 # list the published data sets
     python data_process.py download sft ceval       # load two of them into dataset/
+    python data_process.py download sft-mini --source modelscope    # from ModelScope
 
 stage     reads (by default, in --data_dir; .gz and .zst too)    writes (in --out_dir)
 pretrain  mobvoi_seq_monkey_general_open_corpus.jsonl            pretrain_data.csv                  text
@@ -34,7 +35,7 @@ from common.cli import flag, parse_options, validate_folder
 from common.errors import UserError, exit_on_sigterm, run_script
 from common.files import ROOT
 from data_pipeline.cleaning import STAGES, CleaningOptions, Summary, clean, summary_table
-from data_pipeline.download import DATA_SETS, download, list_data_sets
+from data_pipeline.download import SOURCES, download, list_data_sets
 from data_pipeline.image_data import convert_images
 
 DUMPS = {
@@ -52,6 +53,7 @@ ONLY_FOR = {
     "num_workers": (*DUMP_STAGES, "vlm"), "image_dir": ("vlm",), "output": ("vlm", "distill"),
     "endpoint": ("distill",), "model": ("distill",), "api_key": ("distill",), "requests_per_minute": ("distill",),
     "parallel": ("distill",), "max_tokens": ("distill",), "temperature": ("distill",), "system": ("distill",),
+    "source": ("download",),
 }  # fmt: skip
 OUTPUTS = {"vlm": "vlm_sft.parquet", "distill": "distill_data.jsonl"}  # the default of --output
 # The data sets on ModelScope that hold the dumps.
@@ -75,6 +77,7 @@ class Options(CleaningOptions):
     names: list[str] = flag(
         [], "download: the data sets (default: list them)", positional=True, nargs="*", metavar="NAME"
     )
+    source: str = flag("huggingface", "download: where from; modelscope has some of the data sets", choices=[*SOURCES])
     input: list[Path] = flag([], "raw files to read instead of the default ones", nargs="+", metavar="PATH")
     data_dir: Path = flag(ROOT / "dataset", "folder of the raw dumps (default: dataset)")
     out_dir: Path = flag(ROOT / "dataset", "folder for the results (default: dataset)")
@@ -114,8 +117,15 @@ class Options(CleaningOptions):
             if self.stage not in stages and getattr(self, name) != getattr(Options, name)
         ]
         if self.stage == "download":
-            unknown = [name for name in self.names if name not in DATA_SETS]
-            errors += [f"no data set {', '.join(unknown)}; there are {', '.join(DATA_SETS)}"] if unknown else []
+            published, here = SOURCES["huggingface"], SOURCES[self.source]
+            unknown = [name for name in self.names if name not in published]
+            errors += [f"no data set {', '.join(unknown)}; there are {', '.join(published)}"] if unknown else []
+            elsewhere = [name for name in self.names if name in published and name not in here]
+            if elsewhere:
+                errors += [
+                    f"--source {self.source} has {', '.join(here)}, but not {', '.join(elsewhere)}: leave --source out for "
+                    "those, Hugging Face has them"
+                ]
             errors += ["--input is not for download: leave it out"] if self.input else []
         elif self.names:
             errors += [f"{' '.join(self.names)}: only download takes names; name files with --input"]
@@ -148,9 +158,9 @@ def main() -> None:
     exit_on_sigterm()
     if options.stage == "download":
         if options.names:
-            download(options.names, options.out_dir)
+            download(options.names, options.out_dir, options.source)
         else:
-            print(list_data_sets())
+            print(list_data_sets(options.source))
         return
     if options.stage in OUTPUTS:
         output = options.out_dir / (options.output or OUTPUTS[options.stage])

@@ -30,11 +30,11 @@ class Progress:
         self.bar.close()
 
     def update(self, n: int) -> None:
-        """Count `n` more units as done."""
+        """Count `n` more units as done; a negative `n` takes units back."""
         self.done += n
         self.bar.update(n)
         now = time.monotonic()
-        if self.bar.disable and now - self.last_line >= self.EVERY:
+        if self.bar.disable and self.done > 0 and now - self.last_line >= self.EVERY:
             self.last_line = now
             rate = self.done / (now - self.started)
             left = tqdm.format_interval((self.total - self.done) / rate)

@@ -1,14 +1,16 @@
-"""Download the published data sets of MiniMind from Hugging Face: `python data_process.py download`.
+"""Download the published data sets of MiniMind from Hugging Face or ModelScope: `python data_process.py download`.
 
     download(["sft", "ceval"], Path("dataset"))
+    download(["sft-mini"], Path("dataset"), "modelscope")
 
 A file is loaded into a hidden folder, where an interrupted download continues, and gets its name when its hash is right:
-what has a name is complete. HF_ENDPOINT in the environment names a mirror, HF_TOKEN an account.
+what has a name is complete. HF_ENDPOINT or MODELSCOPE_ENDPOINT in the environment names a mirror, HF_TOKEN an account.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -18,28 +20,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from urllib.parse import urlencode
 
 from common.errors import UserError, first_line, stoppable
 from common.files import ROOT, atomic_folder, exclusive, explain_write_errors
 from common.progress import Progress
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
 Answer = TypeVar("Answer")
-HUB = "https://huggingface.co"
 STAGING = ".download"  # in the output folder: files that are not complete
 ATTEMPTS = 5  # without a byte between them; huggingface_hub itself repeats some errors before
 PAUSE_SECONDS = 2.0  # before the next attempt
 MARGIN = 1 << 28  # bytes of the disk that stay free
 MAX_UNPACKED = 1 << 28  # bytes in an archive; C-Eval has 4 MB
+PAGE_SIZE = 200  # files in one answer of ModelScope
+TIMEOUT_SECONDS = 15.0  # for such an answer
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Files of one repository.
+    """Files of one repository on Hugging Face.
 
     Attributes:
         files: name in the repository -> name in the output folder; that of an archive is the folder for its content.
@@ -54,10 +57,75 @@ class DataSet:
     megabytes: float
     licence: str
     then: str
+    hub: ClassVar[str] = "https://huggingface.co"
+    mirror: ClassVar[str] = "HF_ENDPOINT"  # the environment variable that names another address
+    advice: ClassVar[str] = "name a mirror, for example HF_ENDPOINT=https://hf-mirror.com, or try --source modelscope"
 
     @property
     def page(self) -> str:
-        return f"{HUB}/datasets/{self.repo}/tree/{self.revision}"
+        return f"{self.hub}/datasets/{self.repo}/tree/{self.revision}"
+
+    @property
+    def endpoint(self) -> str:
+        return (os.environ.get(self.mirror) or self.hub).rstrip("/")
+
+    @property
+    def token(self) -> bool | None:
+        return False if os.environ.get(self.mirror) else None  # a mirror gets no token
+
+    def describe(self) -> list[RepoFile]:
+        """Return what the hub says about the files that it has."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        api = HfApi(self.endpoint, token=self.token)
+        found = api.get_paths_info(self.repo, list(self.files), revision=self.revision, repo_type="dataset")
+        return [info for info in found if isinstance(info, RepoFile)]
+
+    def url(self, path: str) -> str:
+        """Return the address of a file."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo, path, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
+
+
+class ModelScopeDataSet(DataSet):
+    """Files of one repository on ModelScope, whose HTTP API is that of the package modelscope-hub."""
+
+    hub = "https://www.modelscope.cn"
+    mirror = "MODELSCOPE_ENDPOINT"
+    advice = "leave --source out: Hugging Face has the data, too"
+    token = False  # that of Hugging Face is not for others
+
+    @property
+    def page(self) -> str:
+        return f"{self.hub}/datasets/{self.repo}/files"
+
+    def describe(self) -> list[RepoFile]:
+        from huggingface_hub.hf_api import RepoFile
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        found: list[RepoFile] = []
+        for page in itertools.count(1):
+            query = {"Revision": self.revision, "Recursive": "True", "PageNumber": page, "PageSize": PAGE_SIZE}
+            address = f"{self.endpoint}/api/v1/datasets/{self.repo}/repo/tree?{urlencode(query)}"
+            response = get_session().get(address, timeout=TIMEOUT_SECONDS)
+            hf_raise_for_status(response)
+            try:
+                listed = response.json()["Data"]["Files"]
+                for file in listed:
+                    if file["Path"] in self.files:
+                        lfs = {"oid": file["Sha256"].lower(), "size": file["Size"], "pointerSize": 0}
+                        found.append(RepoFile(path=file["Path"], size=file["Size"], oid="", lfs=lfs))
+            except (AttributeError, KeyError, TypeError):
+                raise ValueError(f"no list of files with hashes: {response.text:.200}") from None
+            if len(listed) < PAGE_SIZE:
+                break
+        return found
+
+    def url(self, path: str) -> str:
+        query = urlencode({"Revision": self.revision, "FilePath": path})
+        return f"{self.endpoint}/api/v1/datasets/{self.repo}/repo?{query}"
 
 
 V1 = "8c92dcd0a57ce7bf6a7ce8fdb055139c4d9c35a1"  # the data of MiniMind-v1; later versions have other files
@@ -97,6 +165,16 @@ DATA_SETS = {
         "python eval_ceval.py",
     ),
 }  # fmt: skip
+_MODELSCOPE_REPOS = {
+    "pretrain-mini": "gongjy/minimind_dataset", "sft-mini": "gongjy/minimind_dataset", "vlm": "gongjy/minimind-v_dataset",
+}  # fmt: skip
+SOURCES: dict[str, dict[str, DataSet]] = {
+    "huggingface": DATA_SETS,
+    "modelscope": {
+        name: ModelScopeDataSet(**vars(DATA_SETS[name]) | {"repo": repo, "revision": "master"})
+        for name, repo in _MODELSCOPE_REPOS.items()
+    },
+}
 UNPACKED = re.compile(r"(dev|val|test)/\w+\.csv")  # what is taken out of the archive of C-Eval
 
 
@@ -113,50 +191,47 @@ class Wanted:
         return self.info.path.endswith(".zip")
 
 
-def list_data_sets() -> str:
-    """Return a table of the data sets by name."""
+def list_data_sets(source: str) -> str:
+    """Return a table of the data sets of a source by name."""
     rows = [
-        f"  {name:<14} {data.megabytes:>9,.1f} MB  {data.licence:<28} {data.page}" for name, data in DATA_SETS.items()
+        f"  {name:<14} {data.megabytes:>9,.1f} MB  {data.licence:<28} {data.page}"
+        for name, data in SOURCES[source].items()
     ]
-    return "\n".join(["data sets (licences as their cards say; their sources may have others):", *rows])
+    if source == "huggingface":
+        rows.append(f"--source modelscope has {', '.join(SOURCES['modelscope'])}")
+    return "\n".join(["data sets (licences as their cards on Hugging Face say; their sources may have others):", *rows])
 
 
-def download(names: Sequence[str], out_dir: Path) -> None:
+def download(names: Sequence[str], out_dir: Path, source: str = "huggingface") -> None:
     """Download data sets into `out_dir`; continue where an earlier run was stopped, and skip what is there.
 
     Raises UserError if the hub has no such file or cannot be reached, another file has the name, the disk is too small, or
     what arrives is not what the hub says.
     """
-    from huggingface_hub import HfApi
-
-    mirror = os.environ.get("HF_ENDPOINT") or None
-    api = HfApi(mirror, token=False if mirror else None)  # a mirror gets no token
+    data_sets = [SOURCES[source][name] for name in dict.fromkeys(names)]
     staging = out_dir / STAGING
     kept = f"what was downloaded is kept in {staging}, and the same command continues"
     busy = f"another process is downloading into {out_dir}: wait for it, or choose another --out_dir"
     with explain_write_errors(out_dir, "another --out_dir", f"; {kept}"), exclusive(out_dir, "download", busy):
-        wanted = [file for name in dict.fromkeys(names) for file in _wanted(api, DATA_SETS[name], out_dir)]
+        wanted = [file for data in data_sets for file in _wanted(data, out_dir)]
         missing = [file for file in wanted if not _is_there(file)]
         if missing:
             print(_summary(missing), flush=True)
             _check_disk(missing, out_dir, staging)
         with stoppable(kept):
             for file in missing:
-                _fetch(api, file, staging, kept)
+                _fetch(file, staging, kept)
                 print(f"wrote {file.target}", flush=True)
         if staging.exists() and not any(staging.iterdir()):
             staging.rmdir()
     if out_dir.resolve() == ROOT / "dataset":
-        for then in dict.fromkeys(DATA_SETS[name].then for name in names):
+        for then in dict.fromkeys(data.then for data in data_sets):
             print(f"next: {then}")
 
 
-def _wanted(api: HfApi, data: DataSet, out_dir: Path) -> list[Wanted]:
+def _wanted(data: DataSet, out_dir: Path) -> list[Wanted]:
     """Return the files of a data set, as the hub describes them."""
-    from huggingface_hub.hf_api import RepoFile
-
-    describe = partial(api.get_paths_info, data.repo, list(data.files), revision=data.revision, repo_type="dataset")
-    found = {info.path: info for info in _ask(describe, data) if isinstance(info, RepoFile)}
+    found = {info.path: info for info in _ask(data.describe, data)}
     if gone := data.files.keys() - found.keys():
         raise UserError(f"{data.page} has no {', '.join(sorted(gone))} (any more): look there for what replaces it")
     return [Wanted(data, found[name], out_dir / local) for name, local in data.files.items()]
@@ -178,10 +253,9 @@ def _ask(request: Callable[[], Answer], data: DataSet) -> Answer:
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk
             raise
-        host = os.environ.get("HF_ENDPOINT") or "huggingface.co"
         raise _Unreachable(
-            f"{data.repo}: no useful answer from {host} ({str(error) or repr(error)}). Try again later, or name a mirror, "
-            "for example HF_ENDPOINT=https://hf-mirror.com"
+            f"{data.repo}: no useful answer from {data.endpoint} ({str(error) or repr(error)}). Try again later, or "
+            f"{data.advice}"
         ) from None
 
 
@@ -212,7 +286,8 @@ def _is_intact(path: Path, info: RepoFile) -> bool:
 def _summary(missing: list[Wanted]) -> str:
     lines = [f"  {file.info.size / 1e6:>10,.1f} MB  {file.info.path} -> {file.target}" for file in missing]
     pages = {file.data.page: file.data.licence for file in missing}
-    lines += [f"  licence: {licence} (card; its sources may have others): {page}" for page, licence in pages.items()]
+    card = "card on Hugging Face; its sources may have others"
+    lines += [f"  licence: {licence} ({card}): {page}" for page, licence in pages.items()]
     return "\n".join(["to download:", *lines])
 
 
@@ -234,28 +309,27 @@ def _part(file: Wanted, staging: Path) -> Path:
     return staging / f"{file.info.lfs.sha256 if file.info.lfs is not None else file.info.blob_id}.part"
 
 
-def _fetch(api: HfApi, file: Wanted, staging: Path, kept: str) -> None:
+def _fetch(file: Wanted, staging: Path, kept: str) -> None:
     """Load one file into `staging`, check it, and move it to its place; continue after lost connections."""
-    from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get  # hf_hub_download begins anew after an interruption
     from huggingface_hub.utils import build_hf_headers
 
     data, info = file.data, file.info
-    url = hf_hub_url(data.repo, info.path, repo_type="dataset", revision=data.revision, endpoint=api.endpoint)
     staging.mkdir(exist_ok=True)
     part = _part(file, staging)
     part.touch()
     if part.stat().st_size > info.size:
         part.unlink()  # it can only be damaged
         part.touch()
-    headers = build_hf_headers(token=api.token)
+    # Ranges count the bytes of the file only where an answer is not compressed.
+    headers = build_hf_headers(token=data.token, headers={"Accept-Encoding": "identity"})
     failures = 0
     with Progress(info.path, info.size - part.stat().st_size) as progress:
         while True:
             before = part.stat().st_size
             try:
                 with part.open("ab") as target:
-                    load = partial(http_get, url, target, resume_size=before, headers=headers)
+                    load = partial(http_get, data.url(info.path), target, resume_size=before, headers=headers)
                     _ask(partial(load, expected_size=info.size, _tqdm_bar=cast(Any, progress)), data)
                     target.flush()
                     os.fsync(target.fileno())

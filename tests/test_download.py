@@ -1,4 +1,4 @@
-"""data_process.py download, against a server that speaks what is used of the hub's protocol, and loses connections."""
+"""data_process.py download, against a server that speaks what is used of both hubs' protocols, and loses connections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 from huggingface_hub import constants
 
+from common.progress import Progress
 from data_pipeline import download
 
 SFT, DPO, CEVAL = (download.DATA_SETS[name] for name in ("sft", "dpo", "ceval"))
+MINI = download.SOURCES["modelscope"]["sft-mini"]
+(MINI_FILE,) = MINI.files
 ROWS = b"history,q,a\n" + b'"[]",question,answer\n' * 20_000
 
 
@@ -38,7 +41,7 @@ EXAM = zipped(
 
 
 class Hub(ThreadingHTTPServer):
-    """Hugging Face with three repositories. `cut`: bytes of each answer after which the connection is lost."""
+    """Hugging Face with three repositories, ModelScope with one. `cut`: bytes of each answer until it is lost."""
 
     daemon_threads = True
 
@@ -46,7 +49,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.files: dict[str, bytes] = {f"{SFT.repo}/sft_data_single.csv": ROWS, f"{CEVAL.repo}/ceval-exam.zip": EXAM}
-        self.files |= {f"{SFT.repo}/sft_data_multi.csv": ROWS[:-20]}
+        self.files |= {f"{SFT.repo}/sft_data_multi.csv": ROWS[:-20], f"{MINI.repo}/{MINI_FILE}": ROWS}
+        self.files |= {f"{MINI.repo}/{name}": b"other" for name in ("a.jsonl", "b.jsonl", "images/c.png", "z.jsonl")}
         self.files |= {f"{DPO.repo}/{name}": json.dumps([{"prompt": name}]).encode() for name in DPO.files}
         self.small = {f"{DPO.repo}/{name}" for name in DPO.files}  # in Git itself, without a SHA-256
         self.cut: list[int] = []
@@ -54,6 +58,8 @@ class Hub(ThreadingHTTPServer):
         self.ranges: list[str | None] = []  # of each request for content
         self.tokens: list[str | None] = []  # of each request
         self.wrong: set[str] = set()  # their content is not the one that was described
+        self.whole = False  # whether requests for a part are answered with all
+        self.listing: bytes | None = None  # ModelScope's answer instead of the right one
 
     def handle_error(self, *_: object) -> None:
         pass  # the client is gone
@@ -80,12 +86,15 @@ class Handler(BaseHTTPRequestHandler):
                 continue
             entry = {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
             if f"{repo}/{name}" not in self.server.small:
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
             found.append(entry)
         self.answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def do_GET(self) -> None:
         self.server.tokens.append(self.headers.get("Authorization"))
+        if self.path.startswith("/api/v1/datasets/"):
+            self.modelscope()
+            return
         if not self.path.startswith("/cdn/"):  # large files are on another host
             repo, _, rest = self.path.removeprefix("/datasets/").partition("/resolve/")
             place = f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{rest.partition('/')[2]}"
@@ -101,9 +110,30 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:-1] + b"?"
         asked = self.headers.get("Range")
         self.server.ranges.append(asked)
+        asked = None if self.server.whole else asked
         begin = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         headers = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if asked else {}
         self.answer(206 if asked else 200, content[begin:], headers)
+
+    def modelscope(self) -> None:
+        url = urlparse(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        repo, _, command = url.path.removeprefix("/api/v1/datasets/").partition("/repo")
+        if repo != MINI.repo or query["Revision"] != "master":
+            self.answer(404, b'{"Code": 10010205001, "Message": "not found", "Success": false}', {})
+        elif command == "/tree":
+            files = {name: text for name, text in sorted(self.server.files.items()) if name.startswith(f"{repo}/")}
+            entries = [{"Type": "tree", "Path": "images", "Size": 0, "Sha256": ""}] + [
+                {"Type": "blob", "Path": name.removeprefix(f"{repo}/"), "Size": len(text), "Sha256": sha256(text)}
+                for name, text in files.items()
+            ]
+            begin = (int(query["PageNumber"]) - 1) * int(query["PageSize"])
+            page = {"Files": entries[begin : begin + int(query["PageSize"])], "TotalCount": len(entries)}
+            right = json.dumps({"Code": 200, "Data": page, "Message": "success", "Success": True}).encode()
+            self.answer(200, self.server.listing or right, {"Content-Type": "application/json"})
+        else:
+            place = f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{query['FilePath']}"
+            self.answer(302, b"", {"Location": place})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -120,10 +150,15 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -146,6 +181,13 @@ def test_the_list_needs_no_network(run_here):
     assert all(name in listed.stdout and data.page in listed.stdout for name, data in download.DATA_SETS.items())
     wrong = run_here("data_process.py", "download", "sfd")
     assert wrong.returncode == 2 and "no data set sfd; there are pretrain, sft," in wrong.stderr
+    listed = run_here("data_process.py", "download", "--source", "modelscope")
+    assert "https://www.modelscope.cn/datasets/gongjy/minimind_dataset/files" in listed.stdout
+    assert "sft-mini" in listed.stdout and "ceval" not in listed.stdout
+    wrong = run_here("data_process.py", "download", "sft-mini", "ceval", "--source", "modelscope")
+    assert wrong.returncode == 2 and "pretrain-mini, sft-mini, vlm, but not ceval: leave --source" in wrong.stderr
+    wrong = run_here("data_process.py", "sft", "--source", "modelscope")
+    assert wrong.returncode == 2 and "--source is for the stage download" in wrong.stderr
     wrong = run_here("data_process.py", "sft", "ceval")
     assert wrong.returncode == 2 and "only download takes names" in wrong.stderr
 
@@ -229,6 +271,49 @@ def test_what_stands_in_the_way_is_named(load, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     result = load("sft")
     assert result.returncode == 1 and "no useful answer from http://127.0.0.1:9" in result.stderr
+
+
+def test_modelscope_sends_files_though_connections_are_lost(load, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PAGE_SIZE", 2)  # the file is on the third page, and the fourth is empty
+    hub.cut, hub.busy = [100_000, 50_000, *[0] * 100], 2
+    result = load("sft-mini", "--source", "modelscope")
+    assert result.returncode == 1 and "the same command continues" in result.stderr.splitlines()[-1], result.stderr
+    hub.cut, hub.ranges = [20_000], []
+    result = load("sft-mini", "--source", "modelscope")
+    assert result.returncode == 0, result.stderr
+    assert hub.ranges == ["bytes=150000-", "bytes=170000-"] and not any(hub.tokens)
+    assert (tmp_path / "data" / MINI_FILE).read_bytes() == ROWS and not (tmp_path / "data" / download.STAGING).exists()
+    for words in (f"0.4 MB  {MINI_FILE}", "free in", MINI.page, MINI.licence):
+        assert words in result.stdout, result.stdout
+    hub.ranges.clear()
+    again = load("sft-mini", "--source", "modelscope")
+    assert again.returncode == 0 and "is already there" in again.stdout and not hub.ranges
+
+
+def test_modelscope_may_send_all_when_asked_for_the_rest(load, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(Progress, "EVERY", 0.0)  # a line each time, also where no byte is left of the first answer
+    hub.cut, hub.whole = [100_000], True
+    assert load("sft-mini", "--source", "modelscope").returncode == 0
+    assert hub.ranges == [None, "bytes=100000-"] and (tmp_path / "data" / MINI_FILE).read_bytes() == ROWS
+
+
+def test_wrong_answers_of_modelscope_are_errors(load, hub, tmp_path, monkeypatch):
+    hub.wrong = {f"{MINI.repo}/{MINI_FILE}"}
+    result = load("sft-mini", "--source", "modelscope")
+    assert result.returncode == 1 and f"{MINI_FILE} arrived damaged" in result.stderr, result.stderr
+    assert not (tmp_path / "data" / MINI_FILE).exists()
+    result = load("pretrain-mini", "--source", "modelscope")
+    assert result.returncode == 1 and f"{MINI.page} has no pretrain_t2t_mini.jsonl" in result.stderr, result.stderr
+    result = load("vlm", "--source", "modelscope")
+    assert result.returncode == 1 and "minimind-v_dataset: the hub answers: Client" in result.stderr, result.stderr
+    without_hash = json.dumps({"Data": {"Files": [{"Path": MINI_FILE, "Size": 5}]}}).encode()
+    for hub.listing in (b"<html>", b'{"Data": null, "Message": "down", "Success": false}', without_hash):
+        result = load("sft-mini", "--source", "modelscope")
+        assert result.returncode == 1 and f"no useful answer from {hub.url}" in result.stderr, result.stderr
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    result = load("sft-mini", "--source", "modelscope")
+    assert result.returncode == 1 and "no useful answer from http://127.0.0.1:9" in result.stderr
+    assert "leave --source out" in result.stderr
 
 
 @pytest.mark.parametrize(
