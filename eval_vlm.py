@@ -36,7 +36,7 @@ class Options:
         "folder of the image encoder, for a model without its own (default: that of its training)",
         metavar="FOLDER",
     )
-    limit: int = flag(0, "ask only the first N questions; 0: all", metavar="N", min=0)
+    limit: int = flag(0, "ask only the first N questions of each kind; 0: all", metavar="N", min=0)
     sheet: int = flag(24, "pictures on the sheet", min=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
 

@@ -21,7 +21,7 @@ from data_pipeline.packing import sample_order
 from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import PRESETS
 from model.device import peak_flops, resolve_device
-from model.LMConfig import LMConfig
+from model.LMConfig import LMConfig, preset
 from model.model import Transformer, parameter_counts, training_flops
 from model.moe import MoEFeedForward
 from trainer.losses import next_token_loss
@@ -172,16 +172,43 @@ class Scheme:
             torch.cuda.synchronize(self.device)
 
 
+def matrix_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """Return the FLOP/s of this CPU's product of (rows, inner) and (inner, columns), the best of some."""
+    x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = clock()
+        F.linear(x, weight)
+        seconds.append(clock() - start)
+    return 2 * rows * inner * columns / min(seconds)
+
+
 def compare(schemes: Sequence[Scheme], args: argparse.Namespace, half: torch.dtype) -> None:
-    """Measure the schemes in turns and print a table; ratios are to the first scheme in the same round."""
+    """Measure the schemes in turns and print a table; ratios are to the first scheme in the same round.
+
+    MFU is the share of the peak in half precision. No data sheet gives that of a CPU: there it is the rate of the fastest of
+    the model's matrix products, which are measured in every round, too.
+    """
+    device, config = schemes[0].device, preset(args.preset)
+    sizes = [(config.dim, config.dim), (config.dim, config.hidden_dim), (config.hidden_dim, config.dim)]
+    shapes: dict[tuple[int, int, int], list[float]] = {
+        (args.batch_size * config.max_seq_len, *size): [] for size in [*sizes, (config.dim, config.vocab_size)]
+    }
     for scheme in schemes:
         for _ in range(2):  # warm up, compile
             scheme.step()
     for _ in range(args.rounds):
         for scheme in schemes:
             scheme.measure(args.seconds)
+        for shape, rates in shapes.items() if device.type == "cpu" else ():
+            rates.append(matrix_flops(*shape, half, schemes[0].clock))
     base = schemes[0].rates
-    peak = peak_flops(schemes[0].device, half)
+    peak = peak_flops(device, half)
+    if device.type == "cpu":
+        medians = {shape: statistics.median(rates) for shape, rates in shapes.items()}
+        products = ", ".join(f"{a:,} x {b:,} x {c:,}: {rate / 1e9:,.0f}" for (a, b, c), rate in medians.items())
+        print(f"\nmatrix products, GFLOP/s: {products}")
+        peak = max(medians.values())
     print(f"\n{'scheme':32} {'useful tok/s':>12} {'ratio to the first (each round)':>36} {'MFU':>7}")
     for scheme in schemes:
         ratios = [rate / other for rate, other in zip(scheme.rates, base, strict=True)]

@@ -59,19 +59,23 @@ class KindResult:
 
 
 def read_questions(path: Path, limit: int = 0) -> list[ImageQuestion]:
-    """Return the questions of a file whose rows have a `kind`, and perhaps a `language`. Raises UserError."""
-    found = []
+    """Return the questions of a file whose rows have a `kind`, and perhaps a `language`. Raises UserError.
+
+    limit: at most this many of each kind; 0: all.
+    """
+    found, counts = [], Counter[str]()
     for record in iter_records(path, None):
         try:
             messages, images = parse_image_row(record.data, None)
         except UserError as error:
             raise UserError(f"{path}, row {record.line}: {error}") from None
-        kind, language = record.data.get("kind"), record.data.get("language")
+        kind, language = str(record.data.get("kind") or "all"), str(record.data.get("language") or "")
+        counts[kind] += 1
+        if 0 < limit < counts[kind]:
+            continue
         pictures = [open_image(data) for data in images]
-        found.append(
-            ImageQuestion(messages[:-1], pictures, messages[-1]["content"], str(kind or "all"), str(language or ""))
-        )
-    return found[:limit] if limit else found
+        found.append(ImageQuestion(messages[:-1], pictures, messages[-1]["content"], kind, language))
+    return found
 
 
 def ask(

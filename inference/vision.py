@@ -38,6 +38,8 @@ class ImageProcessor:
         """
         model = require_vision(checkpoint.model, checkpoint.path)
         if model.vision.encoder == "vit":
+            if vision_encoder is not None:
+                raise UserError(f"{checkpoint.path} has an image encoder of its own; leave out --vision_encoder")
             return cls(model, None)
         folder = vision_encoder or checkpoint.vision_encoder
         if folder is None:

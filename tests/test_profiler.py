@@ -1,8 +1,9 @@
-"""--profile: a Chrome trace of so many steps, and a run that is otherwise the same."""
+"""--profile: a Chrome trace of so many steps, a table of where their time went, and a run that is otherwise the same."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -22,7 +23,11 @@ def test_a_trace_of_the_steps_asked_for(tmp_path, capsys, n, recorded):
     path = tmp_path / "traced" / "tiny.rank0.trace.json"
     # A run that ends while recording has begun a step more, in which nothing happens.
     assert traced_steps(path) == recorded + (n > recorded)
-    assert f"a trace of {recorded} steps is in {path}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"a trace of {recorded} steps is in {path}" in out
+    shares = {part: float(share) for part, share in re.findall(r"^  (\w[\w ]*?) +([\d.]+)%$", out, re.MULTILINE)}
+    assert set(shares) == {"matrix products", "attention", "loss", "optimizer", "the rest"}
+    assert min(shares.values()) > 0 and sum(shares.values()) == pytest.approx(100, abs=0.3)
     assert same(weights(plain), weights(model))
 
 

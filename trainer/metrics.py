@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import jsonlines
 import psutil
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
@@ -342,6 +344,35 @@ class StepTimer:
         return seconds
 
 
+# Parts of a step: the first counts whose pattern fits an operator's name or that of an operator which called it.
+PARTS = {
+    "optimizer": re.compile(r"Optimizer\.step#"),
+    "attention": re.compile(r"attention|varlen|flash", re.IGNORECASE),
+    "loss": re.compile(r"softmax|nll_?loss|cross_?entropy", re.IGNORECASE),
+    "matrix products": re.compile(r"aten::\w*mm$"),
+}
+
+
+def time_table(recorded: profile, device: torch.device) -> str:
+    """Return where the time of the recorded steps went: a line for each of `PARTS` and for the rest, longest first.
+
+    The device's time on CUDA, otherwise the CPU's. What `torch.compile` fused counts as the rest: it has no names.
+    """
+    seconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in recorded.events() or ():
+        if event.device_type != DeviceType.CPU:  # a kernel: its time is that of the operator that launched it
+            continue
+        names, caller = [], event
+        while caller is not None:
+            names.append(caller.name)
+            caller = caller.cpu_parent
+        part = next((part for part, pattern in PARTS.items() if any(map(pattern.search, names))), "the rest")
+        seconds[part] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    total = sum(seconds.values()) or 1.0
+    rows = sorted(seconds.items(), key=lambda row: row[1], reverse=True)
+    return "\n".join(f"  {part:<16}{value / total:6.1%}" for part, value in rows)
+
+
 SKIPPED = 2  # steps that --profile does not record: the first ones allocate and compile,
 WARM_UP = 1  # and the profiler itself is slow in its first step
 
@@ -362,6 +393,7 @@ def make_profiler(n_steps: int, path: Path, dist_env: DistEnv, device: torch.dev
         except (OSError, RuntimeError) as error:
             print(f"WARNING: --profile could not write {path} ({error})", file=sys.stderr)
             return
+        print(f"--profile: where the time of {steps - warm_up} steps went\n{time_table(recorded, device)}")
         others = f" (and one file for each of the {dist_env.size} processes)" if dist_env.size > 1 else ""
         print(
             f"--profile: a trace of {steps - warm_up} steps is in {path}{others}; open it in ui.perfetto.dev or chrome://tracing"
