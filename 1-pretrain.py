@@ -38,6 +38,10 @@ class PretrainOptions(TrainOptions):
     text_field: str = flag("text", "column or key with the text")
     optimizer: str = "auto"
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
+    embedding_lr_scale: float = flag(
+        None, "learning rate of the embedding, relative to --learning_rate (default: 3 with muon, 1 with adamw)"
+    )  # fmt: skip
+    warmup_iters: int = 10
     batch_size: int = flag(
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
         "run; more than 32 are accumulated)"
@@ -47,6 +51,8 @@ class PretrainOptions(TrainOptions):
         super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = 4e-3 if self.optimizer == "muon" else 1e-3
+        if self.embedding_lr_scale is None:
+            self.embedding_lr_scale = 3.0 if self.optimizer == "muon" else 1.0
 
 
 def main() -> None:

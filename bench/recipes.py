@@ -114,6 +114,15 @@ RECIPES = {
     "cautious weight decay to 0": Recipe(cautious=True, decay_falls=True),
     "z-loss 1e-4": Recipe(z_loss=1e-4),
     "average of the weights, 0.9": Recipe(average=0.9),
+    "embedding x 3, residual 0": Recipe(embedding_rate=3, prepare=scale(RESIDUAL, 0)),
+    "embedding x 3, residual 0, warm-up 2%": Recipe(embedding_rate=3, prepare=scale(RESIDUAL, 0), warmup=0.02),
+    "embedding x 3, warm-up 2%, momentum 0.9": Recipe(embedding_rate=3, warmup=0.02, momentum=(0.9, 0.9)),
+    "embedding x 3, warm-up 2%, momentum 0.9, 3 rounds": Recipe(
+        embedding_rate=3, warmup=0.02, momentum=(0.9, 0.9), rounds=QUINTIC[:3]
+    ),
+    "embedding x 3, warm-up 2%, momentum 0.9, residual 0": Recipe(
+        embedding_rate=3, warmup=0.02, momentum=(0.9, 0.9), prepare=scale(RESIDUAL, 0)
+    ),
     "head not tied": Recipe(fields={"tie_word_embeddings": False}),
     "QK-norm": Recipe(fields={"qk_norm": True}),
     "half as many heads": Recipe(heads=0.5),
