@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 
 import pytest
 import torch
 from launching import ROOT
 
-from bench.recipes import RECIPES, Muon, Recipe, orthogonalize, rate
-from trainer.optim import get_lr
+from bench.recipes import OURS, RECIPES, Muon, Recipe, orthogonalize, rate
+from model.LMConfig import preset
+from model.model import Transformer
+from trainer.optim import get_lr, make_optimizers
 
+PRETRAIN = importlib.import_module("1-pretrain")
 SAMPLE = ROOT / "dataset" / "sample" / "mobvoi_seq_monkey_general_open_corpus.jsonl"
 SIZE = "--steps 20 --batch_size 2 --seq_len 64 --dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --device cpu".split()
 
 
-def test_updates_and_rates_are_those_of_pretraining():
+@pytest.mark.parametrize(("name", "momentum", "rounds"), [("base", 0.95, 5), ("the same, 3 rounds", 0.9, 3)])
+def test_updates_and_rates_are_those_of_pytorch(name, momentum, rounds):
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (16, 16))]
     ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
-    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    optimizer = Muon(ours, Recipe())
+    settings = {"momentum": momentum, "ns_steps": rounds, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, **settings)
+    optimizer = Muon(ours, RECIPES[name])
+    optimizer.param_groups[0]["momentum"] = momentum  # `train` sets it at every step
     optimizer.param_groups[0]["lr"] = 0.01
     for _ in range(3):
         for a, b in zip(theirs, ours, strict=True):
@@ -31,6 +38,16 @@ def test_updates_and_rates_are_those_of_pretraining():
     for a, b in zip(theirs, ours, strict=True):  # both round to bfloat16 on the way, in another order
         torch.testing.assert_close(a, b, atol=3 * 0.01 * 0.2 * 24**0.5 * 2**-5, rtol=0)
     assert [rate(Recipe(), step, 50) for step in range(50)] == pytest.approx([get_lr(s, 50, 1.0, 5) for s in range(50)])
+
+
+def test_one_recipe_is_that_of_pretraining():
+    model = Transformer(preset("toy"))
+    options = PRETRAIN.PretrainOptions(device="cpu")
+    rest, muon = make_optimizers(model, options.optimizer, options.weight_decay, options.embedding_lr_scale)
+    ours = RECIPES[OURS]
+    assert (muon.defaults["momentum"], muon.defaults["ns_steps"]) == (ours.momentum[0], len(ours.rounds))
+    assert [group["lr_scale"] for group in rest.param_groups if "lr_scale" in group] == [ours.embedding_rate]
+    assert (options.learning_rate, options.weight_decay) == (ours.peak, ours.weight_decay)
 
 
 @pytest.mark.parametrize("rounds", ["Polar Express", "base"])

@@ -100,9 +100,7 @@ def make_optimizers(
     if name == "adamw":
         rest.insert(0, {"params": matrices, "weight_decay": weight_decay})
     elif matrices:
-        muon = torch.optim.Muon(
-            matrices, weight_decay=weight_decay, momentum=0.9, ns_steps=3, adjust_lr_fn="match_rms_adamw"
-        )  # docs/recipes.md: as good as five rounds
+        muon = torch.optim.Muon(matrices, weight_decay=weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     rest = [group for group in rest if group["params"]]
     if rest:
