@@ -34,8 +34,14 @@ class SftOptions(ChatOptions):
         nargs="+",
     )  # fmt: skip
     mix: list[float] = mix_flag()
-    learning_rate: float = 5e-4
+    optimizer: str = "auto"
+    learning_rate: float = flag(None, "peak learning rate (default: 3e-3 with muon, 1e-3 with adamw)")
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 3e-3 if self.optimizer == "muon" else 1e-3
 
 
 def main() -> None:

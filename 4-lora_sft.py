@@ -44,7 +44,7 @@ class LoraOptions(ChatOptions):
         ["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "linear layers that get an adapter (default: all)", nargs="+"
     )
     merge: bool = flag(False, "also write the full model with the adapter added")
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_size: int = 8
     weight_decay: float = 0.0
     epochs: float = 3.0

@@ -22,8 +22,7 @@ stage eval_pretrain "the base model continues texts"
 python 0-eval_pretrain.py --out_dir $out --device cpu --max_new_tokens 30 --prompt "The capital of France is" --prompt "中国的首都是"
 
 stage full_sft "learn to answer from dialogues"
-python 3-full_sft.py $common --data_path $out/data/sft_data.csv \
-    --optimizer muon --learning_rate 3e-3 --batch_size 8 --epochs 2
+python 3-full_sft.py $common --data_path $out/data/sft_data.csv --batch_size 8 --epochs 2
 
 stage lora "learn a new identity with a small adapter"
 python 4-lora_sft.py $common --lora_name identity --data_path dataset/sample/lora_identity.jsonl \
@@ -35,8 +34,8 @@ python 5-dpo_train.py $common --data_path $out/data/dpo/train_data.json \
 
 stage exercises "learn to think and to call tools, from examples"
 exercises="$common --out_dir $out/exercises --max_seq_len 384"
-python 3-full_sft.py $exercises --init_from $out/full_sft_192.pth --data_path dataset/sample/rlvr_sft.jsonl \
-    --optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 2
+python 3-full_sft.py $exercises --init_from $out/full_sft_192.pth \
+    --data_path dataset/sample/rlvr_sft.jsonl --batch_size 4 --epochs 2
 
 stage rlvr "learn from answers that were right"
 python 6-rlvr_train.py $exercises --data_path dataset/sample/rlvr_data.jsonl --max_new_tokens 64 --max_steps 25 \
