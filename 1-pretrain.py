@@ -25,6 +25,12 @@ from common.errors import run_script
 from common.files import ROOT
 from trainer.options import TrainOptions, mix_flag
 
+# What is best with each optimizer: docs/recipes.md
+RECIPES = {
+    "muon": {"learning_rate": 4e-3, "embedding_lr_scale": 3.0, "warmup_iters": 10},
+    "adamw": {"learning_rate": 1e-3, "embedding_lr_scale": 1.0, "warmup_iters": 50},
+}
+
 
 @dataclass
 class PretrainOptions(TrainOptions):
@@ -41,7 +47,9 @@ class PretrainOptions(TrainOptions):
     embedding_lr_scale: float = flag(
         None, "learning rate of the embedding, relative to --learning_rate (default: 3 with muon, 1 with adamw)"
     )  # fmt: skip
-    warmup_iters: int = 10
+    warmup_iters: int = flag(
+        None, "optimizer steps of linear warm-up, at most a tenth of the run (default: 10 with muon, 50 with adamw)"
+    )  # fmt: skip
     batch_size: int = flag(
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
         "run; more than 32 are accumulated)"
@@ -49,10 +57,9 @@ class PretrainOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.learning_rate is None:
-            self.learning_rate = 4e-3 if self.optimizer == "muon" else 1e-3
-        if self.embedding_lr_scale is None:
-            self.embedding_lr_scale = 3.0 if self.optimizer == "muon" else 1.0
+        for name, value in RECIPES[self.optimizer].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ class Options(CleaningOptions):
     names: list[str] = flag(
         [], "download: the data sets (default: list them)", positional=True, nargs="*", metavar="NAME"
     )
-    source: str = flag("huggingface", "download: where from; modelscope has some of the data sets", choices=[*SOURCES])
+    source: str = flag("huggingface", "download: the site to load from", choices=[*SOURCES])
     input: list[Path] = flag([], "raw files to read instead of the default ones", nargs="+", metavar="PATH")
     data_dir: Path = flag(ROOT / "dataset", "folder of the raw dumps (default: dataset)")
     out_dir: Path = flag(ROOT / "dataset", "folder for the results (default: dataset)")

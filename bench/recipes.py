@@ -4,7 +4,7 @@
     python bench/recipes.py --data_path dataset/pretrain_data.csv --only base "head not tied" --seeds 1
 
 "base" is Muon as published, at 4e-3 for everything; the others change what their line in `RECIPES` says. "1-pretrain.py" is
-what it does by default, and "the same" refers to it. The loss is that of held-out texts after the last step; the steps are
+what it does by default. The loss is that of held-out texts after the last step; the steps are
 the same for all, so a recipe that costs more time per step needs a larger gain: the column "time" has the time of a step,
 relative to the base's. A line of a finished run is kept in --out_file, and not repeated; --plot draws those of this setting:
 gains over the base, and the training loss of the base and the best.
@@ -61,7 +61,7 @@ class Recipe:
     peak: float = 4e-3
     embedding_rate: float = 1.0  # learning rates relative to that of the matrices
     vector_rate: float = 1.0
-    warmup: float = 0.1  # share of the steps
+    warmup: float = 0.1  # share of the steps; from 1 on: steps
     constant: float | None = None  # share of the steps before a linear fall; None: a cosine from the start
     floor: float = 0.1
     momentum: tuple[float, float] = (0.95, 0.95)  # at the first step, and from a tenth of the steps on
@@ -87,8 +87,7 @@ def scale(parts: str, factor: float) -> Callable[[Transformer], None]:
 
 
 RESIDUAL = "wo.weight w2.weight"
-OURS = "1-pretrain.py: embedding rate x 3, momentum 0.9, warm-up 2%"
-TOGETHER = Recipe(embedding_rate=3, warmup=0.02, momentum=(0.9, 0.9))
+OURS = Recipe(embedding_rate=3, momentum=(0.9, 0.9), warmup=10)  # what 1-pretrain.py does
 RECIPES = {
     "base": Recipe(),
     "rate 2e-3": Recipe(peak=2e-3),
@@ -121,11 +120,11 @@ RECIPES = {
     "head not tied": Recipe(fields={"tie_word_embeddings": False}),
     "QK-norm": Recipe(fields={"qk_norm": True}),
     "half as many heads": Recipe(heads=0.5),
-    OURS: TOGETHER,
-    "the same, residual projections 0": dataclasses.replace(TOGETHER, prepare=scale(RESIDUAL, 0)),
-    "the same, 3 rounds": dataclasses.replace(TOGETHER, rounds=QUINTIC[:3]),
-    "the same, half as many heads, head not tied": dataclasses.replace(
-        TOGETHER, heads=0.5, fields={"tie_word_embeddings": False}
+    "1-pretrain.py": OURS,
+    "1-pretrain.py, residual projections 0": dataclasses.replace(OURS, prepare=scale(RESIDUAL, 0)),
+    "1-pretrain.py, 3 rounds": dataclasses.replace(OURS, rounds=QUINTIC[:3]),
+    "1-pretrain.py, half as many heads, head not tied": dataclasses.replace(
+        OURS, heads=0.5, fields={"tie_word_embeddings": False}
     ),
 }
 
@@ -177,7 +176,7 @@ class Muon(torch.optim.Optimizer):
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
     """Return the learning rate relative to its peak."""
-    warm = max(int(recipe.warmup * steps), 1)
+    warm = max(int(recipe.warmup * steps if recipe.warmup < 1 else min(recipe.warmup, steps // 10)), 1)
     if step < warm:
         return (step + 1) / (warm + 1)
     progress = (step - warm) / max(steps - warm - 1, 1)

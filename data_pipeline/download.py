@@ -10,7 +10,6 @@ what has a name is complete. HF_ENDPOINT or MODELSCOPE_ENDPOINT in the environme
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import shutil
@@ -36,7 +35,7 @@ ATTEMPTS = 5  # without a byte between them; huggingface_hub itself repeats some
 PAUSE_SECONDS = 2.0  # before the next attempt
 MARGIN = 1 << 28  # bytes of the disk that stay free
 MAX_UNPACKED = 1 << 28  # bytes in an archive; C-Eval has 4 MB
-PAGE_SIZE = 200  # files in one answer of ModelScope
+PAGE_SIZE = 200  # files that ModelScope may list; the data sets have some 20
 TIMEOUT_SECONDS = 15.0  # for such an answer
 
 
@@ -105,23 +104,26 @@ class ModelScopeDataSet(DataSet):
         from huggingface_hub.hf_api import RepoFile
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
-        found: list[RepoFile] = []
-        for page in itertools.count(1):
-            query = {"Revision": self.revision, "Recursive": "True", "PageNumber": page, "PageSize": PAGE_SIZE}
-            address = f"{self.endpoint}/api/v1/datasets/{self.repo}/repo/tree?{urlencode(query)}"
-            response = get_session().get(address, timeout=TIMEOUT_SECONDS)
-            hf_raise_for_status(response)
-            try:
-                listed = response.json()["Data"]["Files"]
-                for file in listed:
-                    if file["Path"] in self.files:
-                        lfs = {"oid": file["Sha256"].lower(), "size": file["Size"], "pointerSize": 0}
-                        found.append(RepoFile(path=file["Path"], size=file["Size"], oid="", lfs=lfs))
-            except (AttributeError, KeyError, TypeError):
-                raise ValueError(f"no list of files with hashes: {response.text:.200}") from None
-            if len(listed) < PAGE_SIZE:
-                break
-        return found
+        query = urlencode({"Revision": self.revision, "PageSize": PAGE_SIZE})  # of the folder at the top
+        response = get_session().get(
+            f"{self.endpoint}/api/v1/datasets/{self.repo}/repo/tree?{query}", timeout=TIMEOUT_SECONDS
+        )
+        hf_raise_for_status(response)
+        try:
+            listed = {file["Path"]: file for file in response.json()["Data"]["Files"]}
+            found = [
+                (path, listed[path]["Size"], bytes.fromhex(listed[path]["Sha256"]))
+                for path in self.files
+                if path in listed
+            ]
+            if not all(len(sha256) == 32 for *_, sha256 in found):
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"no list of files with hashes: {response.text:.200}") from None
+        return [
+            RepoFile(path=path, size=size, oid="", lfs={"oid": sha256.hex(), "size": size, "pointerSize": 0})
+            for path, size, sha256 in found
+        ]
 
     def url(self, path: str) -> str:
         query = urlencode({"Revision": self.revision, "FilePath": path})

@@ -20,7 +20,7 @@ SAMPLE = ROOT / "dataset" / "sample" / "mobvoi_seq_monkey_general_open_corpus.js
 SIZE = "--steps 20 --batch_size 2 --seq_len 64 --dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --device cpu".split()
 
 
-@pytest.mark.parametrize(("name", "momentum", "rounds"), [("base", 0.95, 5), ("the same, 3 rounds", 0.9, 3)])
+@pytest.mark.parametrize(("name", "momentum", "rounds"), [("base", 0.95, 5), ("1-pretrain.py, 3 rounds", 0.9, 3)])
 def test_updates_and_rates_are_those_of_pytorch(name, momentum, rounds):
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (16, 16))]
@@ -44,10 +44,12 @@ def test_one_recipe_is_that_of_pretraining():
     model = Transformer(preset("toy"))
     options = PRETRAIN.PretrainOptions(device="cpu")
     rest, muon = make_optimizers(model, options.optimizer, options.weight_decay, options.embedding_lr_scale)
-    ours = RECIPES[OURS]
-    assert (muon.defaults["momentum"], muon.defaults["ns_steps"]) == (ours.momentum[0], len(ours.rounds))
-    assert [group["lr_scale"] for group in rest.param_groups if "lr_scale" in group] == [ours.embedding_rate]
-    assert (options.learning_rate, options.weight_decay) == (ours.peak, ours.weight_decay)
+    assert (muon.defaults["momentum"], muon.defaults["ns_steps"]) == (OURS.momentum[0], len(OURS.rounds))
+    assert [group["lr_scale"] for group in rest.param_groups if "lr_scale" in group] == [OURS.embedding_rate]
+    assert (options.learning_rate, options.weight_decay) == (OURS.peak, OURS.weight_decay)
+    for n in (60, 480):
+        schedule = [get_lr(step, n, 1.0, min(options.warmup_iters, n // 10)) for step in range(n)]
+        assert [rate(OURS, step, n) for step in range(n)] == pytest.approx(schedule)
 
 
 @pytest.mark.parametrize("rounds", ["Polar Express", "base"])

@@ -289,7 +289,8 @@ def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, spread):
         found = options(tmp_path, **spread | fields).validate()
         assert len(found) == 1 and word in found[0]
     assert not options(tmp_path, **spread).validate()
-    assert "muon" in options(tmp_path, optimizer="muon", deepspeed=CONFIGS / "zero1.json").validate()[0]
+    (found,) = options(tmp_path, optimizer="muon", embedding_lr_scale=3.0, deepspeed=CONFIGS / "zero1.json").validate()
+    assert "muon" in found
     assert "two ways" in options(tmp_path, fsdp=True, deepspeed=CONFIGS / "zero1.json").validate()[0]
     assert "--compile" in options(tmp_path, compile=True, deepspeed=CONFIGS / "zero1.json").validate()[0]
 

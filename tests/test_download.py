@@ -127,8 +127,7 @@ class Handler(BaseHTTPRequestHandler):
                 {"Type": "blob", "Path": name.removeprefix(f"{repo}/"), "Size": len(text), "Sha256": sha256(text)}
                 for name, text in files.items()
             ]
-            begin = (int(query["PageNumber"]) - 1) * int(query["PageSize"])
-            page = {"Files": entries[begin : begin + int(query["PageSize"])], "TotalCount": len(entries)}
+            page = {"Files": entries[: int(query["PageSize"])], "TotalCount": len(entries)}
             right = json.dumps({"Code": 200, "Data": page, "Message": "success", "Success": True}).encode()
             self.answer(200, self.server.listing or right, {"Content-Type": "application/json"})
         else:
@@ -273,8 +272,7 @@ def test_what_stands_in_the_way_is_named(load, hub, tmp_path, monkeypatch):
     assert result.returncode == 1 and "no useful answer from http://127.0.0.1:9" in result.stderr
 
 
-def test_modelscope_sends_files_though_connections_are_lost(load, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PAGE_SIZE", 2)  # the file is on the third page, and the fourth is empty
+def test_modelscope_sends_files_though_connections_are_lost(load, hub, tmp_path):
     hub.cut, hub.busy = [100_000, 50_000, *[0] * 100], 2
     result = load("sft-mini", "--source", "modelscope")
     assert result.returncode == 1 and "the same command continues" in result.stderr.splitlines()[-1], result.stderr
@@ -306,8 +304,11 @@ def test_wrong_answers_of_modelscope_are_errors(load, hub, tmp_path, monkeypatch
     assert result.returncode == 1 and f"{MINI.page} has no pretrain_t2t_mini.jsonl" in result.stderr, result.stderr
     result = load("vlm", "--source", "modelscope")
     assert result.returncode == 1 and "minimind-v_dataset: the hub answers: Client" in result.stderr, result.stderr
-    without_hash = json.dumps({"Data": {"Files": [{"Path": MINI_FILE, "Size": 5}]}}).encode()
-    for hub.listing in (b"<html>", b'{"Data": null, "Message": "down", "Success": false}', without_hash):
+    without_hash, empty_hash = (
+        json.dumps({"Data": {"Files": [{"Path": MINI_FILE, "Size": 5} | more]}}).encode()
+        for more in ({}, {"Sha256": ""})
+    )
+    for hub.listing in (b"<html>", b'{"Data": null, "Message": "down", "Success": false}', without_hash, empty_hash):
         result = load("sft-mini", "--source", "modelscope")
         assert result.returncode == 1 and f"no useful answer from {hub.url}" in result.stderr, result.stderr
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")

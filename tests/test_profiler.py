@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from unittest.mock import ANY
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import profile
 
 from tests.test_trainer import options, same, train, weights
+from trainer.metrics import time_table
 
 
 def traced_steps(path) -> int:
@@ -26,9 +31,27 @@ def test_a_trace_of_the_steps_asked_for(tmp_path, capsys, n, recorded):
     out = capsys.readouterr().out
     assert f"a trace of {recorded} steps is in {path}" in out
     shares = {part: float(share) for part, share in re.findall(r"^  (\w[\w ]*?) +([\d.]+)%$", out, re.MULTILINE)}
-    assert set(shares) == {"matrix products", "attention", "loss", "optimizer", "the rest"}
+    assert set(shares) == {"matrix products", "attention", "softmax and loss", "optimizer", "the rest"}
     assert min(shares.values()) > 0 and sum(shares.values()) == pytest.approx(100, abs=0.3)
     assert same(weights(plain), weights(model))
+
+
+@pytest.mark.parametrize("part", ["matrix products", "attention", "softmax and loss", "optimizer", "the rest"])
+def test_time_counts_for_the_part_it_belongs_to(part):
+    x = torch.randn(1, 4, 256, 64, requires_grad=True)
+    muon = torch.optim.Muon([torch.nn.Parameter(torch.randn(256, 256))])
+    muon.param_groups[0]["params"][0].grad = torch.randn(256, 256)
+    work = {
+        "matrix products": lambda: x[0, 0] @ x[0, 0].T,
+        "attention": lambda: F.scaled_dot_product_attention(x, x, x, is_causal=True).sum().backward(),
+        "softmax and loss": lambda: F.cross_entropy(x[0, 0], torch.zeros(256, dtype=torch.long)),
+        "optimizer": muon.step,
+        "the rest": lambda: x.sin().cos(),
+    }[part]
+    with profile() as recorded:
+        for _ in range(20):
+            work()
+    assert time_table(recorded, torch.device("cpu")).split("%")[0].split() == [*part.split(), ANY]
 
 
 @pytest.mark.parametrize("steps", [2, 3])

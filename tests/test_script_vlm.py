@@ -370,14 +370,21 @@ def test_right_chance_and_wrong(model, tokenizer):
 
 
 def test_eval_vlm_writes_a_summary_and_a_sheet(trained, tmp_path, capsys):
-    rows = [row(i, kind="letter", language="en") for i in range(6)]
+    rows = [row(i, kind=kind, language="en") for kind in ("letter", "colour") for i in range(6)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    run("eval_vlm.py", "--out_dir", trained, "--data_path", tmp_path / "x.parquet", "--device", "cpu")
-    summary = json.loads((trained / "vlm" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["kinds"]["letter"]["n"] == 6
+    flags = ["--out_dir", trained, "--data_path", tmp_path / "x.parquet", "--device", "cpu"]
+    for limit in (0, 3):
+        run("eval_vlm.py", *flags, "--limit", limit)
+        summary = json.loads((trained / "vlm" / "summary.json").read_text(encoding="utf-8"))
+        assert {kind: found["n"] for kind, found in summary["kinds"].items()} == dict.fromkeys(
+            ["letter", "colour"], limit or 6
+        )
     assert Image.open(trained / "vlm" / "sheet.png").size[0] > 500
     out = capsys.readouterr().out
     assert "wrong image" in out and "letter" in out
+    with pytest.raises(AssertionError, match="exited with 1"):
+        run("eval_vlm.py", *flags, "--vision_encoder", tmp_path)
+    assert "an image encoder of its own; leave out --vision_encoder" in capsys.readouterr().err
 
 
 # ---- 2-eval.py

@@ -348,7 +348,7 @@ class StepTimer:
 PARTS = {
     "optimizer": re.compile(r"Optimizer\.step#"),
     "attention": re.compile(r"attention|varlen|flash", re.IGNORECASE),
-    "loss": re.compile(r"softmax|nll_?loss|cross_?entropy", re.IGNORECASE),
+    "softmax and loss": re.compile(r"log_?softmax|nll_?loss|cross_?entropy", re.IGNORECASE),
     "matrix products": re.compile(r"aten::\w*mm$"),
 }
 
@@ -356,7 +356,7 @@ PARTS = {
 def time_table(recorded: profile, device: torch.device) -> str:
     """Return where the time of the recorded steps went: a line for each of `PARTS` and for the rest, longest first.
 
-    The device's time on CUDA, otherwise the CPU's. What `torch.compile` fused counts as the rest: it has no names.
+    On CUDA the time of its kernels: of when it was idle nothing is known. What `torch.compile` fused counts as the rest.
     """
     seconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
     for event in recorded.events() or ():
@@ -388,12 +388,13 @@ def make_profiler(n_steps: int, path: Path, dist_env: DistEnv, device: torch.dev
         if steps <= warm_up:
             print(f"--profile: no trace, the run had {steps} steps, and the first {warm_up} are warm-up")
             return
+        if dist_env.is_main and device.type != "mps":  # whose operators only wait for each other
+            print(f"--profile: where the time of {steps - warm_up} steps went\n{time_table(recorded, device)}")
         try:
             recorded.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
             print(f"WARNING: --profile could not write {path} ({error})", file=sys.stderr)
             return
-        print(f"--profile: where the time of {steps - warm_up} steps went\n{time_table(recorded, device)}")
         others = f" (and one file for each of the {dist_env.size} processes)" if dist_env.size > 1 else ""
         print(
             f"--profile: a trace of {steps - warm_up} steps is in {path}{others}; open it in ui.perfetto.dev or chrome://tracing"

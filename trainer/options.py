@@ -242,7 +242,7 @@ class TrainOptions:
         if self.deepspeed is not None:
             if self.optimizer != "adamw":
                 found.append(f"--optimizer {self.optimizer} with --deepspeed is not supported: use adamw, or --fsdp")
-            if self.embedding_lr_scale != 1:
+            elif self.embedding_lr_scale != 1:
                 found.append("--embedding_lr_scale with --deepspeed is not supported: leave it out, or use --fsdp")
             if self.compile:
                 found.append("--compile and --deepspeed do not work together: leave one of them out")
