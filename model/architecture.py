@@ -20,7 +20,6 @@ PRESETS: dict[str, dict] = {
     "minimind-v1-small": dict(dim=512, n_layers=8),
     "minimind-v1": dict(dim=768, n_layers=16),
     "minimind-v1-moe": dict(dim=512, n_layers=8, use_moe=True, n_shared_experts=2, n_routed_experts=4),
-    "minimind-fast": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, tie_word_embeddings=False),
     "toy": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3),
 }
 ROPE_SCALING_METHODS = ("linear", "ntk", "yarn")  # see `model.rope`

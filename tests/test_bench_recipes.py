@@ -20,7 +20,9 @@ SAMPLE = ROOT / "dataset" / "sample" / "mobvoi_seq_monkey_general_open_corpus.js
 SIZE = "--steps 20 --batch_size 2 --seq_len 64 --dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --device cpu".split()
 
 
-@pytest.mark.parametrize(("name", "momentum", "rounds"), [("base", 0.95, 5), ("1-pretrain.py, 3 rounds", 0.9, 3)])
+@pytest.mark.parametrize(
+    ("name", "momentum", "rounds"), [("base", 0.95, 5), ("1-pretrain.py, warm-up 2%, 3 rounds", 0.9, 3)]
+)
 def test_updates_and_rates_are_those_of_pytorch(name, momentum, rounds):
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (16, 16))]
