@@ -27,8 +27,8 @@ from trainer.options import TrainOptions, mix_flag
 
 # What is best with each optimizer: docs/recipes.md
 RECIPES = {
-    "muon": {"learning_rate": 4e-3, "embedding_lr_scale": 3.0, "warmup_iters": 10},
-    "adamw": {"learning_rate": 1e-3, "embedding_lr_scale": 1.0, "warmup_iters": 50},
+    "muon": {"learning_rate": 4e-3, "warmup_iters": 10},
+    "adamw": {"learning_rate": 1e-3, "warmup_iters": 50},
 }
 
 
@@ -44,9 +44,6 @@ class PretrainOptions(TrainOptions):
     text_field: str = flag("text", "column or key with the text")
     optimizer: str = "auto"
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
-    embedding_lr_scale: float = flag(
-        None, "learning rate of the embedding, relative to --learning_rate (default: 3 with muon, 1 with adamw)"
-    )  # fmt: skip
     warmup_iters: int = flag(
         None, "optimizer steps of linear warm-up, at most a tenth of the run (default: 10 with muon, 50 with adamw)"
     )  # fmt: skip

@@ -16,7 +16,7 @@ stage data "convert raw dumps to training files"
 python data_process.py all --data_dir dataset/sample --out_dir $out/data
 
 stage pretrain "learn language from plain text"
-python 1-pretrain.py $common --data_path $out/data/pretrain_data.csv --batch_size 16 --epochs 3.5
+python 1-pretrain.py $common --data_path $out/data/pretrain_data.csv --embedding_lr_scale 3 --batch_size 16 --epochs 3.5
 
 stage eval_pretrain "the base model continues texts"
 python 0-eval_pretrain.py --out_dir $out --device cpu --max_new_tokens 30 --prompt "The capital of France is" --prompt "中国的首都是"

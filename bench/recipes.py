@@ -87,8 +87,8 @@ def scale(parts: str, factor: float) -> Callable[[Transformer], None]:
 
 
 RESIDUAL = "wo.weight w2.weight"
-OURS = Recipe(embedding_rate=3, momentum=(0.9, 0.9), warmup=10)  # what 1-pretrain.py does
-QUICK = dataclasses.replace(OURS, warmup=0.02)
+OURS = Recipe(momentum=(0.9, 0.9), warmup=10)  # what 1-pretrain.py does
+QUICK = dataclasses.replace(OURS, embedding_rate=3, warmup=0.02)
 RECIPES = {
     "base": Recipe(),
     "rate 2e-3": Recipe(peak=2e-3),
@@ -122,10 +122,13 @@ RECIPES = {
     "QK-norm": Recipe(fields={"qk_norm": True}),
     "half as many heads": Recipe(heads=0.5),
     "1-pretrain.py": OURS,
-    "1-pretrain.py, warm-up 2%": QUICK,
-    "1-pretrain.py, warm-up 2%, residual projections 0": dataclasses.replace(QUICK, prepare=scale(RESIDUAL, 0)),
-    "1-pretrain.py, warm-up 2%, 3 rounds": dataclasses.replace(QUICK, rounds=QUINTIC[:3]),
-    "1-pretrain.py, warm-up 2%, half as many heads, head not tied": dataclasses.replace(
+    "1-pretrain.py, embedding rate x 3": dataclasses.replace(OURS, embedding_rate=3),
+    "1-pretrain.py, embedding rate x 3, warm-up 2%": QUICK,
+    "1-pretrain.py, embedding rate x 3, warm-up 2%, residual projections 0": dataclasses.replace(
+        QUICK, prepare=scale(RESIDUAL, 0)
+    ),
+    "1-pretrain.py, embedding rate x 3, warm-up 2%, 3 rounds": dataclasses.replace(QUICK, rounds=QUINTIC[:3]),
+    "1-pretrain.py, embedding rate x 3, warm-up 2%, half as many heads, head not tied": dataclasses.replace(
         QUICK, heads=0.5, fields={"tie_word_embeddings": False}
     ),
 }

@@ -21,7 +21,8 @@ SIZE = "--steps 20 --batch_size 2 --seq_len 64 --dim 32 --n_layers 1 --n_heads 2
 
 
 @pytest.mark.parametrize(
-    ("name", "momentum", "rounds"), [("base", 0.95, 5), ("1-pretrain.py, warm-up 2%, 3 rounds", 0.9, 3)]
+    ("name", "momentum", "rounds"),
+    [("base", 0.95, 5), ("1-pretrain.py, embedding rate x 3, warm-up 2%, 3 rounds", 0.9, 3)],
 )
 def test_updates_and_rates_are_those_of_pytorch(name, momentum, rounds):
     torch.manual_seed(0)
