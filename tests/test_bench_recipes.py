@@ -22,7 +22,7 @@ SIZE = "--steps 20 --batch_size 2 --seq_len 64 --dim 32 --n_layers 1 --n_heads 2
 
 @pytest.mark.parametrize(
     ("name", "momentum", "rounds"),
-    [("base", 0.95, 5), ("1-pretrain.py, embedding rate x 3, warm-up 2%, 3 rounds", 0.9, 3)],
+    [("base", 0.95, 5), ("the latter, 3 rounds", 0.9, 3)],
 )
 def test_updates_and_rates_are_those_of_pytorch(name, momentum, rounds):
     torch.manual_seed(0)
@@ -70,7 +70,10 @@ def test_every_recipe_differs_from_the_base_and_trains(run_here, tmp_path):
     first = run_here("bench/recipes.py", *flags)
     assert first.returncode == 0, first.stderr
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == [*RECIPES] and len({line["loss"] for line in lines}) == len(RECIPES)
+    assert [line["name"] for line in lines] == [*RECIPES]
+    losses = {line["name"]: line["loss"] for line in lines}
+    assert losses.pop("1-pretrain.py") == losses["momentum 0.9"]  # of 20 steps 10% are for the warm-up of both
+    assert len({*losses.values()}) == len(losses)
     assert f"| base | {lines[0]['loss']:.3f} | {lines[0]['loss']:.4f} | +0.0000 | 1.00 |" in first.stdout
     again = run_here("bench/recipes.py", *flags)
     assert "CPU s per step" not in again.stdout and again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
