@@ -3,11 +3,11 @@
     python bench/recipes.py --data_path dataset/pretrain_data.csv                     # everything; hours on a CPU
     python bench/recipes.py --data_path dataset/pretrain_data.csv --only base "head not tied" --seeds 1
 
-"base" is Muon as published, at 4e-3 for everything; the others change what their line in `RECIPES` says. "1-pretrain.py" is
-what it does by default, and "quickstart" what it does there. The loss is that of held-out texts after the last step; the
-steps are the same for all, so a recipe that costs more time per step needs a larger gain: the column "time" has the time of a
-step, relative to the base's. A line of a finished run is kept in --out_file, and not repeated; --plot draws those of this setting:
-gains over the base, and the training loss of the base and the best.
+"base" is Muon as published, at 4e-3 for everything; the others change what their line in `RECIPES` says. "1-pretrain.py"
+is what it does by default, and "quickstart" what it does there. The loss is that of held-out texts after the last step;
+the steps are the same for all, so a recipe that costs more time per step needs a larger gain: the column "time" has the
+time of a step, relative to the base's. A line of a finished run is kept in --out_file, and not repeated; --plot draws
+those of this setting: gains over the base, and the training loss of the base and the best.
 """
 
 from __future__ import annotations
