@@ -65,7 +65,7 @@ def main() -> None:
     for kind, one in results.items():
         row = f"{kind:<14} {one.n:>9} {one.right:>7.1%} {one.chance:>7.1%} {one.without:>9.1%} {one.wrong:>12.1%}"
         print(row)
-    folder = options.out_dir / "vlm"
+    folder = options.out_dir / (f"vlm_first_{options.limit}" if options.limit else "vlm")
     folder.mkdir(parents=True, exist_ok=True)
     draw_sheet(questions, answers, options.sheet, folder / "sheet.png")
     summary = {

@@ -58,7 +58,7 @@ class DataSet:
     then: str
     hub: ClassVar[str] = "https://huggingface.co"
     mirror: ClassVar[str] = "HF_ENDPOINT"  # the environment variable that names another address
-    advice: ClassVar[str] = "name a mirror, for example HF_ENDPOINT=https://hf-mirror.com, or try --source modelscope"
+    advice: ClassVar[str] = "name a mirror, for example HF_ENDPOINT=https://hf-mirror.com"
 
     @property
     def page(self) -> str:

@@ -199,7 +199,7 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = _checked_object(json.loads(text))
     except json.JSONDecodeError as error:
-        raise _BadRow(f"invalid JSON: {error.msg} at character {error.pos + 1}") from None
+        raise _BadRow(f"invalid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except RecursionError:
         raise _BadRow("invalid JSON: nested too deeply") from None
     except _BadRow:

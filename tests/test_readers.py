@@ -77,7 +77,7 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "abc', "invalid JSON: Unterminated string starting at at character 10"),
+        (b'{"text": "abc', "invalid JSON: Unterminated string starting at character 10"),
         (b'{"text": 1', "invalid JSON: Expecting ',' delimiter"),
         (b'{"text": "ab\xff"}', "invalid UTF-8 at byte 13 of the line (0xff)"),
         (b'{"text": "\\ud800"}', "surrogate"),

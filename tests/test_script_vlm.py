@@ -375,7 +375,8 @@ def test_eval_vlm_writes_a_summary_and_a_sheet(trained, tmp_path, capsys):
     flags = ["--out_dir", trained, "--data_path", tmp_path / "x.parquet", "--device", "cpu"]
     for limit in (0, 3):
         run("eval_vlm.py", *flags, "--limit", limit)
-        summary = json.loads((trained / "vlm" / "summary.json").read_text(encoding="utf-8"))
+        folder = trained / ("vlm_first_3" if limit else "vlm")
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         assert {kind: found["n"] for kind, found in summary["kinds"].items()} == dict.fromkeys(
             ["letter", "colour"], limit or 6
         )

@@ -167,7 +167,9 @@ class TrainOptions:
                 return {}
             stored = json.loads(description.read_bytes())["options"]
             model = stored.pop("model")
-            kept = {k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank")}
+            kept = {
+                k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank", "profile")
+            }
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return {}  # there is none, or it is damaged: that is reported when it is loaded
         if "epochs" in typed:  # max_steps would count instead

@@ -355,7 +355,8 @@ class Trainer:
             self.tokens_done += int(result["n_tokens"])
             logger.add(done, result)
             if self.profiler is not None:
-                self.profiler.step()
+                with logger.pause():  # to write the trace takes seconds
+                    self.profiler.step()
             last = done == self.total_steps
             if self.val is not None and (last or done % options.val_interval == 0):
                 with logger.pause():
