@@ -25,16 +25,14 @@ from common.errors import run_script
 from common.files import ROOT
 from trainer.options import TrainOptions, mix_flag
 
-# What is best with each optimizer: docs/recipes.md
-RECIPES = {
-    "muon": {"learning_rate": 4e-3, "warmup_iters": 10},
-    "adamw": {"learning_rate": 1e-3, "warmup_iters": 50},
-}
-
 
 @dataclass
 class PretrainOptions(TrainOptions):
     stage = "pretrain"
+    recipes = {  # measured in docs/recipes.md
+        "muon": {"learning_rate": 4e-3, "warmup_iters": 10},
+        "adamw": {"learning_rate": 1e-3, "warmup_iters": 50},
+    }
 
     data_path: list[Path] = flag(
         [ROOT / "dataset" / "pretrain_data.csv"],
@@ -51,12 +49,6 @@ class PretrainOptions(TrainOptions):
         None, "rows of max_seq_len tokens that go through the model at once, per process (default: from the length of the "
         "run; more than 32 are accumulated)"
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in RECIPES[self.optimizer].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
 
 
 def main() -> None:

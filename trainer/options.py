@@ -67,6 +67,9 @@ class TrainOptions:
     """Flags of every training stage."""
 
     stage: ClassVar[str]  # the names of a run's files start with it; it may hold names of flags in braces
+    recipes: ClassVar[
+        dict[str, dict[str, float]]
+    ] = {}  # optimizer -> flags that depend on it, where they are not given
 
     data_path: list[Path] = flag([], "training files: CSV, JSONL, JSON, Parquet, TXT (.gz, .zst too)", nargs="+")
     mix: list[float] = dataclasses.field(init=False, default_factory=list)  # a flag of some stages: mix_flag
@@ -186,6 +189,9 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.optimizer == "auto":
             self.optimizer = "muon" if self.deepspeed is None else "adamw"
+        for name, value in self.recipes.get(self.optimizer, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def validate(self) -> list[str]:
         """Return everything that is wrong with the flags; each message names its flag."""
