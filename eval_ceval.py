@@ -1,6 +1,6 @@
 """C-Eval: how many multiple-choice questions about Chinese school, study and professions a model answers right.
 
-    python eval_ceval.py                                          # the newest of out/rl_*.pth, out/full_sft_*.pth
+    python eval_ceval.py                                          # the newest of rlvr, rl, distill and full_sft in out
     python eval_ceval.py --weights out/pretrain_512.pth --plain --shots 5
     python eval_ceval.py --lora out/lora_medical_512
     python eval_ceval.py --hf path/to/folder

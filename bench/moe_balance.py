@@ -4,9 +4,10 @@
 
 Each run is 1-pretrain.py with a small mixture of 8 experts, of which a token passes 2 and a shared one; data, seeds and
 everything else are the same. nothing: the router is left alone. loss: the balance loss (--aux_loss_alpha 0.01, the
-default). biases: --router_bias_rate, without the loss. The loss is that of the held-out texts after the last step, without
-the balance loss. The load of the busiest expert of any layer, relative to the mean (1: all equal, 4: two experts get
-everything), and the shares of the least and the most popular expert are means over the last quarter of the steps.
+default). biases: --router_bias_rate, at two rates, without the loss. The loss is that of the held-out texts after the last
+step, without the balance loss. The load of the busiest expert of any layer, relative to the mean (1: all equal, 4: two
+experts get everything), and the shares of the least and the most popular expert are means over the last quarter of the
+steps.
 """
 
 from __future__ import annotations

@@ -294,7 +294,8 @@ def main() -> None:
     rows, val = (PackedRows(dataset, ids, args.seq_len, 0) for ids in (train_ids, val_ids))
     if len(rows) < args.steps * args.batch_size:
         parser.error(f"the texts fill {len(rows):,} rows; --steps x --batch_size is more")
-    setting = {name: getattr(args, name) for name in ("steps", "batch_size", "seq_len", "preset", "dim", "n_layers")}
+    kept = ("steps", "batch_size", "seq_len", "preset", "dim", "n_layers", "n_heads", "n_kv_heads", "device")
+    setting = {name: getattr(args, name) for name in kept} | {"data_path": [str(path) for path in args.data_path]}
     args.out_file.parent.mkdir(parents=True, exist_ok=True)
     done = [
         line for line in (read_metrics(args.out_file) if args.out_file.is_file() else []) if line["setting"] == setting

@@ -11,6 +11,8 @@ with thinking, and with a calculator; and all exercises with tools. Results are 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import statistics
 import sys
@@ -108,7 +110,9 @@ def main() -> None:
         return " | ".join(", ".join(f"{row[name]:.1%}" for row in rows) for name in MEASURED)
 
     name = args.init_from.stem.rpartition("rl_")[2].rpartition("full_sft_")[2]
-    sft = args.out_dir / f"full_sft_{name}.pth"
+    flags = json.dumps([str(args.init_from), args.sft, args.rlvr, args.steps])
+    out_dir = args.out_dir / hashlib.sha256(flags.encode()).hexdigest()[:8]  # one for each setting
+    sft = out_dir / f"full_sft_{name}.pth"
     data = ["--data_path", SAMPLE / "rlvr_sft.jsonl", "--init_from", args.init_from]
     seconds = train("3-full_sft.py", sft, args.sft, *data)
     print(f"| after | {' | '.join(MEASURED)} | minutes | rollout tokens/s |\n|{'---|' * (len(MEASURED) + 3)}")
@@ -116,7 +120,7 @@ def main() -> None:
     for algorithm in args.algorithms:
         outputs, minutes, rates = [], [], []
         for seed in range(args.seeds):
-            outputs.append(args.out_dir / f"{algorithm}_{seed}" / f"rlvr_{name}.pth")
+            outputs.append(out_dir / f"{algorithm}_{seed}" / f"rlvr_{name}.pth")
             flags = f"{args.rlvr} --algorithm {algorithm} --seed {seed} --max_steps {args.steps} --val_fraction 0"
             data = ["--data_path", SAMPLE / "rlvr_data.jsonl", "--init_from", sft, "--max_new_tokens", MAX_NEW_TOKENS]
             minutes.append(train("6-rlvr_train.py", outputs[-1], flags, *data) / 60)

@@ -8,6 +8,7 @@ several processes. The output has the order of the input, however many processes
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -85,9 +86,10 @@ class ExamQuestion(UserError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of output, and the indices in `Stage.outputs` of the files that it goes to."""
+    """One line of output, its text for comparing, and the indices in `Stage.outputs` of the files that it goes to."""
 
     line: str
+    text: str
     outputs: tuple[int, ...] = (0,)
 
 
@@ -114,7 +116,7 @@ def pretrain_row(data: dict, options: CleaningOptions) -> Row:
         raise Filtered(f"shorter than {max(options.min_chars, 1)} characters")
     _check_length(text, "", options)
     _check_chinese(text, "", options)
-    return Row(_csv_field(text))
+    return Row(_csv_field(text), text)
 
 
 def sft_row(data: dict, options: CleaningOptions) -> Row:
@@ -136,9 +138,10 @@ def sft_row(data: dict, options: CleaningOptions) -> Row:
         _check_length(text, name, options)
         _check_chinese(text, name, options)
     line = ",".join(map(_csv_field, (json.dumps(history, ensure_ascii=False), question, answer)))
+    text = "\n".join(itertools.chain(*history, (question, answer)))
     if history:
-        return Row(line, (1,))
-    return Row(line, (0, 1) if options.history == "keep" else (0,))
+        return Row(line, text, (1,))
+    return Row(line, text, (0, 1) if options.history == "keep" else (0,))
 
 
 def dpo_row(data: dict, options: CleaningOptions) -> Row:
@@ -157,7 +160,7 @@ def dpo_row(data: dict, options: CleaningOptions) -> Row:
         "chosen": {"from": "gpt", "value": chosen},
         "rejected": {"from": "gpt", "value": rejected},
     }
-    return Row(json.dumps(row, ensure_ascii=False))
+    return Row(json.dumps(row, ensure_ascii=False), "\n".join([*(text for _, text in messages), chosen, rejected]))
 
 
 STAGES = {
@@ -279,9 +282,9 @@ def clean_block(block: Block, stage: str, options: CleaningOptions) -> Converted
 
     def convert(data: dict) -> tuple[bytes, bytes, list[bytes], tuple[int, ...]]:
         row = STAGES[stage].convert(data, options)
-        if options.questions and (question := contained_question(row.line, options.questions)) is not None:
+        if options.questions and (question := contained_question(row.text, options.questions)) is not None:
             raise ExamQuestion(f"contains: {question:.200}")
-        near = band_keys(row.line) if options.near_dedupe else []
+        near = band_keys(row.text) if options.near_dedupe else []
         return row.line.encode("utf-8"), content_key(row.line), near, row.outputs
 
     return convert_block(block, convert)

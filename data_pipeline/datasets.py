@@ -171,10 +171,11 @@ class Schedule:
 
     def _sample(self, g: int) -> int:
         epoch, position = divmod(g, self.n_samples)
-        if epoch not in self._orders:
+        order = self._orders.get(epoch)
+        if order is None:  # several threads may come here
             self._orders.pop(epoch - 2, None)
-            self._orders[epoch] = sample_order(self.n_samples, self.seed, epoch)
-        return int(self._orders[epoch][position])
+            order = self._orders[epoch] = sample_order(self.n_samples, self.seed, epoch)
+        return int(order[position])
 
 
 @dataclass

@@ -401,13 +401,20 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Recor
         for batch in itertools.chain.from_iterable(groups):
             for data in batch.to_pylist():
                 row += 1
-                yield Record(row, data)
+                yield Record(row, {name: _without_nulls(value) for name, value in data.items()})
             on_bytes(size * row // n_rows - reported)
             reported = size * row // n_rows
     except (pyarrow.ArrowException, OSError) as error:
         reason = f"damaged Parquet: {str(error).splitlines()[0]}; nothing after this row could be read"
         yield BadLine(row + 1, reason, rest_lost=True)
     on_bytes(size - reported)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of Parquet without the fields that only other rows have: every object has the fields of all rows."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _rows(rows: Iterator[Record | BadLine]) -> Iterator[Block]:

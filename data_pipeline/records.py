@@ -65,6 +65,8 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     chosen_prompt, chosen = _answer(data, "chosen")
     rejected_prompt, rejected = _answer(data, "rejected")
     messages = _prompt(data) or _with_system(data, chosen_prompt)
+    if messages and messages[-1]["role"] == "assistant" and message_text(messages[-1]).strip() == chosen.strip():
+        messages = messages[:-1]  # they are the dialogue with the better answer
     for given in (chosen_prompt, rejected_prompt):
         if given and _stripped(given) != _stripped(messages):
             raise Malformed("the answers repeat another prompt than the row's")
@@ -99,7 +101,7 @@ def _prompt(data: dict) -> list[Message]:
     """Return `conversations`, `messages`, `prompt` or `instruction` + `input` as messages; [] if a row has none of them."""
     prompt = next((data[name] for name in ("conversations", "messages", "prompt") if data.get(name)), None)
     if prompt is not None and prompt is data.get("prompt") and not _is_dialogue(prompt):
-        messages = [_user(_text(data, "prompt"))]
+        messages = [*_history(data.get("history")), _user(_text(data, "prompt"))]
     elif prompt is not None:
         messages = _dialogue(prompt)
     elif instruction := _instruction(data):

@@ -22,7 +22,6 @@ import jsonlines
 import openai
 
 from common.errors import UserError
-from common.files import atomic_write
 from common.progress import Progress
 from data_pipeline.cleaning import Summary, writing
 from data_pipeline.readers import iter_records
@@ -105,11 +104,9 @@ def _read_done(output: Path, asked: dict[str, Any]) -> set[bytes]:
     """Return the keys of the prompts that earlier runs have answered; remove a line that a killed one left incomplete."""
     if not output.exists():
         return set()
-    complete, newline, rest = output.read_bytes().rpartition(b"\n")
-    if rest:
-        with atomic_write(output, "wb") as file:
-            file.write(complete + newline)
-    if not complete:
+    with open(output, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    if not output.stat().st_size:
         return set()
     done = set()
     for record in iter_records(output, None):

@@ -35,7 +35,7 @@ from evaluation.evaluated_model import EvaluatedModel
 
 FORMATS = r"\.(parquet|((jsonl|json|csv)(\.gz|\.zst)?))"
 WORDS = {"validation": {"validation", "valid", "val"}}  # what the name of a file calls a split
-NO_SUBSET = (None, "main", "default")
+NO_SUBSET = (None, "main", "default")  # names that need no folder, if no other subset is there
 
 
 @functools.cache
@@ -116,14 +116,15 @@ def _read_split(config: dict, data_dir: Path, split: str) -> Dataset:
     """Return the rows of one split, from all its files."""
     hub_name, subset = config["dataset_path"], config.get("dataset_name")
     folder = data_dir / hub_name.rpartition("/")[2]
-    files = []
+    of_split, of_subset = [], []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         stem = re.sub(FORMATS, "", path.name)
         words = set(re.findall("[a-z]+", f"{inside.parent.as_posix()} {stem}".lower()))
-        is_subset = subset in NO_SUBSET or subset in (*inside.parts[:-1], stem)
-        if re.search(f"{FORMATS}$", path.name) and is_subset and words & WORDS.get(split, {split}):
-            files.append(path)
+        if re.search(f"{FORMATS}$", path.name) and words & WORDS.get(split, {split}):
+            of_split.append(path)
+            of_subset += [path] if subset in (*inside.parts[:-1], stem) else []
+    files = of_subset or (of_split if subset in NO_SUBSET else [])
     if not files:
         part = "" if subset in NO_SUBSET else f" of {subset}"
         raise UserError(

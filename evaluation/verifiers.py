@@ -32,7 +32,8 @@ from model.chat_parser import END_THINK, parse_answer
 
 VerifierFunction = Callable[[str, str], float]
 
-_NUMBER = re.compile(r"(?<![A-Za-z\d.])-?\d+(?:\.\d+)?")  # not of "CO2" or "m2"; the minus of "5-3" is no sign
+# Not of "CO2" or "1.2.3"; the minus of "5-3" is no sign, and the dots of "...12" are no decimal point.
+_NUMBER = re.compile(r"(?<![A-Za-z\d])(?<!\d\.)-?(?:\d+(?:\.\d+)?|(?<!\.)\.\d+)")
 _RAISED = str.maketrans("", "", "⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉")
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 _CHOSEN = re.compile(r"(?i:answer is|choose|option|答案是|答案|选)[\s:：(（*]*([A-Z])(?![A-Za-z])")

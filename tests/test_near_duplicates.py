@@ -77,6 +77,18 @@ def test_data_process_drops_both_and_lists_the_questions(run_here, tmp_path, mon
     assert json.loads(rejected)["line"] == 4 and QUESTION in rejected
     assert not list((tmp_path / "out").glob(".seen*"))
 
+    # In the JSON of preference pairs a line break is written as two characters.
+    lines = "\n".join([QUESTION[:6], QUESTION[6:12], QUESTION[12:]])
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"prompt": text, "chosen": "a", "rejected": "b"} for text in (lines, "why?")]))
+    flags = ["--input", pairs, "--out_dir", tmp_path / "out", "--num_workers", workers]
+    result = run_here("data_process.py", "dpo", *flags, "--contamination", tmp_path / "exam")
+    assert result.returncode == 0 and "dropped: contains a question of the exam" in result.stdout, result.stderr
+    assert [row["conversations"] for row in json.loads((tmp_path / "out" / "dpo" / "train_data.json").read_text())] == [
+        [{"from": "human", "value": "why?"}]
+    ]
+
+    flags = ["--input", raw, "--out_dir", tmp_path / "out", "--num_workers", workers]
     result = run_here("data_process.py", "pretrain", *flags)
     assert len((tmp_path / "out" / "pretrain_data.csv").read_text(encoding="utf-8").splitlines()) == 7
     result = run_here("data_process.py", "pretrain", *flags, "--contamination", tmp_path / "nothing")

@@ -419,6 +419,7 @@ def test_unusable_files(tmp_path):
         },
         {"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b")},
         {"chosen": chat("q", "a"), "rejected": chat("q", "b")},
+        {"prompt": "q", "messages": chat("q", "a"), "chosen": chat("q", "a"), "rejected": chat("q", "b")},
         {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
     ],
 )
@@ -430,6 +431,8 @@ def test_preference_prompts():
     turns = chat("q", "a", "r", system="s")
     assert parse_preference({"prompt": turns, "chosen": "c", "rejected": "d"})[0] == turns
     row = {"system": "s", "history": [["q", "a"]], "instruction": "r", "chosen": "c", "rejected": "d"}
+    assert parse_preference(row)[0] == turns
+    row["prompt"] = row.pop("instruction")
     assert parse_preference(row)[0] == turns
     # a text may begin like a list
     for text in ("[INST] hi", "[1, 2, 3]: the sum?", "[]"):
@@ -449,7 +452,7 @@ def test_preference_prompts():
         ({"prompt": "q", "chosen": {"from": "human", "value": "a"}, "rejected": "b"}, "chosen is a user message"),
         ({"prompt": "q", "chosen": {"from": "x", "value": "a"}, "rejected": "b"}, "unknown role 'x'"),
         (
-            {"prompt": chat("q", "a"), "chosen": "a", "rejected": "b"},
+            {"prompt": chat("q", "x"), "chosen": "a", "rejected": "b"},
             "out of order: user assistant; the last must be user",
         ),
         ({"prompt": chat("q", "r", roles=("user", "user")), "chosen": "a", "rejected": "b"}, r"messages\[1\] must be"),

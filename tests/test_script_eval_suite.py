@@ -84,6 +84,7 @@ def data(tmp_path_factory) -> Path:
         write(folder / evaluated, rows_of(task))
         write(folder / examples, rows_of(task, first=20, n=5))
     write(folder / "ai2_arc/ARC-Challenge/test-00000-of-00001.parquet", rows_of("arc_easy", n=3))  # another subset
+    write(folder / "openbookqa/additional/test-00000-of-00001.parquet", rows_of("openbookqa"))  # another one
     (folder / "piqa/README.md").write_text("---\n---\n", encoding="utf-8")
     return folder
 

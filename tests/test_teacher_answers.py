@@ -151,6 +151,7 @@ def test_bad_input(run_here, prompts, tmp_path, monkeypatch):
     "row, expected",
     [
         ({"q": "one?", "a": "1", "history": '[["zero?", "0"]]'}, ["zero?", "0", "one?"]),
+        ({"prompt": "one?", "response": "1", "history": [["zero?", "0"]]}, ["zero?", "0", "one?"]),
         ({"prompt": "one?", "system": "short"}, ["short", "one?"]),
         ({"prompt": '[{"role": "user", "content": "one?"}]'}, ["one?"]),
     ],
