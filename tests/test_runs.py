@@ -1,4 +1,4 @@
-"""evaluation/runs.py and evaluation/token_rows.py: metrics and tokenised data are read as they were written."""
+"""evaluation/runs.py and evaluation/token_rows.py: metrics and tokenised data are read as they were written, and drawn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from common.errors import UserError
 from data_pipeline.tokenize import tokenize_pretrain_data
@@ -17,6 +18,8 @@ from evaluation.runs import curve, list_runs, logged_shares, read_metrics
 from evaluation.token_rows import first_rows, list_datasets, row_tokens
 from model.chat_format import render_chat
 from model.tokenizer import load_tokenizer
+from trainer.metrics import plot_losses
+from trainer.options import TrainOptions
 
 TOKENIZER = load_tokenizer()
 
@@ -45,6 +48,33 @@ def test_metrics_while_a_line_is_being_written(tmp_path):
     (line,) = read_metrics(path)
     assert line["loss"] == 2.0 and logged_shares(line) == [0.4]
     assert read_metrics(tmp_path / "none.metrics.jsonl") == []
+
+
+def test_the_plot_shows_other_runs_over_the_tokens_seen(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure", lambda **settings: figures.append(Figure(**settings)) or figures[-1]
+    )
+    mine = [{"step": n, "tokens": 100 * n, "loss": 9 - n} for n in range(1, 4)]
+    other = [{"step": n, "tokens": 400 * n, "loss": 8 - n} | ({"val_loss": 5.0} if n == 3 else {}) for n in range(1, 4)]
+    plot_losses(mine, tmp_path / "a.png", "a", others={})
+    plot_losses(mine, tmp_path / "b.png", "b", others={"theirs": other, "of another kind": [{"step": 1}]})
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines} for figure in figures]
+    assert drawn[0] == {"training": [[1, 8], [2, 7], [3, 6]]}
+    assert drawn[1] == {
+        "training": [[100, 8], [200, 7], [300, 6]],
+        "theirs training": [[400, 7], [800, 6], [1200, 5]],
+        "theirs validation": [[1200, 5]],
+    }
+    assert [figure.axes[0].get_xlabel() for figure in figures] == ["optimizer step", "tokens seen"]
+
+
+@pytest.mark.parametrize("text", [None, "", "loss 2.0\n", '{"step": 1, "text": "sample"}\n'])
+def test_a_file_without_metrics_to_compare_with_is_refused(tmp_path, text):
+    path = tmp_path / "a.samples.jsonl"
+    if text is not None:
+        path.write_text(text)
+    assert any(f"--compare {path} holds no metrics" in error for error in TrainOptions(compare=[path]).validate())
 
 
 def test_curves_keep_every_point_or_the_means_of_equal_parts():

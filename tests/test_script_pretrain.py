@@ -81,6 +81,7 @@ def test_from_text_to_weights(texts, tmp_path, pretrain):
         "val_loss",
     ):
         assert words in report, words
+    assert str(ROOT) not in report and "<td>model/minimind_tokenizer</td>" in report.replace("\\", "/")
     assert report.count('<td class="text">The capital of France is</td>') == 2  # after steps 4 and 8
     again = pretrain(*QUICK, "--data_path", texts, "--out_dir", out, "--overwrite")
     assert again.returncode == 0, again.stderr

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from common.files import atomic_write
-from evaluation.runs import logged_shares, read_metrics
+from evaluation.runs import SUFFIX, curve, logged_shares, read_metrics
 from model.device import peak_flops
 from model.LMConfig import LMConfig
 from model.model import training_flops
@@ -60,7 +60,7 @@ class MetricsLogger:
     rank_log: RankLog
 
     def __post_init__(self) -> None:
-        self.path: Path = self.options.out_dir / f"{self.name}.metrics.jsonl"
+        self.path: Path = self.options.out_dir / f"{self.name}{SUFFIX}"
         self.samples_path: Path = self.options.out_dir / f"{self.name}.samples.jsonl"
         self.peak = peak_flops(self.device, self.dtype)
         self._sums: dict[str, float] = {}
@@ -161,8 +161,12 @@ class MetricsLogger:
         line["tokens"] = tokens_done
         line["tokens_per_second"] = tokens / seconds
         line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
-        if n_rollouts:  # the batches were written by the model, while the loop waited for them
-            line["rollout_tokens_per_second"] = n_rollouts * line["answer_length"] / waited
+        # Where the model writes the batches, the loop waits for them: for those of several steps at once.
+        at_once = getattr(self.options, "steps_per_generation", 1)
+        n_generations = (step - 1) // at_once - (step - steps - 1) // at_once
+        if n_rollouts and n_generations:
+            written = n_rollouts / steps * at_once * n_generations
+            line["rollout_tokens_per_second"] = written * line["answer_length"] / waited
             line["training_tokens_per_second"] = tokens / max(seconds - waited, 1e-9)
         if self.peak:
             flops = training_flops(self.config, self.active_parameters, tokens, pairs)
@@ -238,7 +242,8 @@ class MetricsLogger:
         if (last or now - self._plotted > 10) and (lines := read_metrics(self.path)):
             self._plotted = now
             plot = self.options.out_dir / f"{self.name}.png"
-            plot_losses(lines, plot, title=self.name)
+            others = {path.name.removesuffix(SUFFIX): read_metrics(path) for path in self.options.compare}
+            plot_losses(lines, plot, title=self.name, others=others)
             size = self.dist_env.size
             launcher = ["python"] if size == 1 else ["torchrun", "--nproc_per_node", str(size)]
             command = shlex.join([*launcher, Path(sys.argv[0]).name, *self.options.flags()])
@@ -266,22 +271,26 @@ def headline(line: dict) -> str:
     return "reward" if "reward" in line else "loss"
 
 
-def plot_losses(lines: Iterable[dict], image: Path, title: str) -> None:
-    """Draw the loss (nats per token) or the reward of training and validation; and for a mixture, who got the tokens."""
+def plot_losses(lines: list[dict], image: Path, title: str, others: Mapping[str, list[dict]]) -> None:
+    """Draw the loss (nats per token) or the reward of training and validation; and for a mixture, who got the tokens.
+
+    others: the lines of other runs by name, to draw with this one: over the tokens seen, since their steps may be of
+        another size.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
     from matplotlib.figure import Figure
 
-    lines = list(lines)
     name = headline(lines[0])
     shared = [(x["step"], shares) for x in lines if (shares := logged_shares(x))]
     n_plots = 2 if shared else 1
     figure = Figure(figsize=(7, 4 * n_plots), layout="constrained")
     ylabel = {"loss": "loss (nats per token)", "reward": "mean reward"}[name]
-    axes = figure.add_subplot(n_plots, 1, 1, xlabel="optimizer step", ylabel=ylabel, title=title)
-    axes.plot([x["step"] for x in lines], [x[name] for x in lines], label="training")
-    validated = [x for x in lines if f"val_{name}" in x]
-    if validated:
-        axes.plot([x["step"] for x in validated], [x[f"val_{name}"] for x in validated], "o-", label="validation")
+    over, xlabel = ("tokens", "tokens seen") if others else ("step", "optimizer step")
+    axes = figure.add_subplot(n_plots, 1, 1, xlabel=xlabel, ylabel=ylabel, title=title)
+    for run, found in {"": lines, **others}.items():
+        for metric, style, label in ((name, "-", "training"), (f"val_{name}", "o-", "validation")):
+            if points := curve(found, metric, over, points=1000):
+                axes.plot(*zip(*points, strict=True), style, label=f"{run} {label}".lstrip(), alpha=0.5 if run else 1)
     axes.grid(alpha=0.3)
     axes.legend()
     if shared:

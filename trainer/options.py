@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from common.cli import flag, flag_group, validate_folder
 from common.errors import UserError
 from common.files import ROOT, checksum
+from evaluation.runs import read_metrics
 from model.architecture import PRESETS, TOKENIZER_DIR, Architecture, field_descriptions, parse_rope_scaling
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ class TrainOptions:
         "optimizer steps between texts that the model writes from fixed prompts, for the log and the report; 0: none",
         min=0,
     )
+    compare: list[Path] = flag(
+        [], "metrics files of other runs, whose curves the plot and the report show too, over the tokens seen; those in "
+        "docs/results/curves are of healthy runs", nargs="+", metavar="FILE",
+    )  # fmt: skip
     save_interval: int = flag(200, "optimizer steps between saves of weights and training state", min=1)
     keep: int = flag(2, "number of training states to keep (the newest)")
     save_dtype: str = flag(
@@ -215,6 +220,11 @@ class TrainOptions:
         found = [error for error, kept in rules.items() if not kept]
         found += validate_folder("--out_dir", self.out_dir)
         found += validate_folder("--cache_dir", self.cache_dir) if self.cache_dir is not None else []
+        found += [
+            f"--compare {path} holds no metrics of a run: name an OUT_DIR/<run>.metrics.jsonl"
+            for path in self.compare
+            if not any({"tokens", "loss"} <= line.keys() for line in read_metrics(path))
+        ]
         try:
             self.config()
         except ValueError as error:
