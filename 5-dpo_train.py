@@ -80,7 +80,8 @@ def main() -> None:
     pairs = read_pairs(options.data_path, tokenizer, model.config.max_seq_len, options.max_dropped)
     train, val = train_and_val_pairs(pairs, tokenizer, options.val_fraction, options.val_tokens)
     weights = origin.fingerprint if origin else f"random weights of seed {options.seed}"
-    add_reference = partial(add_ref_logps, [part for part in (train, val) if part], weights, options, dist_env)
+    reference = [weights, model.config.architecture()]
+    add_reference = partial(add_ref_logps, [part for part in (train, val) if part], reference, options, dist_env)
 
     # Loss: the better answer should gain probability over the worse one.
     loss = dpo_loss(options.beta, options.label_smoothing, options.loss)

@@ -288,7 +288,7 @@ def varlen(place: Place, dtype: str) -> Figures:
     """Compare attention in packed rows, and its gradients, with the reference path in float32."""
     import torch
 
-    from model.attention import _has_varlen_kernel, varlen_attention
+    from model.attention import _has_flash_kernel, varlen_attention
     from model.LMConfig import preset
 
     torch.manual_seed(0)
@@ -308,7 +308,7 @@ def varlen(place: Place, dtype: str) -> Figures:
         figures |= {f"head dimension {config.head_dim}": close([found], [expected], half)["relative difference"]}
         pairs = [(a.grad, b.grad) for a, b in zip(inputs, exact, strict=True)]
         figures |= {"its gradient": close(*zip(*pairs, strict=True), half)["relative difference"]}
-    return figures | {"kernel": "flash, variable length" if _has_varlen_kernel(inputs[0]) else "none for this device"}
+    return figures | {"kernel": "flash, variable length" if _has_flash_kernel(inputs[0]) else "none for this device"}
 
 
 def grouped_experts(place: Place) -> Figures:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -87,14 +87,14 @@ class PreferencePairs:
     def add_ref_logps(
         self,
         cache_dir: Path,
-        origin: Sequence[str],
+        origin: Sequence[Any],
         compute: Callable[[], np.ndarray],
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         """Set `ref_logps`, the log-probabilities of all answers under the reference model.
 
         Args:
-            origin: what they depend on beside the pairs: the fingerprint of the weights, the data type.
+            origin: what they depend on beside the pairs: what identifies the model, the data type.
             compute: returns them, (pairs, 2) float32; not called if they are in `cache_dir`.
             agree: returns whether they are there for all processes, where these compute together.
         """

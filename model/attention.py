@@ -19,8 +19,8 @@ try:
 except ImportError:  # exported models also run on older versions, without this kernel
     varlen_attn = None  # type: ignore[assignment]
 
-# Whether the variable-length kernel takes grouped keys and values as they are: it does in torch 2.13, not in 2.11.
-VARLEN_KERNEL_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+# What the variable-length kernel takes: window_size since torch 2.11, grouped keys and values as they are since 2.13.
+_VARLEN_FLAGS = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
 
 
 def attention(
@@ -50,6 +50,10 @@ def attention(
     if mask is None and q.shape[2] > 1:  # a branch: where the length is symbolic, the comparison is no bool
         causal = True
     if flash and weights is None:
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and q.device.type == "cuda" and q.shape[2] > 1 and not (causal and _has_flash_kernel(q)):
+            # Of CUDA's fast kernels only flash takes grouped keys: PyTorch would keep all scores in memory instead.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=bool(q.shape[1] != k.shape[1])
         )
@@ -91,7 +95,7 @@ def varlen_attention(
     if flash and dropout == 0.0 and q.device.type == "cpu":
         out, _ = _packed_attention_cpu(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens)
         return out.unflatten(0, (batch, time))
-    if flash and dropout == 0.0 and _has_varlen_kernel(q):
+    if flash and dropout == 0.0 and "window_size" in _VARLEN_FLAGS and _has_flash_kernel(q):
         return _varlen_attention_cuda(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, time).view_as(q)
     mask = packed_mask(cu_seqlens, batch, time)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -120,11 +124,10 @@ def cu_seqlens_from_positions(position_ids: Tensor) -> Tensor:
     return F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
 
 
-def _has_varlen_kernel(q: Tensor) -> bool:
-    """Return whether FlashAttention's kernel can run: half precision on NVIDIA Ampere (capability 8.0) and newer."""
+def _has_flash_kernel(q: Tensor) -> bool:
+    """Return whether FlashAttention's kernels can run: half precision on NVIDIA Ampere (capability 8.0) and newer."""
     return (
-        varlen_attn is not None
-        and q.device.type == "cuda"
+        q.device.type == "cuda"
         and torch.version.cuda is not None
         and q.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(q.device)[0] >= 8
@@ -135,7 +138,7 @@ def _varlen_attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, 
     """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> out like q."""
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal: everything to the left, nothing to the right
     if q.shape[1] != k.shape[1]:
-        if VARLEN_KERNEL_HAS_GQA:
+        if "enable_gqa" in _VARLEN_FLAGS:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

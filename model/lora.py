@@ -114,7 +114,9 @@ def load_adapter(
     base_path = Path(base) if base is not None else folder.parent / description["base"]
     if not base_path.is_file():
         raise UserError(f"{folder}: its base {base_path} does not exist; put {description['base']} there")
-    checkpoint = load_checkpoint(base_path, device, torch.float32, tokenizer)
+    fields = ("max_seq_len", "rope_scaling")  # those in which it may differ from its base
+    trained_with = {name: value for name, value in description["config"].items() if name in fields}
+    checkpoint = load_checkpoint(base_path, device, torch.float32, tokenizer, trained_with)
     if checkpoint.fingerprint != description["base_fingerprint"]:
         raise UserError(
             f"{folder} was trained on other weights ({description['base']}, {description['base_fingerprint']}) than "
@@ -152,6 +154,8 @@ def read_description(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not an adapter of this toolkit: {DESCRIPTION} cannot be read ({error})") from None
     missing = {"base", "base_fingerprint", "config"} - set(description)
+    if not missing and not isinstance(description["config"], dict):
+        missing = {"config"}
     if missing:
         raise UserError(f"{folder / DESCRIPTION} has no {' and no '.join(sorted(missing))}")
     return description

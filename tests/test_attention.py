@@ -105,7 +105,7 @@ def test_grouped_keys_reach_a_kernel_that_knows_no_groups(has_gqa, monkeypatch):
         return varlen_attention(*(x.unflatten(0, (2, 20)) for x in (q, k, v)), cu, flash=False).flatten(0, 1)
 
     expected = varlen_attention(q, k, v, cu, flash=False)
-    monkeypatch.setattr(module, "VARLEN_KERNEL_HAS_GQA", has_gqa)
+    monkeypatch.setattr(module, "_VARLEN_FLAGS", {"window_size": None} | ({"enable_gqa": None} if has_gqa else {}))
     monkeypatch.setattr(module, "varlen_attn", kernel)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     out = module._varlen_attention_cuda(*flat, cu, 20).view_as(q)

@@ -150,6 +150,20 @@ def test_the_tied_output_gets_no_adapter(base_path):
 # ---- an adapter knows its base
 
 
+def test_a_longer_context_is_that_of_the_adapter(tmp_path):
+    """Trained with --max_seq_len and --rope_scaling: it is loaded with them, though its base has not got them."""
+    path = write_base(tmp_path / "base.pth")
+    longer = {"max_seq_len": 4 * ROW, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    base = load_checkpoint(path, overrides=longer)
+    torch.manual_seed(0)
+    adapted = add_adapter(base.model, rank=4, alpha=8.0, dropout=0.0)
+    train(adapted)
+    save_adapter(tmp_path / "lora_x_32", adapted, base, {"stage": "lora"})
+    loaded = load_adapter(tmp_path / "lora_x_32", base=path)
+    assert loaded.config.max_seq_len == 4 * ROW and loaded.config.rope_scaling == base.config.rope_scaling
+    assert_logits_close(logits(loaded.model), logits(adapted), base.config)
+
+
 def test_another_base_is_refused(saved, tmp_path):
     other = write_base(tmp_path / "other.pth", seed=1)
     with pytest.raises(ValueError, match="was trained on other weights .*other.pth holds now"):
@@ -207,6 +221,9 @@ DAMAGE = {
     "description missing": lambda folder: (folder / "minimind.json").unlink(),
     "description cut off": lambda folder: os.truncate(folder / "minimind.json", 50),
     "description without base": lambda folder: (folder / "minimind.json").write_text('{"base": "full_sft_32.pth"}'),
+    "description with a text for config": lambda folder: (folder / "minimind.json").write_text(
+        '{"base": "full_sft_32.pth", "base_fingerprint": "x", "config": "y"}'
+    ),
     "description a list": lambda folder: (folder / "minimind.json").write_text("[]"),
     "not text": lambda folder: (folder / "minimind.json").write_bytes(b"\xff\xfe"),
     "folder missing": shutil.rmtree,

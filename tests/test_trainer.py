@@ -392,6 +392,21 @@ def test_float16_overflow_skips_the_step_lowers_the_scale_and_says_so(tmp_path):
         assert same(weights(model), before)
 
 
+def test_a_skipped_step_is_skipped_by_every_optimizer(tmp_path):
+    """Only the gradient of the embedding overflows: Muon, which has the matrices, must not step either."""
+
+    def steep(model, batch):
+        loss, n, extras = next_token_loss(model, batch)
+        weight = model.tok_embeddings.weight.float()
+        return loss + 1e36 * (weight - weight.detach()).sum(), n, extras
+
+    opts = options(tmp_path, dtype="float16", optimizer="muon", max_steps=1)
+    torch.manual_seed(0)
+    before = weights(Transformer(config()))
+    model, metrics = train(opts, loss_fn=steep)
+    assert metrics["skipped_steps"] == 1 and same(weights(model), before)
+
+
 def test_a_miscounting_loss_is_caught(tmp_path):
     def wrong(model, batch):
         loss, n, extras = next_token_loss(model, batch)
@@ -642,5 +657,15 @@ def test_out_of_memory_says_what_helps(tmp_path):
         train(options(tmp_path / "a"), loss_fn=short_of_memory(2))
     with pytest.raises(UserError, match=r"out of memory with 1 rows .*--max_seq_len"):
         train(options(tmp_path / "b", auto_batch=True), loss_fn=short_of_memory(0))
+
+    # The validation before the first step: one row at once as long as nothing is known.
+    def one_row(model, batch):
+        if len(batch.inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return next_token_loss(model, batch)
+
+    train(options(tmp_path / "d", auto_batch=True), loss_fn=one_row, val=rows(range(20)))
+    with pytest.raises(UserError, match=r"validation after step 0: out of memory with 4 rows .*--auto_batch"):
+        train(options(tmp_path / "e"), loss_fn=one_row, val=rows(range(20)))
     with pytest.raises(RuntimeError, match="shapes"):
         train(options(tmp_path / "c", auto_batch=True), loss_fn=short_of_memory(2, lambda _: RuntimeError("shapes")))

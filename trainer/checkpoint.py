@@ -332,8 +332,8 @@ def find_state(
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
     if any(line.startswith("samples_per_step") for line in changed):
         changed.append(
-            "leave out --batch_size and --accumulation_steps, or choose them so that all processes together have "
-            f"{state.run['identity']['samples_per_step']} rows in a step"
+            f"choose --batch_size and --accumulation_steps so that their product, times {dist_env.size} (processes), is "
+            f"{state.run['identity']['samples_per_step']}"
         )
     if changed:
         raise UserError(f"cannot resume {path}: this is a different run: {'; '.join(changed)}")

@@ -40,10 +40,11 @@ from trainer.rollouts import OnPolicyLoader
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that is not trained. `fingerprint` changes with its weights."""
+    """A model that is not trained. `fingerprint` changes with its weights, `architecture` with the computation."""
 
     model: nn.Module
     fingerprint: str
+    architecture: str = ""
 
     @torch.no_grad()
     def logps(self, inputs: dict[str, Tensor], at: Tensor, temperature: float) -> Tensor:
@@ -71,11 +72,12 @@ def open_teacher(
     if kind == LMConfig.model_type or kind in CLASSES:
         checkpoint, own_tokenizer = open_model(path, tokenizer=tokenizer_dir, device=device, dtype=dtype)
         model, fingerprint = checkpoint.model, checkpoint.fingerprint
+        architecture = checkpoint.config.to_json_string()
         print(f"teacher: {path}, {describe_parameters(model)}")
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
         nn.Module.to(model, device)
-        own_tokenizer, fingerprint = load_tokenizer(path), ""
+        own_tokenizer, fingerprint, architecture = load_tokenizer(path), "", ""  # the JSON files are a part of the hash
         print(f"teacher: {path}, a {kind} of {model.num_parameters() / 1e6:.2f}M parameters")
     if path.is_dir():
         files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
@@ -87,7 +89,7 @@ def open_teacher(
             "the student with the teacher's tokenizer (--tokenizer)"
         )
     model.requires_grad_(False)
-    teacher = Teacher(model, fingerprint)
+    teacher = Teacher(model, fingerprint, architecture)
     check_packing(teacher, path, device)
     return teacher
 
@@ -242,7 +244,7 @@ def cached_top_k(
 
     temperature: that of the loss: what is kept are the probabilities at this temperature.
     """
-    origin = [rows.fingerprint, teacher.fingerprint, k, temperature, str(dtype)]
+    origin = [rows.fingerprint, teacher.fingerprint, teacher.architecture, k, temperature, str(dtype)]
     folder = cache_dir / f"teacher-{short_hash(origin)}"
     if k >= (n_tokens := rows.dataset.info["vocab_size"]):
         raise UserError(f"--top_k {k}: there are {n_tokens} tokens; leave it out to use the probabilities of all")

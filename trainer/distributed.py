@@ -69,7 +69,10 @@ def init_distributed(device: str, timeout: float = 600.0) -> DistEnv:
     restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if size == 1:
         return DistEnv(restart_count=restart_count, run_id=_run_id())
-    device_type = resolve_device(device).type
+    resolved = resolve_device(device)
+    device_type = resolved.type
+    if resolved.index is not None:
+        raise UserError(f"--device {device} with {size} processes: each takes its own; use --device {device_type}")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():

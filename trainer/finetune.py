@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,12 +89,12 @@ def chat_rows(
 
 
 def add_ref_logps(
-    parts: list[PreferencePairs], weights: str, options: TrainOptions, dist_env: DistEnv, model: nn.Module
+    parts: list[PreferencePairs], reference: list[Any], options: TrainOptions, dist_env: DistEnv, model: nn.Module
 ) -> None:
     """Give pairs of answers the log-probabilities that `model` assigns them before training; kept in the cache.
 
-    weights: what identifies the weights of `model`. A sharded model computes on all processes together; where each process
-    has all of it, one computes for all.
+    reference: what identifies `model`, as JSON-friendly values: its weights and its architecture. A sharded model computes
+    on all processes together; where each process has all of it, one computes for all.
     """
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
@@ -106,4 +107,4 @@ def add_ref_logps(
         compute = partial(compute_ref_logps, model, part, device, dtype, options.batch_size, heartbeat)
         one_by_one = main_process_first(dist_env, "computing the reference")
         with contextlib.nullcontext() if options.shards_weights else one_by_one:
-            part.add_ref_logps(options.cache_folder, [weights, str(dtype)], compute, on_all_processes)
+            part.add_ref_logps(options.cache_folder, [*reference, str(dtype)], compute, on_all_processes)

@@ -120,6 +120,8 @@ class Trainer:
         self.device = resolve_device(options.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", dist_env.local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events and streams are those of the current device
         self.dtype = resolve_dtype(options.dtype, self.device)
         per_step = options.batch_size * options.accumulation_steps * dist_env.size
         total = options.max_steps * per_step if options.max_steps else max(round(options.epochs * len(self.train)), 1)
@@ -331,7 +333,8 @@ class Trainer:
             self.total_steps, self.steps_done, self.timer, self.log,
         )  # fmt: skip
         if self.val is not None and self.steps_done < self.total_steps:
-            self._validate(self.val, max_batches=2)  # a broken validation fails now, not after an hour
+            # A broken validation fails now, not after an hour. How many rows fit is not known yet with --auto_batch.
+            self._validate(self.val, max_batches=2, rows=1 if options.auto_batch else None)
         if self.dist_env.size > 1 and isinstance(self.strategy, DDPStrategy) and not options.compile:
             # DDP arranges its buckets in its first backward pass. It should not be one that counts: a restarted run
             # would add up the gradients of its first step in another order than a run that was not interrupted.
@@ -379,14 +382,23 @@ class Trainer:
         return self.metrics
 
     @torch.no_grad()
-    def _validate(self, val: Dataset, max_batches: int | None = None) -> dict[str, float]:
-        """Return means over the validation set (of all processes): "loss" and what else the loss function logs."""
+    def _validate(self, val: Dataset, max_batches: int | None = None, rows: int | None = None) -> dict[str, float]:
+        """Return means over the validation set (of all processes): "loss" and what else the loss function logs.
+
+        rows: those in a batch; None: as many as in a micro-batch of training.
+        """
         was_training = self.strategy.module.training
         self.strategy.train(False)
         sums: dict[str, float] = {}
         n_targets = 0
-        for batch in itertools.islice(self.loader.shard(val, [*range(len(val))], self.loader.micro_batch), max_batches):
-            _, extras = self._forward(batch)
+        batches = self.loader.shard(val, [*range(len(val))], rows or self.loader.micro_batch)
+        for batch in itertools.islice(batches, max_batches):
+            try:
+                _, extras = self._forward(batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(f"validation after step {self.steps_done}: {self._memory_advice(error)}") from error
             n_targets += 0 if batch.dummy else batch.n_targets
             for name, value in extras.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if batch.dummy else float(value))

@@ -75,10 +75,10 @@ class ParallelStrategy:
         gradients = [local(p.grad) for p in self.trainable_parameters.values() if p.grad is not None]
         norm = self._norm(gradients)
         clip_gradients(gradients, norm, max_norm)
-        if self.scaler.is_enabled() or math.isfinite(norm):
+        if math.isfinite(norm):  # the scaler would decide for each optimizer alone
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.scaler.update()
+        self.scaler.update()
         self.zero_grad()
         return norm
 
