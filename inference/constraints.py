@@ -85,6 +85,7 @@ def answer_grammar(
     required: bool = False,
     parallel: bool = True,
     thinking: bool = False,
+    begun: bool = False,
 ) -> str:
     """Return the grammar of an answer that is JSON, calls tools, or may do either.
 
@@ -95,6 +96,7 @@ def answer_grammar(
         required: the answer consists of calls.
         parallel: there may be several calls.
         thinking: the answer may begin with its thoughts.
+        begun: it does, and their opening tag is the end of the prompt.
     """
     rules = []
     content = "json" if schema is not None else "TEXT"
@@ -115,10 +117,10 @@ def answer_grammar(
             parameters = {"type": "object"} | (tool.get("parameters") or NO_PARAMETERS)
             rules.append(f"{name}: {_literal(begin)} {_json_rule(parameters)} {_literal('}')}")
     if thinking and len(tags["</think>"]) == 1:
-        rules.append(f"think: {_tag(tags, '<think>')} TEXT {_tag(tags, '</think>')}")
+        rules.append(f"thoughts: TEXT {_tag(tags, '</think>')}")
     elif thinking:
-        rules += ['think: "<think>" thoughts', 'thoughts[suffix="</think>"]: TEXT']
-    start = f"think? {body}" if thinking else body
+        rules.append('thoughts[suffix="</think>"]: TEXT')
+    start = f"thoughts {body}" if begun else f"({_tag(tags, '<think>')} thoughts)? {body}" if thinking else body
     return "\n".join(["%llguidance {}", f"start: {start}", *rules, "TEXT: /(.|\\n)*/"])
 
 

@@ -169,7 +169,7 @@ def parse_call(text: str) -> dict[str, Any] | None:
     """Return a call `{"name": …, "arguments": {…}}` that is written as JSON; None if it is malformed."""
     try:
         call = json.loads(text, parse_constant=_refuse)
-        check_unicode(json.dumps(call, ensure_ascii=False), "")  # JSON can escape half of a surrogate pair
+        check_unicode(json.dumps(call, ensure_ascii=False, allow_nan=False), "")  # half of a surrogate pair, 1e999
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not call.get("name") or not isinstance(call["name"], str):

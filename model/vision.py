@@ -220,11 +220,12 @@ class VisionLanguageModel(Transformer):
     def _check_places(self, here: Tensor, n_images: int, n_features: int) -> None:
         """Raise ValueError unless as many tokens stand for images as the images have features.
 
-        On a GPU it is a RuntimeError at some later time: to wait for the number would cost time in every step.
+        In training on a GPU it is a RuntimeError at some later time, after which the GPU is of no use to the process: to
+        wait for the number would cost time in every step.
         """
         if is_tracing():
             return
-        if here.is_cuda:
+        if here.is_cuda and self.training:
             torch._assert_async(
                 here.sum() == n_images * n_features, "as many images are needed as the prompts have places"
             )
@@ -241,18 +242,16 @@ def check_places(n_tokens: int, n_images: int, n_features: int, n_ids: int) -> N
 
 
 def image_positions(input_ids: Tensor, image_ids: tuple[int, ...]) -> Tensor:
-    """Return a (batch, time) mask, True for the tokens that stand for an image."""
-    if len(set(image_ids)) == 1:  # several images may stand side by side
-        return input_ids == image_ids[0]
+    """Return a (batch, time) mask, True for the tokens that stand for an image: they are all there, one after the other.
+
+    Some published models write an image as ordinary tokens, such as `@`: a single one is text.
+    """
     n = len(image_ids)
-    here = torch.zeros_like(input_ids, dtype=torch.bool)
     if input_ids.shape[1] < n:
-        return here
+        return torch.zeros_like(input_ids, dtype=torch.bool)
     pattern = torch.tensor(image_ids, device=input_ids.device)
     begins = (input_ids.unfold(1, n, 1) == pattern).all(-1)  # (batch, time - n + 1)
-    for offset in range(n):
-        here[:, offset : offset + begins.shape[1]] |= begins
-    return here
+    return F.max_pool1d(F.pad(begins.float(), (n - 1, n - 1)), n, stride=1) > 0  # all windows that hold a beginning
 
 
 def count_image_tokens(ids: Sequence[int], image_ids: tuple[int, ...]) -> int:

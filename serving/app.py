@@ -90,7 +90,6 @@ def create_app(
             HTTPException: _on_http_error,
             EngineError: _on_engine_error,
             ClientDisconnected: _on_disconnect,
-            Exception: _on_bug,
         },
         docs_url=None,
         redoc_url=None,
@@ -171,10 +170,6 @@ async def _on_engine_error(_: Request, error: EngineError) -> Response:
 
 async def _on_disconnect(_: Request, __: ClientDisconnected) -> Response:
     return Response(status_code=499)  # for the log: the client has closed the connection
-
-
-async def _on_bug(_: Request, __: Exception) -> Response:
-    return ApiError(500, "an internal error of the server; see its log", code="internal_error").response()
 
 
 _TEXTS_OR_IDS = (

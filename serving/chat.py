@@ -22,7 +22,7 @@ from model.chat_parser import THINK, AnswerParser, AnswerPart
 from model.chat_style import chat_style
 from serving import protocol
 from serving.endpoint import Choice, Endpoint, ResponseBuilder, tokenize
-from serving.http import ApiError
+from serving.http import ApiError, cancel_on_disconnect
 
 BETWEEN = "\n\n\n"  # messages of one role that become one
 
@@ -80,13 +80,16 @@ class ChatEndpoint(Endpoint):
             prompt = await tokenize(encode, messages, size, param)
         limit = self.token_limit(len(prompt), limit, param, request)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        constraint = await self.constraint(body, tags, tools, thinking, request)
+        begun = self.model.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
+        constraint = await self.constraint(body, tags, tools, thinking, begun, request)
         samplings = [self.sampling_params(body, i, limit, top) for i in range(body.n or 1)]
         samplings = [dataclasses.replace(sampling, constraint=constraint) for sampling in samplings]
-        begun = self.model.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
         choices = [ChatChoice(parser=AnswerParser(thinking=begun, calls=bool(tools))) for _ in samplings]
         built = builder(self.model, choices, len(prompt), body, top)
-        images = None if reader is None else await reader.read(body.messages, self.model.count_images(prompt))
+        images = None
+        if reader is not None:
+            reading = reader.read(body.messages, self.model.count_images(prompt))
+            images = await cancel_on_disconnect(request.receive, reading)
         return await self.respond(built, [prompt] * len(samplings), samplings, body, request, images)
 
     def prompt(
@@ -119,13 +122,14 @@ class ChatEndpoint(Endpoint):
         tags: dict[str, tuple[int, ...]],
         tools: list[dict[str, Any]],
         thinking: bool | None,
+        begun: bool,
         request: Request,
     ) -> Constraint | None:
         """Return what the answer is held to: JSON (`response_format`), or calls where they are required or `strict`.
 
         Where tags are ordinary text, nothing tells the beginning of a call from other text: `strict` alone is ignored then.
-        An answer that is JSON or calls thinks first only if the request asks for it. Raises ApiError for a schema that is
-        not supported.
+        An answer that is JSON or calls thinks first only if the request asks for it, or if its thoughts have begun in the
+        prompt (`begun`). Raises ApiError for a schema that is not supported.
         """
         schema, choice = response_schema(body, self.format_field), body.tool_choice
         required = choice == "required" or isinstance(choice, protocol.NamedTool)
@@ -140,11 +144,14 @@ class ChatEndpoint(Endpoint):
             tools, parallel = [tool for tool in tools if tool["name"] == choice.function.name], False
         if required:
             schema = None
-        may_think = bool(tags) and (thinking or (thinking is None and not required and schema is None))
+        if begun and not tags:
+            message = f"{self.format_field} and thinking do not go together with the chat template of this model"
+            raise ApiError(400, message, self.format_field)
+        may_think = bool(tags) and (begun or thinking or (thinking is None and not required and schema is None))
         param = "tools" if schema is None else self.format_field
         try:
             grammar = answer_grammar(
-                tags, schema=schema, tools=tools, required=required, parallel=parallel, thinking=may_think
+                tags, schema=schema, tools=tools, required=required, parallel=parallel, thinking=may_think, begun=begun
             )
             return await asyncio.to_thread(Constraint, self.model.tokenizer, grammar)
         except (UserError, RecursionError) as error:
@@ -154,7 +161,7 @@ class ChatEndpoint(Endpoint):
 
 def offered_tools(body: protocol.ChatRequest) -> list[dict[str, Any]]:
     """Return the functions that the model may call. Raises ApiError if `tool_choice` asks for one that is not there."""
-    tools = [tool.function.model_dump(exclude_none=True) for tool in body.tools or []]
+    tools = [{name: value for name, value in tool.function if value is not None} for tool in body.tools or []]
     names = [tool["name"] for tool in tools]
     for i, tool in enumerate(tools):
         if tool["name"] in names[:i]:

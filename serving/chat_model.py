@@ -106,7 +106,11 @@ class Exchange:
         if self._outputs is None:
             return False
         started = time.perf_counter()
-        output = next(self._outputs) if self._thread is None else self._thread.submit(next, self._outputs).result()
+        try:
+            output = next(self._outputs) if self._thread is None else self._thread.submit(next, self._outputs).result()
+        except Exception:
+            self._end(STOPPED)
+            raise
         self.seconds += time.perf_counter() - started
         self.tokens += 1
         self._answer_tokens += 1

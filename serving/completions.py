@@ -10,6 +10,8 @@ from serving.endpoint import Choice, Endpoint, ResponseBuilder
 from serving.http import ApiError, cancel_on_disconnect
 from serving.scoring import Scores
 
+MAX_SCORED = 32_768  # tokens of a request whose log-probabilities are returned
+
 
 class CompletionEndpoint(Endpoint):
     async def create(self, body: protocol.CompletionRequest, request: Request) -> Response:
@@ -24,6 +26,9 @@ class CompletionEndpoint(Endpoint):
         limits = [self.token_limit(len(prompt), body.max_tokens, "prompt", request) for prompt in prompts]
         scores: list[Scores] | list[None] = [None] * len(prompts)
         if body.echo and body.logprobs is not None:
+            if (n_tokens := sum(map(len, prompts))) > MAX_SCORED:
+                message = f"the prompts have {n_tokens} tokens; at most {MAX_SCORED} are scored in one request"
+                raise ApiError(400, message, "prompt")
             scores = await cancel_on_disconnect(request.receive, self.engine.score(prompts, body.logprobs))
         choices, samplings, continued = [], [], []
         for prompt, limit, score in zip(prompts, limits, scores, strict=True):

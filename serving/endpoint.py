@@ -266,7 +266,8 @@ class Endpoint:
         if isinstance(many[0], str):
             encode = functools.partial(encode_texts, self.model.tokenizer)
             texts = await tokenize(encode, many, sum(map(len, many)), param)
-            return [[BOS_ID, *(ids if keep is None else ids[max(len(ids) + 1 - keep, 0) :])] for ids in texts]
+            many = [[BOS_ID, *(ids if keep is None else ids[max(len(ids) + 1 - keep, 0) :])] for ids in texts]
+            keep = None
         for ids in many:
             if max(ids) >= self.model.vocab_size:
                 message = f"token {max(ids)} does not exist; the model has 0 to {self.model.vocab_size - 1}"

@@ -444,6 +444,8 @@ class Engine:
         log.error("a prompt or text could not be read; its request is dropped\n%s", traceback.format_exc())
         self._remove({owner})
         self._fail([owner], EngineFailed(COMPUTATION_FAILED))
+        if self.generator.device.type == "cuda":
+            torch.cuda.synchronize(self.generator.device)  # if the error broke the GPU's context, the engine has failed
 
     def _publish_tokens(self, outputs: list[TokenOutput]) -> None:
         """Deliver new tokens; sequences that ended with them no longer run."""

@@ -146,7 +146,14 @@ class Auth:
                 raise ApiError(413, text, code="request_too_large")
             return message
 
-        await self.app(scope, receive_limited, send_counted)
+        try:
+            await self.app(scope, receive_limited, send_counted)
+        except Exception:
+            if status:
+                raise
+            log.exception("an internal error (request %s)", request_id)
+            bug = ApiError(500, "an internal error of the server; see its log", code="internal_error")
+            await bug.response()(scope, receive, send_counted)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         if not self._knows(headers.get(b"host", b"").decode("latin-1")):

@@ -113,12 +113,12 @@ async def _read_body(answer: httpx2.Response, shown: str) -> bytes:
     """Return the body of an answer as it was sent. Raises BadImage, which calls the address `shown`."""
     if answer.status_code != 200:
         raise BadImage(f"{shown} answers {answer.status_code}")
-    data = b""
+    data = bytearray()  # grows in place, however small the parts are
     async for part in answer.aiter_raw():
         data += part
         if len(data) > MAX_BYTES:
             raise BadImage(f"{shown} is larger than {MAX_BYTES >> 20} MB")
-    return data
+    return bytes(data)
 
 
 class PublicTransport(httpx2.AsyncHTTPTransport):

@@ -39,7 +39,7 @@ class ResponsesEndpoint(ChatEndpoint):
             fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
         else:
             fields["tool_choice"] = body.tool_choice
-        tools = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or []]
+        tools = [{"type": "function", "function": dict(tool)} for tool in body.tools or []]
         logprobs = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
         chat = protocol.ChatRequest(
             **fields, messages=input_messages(body), max_tokens=body.max_output_tokens, tools=tools,
@@ -212,7 +212,7 @@ class ResponsesBuilder(ChatBuilder):
             "temperature": asked.temperature,
             "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump() for tool in asked.tools or []],
+            "tools": [dict(tool) for tool in asked.tools or []],
             "top_p": asked.top_p,
             "truncation": asked.truncation or "disabled",
             "usage": usage if begun else None,

@@ -283,6 +283,12 @@ def test_chat_logprobs(server, client):
     assert len(client.chat.completions.create(**asked | {"top_logprobs": 0}).choices[0].logprobs.content) == 12
 
 
+def test_too_many_tokens_are_not_scored(server, monkeypatch):
+    monkeypatch.setattr("serving.completions.MAX_SCORED", 5)
+    status, answer = server.post("/v1/completions", prompt=[[1, 2, 3], [1, 4, 5]], echo=True, logprobs=1, max_tokens=0)
+    assert status == 400 and "6 tokens; at most 5 are scored" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("written", [0, 1, 3])
 def test_completions_score_prompts(server, client, written):
     """As lm-eval asks: batches of token ids, echo, logprobs."""

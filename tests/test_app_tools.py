@@ -419,6 +419,30 @@ def test_bad_requests(server, name):
     assert answer["error"]["param"] == param and reason in answer["error"]["message"], answer
 
 
+def test_an_answer_held_to_a_schema_thinks_first_if_it_is_asked_to(server):
+    asked = {"response_format": schema_format({"const": 1}), "chat_template_kwargs": {"enable_thinking": True}}
+    status, answer = server.chat(**asked, max_tokens=200, logit_bias={str(TAGS["</think>"][0]): 50}, seed=1)
+    assert status == 200 and answer["choices"][0]["message"]["content"] == "1", answer
+
+
+def test_deep_tools_are_no_error_of_the_server(server):
+    parameters = {"type": "object", "properties": {"x": nested(300)}}
+    assert server.chat(tools=[tool(parameters=parameters)], max_tokens=2)[0] in (200, 400)
+    flat = {"type": "function", "name": "f", "parameters": parameters}
+    assert server.post("/v1/responses", input="hi", tools=[flat], max_output_tokens=2)[0] in (200, 400)
+
+
+def test_an_error_of_the_server_has_an_id_and_is_counted(server, monkeypatch, caplog):
+    monkeypatch.setattr("serving.chat.offered_tools", lambda body: 1 / 0)
+    body = {"model": NAME, "messages": QUESTION}
+    status, headers, text = server.call("POST", "/v1/chat/completions", body)
+    assert status == 500 and json.loads(text)["error"]["code"] == "internal_error"
+    assert (
+        f"an internal error (request {headers['x-request-id']})" in caplog.text and "ZeroDivisionError" in caplog.text
+    )
+    assert 'status="500"' in str(server.call("GET", "/metrics")[2])
+
+
 # ---- /v1/responses
 
 

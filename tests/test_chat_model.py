@@ -242,6 +242,19 @@ def test_calls_that_cannot_be_run_end_the_answer():
     assert exchange.finish == CONTEXT and full.turns() == seen
 
 
+def test_an_answer_that_fails_has_ended():
+    class Failing(ScriptedModel):
+        def generate(self, prompt, sampling, images=None):
+            yield next(iter(scripted_outputs(answer_ids(content="27"))))
+            raise RuntimeError("out of memory")
+
+    exchange = Conversation().ask("sum?", ChatModel(Failing()), GREEDY)
+    assert exchange.advance()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        exchange.advance()
+    assert exchange.finish == STOPPED and not exchange.running and not exchange.advance()
+
+
 def test_two_conversations_at_once_do_not_mix(model):
     """Answers of one model taken in turn, token by token, in the one decoding thread."""
     alone = [finish(Conversation().ask(q, model, GREEDY)) for q in ("one", "two two")]

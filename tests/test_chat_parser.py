@@ -76,6 +76,7 @@ def test_examples(text, expected):
 @pytest.mark.parametrize(
     "body",
     [
+        '{"name": "f", "arguments": {"x": 1e999}}',
         "", "[]", '"f"', '{"name": "f"}', '{"name": "", "arguments": {}}', '{"name": 1, "arguments": {}}',
         '{"name": "f", "arguments": "{}"}', '{"name": "f", "arguments": {"x": NaN}}', "[" * 100_000, "9" * 10_000,
         '{"name": "f", "arguments": {"x": "\\ud800"}}', '{"name": "f", "arguments": {}} {}',

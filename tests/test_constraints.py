@@ -15,6 +15,7 @@ from inference.generator import generate
 from inference.options import SamplingParams
 from model.chat_parser import parse_answer
 from model.chat_style import chat_style
+from model.tokenizer import encode_text
 
 TAGS = chat_style(TOKENIZER).tags
 PROMPT = [1, 5, 6]
@@ -88,6 +89,17 @@ def test_required_calls_are_well_formed(model, tokenizer, thinking):
     assert {len(parse_answer(text).calls) for text, finish in one if finish == "stop"} == {1}
     assert max(len(parse_answer(text).calls) for text, _ in many) > 1
     assert sum(finish == "stop" for _, finish in many + one) > 4
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, without_tags()], ids=["control tokens", "tags are text"])
+def test_thoughts_that_begin_in_the_prompt_end_in_the_answer(tokenizer):
+    tags = chat_style(tokenizer).tags
+    grammar = answer_grammar(tags, schema={"const": 1}, thinking=True, begun=True)
+    matcher = Constraint(tokenizer, grammar).matcher()
+    thoughts, answer = encode_text(tokenizer, "it is 1"), encode_text(tokenizer, "1")
+    accepted = matcher.deep_copy()
+    assert accepted.consume_tokens([*thoughts, *tags["</think>"], *answer]) and accepted.is_accepting()
+    assert matcher.consume_tokens(thoughts) and not matcher.is_accepting()
 
 
 def test_text_or_calls_and_json_or_calls(model):

@@ -186,6 +186,9 @@ def test_a_pattern_is_found_wherever_it_stands():
     found = image_positions(ids, (a, a, b, b))[0].tolist()
     assert [i for i, here in enumerate(found) if here] == [1, 2, 3, 4, 9, 10, 11, 12]
     assert not image_positions(ids[:, :3], (a, a, b, b)).any()
+    # Of one token, repeated: as often as an image has it, or a multiple of that where images stand side by side.
+    ids = torch.tensor([[a, 7, a, a, a, b, a, a, 7], [a, a, a, a, a, a, 7, a, 7]])
+    assert image_positions(ids, (a, a, a)).nonzero().tolist() == [[0, 2], [0, 3], [0, 4], *([1, i] for i in range(6))]
 
 
 def test_saved_and_loaded_with_the_encoder(tmp_path):

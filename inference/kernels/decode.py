@@ -82,7 +82,7 @@ class NativeModel:
             raise KernelUnavailable(f"the kernel is for at most {MAX_LAYERS} layers, not {config.n_layers}")
         if config.use_moe and config.router_bias_rate:
             raise KernelUnavailable("the kernel does not support biases of routers")
-        self.kernel, self.config, self.dtype = load_kernel(), config, weights.dtype
+        self.kernel, self.config = load_kernel(), config
         self._memory = Memory()  # what the structs point to
         self._arrays: list[ctypes.Array] = []
         self.rope, self.norm = weights.rope, weights.norm.weight.detach().float()
