@@ -1,7 +1,8 @@
 # The toolkit with everything it needs, and its server:
 #   CPU:         docker build -t minimind .
 #   NVIDIA GPUs: docker build -t minimind:cuda --build-arg TORCH_INDEX= .
-# Any other script: docker run --rm -v ./dataset:/minimind/dataset -v ./out:/minimind/out minimind python 1-pretrain.py
+# Any other script, as the user with the number 1000 (another one: --user "$(id -u)"):
+#   mkdir -p out && docker run --rm -v ./dataset:/minimind/dataset -v ./out:/minimind/out minimind python 1-pretrain.py
 FROM python:3.12-slim
 
 # This index has PyTorch without CUDA, which is much smaller; pip's own index (an empty TORCH_INDEX) has it with CUDA.
