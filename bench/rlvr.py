@@ -125,7 +125,8 @@ def main() -> None:
             data = ["--data_path", SAMPLE / "rlvr_data.jsonl", "--init_from", sft, "--max_new_tokens", MAX_NEW_TOKENS]
             minutes.append(train("6-rlvr_train.py", outputs[-1], flags, *data) / 60)
             lines = read_metrics(outputs[-1].with_name(f"rlvr_{name}.metrics.jsonl"))
-            rates.append(statistics.median(line["rollout_tokens_per_second"] for line in lines))
+            found = [line["rollout_tokens_per_second"] for line in lines if "rollout_tokens_per_second" in line]
+            rates.append(statistics.median(found))
         minutes_each, rate = statistics.mean(minutes), statistics.mean(rates)
         print(f"| {algorithm} | {cells(outputs)} | {minutes_each:.1f} | {rate:,.0f} |", flush=True)
 

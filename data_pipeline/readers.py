@@ -401,7 +401,7 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Recor
         for batch in itertools.chain.from_iterable(groups):
             for data in batch.to_pylist():
                 row += 1
-                yield Record(row, {name: _without_nulls(value) for name, value in data.items()})
+                yield Record(row, _without_nulls(data))
             on_bytes(size * row // n_rows - reported)
             reported = size * row // n_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -410,11 +410,15 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Recor
     on_bytes(size - reported)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return a value of Parquet without the fields that only other rows have: every object has the fields of all rows."""
+def _without_nulls(value: Any, drop: bool = False) -> Any:
+    """Return a value of Parquet; arguments and schemas of tools without the fields that only those of other rows have.
+
+    In Parquet an object has the fields of all rows: what a row does not have is null.
+    """
     if isinstance(value, dict):
-        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        fields = ((name, field) for name, field in value.items() if not (drop and field is None))
+        return {name: _without_nulls(field, drop or name in ("arguments", "tools")) for name, field in fields}
+    return [_without_nulls(item, drop) for item in value] if isinstance(value, list) else value
 
 
 def _rows(rows: Iterator[Record | BadLine]) -> Iterator[Block]:

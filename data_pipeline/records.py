@@ -68,7 +68,7 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     if messages and messages[-1]["role"] == "assistant" and message_text(messages[-1]).strip() == chosen.strip():
         messages = messages[:-1]  # they are the dialogue with the better answer
     for given in (chosen_prompt, rejected_prompt):
-        if given and _stripped(given) != _stripped(messages):
+        if given and _stripped(given) not in (_stripped(messages), _stripped(messages[-1:])):  # perhaps without history
             raise Malformed("the answers repeat another prompt than the row's")
     check_messages(messages, answered=False)
     if not message_text(messages[-1]).strip():

@@ -81,7 +81,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"{part}(?![0-9A-Z])", name)), None)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

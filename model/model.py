@@ -375,7 +375,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             n_kept = min(-(-(len(ignored) - int(ignored.sum())) // 256) * 256, len(ignored))
             first = ignored.to(torch.uint8).argsort(stable=True)[:n_kept]
             hidden, targets = hidden[first], targets[first]
-        if not (self.gradient_checkpointing and self.training):
+        if not self.gradient_checkpointing:
             return self._chunk_cross_entropy(hidden, targets)
         # The logits are the largest tensors of all: keep those of one chunk, and compute them again in the backward pass.
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)

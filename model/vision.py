@@ -251,7 +251,8 @@ def image_positions(input_ids: Tensor, image_ids: tuple[int, ...]) -> Tensor:
         return torch.zeros_like(input_ids, dtype=torch.bool)
     pattern = torch.tensor(image_ids, device=input_ids.device)
     begins = (input_ids.unfold(1, n, 1) == pattern).all(-1)  # (batch, time - n + 1)
-    return F.max_pool1d(F.pad(begins.float(), (n - 1, n - 1)), n, stride=1) > 0  # all windows that hold a beginning
+    count = F.pad(begins.int(), (n, n - 1)).cumsum(1)  # of beginnings so far: some among the last n tokens?
+    return count[:, n:] > count[:, :-n]
 
 
 def count_image_tokens(ids: Sequence[int], image_ids: tuple[int, ...]) -> int:

@@ -26,8 +26,9 @@ class CompletionEndpoint(Endpoint):
         limits = [self.token_limit(len(prompt), body.max_tokens, "prompt", request) for prompt in prompts]
         scores: list[Scores] | list[None] = [None] * len(prompts)
         if body.echo and body.logprobs is not None:
-            if (n_tokens := sum(map(len, prompts))) > MAX_SCORED:
-                message = f"the prompts have {n_tokens} tokens; at most {MAX_SCORED} are scored in one request"
+            most = max(MAX_SCORED, self.engine.max_len)
+            if (n_tokens := sum(map(len, prompts))) > most:
+                message = f"the prompts have {n_tokens} tokens; at most {most} are scored in one request"
                 raise ApiError(400, message, "prompt")
             scores = await cancel_on_disconnect(request.receive, self.engine.score(prompts, body.logprobs))
         choices, samplings, continued = [], [], []

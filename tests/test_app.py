@@ -285,8 +285,9 @@ def test_chat_logprobs(server, client):
 
 def test_too_many_tokens_are_not_scored(server, monkeypatch):
     monkeypatch.setattr("serving.completions.MAX_SCORED", 5)
-    status, answer = server.post("/v1/completions", prompt=[[1, 2, 3], [1, 4, 5]], echo=True, logprobs=1, max_tokens=0)
-    assert status == 400 and "6 tokens; at most 5 are scored" in answer["error"]["message"]
+    prompts = [[1] * 100] * (server.engine.max_len // 100 + 1)
+    status, answer = server.post("/v1/completions", prompt=prompts, echo=True, logprobs=1, max_tokens=0)
+    assert status == 400 and "are scored in one request" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("written", [0, 1, 3])

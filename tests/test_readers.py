@@ -70,13 +70,13 @@ def test_parquet(tmp_path):
     assert list(iter_records(path, None, on_bytes=told.append)) == [Record(i + 1, row) for i, row in enumerate(rows)]
     assert sum(told) == total_bytes(path)
     assert columns(path) == ["text", "messages"]
-    # An object has the fields of all rows: those of the others are no part of it.
+    # An object has the fields of all rows: arguments of other calls are no part of a call. Other nulls stay.
     rows = [
-        {"call": {"name": "add", "arguments": {"x": 1}}, "a": None},
-        {"call": {"name": "day", "arguments": {"y": [2]}}},
+        {"call": {"name": "add", "arguments": {"x": 1}, "content": None}},
+        {"call": {"name": "day", "arguments": {"y": [2]}, "content": "z"}},
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    assert [record.data["call"] for record in iter_records(path, None)] == [row["call"] for row in rows]
+    assert [record.data for record in iter_records(path, None)] == rows
     with pytest.raises(UserError, match=r"b.parquet: not a readable Parquet file"):
         read(write(tmp_path / "b.parquet", path.read_bytes()[:-100]))
 

@@ -57,8 +57,8 @@ def test_the_plot_shows_other_runs_over_the_tokens_seen(tmp_path, monkeypatch):
     )
     mine = [{"step": n, "tokens": 100 * n, "loss": 9 - n} for n in range(1, 4)]
     other = [{"step": n, "tokens": 400 * n, "loss": 8 - n} | ({"val_loss": 5.0} if n == 3 else {}) for n in range(1, 4)]
-    plot_losses(mine, tmp_path / "a.png", "a", others={})
-    plot_losses(mine, tmp_path / "b.png", "b", others={"theirs": other, "of another kind": [{"step": 1}]})
+    plot_losses(mine, tmp_path / "a.png", "a", others=[])
+    plot_losses(mine, tmp_path / "b.png", "b", others=[("theirs", other), ("of another kind", [{"step": 1}])])
     drawn = [{line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines} for figure in figures]
     assert drawn[0] == {"training": [[1, 8], [2, 7], [3, 6]]}
     assert drawn[1] == {
@@ -74,7 +74,8 @@ def test_a_file_without_metrics_to_compare_with_is_refused(tmp_path, text):
     path = tmp_path / "a.samples.jsonl"
     if text is not None:
         path.write_text(text)
-    assert any(f"--compare {path} holds no metrics" in error for error in TrainOptions(compare=[path]).validate())
+    for wrong in (path, tmp_path):
+        assert any(f"--compare {wrong} holds no metrics" in error for error in TrainOptions(compare=[wrong]).validate())
 
 
 def test_curves_keep_every_point_or_the_means_of_equal_parts():

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Teacher:
 
     model: nn.Module
     fingerprint: str
-    architecture: str = ""
+    architecture: dict[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def logps(self, inputs: dict[str, Tensor], at: Tensor, temperature: float) -> Tensor:
@@ -72,12 +73,12 @@ def open_teacher(
     if kind == LMConfig.model_type or kind in CLASSES:
         checkpoint, own_tokenizer = open_model(path, tokenizer=tokenizer_dir, device=device, dtype=dtype)
         model, fingerprint = checkpoint.model, checkpoint.fingerprint
-        architecture = checkpoint.config.to_json_string()
+        architecture = checkpoint.config.architecture()
         print(f"teacher: {path}, {describe_parameters(model)}")
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
         nn.Module.to(model, device)
-        own_tokenizer, fingerprint, architecture = load_tokenizer(path), "", ""  # the JSON files are a part of the hash
+        own_tokenizer, fingerprint, architecture = load_tokenizer(path), "", {}  # the JSON files are a part of the hash
         print(f"teacher: {path}, a {kind} of {model.num_parameters() / 1e6:.2f}M parameters")
     if path.is_dir():
         files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])

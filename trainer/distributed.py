@@ -72,7 +72,10 @@ def init_distributed(device: str, timeout: float = 600.0) -> DistEnv:
     resolved = resolve_device(device)
     device_type = resolved.type
     if resolved.index is not None:
-        raise UserError(f"--device {device} with {size} processes: each takes its own; use --device {device_type}")
+        raise UserError(
+            f"--device {device} with {size} processes: each takes its own; use --device {device_type}, and "
+            "CUDA_VISIBLE_DEVICES to choose among them"
+        )
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +62,14 @@ class MetricsLogger:
     def __post_init__(self) -> None:
         self.path: Path = self.options.out_dir / f"{self.name}{SUFFIX}"
         self.samples_path: Path = self.options.out_dir / f"{self.name}.samples.jsonl"
+        # Read now: this run may replace one of them.
+        self.others = [(f"{path.parent.name}/{path.name}", read_metrics(path)) for path in self.options.compare]
         self.peak = peak_flops(self.device, self.dtype)
         self._sums: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._validated_now = False
         self._waited = 0.0  # seconds for data since the last line
+        self._written = self._writing = 0.0  # tokens of answers, and seconds for them, since their speed was logged
         self._plotted = -math.inf
         self._bar: tqdm | None = None
         self._loggers = Loggers([])
@@ -161,13 +164,13 @@ class MetricsLogger:
         line["tokens"] = tokens_done
         line["tokens_per_second"] = tokens / seconds
         line["tokens_per_second_per_process"] = tokens / seconds / self.dist_env.size
-        # Where the model writes the batches, the loop waits for them: for those of several steps at once.
-        at_once = getattr(self.options, "steps_per_generation", 1)
-        n_generations = (step - 1) // at_once - (step - steps - 1) // at_once
-        if n_rollouts and n_generations:
-            written = n_rollouts / steps * at_once * n_generations
-            line["rollout_tokens_per_second"] = written * line["answer_length"] / waited
-            line["training_tokens_per_second"] = tokens / max(seconds - waited, 1e-9)
+        if n_rollouts:  # the model writes the batches, those of several steps at once, and the loop waits for them
+            self._written += n_rollouts * line["answer_length"]
+            self._writing += waited
+            if step % getattr(self.options, "steps_per_generation", 1) == 0 or step == self.total_steps:
+                line["rollout_tokens_per_second"] = self._written / self._writing
+                line["training_tokens_per_second"] = tokens / max(seconds - waited, 1e-9)
+                self._written = self._writing = 0.0
         if self.peak:
             flops = training_flops(self.config, self.active_parameters, tokens, pairs)
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
@@ -242,8 +245,7 @@ class MetricsLogger:
         if (last or now - self._plotted > 10) and (lines := read_metrics(self.path)):
             self._plotted = now
             plot = self.options.out_dir / f"{self.name}.png"
-            others = {path.name.removesuffix(SUFFIX): read_metrics(path) for path in self.options.compare}
-            plot_losses(lines, plot, title=self.name, others=others)
+            plot_losses(lines, plot, title=self.name, others=self.others)
             size = self.dist_env.size
             launcher = ["python"] if size == 1 else ["torchrun", "--nproc_per_node", str(size)]
             command = shlex.join([*launcher, Path(sys.argv[0]).name, *self.options.flags()])
@@ -271,10 +273,10 @@ def headline(line: dict) -> str:
     return "reward" if "reward" in line else "loss"
 
 
-def plot_losses(lines: list[dict], image: Path, title: str, others: Mapping[str, list[dict]]) -> None:
+def plot_losses(lines: list[dict], image: Path, title: str, others: Sequence[tuple[str, list[dict]]]) -> None:
     """Draw the loss (nats per token) or the reward of training and validation; and for a mixture, who got the tokens.
 
-    others: the lines of other runs by name, to draw with this one: over the tokens seen, since their steps may be of
+    others: names and lines of other runs, to draw with this one: over the tokens seen, since their steps may be of
         another size.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global state, no window
@@ -287,7 +289,7 @@ def plot_losses(lines: list[dict], image: Path, title: str, others: Mapping[str,
     ylabel = {"loss": "loss (nats per token)", "reward": "mean reward"}[name]
     over, xlabel = ("tokens", "tokens seen") if others else ("step", "optimizer step")
     axes = figure.add_subplot(n_plots, 1, 1, xlabel=xlabel, ylabel=ylabel, title=title)
-    for run, found in {"": lines, **others}.items():
+    for run, found in [("", lines), *others]:
         for metric, style, label in ((name, "-", "training"), (f"val_{name}", "o-", "validation")):
             if points := curve(found, metric, over, points=1000):
                 axes.plot(*zip(*points, strict=True), style, label=f"{run} {label}".lstrip(), alpha=0.5 if run else 1)

@@ -175,9 +175,8 @@ class TrainOptions:
                 return {}
             stored = json.loads(description.read_bytes())["options"]
             model = stored.pop("model")
-            kept = {
-                k: v for k, v in stored.items() if k not in ("resume", "overwrite", "out_dir", "local_rank", "profile")
-            }
+            of_a_start = ("resume", "overwrite", "out_dir", "local_rank", "profile", "compare")
+            kept = {k: v for k, v in stored.items() if k not in of_a_start}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return {}  # there is none, or it is damaged: that is reported when it is loaded
         if "epochs" in typed:  # max_steps would count instead
@@ -220,11 +219,13 @@ class TrainOptions:
         found = [error for error, kept in rules.items() if not kept]
         found += validate_folder("--out_dir", self.out_dir)
         found += validate_folder("--cache_dir", self.cache_dir) if self.cache_dir is not None else []
-        found += [
-            f"--compare {path} holds no metrics of a run: name an OUT_DIR/<run>.metrics.jsonl"
-            for path in self.compare
-            if not any({"tokens", "loss"} <= line.keys() for line in read_metrics(path))
-        ]
+        for path in self.compare:
+            try:
+                known = any({"tokens", "loss"} <= line.keys() for line in read_metrics(path))
+            except (OSError, ValueError):
+                known = False
+            if not known:
+                found.append(f"--compare {path} holds no metrics of a run: name an OUT_DIR/<run>.metrics.jsonl")
         try:
             self.config()
         except ValueError as error:

@@ -45,7 +45,7 @@ def write_report(
         for name, value in info.items()
         if name not in ("config", "options", "metrics") and value is not None
     }
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(command)}</pre>"]
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(_inside(command))}</pre>"]
     if plot.exists():
         data = base64.b64encode(plot.read_bytes()).decode()
         parts.append(f'<img alt="loss over steps" src="data:image/png;base64,{data}">')
@@ -102,4 +102,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.replace(f"{ROOT}{os.sep}", "")  # a report may be sent to others
+    return _inside(text)
+
+
+def _inside(text: str) -> str:
+    """Return a text without the place of this project's folder: a report may be sent to others."""
+    return text.replace(f"{ROOT}{os.sep}", "")

@@ -118,10 +118,10 @@ class Trainer:
     def __post_init__(self) -> None:
         options, run, dist_env = self.options, self.run, self.dist_env
         self.device = resolve_device(options.device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", dist_env.local_rank)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # events and streams are those of the current device
+            if self.device.index is None:
+                self.device = torch.device("cuda", dist_env.local_rank)
+            torch.cuda.set_device(self.device)  # events, streams, FSDP and DeepSpeed take the current one
         self.dtype = resolve_dtype(options.dtype, self.device)
         per_step = options.batch_size * options.accumulation_steps * dist_env.size
         total = options.max_steps * per_step if options.max_steps else max(round(options.epochs * len(self.train)), 1)
@@ -200,7 +200,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             if not self.options.auto_batch:
-                raise UserError(f"step {step + 1}: {self._memory_advice(error)}") from error
+                raise UserError(f"step {step + 1}: {self._memory_advice(error, self.loader.micro_batch)}") from error
             out_of_memory = True
             self.log.write(f"step {step + 1}: out of memory with micro-batches of {self.loader.micro_batch}: {error}")
         # After the except block, not in it: there the error still references all that was computed.
@@ -230,7 +230,7 @@ class Trainer:
         """Halve the micro-batches, for the rest of the run; return the samples of this step in such batches."""
         before = self.loader.micro_batch
         if before == 1:
-            raise UserError(f"step {step + 1}: {self._memory_advice(None)}")
+            raise UserError(f"step {step + 1}: {self._memory_advice(None, before)}")
         now = self.loader.micro_batch = -(-before // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the cached blocks have the wrong sizes
@@ -241,16 +241,13 @@ class Trainer:
         )
         return self.loader.batches(step)
 
-    def _memory_advice(self, error: RuntimeError | None) -> str:
+    def _memory_advice(self, error: RuntimeError | None, rows: int) -> str:
         reason = f" ({first_line(error)})" if error is not None else ""
-        if self.loader.micro_batch > 1:
-            advice = "--auto_batch, a smaller --batch_size with more --accumulation_steps (the result is the same)"
-        else:
-            advice = "a shorter --max_seq_len, a smaller model"
-        return (
-            f"out of memory with {self.loader.micro_batch} rows of data at once{reason}: use {advice} or "
-            "--gradient_checkpointing"
-        )
+        advice = "a shorter --max_seq_len, a smaller model"
+        if rows > 1:
+            advice = "a smaller --batch_size with more --accumulation_steps (the result is the same)"
+            advice = advice if self.options.auto_batch else f"--auto_batch, {advice}"
+        return f"out of memory with {rows} rows of data at once{reason}: use {advice} or --gradient_checkpointing"
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         phase = "step" if torch.is_grad_enabled() else "validation after step"
@@ -333,8 +330,9 @@ class Trainer:
             self.total_steps, self.steps_done, self.timer, self.log,
         )  # fmt: skip
         if self.val is not None and self.steps_done < self.total_steps:
-            # A broken validation fails now, not after an hour. How many rows fit is not known yet with --auto_batch.
-            self._validate(self.val, max_batches=2, rows=1 if options.auto_batch else None)
+            # A broken validation fails now, not after an hour. How many rows fit is not known yet with --auto_batch; but
+            # what is compiled should see as many as later.
+            self._validate(self.val, max_batches=2, rows=1 if options.auto_batch and not options.compile else None)
         if self.dist_env.size > 1 and isinstance(self.strategy, DDPStrategy) and not options.compile:
             # DDP arranges its buckets in its first backward pass. It should not be one that counts: a restarted run
             # would add up the gradients of its first step in another order than a run that was not interrupted.
@@ -391,14 +389,16 @@ class Trainer:
         self.strategy.train(False)
         sums: dict[str, float] = {}
         n_targets = 0
-        batches = self.loader.shard(val, [*range(len(val))], rows or self.loader.micro_batch)
+        rows = rows or self.loader.micro_batch
+        batches = self.loader.shard(val, [*range(len(val))], rows)
         for batch in itertools.islice(batches, max_batches):
             try:
                 _, extras = self._forward(batch)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                raise UserError(f"validation after step {self.steps_done}: {self._memory_advice(error)}") from error
+                advice = self._memory_advice(error, rows)
+                raise UserError(f"validation after step {self.steps_done}: {advice}") from error
             n_targets += 0 if batch.dummy else batch.n_targets
             for name, value in extras.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if batch.dummy else float(value))
@@ -517,5 +517,5 @@ def has_exploded(loss: float, before: float) -> bool:
 
 def _shared_flags(options: TrainOptions) -> dict:
     """Return the flags that have to be the same in all processes: all except paths and devices of a machine."""
-    local = "data_path out_dir cache_dir tokenizer init_from vision_encoder local_rank resume device".split()
+    local = "data_path out_dir cache_dir tokenizer init_from vision_encoder local_rank resume device compare".split()
     return {f"--{name}": value for name, value in options.describe().items() if name not in local}

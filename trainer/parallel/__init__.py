@@ -28,8 +28,6 @@ def make_strategy(
     """
     if not options.fsdp and options.deepspeed is None:
         return DDPStrategy(model, options, dist_env, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # both take the current one
     if not dist.is_initialized():  # both need a process group, also for a single process
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

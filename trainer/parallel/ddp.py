@@ -78,7 +78,9 @@ class ParallelStrategy:
         if math.isfinite(norm):  # the scaler would decide for each optimizer alone
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-        self.scaler.update()
+            self.scaler.update()
+        elif self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
         self.zero_grad()
         return norm
 
