@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a small model that answers questions, from scratch, in minutes, on a CPU: bash quickstart.sh
-# It sets up .venv, then runs every stage on dataset/sample with the toy preset. Results and report.md are in out/quickstart.
+# It sets up .venv, then runs every stage on dataset/sample with the toy preset. Results and report.html are in out/quickstart.
 # A second run replaces them. On a busy machine: OMP_NUM_THREADS=1 bash quickstart.sh
 cd "$(dirname "$0")"
 . ./setup_env.sh requirements.txt

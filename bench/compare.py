@@ -49,6 +49,7 @@ from model.chat_format import truncate_chat  # noqa: E402
 from model.device import resolve_device, resolve_dtype  # noqa: E402
 from model.tokenizer import EOS_ID, TOKENIZER_DIR  # noqa: E402
 from model.weights_file import Checkpoint  # noqa: E402
+from trainer.report import write_markdown_report  # noqa: E402
 
 QUESTIONS = [
     "你好，请介绍一下你自己。",
@@ -103,7 +104,7 @@ class Options:
     models: list[Path] = flag([], "a .pth file, an adapter or an exported folder", positional=True, nargs="+",
         metavar="MODEL")  # fmt: skip
     questions: Path | None = flag(None, "text or JSONL (default: a dozen in Chinese and English)", metavar="FILE")
-    output: Path = flag(ROOT / "out" / "compare.md", "the transcript; a .json is written beside it (default: "
+    output: Path = flag(ROOT / "out" / "compare.md", "the transcript; a .html and a .json are written beside it (default: "
         "out/compare.md)")  # fmt: skip
     tokenizer: Path = flag(TOKENIZER_DIR, "tokenizer folder for .pth files (default: in model/)")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -125,8 +126,8 @@ class Options:
         errors += validate_folder("--output", self.output.parent)
         if self.output.is_dir():
             errors.append(f"--output {self.output} is a folder: name the Markdown file")
-        if self.output.suffix == ".json":
-            errors.append(f"--output {self.output}: name the Markdown file; the .json is written beside it")
+        if self.output.suffix in (".json", ".html"):
+            errors.append(f"--output {self.output}: name the Markdown file; the others are written beside it")
         return errors
 
 
@@ -350,8 +351,10 @@ def main() -> None:
         ],
     }
     write_json(args.output.with_suffix(".json"), record)
+    text = transcript(questions, contestants, verdicts, rows)
     with atomic_write(args.output) as file:
-        file.write(transcript(questions, contestants, verdicts, rows))
+        file.write(text)
+    write_markdown_report(args.output.with_suffix(".html"), "Comparison", text)
     print(table(rows))
     failed = [verdict.failure for verdict in verdicts if verdict.points is None]
     if failed:

@@ -34,6 +34,7 @@ from model.model import Transformer, describe_parameters
 from model.tokenizer import BOS_ID, TOKENIZER_DIR, encode_text, load_tokenizer
 from model.weights_file import Checkpoint
 from trainer.losses import sequence_logps
+from trainer.report import write_markdown_report
 
 OPENINGS = ["The capital of France is", "中国的首都是", "Once upon a time", "从前"]
 QUESTIONS = [
@@ -211,8 +212,9 @@ def main() -> None:
     text = "\n\n".join(sections) + "\n"
     with atomic_write(out / "report.md") as file:
         file.write(text)
+    write_markdown_report(out / "report.html", "Report of this run", text)
     print(text)
-    print(f"written to {out / 'report.md'}")
+    print(f"written to {out / 'report.html'}, and as text to {out / 'report.md'}")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ def test_three_kinds_of_model_and_a_judge(models, judge, tmp_path, main, capsys)
     assert [row["points"] for row in record["figures"]] == verdicts[0]["points"]
     assert "gave 1 of 3 verdicts; 2 failed" in text and "question 2: not JSON" in text
     assert "2 of 3 verdicts failed" in printed and all(f"**{name}**" in text for name in names)
+    page = output.with_suffix(".html").read_text(encoding="utf-8")
+    assert "<table>" in page and all(f"<strong>{name}</strong>" in page for name in names)
 
     main(*models, *common)  # the same answers again, and no judge
     again = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))

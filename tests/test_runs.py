@@ -20,6 +20,7 @@ from model.chat_format import render_chat
 from model.tokenizer import load_tokenizer
 from trainer.metrics import plot_losses
 from trainer.options import TrainOptions
+from trainer.report import write_markdown_report
 
 TOKENIZER = load_tokenizer()
 
@@ -76,6 +77,17 @@ def test_a_file_without_metrics_to_compare_with_is_refused(tmp_path, text):
         path.write_text(text)
     for wrong in (path, tmp_path):
         assert any(f"--compare {wrong} holds no metrics" in error for error in TrainOptions(compare=[wrong]).validate())
+
+
+def test_a_report_in_markdown_is_a_page_without_other_files(tmp_path):
+    plot_losses([{"step": 1, "tokens": 9, "loss": 1.0}], tmp_path / "out" / "a.png", "a", others=[])
+    text = (
+        "# Runs\n\n| run | loss |\n|---|---|\n| a<b> | 1 |\n\n![a](out/a.png) ![none](none.png)\n\n<script>x</script>\n"
+    )
+    write_markdown_report(tmp_path / "report.html", "A & B", text)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>A &amp; B</title>" in page and "<td>a&lt;b&gt;</td>" in page and "<script>" not in page
+    assert page.count("data:image/png;base64,") == 1 and 'src="none.png"' in page
 
 
 def test_curves_keep_every_point_or_the_means_of_equal_parts():

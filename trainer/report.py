@@ -1,7 +1,7 @@
-"""The report of a run: one HTML page without any other file, to look at, to keep and to send.
+"""Reports: one HTML page without any other file, to look at, to keep and to send.
 
-It holds the loss curve, what was reached, the samples that the model wrote during training, the configuration, where data
-and weights came from, and the command that repeats it.
+That of a run holds the loss curve, what was reached, the samples that the model wrote during training, the configuration,
+where data and weights came from, and the command that repeats it. That of several models is written in Markdown.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def write_report(
     }
     parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(_inside(command))}</pre>"]
     if plot.exists():
-        data = base64.b64encode(plot.read_bytes()).decode()
-        parts.append(f'<img alt="loss over steps" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="loss over steps" src="{_data_url(plot)}">')
     parts.append(_table("Result", _summary(lines)))
     if rows := list(samples):
         names = ("step", "prompt", "text")
@@ -61,12 +60,33 @@ def write_report(
     parts.append(_table("Origin", facts))
     parts.append(_table("Model", info.get("config", {})))
     parts.append(_table("Flags", info.get("options", {})))
+    _write_page(path, title, "\n".join(parts))
+
+
+def write_markdown_report(path: Path, title: str, text: str) -> None:
+    """Write Markdown as a page; the PNG files that it names, relative to the page, become a part of it."""
+    from markdown_it import MarkdownIt
+
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = markdown.parse(text)
+    for image in (child for token in tokens for child in token.children or () if child.type == "image"):
+        file = path.parent / str(image.attrGet("src"))
+        if file.is_file():
+            image.attrSet("src", _data_url(file))
+    _write_page(path, title, markdown.renderer.render(tokens, markdown.options, {}))
+
+
+def _write_page(path: Path, title: str, body: str) -> None:
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     with atomic_write(path) as file:
         file.write(f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n')
-        file.write("\n".join(parts) + "\n</body></html>\n")
+        file.write(body + "\n</body></html>\n")
+
+
+def _data_url(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
 
 
 def _summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
