@@ -50,8 +50,8 @@ def attention(
     if mask is None and q.shape[2] > 1:  # a branch: where the length is symbolic, the comparison is no bool
         causal = True
     if flash and weights is None:
-        grouped = q.shape[1] != k.shape[1]
-        if grouped and q.device.type == "cuda" and q.shape[2] > 1 and not (causal and _has_flash_kernel(q)):
+        grouped = q.device.type == "cuda" and q.shape[1] != k.shape[1]
+        if grouped and q.shape[2] > 1 and not (causal and _has_flash_kernel(q)):
             # Of CUDA's fast kernels only flash takes grouped keys: PyTorch would keep all scores in memory instead.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(
