@@ -175,8 +175,8 @@ class TrainOptions:
                 return {}
             stored = json.loads(description.read_bytes())["options"]
             model = stored.pop("model")
-            of_a_start = ("resume", "overwrite", "out_dir", "local_rank", "profile", "compare")
-            kept = {k: v for k, v in stored.items() if k not in of_a_start}
+            not_restored = ("resume", "overwrite", "out_dir", "local_rank", "profile", "compare")
+            kept = {k: v for k, v in stored.items() if k not in not_restored}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return {}  # there is none, or it is damaged: that is reported when it is loaded
         if "epochs" in typed:  # max_steps would count instead

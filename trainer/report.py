@@ -45,7 +45,7 @@ def write_report(
         for name, value in info.items()
         if name not in ("config", "options", "metrics") and value is not None
     }
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(_inside(command))}</pre>"]
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(_without_root(command))}</pre>"]
     if plot.exists():
         parts.append(f'<img alt="loss over steps" src="{_data_url(plot)}">')
     parts.append(_table("Result", _summary(lines)))
@@ -122,9 +122,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return _inside(text)
+    return _without_root(text)
 
 
-def _inside(text: str) -> str:
+def _without_root(text: str) -> str:
     """Return a text without the place of this project's folder: a report may be sent to others."""
     return text.replace(f"{ROOT}{os.sep}", "")
