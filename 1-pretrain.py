@@ -3,6 +3,7 @@
     python 1-pretrain.py                                                 # the 26.88M model on dataset/pretrain_data.csv
     python 1-pretrain.py --preset minimind-v1 --compile --use_wandb      # the 108M model
     python 1-pretrain.py --resume                                        # continue a run that was stopped
+    python 1-pretrain.py --init_from out/pretrain_512.pth --data_path my_texts.jsonl --out_dir out/mine
     torchrun --nproc_per_node 2 1-pretrain.py                            # two processes, one per GPU
 
 In:  dataset/pretrain_data.csv with a column `text` (made by python data_process.py pretrain); also JSONL, TXT, Parquet
@@ -40,6 +41,7 @@ class PretrainOptions(TrainOptions):
     )  # fmt: skip
     mix: list[float] = mix_flag()
     text_field: str = flag("text", "column or key with the text")
+    init_from: Path | None = flag(None, "weights to train further (default: random weights)", metavar="FILE")
     optimizer: str = "auto"
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
     warmup_iters: int = flag(
@@ -56,32 +58,29 @@ def main() -> None:
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     from data_pipeline.tokenize import tokenize_pretrain_data
-    from model.model import describe_parameters
+    from model.tokenizer import load_tokenizer
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
-    from trainer.recipe import choose_batch_size, new_model, open_tokenizer, packed_rows, require_files, weights_run
+    from trainer.recipe import choose_batch_size, load_model, packed_rows, require_files, weights_run
     from trainer.trainer import fit
 
     dist_env = init_distributed(options.device, options.timeout)
 
-    config = options.config()
-    tokenizer = open_tokenizer(options, config)
-    run = weights_run(options, config, tokenizer, dist_env)
+    # Model: random weights, or those of --init_from.
+    tokenizer = load_tokenizer(options.tokenizer)
+    model, origin = load_model(options, options.init_from, tokenizer, dist_env)
+    run = weights_run(options, model.config, tokenizer, dist_env, origin)
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
 
     # Data: texts, tokenized once and kept on the disk.
     train, val = packed_rows(
-        options, dist_env, config.max_seq_len,
+        options, dist_env, model.config.max_seq_len,
         lambda cache: tokenize_pretrain_data(
             options.data_path, tokenizer, cache, text_field=options.text_field, max_dropped=options.max_dropped
         ),
     )  # fmt: skip
     if options.batch_size is None:
         choose_batch_size(options, train, dist_env.size)
-
-    # Model: random weights.
-    model = new_model(options, config, dist_env)
-    print(describe_parameters(model))
 
     # Loss: cross entropy of the next token.
     fit(model, next_token_loss, train, val, options, run, dist_env)

@@ -44,16 +44,17 @@ def main() -> None:
     options = parse_options(SftOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from model.tokenizer import load_tokenizer
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.recipe import require_files, weights_run
     from trainer.trainer import fit
 
     dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that was pretrained.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     model, origin = starting_model(options, ["pretrain"], tokenizer, dist_env)
     run = weights_run(options, model.config, tokenizer, dist_env, origin)
     require_files(options.data_path, "make it with: python data_process.py sft, or name one with --data_path")

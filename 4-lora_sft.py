@@ -69,19 +69,19 @@ def main() -> None:
     from model.architecture import checkpoint_name
     from model.device import DTYPES
     from model.lora import add_adapter, load_adapter, save_adapter, trainable_share
-    from model.tokenizer import tokenizer_hash
+    from model.tokenizer import load_tokenizer, tokenizer_hash
     from model.weights_file import save_checkpoint
     from trainer.checkpoint import check_run
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import chat_rows, starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, require_files, sample_texts
+    from trainer.recipe import require_files, sample_texts
     from trainer.trainer import Run, fit
 
     dist_env = init_distributed(options.device, options.timeout)
 
     # Model: an adapter on frozen weights.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     model, base = starting_model(options, ["full_sft", "rl", "rlvr", "distill"], tokenizer, dist_env)
     assert base is not None  # --init_from none was refused
     file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)

@@ -61,16 +61,17 @@ def main() -> None:
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     from data_pipeline.preferences import read_pairs, train_and_val_pairs
+    from model.tokenizer import load_tokenizer
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import add_ref_logps, starting_model
     from trainer.losses import dpo_loss
-    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.recipe import require_files, weights_run
     from trainer.trainer import fit
 
     dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that answers.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
     objective = {"loss": options.loss, "beta": options.beta, "label_smoothing": options.label_smoothing}
     run = weights_run(options, model.config, tokenizer, dist_env, origin, objective=objective)

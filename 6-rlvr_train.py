@@ -84,10 +84,11 @@ def main() -> None:
     from evaluation.tools import TOOLS, find_tools
     from evaluation.verifiers import parse_verifier
     from model.device import resolve_device, resolve_dtype
+    from model.tokenizer import load_tokenizer
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import starting_model
     from trainer.policy_losses import policy_loss
-    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.recipe import require_files, weights_run
     from trainer.rollouts import RolloutLoader, add_value_head, frozen_copy, train_and_val_prompts, without_value_head
     from trainer.trainer import fit
 
@@ -98,7 +99,7 @@ def main() -> None:
     verifier = parse_verifier(options.verifier, judges=judges, allow_functions=True) if options.verifier else None
 
     # Model: one that answers, for ppo with a value function, and for --beta a copy of what it is now.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     model, origin = starting_model(options, ["full_sft", "rl", "distill"], tokenizer, dist_env)
     names = (
         "algorithm", "group_size", "max_new_tokens", "max_tool_calls", "verifier", "judge_model", "reward_model", "epsilon",

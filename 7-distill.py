@@ -92,10 +92,11 @@ def main() -> None:
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     from data_pipeline.datasets import BatchLoader
     from model.device import resolve_device, resolve_dtype
+    from model.tokenizer import load_tokenizer
     from trainer.distillation import AnswerLoader, Questions, cached_top_k, distillation_loss, open_teacher
     from trainer.distributed import cleanup_distributed, init_distributed, main_process_first
     from trainer.finetune import chat_rows, starting_model
-    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.recipe import require_files, weights_run
     from trainer.trainer import fit
 
     device = resolve_device(options.device)
@@ -103,7 +104,7 @@ def main() -> None:
     dist_env = init_distributed(options.device, options.timeout)
 
     # Model: a student, and a teacher that stays as it is.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     model, origin = starting_model(options, ["full_sft", "pretrain"], tokenizer, dist_env)
     teacher = open_teacher(options.teacher, tokenizer, options.tokenizer, device, dtype)
     if origin is not None and teacher.fingerprint == origin.fingerprint:

@@ -72,17 +72,18 @@ def main() -> None:
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
     from model.model import describe_parameters
+    from model.tokenizer import load_tokenizer
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.recipe import require_files, weights_run
     from trainer.trainer import fit
     from trainer.vision import add_vision, freeze, image_rows, load_encoder, new_vision_config
 
     dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that answers, with an encoder and a projector of random weights.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     text_model, origin = starting_model(options, ["full_sft"], tokenizer, dist_env)
     encoder = load_encoder(options, options.vision_encoder) if options.vision_encoder is not None else None
     model = add_vision(text_model, new_vision_config(options.own_encoder(), encoder, tokenizer), options.seed)

@@ -44,18 +44,19 @@ def main() -> None:
     options = parse_options(SftVlmOptions, __doc__)
 
     # Imported here, because PyTorch takes seconds to load: --help and wrong flags are answered at once.
+    from model.tokenizer import load_tokenizer
     from model.vision import VisionLanguageModel
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.finetune import starting_model
     from trainer.losses import next_token_loss
-    from trainer.recipe import open_tokenizer, require_files, weights_run
+    from trainer.recipe import require_files, weights_run
     from trainer.trainer import fit
     from trainer.vision import freeze, image_rows, open_encoder
 
     dist_env = init_distributed(options.device, options.timeout)
 
     # Model: one that was trained on captions.
-    tokenizer = open_tokenizer(options)
+    tokenizer = load_tokenizer(options.tokenizer)
     model, origin = starting_model(options, ["pretrain_vlm"], tokenizer, dist_env)
     if not isinstance(model, VisionLanguageModel):
         raise UserError(f"--init_from {options.init_from}: this model does not see; run 8-pretrain_vlm.py first")

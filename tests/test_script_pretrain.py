@@ -247,6 +247,30 @@ def test_a_mix_of_files_is_resumed_exactly(texts, tmp_path, pretrain):
     ]
 
 
+def test_init_from_trains_weights_further_and_is_resumed_exactly(texts, tmp_path, pretrain):
+    base = tmp_path / "pretrain_32.pth"
+    assert pretrain(*QUICK, "--data_path", texts, "--out_dir", tmp_path, "--learning_rate", 0.03).returncode == 0
+    before = base.read_bytes()
+    flags = ["--data_path", texts, "--init_from", base]
+    error = error_of(pretrain(*QUICK, *flags, "--out_dir", tmp_path, "--overwrite"))
+    assert "would replace the weights it starts from; choose another --out_dir" in error
+    assert "n_layers" in error_of(pretrain(*QUICK, *flags, "--n_layers", 3, "--out_dir", tmp_path / "deeper"))
+    assert base.read_bytes() == before
+
+    out = tmp_path / "further"  # the size is that of the file
+    result = pretrain(*flags, *QUICK[len(TINY) :], "--device", "cpu", "--save_interval", 4, "--out_dir", out)
+    assert result.returncode == 0 and f"starting from {base} (pretrain, step 8)" in result.stdout, result.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "pretrain_32.metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, out)
+    ]
+    assert losses[1][0] < (losses[0][0] + losses[0][-1]) / 2  # it starts where the first run ended
+    whole = parameters(out)
+    shutil.rmtree(out / "pretrain_32.resume" / "step_00000008")
+    assert "resuming after step 4" in pretrain("--out_dir", out, "--resume").stdout
+    assert same(parameters(out), whole)
+
+
 def test_other_data_or_another_model_is_not_resumed(texts, tmp_path, pretrain):
     flags = [*QUICK, "--data_path", texts, "--out_dir", tmp_path]
     assert pretrain(*flags).returncode == 0

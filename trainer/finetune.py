@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -18,14 +17,12 @@ from data_pipeline.preferences import PreferencePairs
 from data_pipeline.tokenize_chats import show_sample, tokenize_chat_data
 from inference.model_finder import find_model
 from model.device import resolve_device, resolve_dtype
-from model.LMConfig import PRESETS
-from model.model import Transformer, describe_parameters
-from model.weights import load_checkpoint
+from model.model import Transformer
 from model.weights_file import Checkpoint
 from trainer.distributed import DistEnv, all_gather_object, main_process_first
 from trainer.losses import compute_ref_logps
 from trainer.options import ChatOptions, TrainOptions, TuneOptions
-from trainer.recipe import mapped_model, new_model, open_tokenizer, packed_rows
+from trainer.recipe import load_model, packed_rows
 
 
 def starting_model(
@@ -33,15 +30,12 @@ def starting_model(
 ) -> tuple[Transformer, Checkpoint | None]:
     """Return the model a stage starts from, and the checkpoint it came from (None: random weights).
 
-    --init_from, or the newest finished checkpoint of `stages` in --out_dir (of the size of --preset, if that is given).
-    Weights are float32, whatever the file's precision; fields such as --dropout and --max_seq_len replace those of the
-    file. Where training shards them over the processes, they are mapped from a file.
+    --init_from, or the newest finished checkpoint of `stages` in --out_dir (of the size of --preset, if that is given);
+    see `load_model`.
     """
     if options.init_from == "none":
         print("WARNING: starting from random weights: the model has not learned any language")
-        config = options.config()
-        open_tokenizer(options, config)
-        return new_model(options, config, dist_env), None
+        return load_model(options, None, tokenizer, dist_env)
     if options.init_from is not None:
         path: Path | None = Path(options.init_from)
     else:
@@ -53,17 +47,7 @@ def starting_model(
             "weights with --init_from FILE, or start from random ones with --init_from none"
         )
     options.init_from = str(path)  # --resume finds the same one again
-    overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
-    sharded = options.shards_weights
-    checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=sharded)
-    if sharded and checkpoint.model.dtype != torch.float32:
-        tensors = ((name, tensor.detach()) for name, tensor in checkpoint.model.named_parameters())
-        checkpoint.model = mapped_model(tensors, checkpoint.config, options, dist_env)
-    stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
-    print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
-    for note in checkpoint.notes:
-        print(f"note: {note}")
-    return checkpoint.model, checkpoint
+    return load_model(options, path, tokenizer, dist_env)
 
 
 def chat_rows(

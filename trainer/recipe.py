@@ -21,9 +21,10 @@ from data_pipeline.packing import mix
 from data_pipeline.tokenize import TokenizedDataset
 from model.architecture import checkpoint_name
 from model.device import DTYPES
-from model.LMConfig import LMConfig
-from model.model import Transformer, initial_weights, model_class
-from model.tokenizer import BOS_ID, EOS_ID, encode_text, load_tokenizer, tokenizer_hash
+from model.LMConfig import PRESETS, LMConfig
+from model.model import Transformer, describe_parameters, initial_weights, model_class
+from model.tokenizer import BOS_ID, EOS_ID, encode_text, tokenizer_hash
+from model.weights import load_checkpoint
 from model.weights_file import Checkpoint, build_model, read_tensors, save_checkpoint
 from trainer.checkpoint import check_run
 from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
@@ -47,23 +48,39 @@ def require_files(paths: list[Path], hint: str) -> None:
         raise UserError(f"no such file: {', '.join(missing)}; {hint}")
 
 
-def open_tokenizer(options: TrainOptions, config: LMConfig | None = None) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of this run; with `config`, its size must be the model's vocabulary."""
-    tokenizer = load_tokenizer(options.tokenizer)
-    if config is not None and len(tokenizer) != config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {options.tokenizer} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
-            f"give --vocab_size {len(tokenizer)} or another --tokenizer"
-        )
-    return tokenizer
+def load_model(
+    options: TrainOptions, path: Path | None, tokenizer: PreTrainedTokenizerFast, dist_env: DistEnv
+) -> tuple[Transformer, Checkpoint | None]:
+    """Return the model to train and the checkpoint that it came from; without `path`, random weights and None.
 
-
-def new_model(options: TrainOptions, config: LMConfig, dist_env: DistEnv) -> Transformer:
-    """Return a model with random weights, the same for the same seed."""
-    tensors = initial_weights(config, options.seed)
-    if options.shards_weights:
-        return mapped_model(tensors, config, options, dist_env)
-    return build_model(dict(tensors), config, "the new model").train()
+    Random weights are the same for the same seed. Those of a file are float32, whatever its precision; fields such as
+    --dropout and --max_seq_len replace those of the file. Where training shards the weights over the processes, they are
+    mapped from a file.
+    """
+    if path is None:
+        config = options.config()
+        if len(tokenizer) != config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {options.tokenizer} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+                f"give --vocab_size {len(tokenizer)} or another --tokenizer"
+            )
+        tensors = initial_weights(config, options.seed)
+        if options.shards_weights:
+            model = mapped_model(tensors, config, options, dist_env)
+        else:
+            model = build_model(dict(tensors), config, "the new model").train()
+        print(describe_parameters(model))
+        return model, None
+    overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
+    checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=options.shards_weights)
+    if options.shards_weights and checkpoint.model.dtype != torch.float32:
+        tensors = ((name, tensor.detach()) for name, tensor in checkpoint.model.named_parameters())
+        checkpoint.model = mapped_model(tensors, checkpoint.config, options, dist_env)
+    stage, step = checkpoint.info.get("stage", "unknown stage"), checkpoint.info.get("step", "?")
+    print(f"starting from {path} ({stage}, step {step}): {describe_parameters(checkpoint.model)}")
+    for note in checkpoint.notes:
+        print(f"note: {note}")
+    return checkpoint.model, checkpoint
 
 
 def mapped_model(
@@ -106,9 +123,13 @@ def weights_run(
         frozen: the weights that are not trained, by name.
         identity: what else has to be the same to resume it.
 
-    Raises UserError if it cannot start: see `trainer.checkpoint.check_run`.
+    Raises UserError if it would replace the file it starts from, or cannot start: see `trainer.checkpoint.check_run`.
     """
     path = options.out_dir / checkpoint_name(options.stage, config)
+    if origin is not None and origin.path.resolve() == path.resolve():
+        raise UserError(
+            f"--init_from {origin.path}: this run would replace the weights it starts from; choose another --out_dir"
+        )
     check_run(path, options, dist_env)
     with torch.device("meta"):
         empty = model_class(config)(config)
