@@ -10,8 +10,11 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_trainer import options, same, train, weights
+from model.model import Transformer, parameter_counts
+from tests.test_trainer import config, options, rows, run_for, same, train, weights
+from trainer.distributed import DistEnv
 from trainer.losses import next_token_loss
+from trainer.trainer import fit
 
 
 class StubRun:
@@ -136,3 +139,17 @@ def test_the_remaining_time_is_not_that_of_a_slow_first_step(tmp_path, monkeypat
     first, *others = capsys.readouterr().out.splitlines()
     assert ("eta" in first) == bool(first_eta) and "mfu" not in first
     assert [line.split(" | ")[-1] for line in others] == [f"eta 0:00:{seconds:02d}" for seconds in (9, 6, 3, 0)]
+
+
+def test_mfu_is_the_share_of_the_peak_and_is_not_given_where_weights_are_frozen(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.metrics.peak_flops", lambda *_: 1e12)
+    for frozen in (False, True):
+        opts, model = options(tmp_path / str(frozen)), Transformer(config())
+        model.layers[0].requires_grad_(not frozen)
+        run = dataclasses.replace(run_for(model, opts), save_weights=lambda info, tensors: list(tensors))
+        fit(model, next_token_loss, rows(), None, opts, run, DistEnv())
+        lines = [json.loads(line) for line in (opts.out_dir / "tiny.metrics.jsonl").read_text().splitlines()]
+        assert all(("mfu" in line) == (not frozen) for line in lines)
+        for line in lines if not frozen else []:
+            per_token = line["mfu"] * 1e12 / line["tokens_per_second"]
+            assert 1 < per_token / (6 * parameter_counts(model)["active"]) < 1.2  # attention is the rest

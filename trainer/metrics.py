@@ -42,7 +42,8 @@ class MetricsLogger:
 
     Attributes:
         name: of the run.
-        config, active_parameters: of the model; the parameters are those that a token passes through.
+        config, active_parameters: of the model; the parameters are those that a token passes through, for the MFU; None
+            where some are frozen, which need fewer FLOPs.
         first_step: steps before this process started (a resumed run).
         timer, rank_log: those of this process.
     """
@@ -51,7 +52,7 @@ class MetricsLogger:
     name: str
     dist_env: DistEnv
     config: LMConfig
-    active_parameters: int
+    active_parameters: int | None
     device: torch.device
     dtype: torch.dtype
     total_steps: int
@@ -171,7 +172,7 @@ class MetricsLogger:
                 line["rollout_tokens_per_second"] = self._written / self._writing
                 line["training_tokens_per_second"] = tokens / max(seconds - waited, 1e-9)
                 self._written = self._writing = 0.0
-        if self.peak:
+        if self.peak and self.active_parameters is not None:
             flops = training_flops(self.config, self.active_parameters, tokens, pairs)
             line["mfu"] = flops / seconds / self.peak / self.dist_env.size
         line |= self._skew()

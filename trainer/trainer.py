@@ -319,7 +319,9 @@ class Trainer:
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        active_parameters = parameter_counts(self.model)["active"]  # type: ignore[arg-type] # before they are sharded
+        trained_whole = all(parameter.requires_grad for parameter in self.model.parameters())
+        # Before they are sharded.
+        active_parameters = parameter_counts(self.model)["active"] if trained_whole else None  # type: ignore[arg-type]
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if before_training is not None:
             before_training(self.strategy.module)
