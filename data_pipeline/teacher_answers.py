@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import queue
 import threading
 import time
@@ -29,6 +30,7 @@ from data_pipeline.records import PROMPT_COLUMNS, parse_prompt
 from data_pipeline.text_files import BadLine
 from model.chat_format import Message
 
+_BEGINNING = b'{"messages": '  # of every line of the output
 RETRIES = 6  # of one request, after 0.5, 1, 2, 4, 8 and 8 seconds, or when the server says
 
 
@@ -101,21 +103,31 @@ def _key(messages: list[Message]) -> bytes:
 
 
 def _read_done(output: Path, asked: dict[str, Any]) -> set[bytes]:
-    """Return the keys of the prompts that earlier runs have answered; remove a line that a killed one left incomplete."""
+    """Return the keys of the prompts that earlier runs have answered; remove a line that a killed one left incomplete.
+
+    Raises UserError, and changes nothing, if a line is not an answer of this model with these settings.
+    """
     if not output.exists():
         return set()
-    with open(output, "rb+") as file:
-        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-    if not output.stat().st_size:
-        return set()
-    done = set()
-    for record in iter_records(output, None):
-        if record.data.get("asked") != asked:
-            raise UserError(
-                f"{output}, line {record.line}: an answer of {record.data.get('asked') or 'an unknown model'}, and this run "
-                f"asks {asked}: choose another --output"
-            )
-        done.add(_key(record.data["messages"][:-1]))
+    done: set[bytes] = set()
+    n_bytes = 0
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and line.startswith(_BEGINNING):
+                break
+            try:
+                answer = json.loads(line)
+                by = answer.get("asked") or "an unknown model"
+                key = _key(answer["messages"][:-1])
+            except (ValueError, LookupError, TypeError, AttributeError):
+                by = "an unknown model"
+            if by != asked:
+                raise UserError(
+                    f"{output}, line {number}: an answer of {by}, and this run asks {asked}: choose another --output"
+                )
+            done.add(key)
+            n_bytes += len(line)
+    os.truncate(output, n_bytes)
     return done
 
 
@@ -164,29 +176,60 @@ def _ask_all(
         threading.Thread(target=work, daemon=True, name=f"request {number}").start()
     waiting, next_start = 0, time.monotonic()
     for prompt in itertools.chain(prompts, itertools.repeat(None)):
-        if prompt is not None:
-            time.sleep(max(next_start - time.monotonic(), 0))
-            next_start = max(next_start, time.monotonic()) + pause
-            questions.put(prompt)
-            waiting += 1
-        while waiting and (prompt is None or waiting >= endpoint.parallel):
-            asked, answer = answers.get()
+        while waiting:  # pass on what comes until the next request may start
+            must_wait = prompt is None or waiting >= endpoint.parallel
+            try:
+                asked, answer = answers.get(timeout=None if must_wait else max(next_start - time.monotonic(), 0))
+            except queue.Empty:
+                break
             waiting -= 1
             if isinstance(answer, BaseException):
+                while not answers.empty():  # what has come until now is kept
+                    asked, other = answers.get()
+                    if not isinstance(other, BaseException):
+                        yield *asked, other
                 raise answer
             yield *asked, answer
         if prompt is None:
             return
+        time.sleep(max(next_start - time.monotonic(), 0))
+        next_start = max(next_start, time.monotonic()) + pause
+        questions.put(prompt)
+        waiting += 1
+
+
+def _as_request(messages: list[Message]) -> dict[str, Any]:
+    """Return messages and tools as OpenAI's API has them: tools beside the messages, arguments as text, calls with ids."""
+    tools: list[dict] = []
+    sent: list[Message] = []
+    ids: Iterator[str] = iter(())
+    for message in messages:
+        tools += [
+            tool if "function" in tool else {"type": "function", "function": tool} for tool in message.get("tools", [])
+        ]
+        message = {name: value for name, value in message.items() if name != "tools"}
+        if calls := message.get("tool_calls"):
+            functions = [call["function"] for call in calls]
+            message["tool_calls"] = [
+                {
+                    "id": f"call_{len(sent)}_{number}",
+                    "type": "function",
+                    "function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)},
+                }
+                for number, function in enumerate(functions)
+            ]
+            ids = iter([call["id"] for call in message["tool_calls"]])
+        elif message["role"] == "tool":
+            message["tool_call_id"] = next(ids, "call_unknown")
+        sent.append(message)
+    return {"messages": sent} | ({"tools": tools} if tools else {})
 
 
 def _ask(client: openai.OpenAI, endpoint: TeacherAPI, messages: list[Message]) -> Message | str:
     """Return the answer of the model, or why there is none. Raises UserError for what would go wrong for every prompt."""
     create: Any = client.chat.completions.create  # its overloads know no dict of settings
-    tools = [tool for message in messages for tool in message.get("tools", [])]
-    extra = {"tools": tools} if tools else {}
-    sent = [{name: value for name, value in message.items() if name != "tools"} for message in messages]
     try:
-        choice = create(model=endpoint.model, messages=sent, **extra, **endpoint.settings).choices[0]
+        reply = create(model=endpoint.model, **_as_request(messages), **endpoint.settings)
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
         raise UserError(
             f"{endpoint.base_url} refuses the model {endpoint.model} or the key: {error.message}"
@@ -203,6 +246,11 @@ def _ask(client: openai.OpenAI, endpoint: TeacherAPI, messages: list[Message]) -
         ) from error
     except openai.APIStatusError as error:
         return f"the server answered {error.status_code}: {error.message:.200}"
+    if isinstance(reply, str):  # the library takes any page with status 200 for a reply
+        raise UserError(f"{endpoint.base_url} is no OpenAI-compatible API; its reply is {reply[:80]!r}")
+    if not reply.choices:
+        return f"the server's reply is no answer: {str(reply)!r:.200}"
+    choice = reply.choices[0]
     if choice.finish_reason == "length":
         return "the answer was cut off at --max_tokens"
     answer = {"role": "assistant", "content": choice.message.content or ""}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,13 +43,18 @@ class Handler(BaseHTTPRequestHandler):
         status = statuses[min(number, len(statuses) - 1)] if statuses else 200
         finish = "length" if status == 201 else "stop"
         message = {"role": "assistant", "content": f"re: {question}", "reasoning_content": "hm"}
+        if "slow" in question:
+            time.sleep(1)
         answer = {
             "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "message": message, "finish_reason": finish}],
         }  # fmt: skip
-        data = json.dumps(answer if status < 300 else {"error": {"message": f"trouble {status}"}}).encode()
+        error = {"error": {"message": f"trouble {status}"}}
+        data = (
+            b"<html>sign in</html>" if status == 203 else json.dumps(answer if status in (200, 201) else error).encode()
+        )
         self.send_response(200 if status < 300 else status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if status == 203 else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Retry-After-Ms", "5")
         self.end_headers()
@@ -130,6 +136,65 @@ def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
     result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
     assert result.returncode == 1 and f"{output}, line 1: an answer of an unknown model" in result.stderr
     assert output.read_text(encoding="utf-8") == "{}\nno JSON\n"
+
+
+@pytest.mark.parametrize("content", ['[{"prompt": "a"}]', '{"prompt": "a"}\n{"prompt": "b"}', '{"messages": 3}\n', "x"])
+def test_a_file_of_something_else_is_left_as_it_is(run_here, prompts, tmp_path, content):
+    output = tmp_path / "mine.jsonl"
+    output.write_text(content, encoding="utf-8")
+    flags = ["--input", prompts, "--out_dir", tmp_path, "--output", "mine.jsonl", "--model", "m"]
+    result = run_here("data_process.py", "distill", *flags, "--endpoint", "http://127.0.0.1:9/v1")
+    assert result.returncode == 1 and "mine.jsonl, line 1: an answer of an unknown model" in result.stderr
+    assert output.read_text(encoding="utf-8") == content
+
+
+def test_answers_that_came_are_kept_when_another_request_ends_the_run(run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.teacher_answers.RETRIES", 0)
+    rows = ["slow refused", *(f"quick {n}" for n in range(3))]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    flags = ["--input", tmp_path / "prompts.jsonl", "--out_dir", tmp_path, "--model", "m", "--parallel", 8]
+    with serve(refused=[429]) as server:
+        result = run_here("data_process.py", "distill", *flags, "--endpoint", server.url)
+    assert result.returncode == 1 and "gives no more answers now" in result.stderr
+    assert (tmp_path / "distill_data.jsonl").read_text(encoding="utf-8").count("re: quick") == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(203, "is no OpenAI-compatible API; its reply is '<html>sign in</html>'"), (202, "is no answer")],
+)
+def test_a_reply_that_is_no_completion_is_an_error(run_here, prompts, tmp_path, status, said):
+    flags = ["--input", prompts, "--out_dir", tmp_path, "--model", "m", "--parallel", 1]
+    with serve(**{word: [status] for word in ("easy", "busy", "cut", "refused")}) as server:
+        result = run_here("data_process.py", "distill", *flags, "--endpoint", server.url)
+    assert result.returncode == 1 and said in result.stderr
+
+
+def test_tools_and_calls_are_sent_as_the_api_has_them(run_here, tmp_path):
+    row = {
+        "tools": [{"name": "add", "parameters": {}}],
+        "messages": [
+            {"role": "user", "content": "1 + 2, 3 + 4"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "add", "arguments": {"a": n}} for n in (1, 3)],
+            },
+            {"role": "tool", "content": "3"},
+            {"role": "tool", "content": "7"},
+        ],
+    }
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--input", tmp_path / "prompts.jsonl", "--out_dir", tmp_path, "--model", "m"]
+    with serve() as server:
+        result = run_here("data_process.py", "distill", *flags, "--endpoint", server.url)
+    assert result.returncode == 0, result.stderr
+    (request,) = server.requests
+    assert request["tools"] == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    *_, calls, first, second = request["messages"]
+    assert [json.loads(call["function"]["arguments"]) for call in calls["tool_calls"]] == [{"a": 1}, {"a": 3}]
+    assert [first["tool_call_id"], second["tool_call_id"]] == [call["id"] for call in calls["tool_calls"]]
+    assert len({first["tool_call_id"], second["tool_call_id"]}) == 2
 
 
 def test_bad_input(run_here, prompts, tmp_path, monkeypatch):
