@@ -47,13 +47,11 @@ class Judge:
     Raises UserError if the model cannot be asked.
     """
 
-    def __init__(
-        self, base_url: str, model: str, api_key: str = "none", timeout: float = 30.0, retries: int = 2
-    ) -> None:
+    def __init__(self, base_url: str, model: str, api_key: str = "none", retries: int = 2) -> None:
         import openai
 
         self.model = model
-        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
+        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=30.0, max_retries=retries)
         try:
             self("4", "4", [{"role": "user", "content": "2 + 2 = ?"}])
         except openai.OpenAIError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,10 +123,10 @@ def wrong_images(questions: Sequence[ImageQuestion], seed: int) -> list[list[Ima
 
 
 def evaluate(
-    prepare: ImageProcessor, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion], seed: int = 1
+    prepare: ImageProcessor, tokenizer: PreTrainedTokenizerFast, questions: Sequence[ImageQuestion]
 ) -> tuple[dict[str, KindResult], list[str]]:
     """Return the results by kind, and the answers to the questions with their own images."""
-    ways = {RIGHT: [q.images for q in questions], NONE: [[] for _ in questions], WRONG: wrong_images(questions, seed)}
+    ways = {RIGHT: [q.images for q in questions], NONE: [[] for _ in questions], WRONG: wrong_images(questions, seed=1)}
     answers = {way: ask(prepare, tokenizer, questions, images, way) for way, images in ways.items()}
     results = {}
     for kind in dict.fromkeys(question.kind for question in questions):
@@ -168,8 +169,8 @@ def draw_sheet(questions: Sequence[ImageQuestion], answers: Sequence[str], n: in
     by_kind: dict[str, list[int]] = {}
     for i in shown:
         by_kind.setdefault(questions[i].kind, []).append(i)
-    each = -(-n // max(len(by_kind), 1))
-    chosen = [i for members in by_kind.values() for i in members[:each]][:n]
+    in_turn = (i for turn in itertools.zip_longest(*by_kind.values()) for i in turn if i is not None)
+    chosen = sorted(itertools.islice(in_turn, n), key=lambda i: list(by_kind).index(questions[i].kind))
     rows = max(-(-len(chosen) // COLUMNS), 1)
     with matplotlib.rc_context({"font.family": [*fonts, "sans-serif"]}):
         figure = Figure(figsize=(2.4 * COLUMNS, 2.7 * rows))

@@ -184,6 +184,18 @@ def test_other_causal_models_teach_if_they_separate_documents(tokenizer, tmp_pat
     tokenizer.save_pretrained(tmp_path / "gpt2")
     teacher = open_teacher(tmp_path / "gpt2", tokenizer, TOKENIZER_DIR, CPU, torch.float32)
     assert isinstance(teacher.model, GPT2LMHeadModel)
+    # Its weights are part of its fingerprint in the older format, too.
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    found = []
+    for scale in (1, 2):
+        weights = {name: tensor * scale for name, tensor in other.state_dict().items()}
+        torch.save(weights, tmp_path / "gpt2" / "pytorch_model.bin")
+        found.append(open_teacher(tmp_path / "gpt2", tokenizer, TOKENIZER_DIR, CPU, torch.float32).fingerprint)
+    assert found[0] != found[1]
+    (tmp_path / "gpt2" / "pytorch_model.bin").write_bytes(b"half")
+    with pytest.raises(UserError, match="no model can be loaded from it"):
+        open_teacher(tmp_path / "gpt2", tokenizer, TOKENIZER_DIR, CPU, torch.float32)
+    other.save_pretrained(tmp_path / "gpt2")
 
     def one_document(self, *args, position_ids=None, forward=GPT2LMHeadModel.forward, **kwargs):
         positions = torch.arange(position_ids.shape[1])[None]

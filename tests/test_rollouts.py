@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from evaluation.rollouts import Rollout, read_prompts, run_rollouts
+from evaluation.rollouts import Rollout, RolloutPrompt, read_prompts, run_rollouts
 from evaluation.tools import TOOLS
 from evaluation.verifiers import Reward, parse_verifier
 from inference.backends import choose_backend
@@ -45,7 +46,7 @@ def row(text: str = "3*4?", answer: object = "12", **fields) -> dict:
 def test_prompts_are_read_with_tools_and_thinking(tokenizer, tmp_path):
     rows = [
         row(), row(tools=["calculator"]), row(enable_thinking=False), row(enable_thinking=True), row(answer=12),
-        {"question": "How many?", "answer": "3*4=12\n#### 1,012", "verifier": "number"},
+        {"question": "How many?", "answer": "3*4=12\n#### 1,012", "verifier": "format:0.1,number"},
         {"prompt": "{}?", "answer": {"type": "object"}, "verifier": "json_schema"},
     ]  # fmt: skip
     plain, tools, direct, thinking, number, gsm, schema = read_prompts(
@@ -264,6 +265,39 @@ def test_an_answer_whose_verifier_failed_is_not_learned_from(prompts):
     assert batch.inputs["equal_rewards"].tolist() == [False] * 3
     group[0].reward = Reward(0.5, False)
     assert loader._learnable([group]).inputs["equal_rewards"].all()
+
+
+def two_answers(prompt: RolloutPrompt, *rewards: Reward, cut: bool = False) -> list[Rollout]:
+    """Rollouts of two tokens each; `cut`: the first was cut off."""
+    sampled = [False] * len(prompt.ids) + [True] * 2
+    return [
+        Rollout(prompt, [*prompt.ids, 5, 2], sampled, [0.0] * 2, cut=cut and not i, reward=reward)
+        for i, reward in enumerate(rewards)
+    ]
+
+
+def test_a_judge_that_grades_nothing_ends_the_run_even_if_an_answer_was_cut(prompts):
+    prompt = dataclasses.replace(prompts[0], verifier=SimpleNamespace(waits=True))
+    loader = object.__new__(RolloutLoader)
+    loader.options = SimpleNamespace(group_size=2, max_new_tokens=4)
+    loader.schedule, loader.data = SimpleNamespace(seed=0), SimpleNamespace(prompts=[prompt])
+    loader.numbered = lambda step: [(0, 0)]
+    failed = Reward(0.0, False, ("judge: gone",))
+    loader._run = lambda prompts, samplings: two_answers(prompt, Reward(0.0, False), failed, cut=True)
+    with pytest.raises(UserError, match="none of 1 answers could be graded: judge: gone"):
+        loader._generate(range(1), 1)
+
+
+def test_validation_compares_the_value_function_with_the_rewards(model, prompts):
+    loader = object.__new__(RolloutLoader)
+    loader.options = SimpleNamespace(algorithm="ppo", steps_per_generation=1, gamma=1.0, gae_lambda=1.0, group_size=2)
+    loader.rank, loader.world_size, loader.dtype, loader.model = 0, 1, torch.float32, model
+    loader.value_head = torch.nn.Linear(64, 1)
+    loader._sampling = lambda temperature: None
+    loader._run = lambda prompts, samplings: two_answers(prompts[0], Reward(1.0, True), Reward(0.0, False))
+    (batch,) = loader.shard(SimpleNamespace(prompts=prompts[:2]), [0, 1], 1)
+    assert batch.inputs["returns"].tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
+    assert batch.inputs["old_values"].abs().min() > 0
 
 
 def test_processes_that_answer_have_a_heartbeat(monkeypatch):

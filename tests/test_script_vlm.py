@@ -27,7 +27,7 @@ from data_pipeline.datasets import PackedRows
 from data_pipeline.image_features import Features, Pixels, cached_features
 from data_pipeline.image_records import parse_image_row
 from data_pipeline.tokenize_chats import tokenize_chat_data
-from evaluation.vlm import ImageQuestion, evaluate, is_right, wrong_images
+from evaluation.vlm import ImageQuestion, draw_sheet, evaluate, is_right, wrong_images
 from inference.generator import Images, generate, generate_text
 from inference.model_loader import open_model
 from inference.options import SamplingParams
@@ -367,6 +367,17 @@ def test_right_chance_and_wrong(model, tokenizer):
     ]
     assert evaluate(prepare, tokenizer, told)[0]["a"].right == 1
     assert is_right(" Red.", "red") and is_right("红色。", "红色") and not is_right("dark red", "red")
+
+
+def test_the_sheet_has_pictures_of_every_kind(tmp_path, monkeypatch):
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: titles.append(text))
+    questions = [question(kind, "x", 0) for kind in "abcdefg" for _ in range(5)]
+    for q in questions:
+        q.chat[0]["content"] = q.kind
+    draw_sheet(questions, ["x"] * len(questions), 24, tmp_path / "sheet.png")
+    counts = [titles.count(kind) for kind in "abcdefg"]
+    assert sum(counts) == 24 and max(counts) - min(counts) == 1 and titles == sorted(titles)
 
 
 def test_eval_vlm_writes_a_summary_and_a_sheet(trained, tmp_path, capsys):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from common.errors import UserError
-from common.files import cached_folder, checksum, explain_write_errors, short_hash
+from common.errors import UserError, first_line
+from common.files import cached_folder, checksum, explain_write_errors, read_json_or_empty, short_hash
 from common.progress import Progress
 from data_pipeline.datasets import Batch, PackedRows
 from data_pipeline.packing import derive_seed
@@ -69,19 +69,22 @@ def open_teacher(
     if not path.exists():
         raise UserError(f"--teacher {path}: no such file or folder")
     config = path / "config.json"
-    kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else LMConfig.model_type
+    kind = read_json_or_empty(config).get("model_type") if config.exists() else LMConfig.model_type
     if kind == LMConfig.model_type or kind in CLASSES:
         checkpoint, own_tokenizer = open_model(path, tokenizer=tokenizer_dir, device=device, dtype=dtype)
         model, fingerprint = checkpoint.model, checkpoint.fingerprint
         architecture = checkpoint.config.architecture()
         print(f"teacher: {path}, {describe_parameters(model)}")
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
-        nn.Module.to(model, device)
         own_tokenizer, fingerprint, architecture = load_tokenizer(path), "", {}  # the JSON files are a part of the hash
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"--teacher {path}: no model can be loaded from it: {first_line(error)}") from error
+        nn.Module.to(model, device)
         print(f"teacher: {path}, a {kind} of {model.num_parameters() / 1e6:.2f}M parameters")
     if path.is_dir():
-        files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+        files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.json")])
         fingerprint += "".join(f"{checksum(file):08x}" for file in files)
         fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     if tokenizer_hash(own_tokenizer) != tokenizer_hash(tokenizer):

@@ -217,8 +217,9 @@ class RolloutLoader(OnPolicyLoader):
             seeds = [derive_seed(self.schedule.seed, step, n, k) for n, _ in mine for k in range(group_size)]
             samplings += [self._sampling(temperature=1.0, seed=seed) for seed in seeds]
         answers = self._run(prompts, samplings)
-        if any(prompt.verifier.waits for prompt in prompts) and all(answer.reward.errors for answer in answers):
-            raise UserError(f"none of {len(answers)} answers could be graded: {answers[0].reward.errors[0]}")
+        judged = [answer for answer in answers if answer.prompt.verifier.waits and not answer.cut]
+        if judged and all(answer.reward.errors for answer in judged):
+            raise UserError(f"none of {len(judged)} answers could be graded: {judged[0].reward.errors[0]}")
         rollouts = iter(answers)
         made = {}
         for step, count in zip(steps, counts, strict=True):
@@ -239,7 +240,10 @@ class RolloutLoader(OnPolicyLoader):
                 continue
             rollouts = self._run(prompts, [self._sampling(temperature=0.0)] * len(prompts))
             nothing = [torch.zeros(1)] * len(rollouts)
-            yield make_batch(rollouts, nothing, [False] * len(rollouts), self.options.algorithm)
+            batch = make_batch(rollouts, nothing, [False] * len(rollouts), self.options.algorithm)
+            if self.value_head is not None:
+                batch.inputs.update(self._old_policy(batch, rollouts))  # the returns that its values are compared with
+            yield batch
 
     def _sampling(self, temperature: float, seed: int | None = None) -> SamplingParams:
         return SamplingParams(self.options.max_new_tokens, temperature, seed=seed, logprobs=0)

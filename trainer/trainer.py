@@ -282,9 +282,18 @@ class Trainer:
         """Stop every process when one cannot read its data; all raise the same error."""
         text = None
         if error is not None:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            where = self._bad_samples(step)
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):  # while the model wrote its answers
+                reason = (
+                    f"out of memory ({first_line(error)}): use a smaller --batch_size with more --accumulation_steps"
+                )
+            elif isinstance(error, UserError):
+                reason = str(error)
+            else:
+                reason = f"{type(error).__name__}: {error}"
+                where = where or "all of its samples can be read now"
             who = f" on rank {self.dist_env.rank}" if self.dist_env.size > 1 else ""
-            text = f"{self._bad_samples(step)}{who}: {reason} (see {self.log.path})"
+            text = ": ".join(filter(None, (f"{where}{who}".strip(), f"{reason} (see {self.log.path})")))
         self.save(weights=False)  # of before this step
         reasons = "; ".join(text for text in all_gather_object(self.dist_env, text) if text)
         files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
@@ -297,12 +306,12 @@ class Trainer:
         return f"The state is saved in {self.folder}." if self.steps_done else "Nothing was trained yet."
 
     def _bad_samples(self, step: int) -> str:
-        """Describe which sample of this process cannot be read."""
+        """Return which sample of this process cannot be read; "" if all of them can."""
         mine = self.schedule.samples(step)[self.dist_env.rank :: self.dist_env.size]
         with ThreadPoolExecutor(1) as pool:  # catches any error
             bad = [i for i in mine if pool.submit(self.train.batch, [i]).exception() is not None]
         if not bad:
-            return f"one of the samples {', '.join(map(str, mine))}, although each of them can be read now"
+            return ""
         return f"sample {bad[0]} (documents {', '.join(map(str, self.train.documents(bad[:1])))})"
 
     # ---- the run --------------------------------------------------------------------------------------------------
@@ -393,17 +402,17 @@ class Trainer:
         n_targets = 0
         rows = rows or self.loader.micro_batch
         batches = self.loader.shard(val, [*range(len(val))], rows)
-        for batch in itertools.islice(batches, max_batches):
-            try:
+        try:
+            for batch in itertools.islice(batches, max_batches):
                 _, extras = self._forward(batch)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                advice = self._memory_advice(error, rows)
-                raise UserError(f"validation after step {self.steps_done}: {advice}") from error
-            n_targets += 0 if batch.dummy else batch.n_targets
-            for name, value in extras.items():
-                sums[name] = sums.get(name, 0.0) + (0.0 if batch.dummy else float(value))
+                n_targets += 0 if batch.dummy else batch.n_targets
+                for name, value in extras.items():
+                    sums[name] = sums.get(name, 0.0) + (0.0 if batch.dummy else float(value))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = self._memory_advice(error, rows)
+            raise UserError(f"validation after step {self.steps_done}: {advice}") from error
         self.strategy.train(was_training)
         *values, total = all_reduce_sum(self.dist_env, [*sums.values(), n_targets], self.device)
         means = means_of(dict(zip(sums, values, strict=True)), total)
