@@ -87,7 +87,7 @@ def main() -> None:
     file = options.out_dir / checkpoint_name(f"lora_{options.lora_name}", base.config)
     folder = file.with_suffix("")
     for output in (folder, file) if options.merge else (folder,):
-        check_run(output, options, dist_env)
+        check_run(output, options, dist_env, base.path)
     require_files(options.data_path, "name a file of dialogues with --data_path")
 
     settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.lora_dropout}

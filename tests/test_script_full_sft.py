@@ -260,6 +260,10 @@ def test_bases_that_do_not_fit(run, out, tmp_path, chats, tokenizer):
     assert "no pretrain checkpoint of the size of toy" in error_of(run(*flags, "--preset", "toy"))
     message = error_of(run(*flags, "--preset", "toy", "--init_from", out / "pretrain_32.pth"))
     assert "another architecture" in message and "dim: 192 != 32" in message
+    mixture = out / "toy_moe.pth"
+    shape = dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, use_moe=True)
+    save_checkpoint(mixture, Transformer(LMConfig(**shape)), info={"tokenizer_hash": tokenizer_hash(tokenizer)})
+    assert "use_moe: False != True" in error_of(run(*flags, "--preset", "toy", "--init_from", mixture))
     assert "n_layers: 5 != 2" in error_of(run(*flags, "--n_layers", 5))
 
     file = out / "pretrain_32.json"

@@ -137,7 +137,9 @@ def test_stopped_and_resumed_and_never_onto_another_base(run, out, chats, tokeni
     assert adapter_bytes(out / "lora_me_32") == whole
     assert "adapter.r: 8 -> 4" in error_of(run(*flags, "--resume", "--rank", 4))
     write_base(out / "full_sft_32.pth", tokenizer, seed=1)
-    assert "this is a different run: origin: " in error_of(run(*flags, "--resume"))
+    error = error_of(run(*flags, "--resume"))
+    assert "this is a different run: origin: " in error
+    assert f"{out / 'full_sft_32.pth'} holds other weights than those it started from" in error
     assert adapter_bytes(out / "lora_me_32") == whole
 
 
@@ -162,6 +164,9 @@ def test_a_merged_file_is_not_replaced_unasked(run, out, chats, tokenizer):
     flags = [*QUICK, "--data_path", chats, "--out_dir", out]
     assert "lora_me_32.pth exists: replace it with --overwrite" in error_of(run(*flags, "--merge"))
     assert not (out / "lora_me_32").exists()  # refused before training
+    base = ["--init_from", out / "lora_me_32.pth"]
+    assert "replace the weights it starts from" in error_of(run(*flags, *base, "--merge", "--overwrite"))
+    assert (out / "lora_me_32.pth").read_bytes() == before
     assert run(*flags).returncode == 0  # which without --merge does not touch the file
     assert (out / "lora_me_32.pth").read_bytes() == before
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from launching import another_process_holds, error_of, fork, run, run_script_file
 
+from common.cli import parse_options
 from model.weights import load_checkpoint
 from trainer.options import TrainOptions
 from trainer.recipe import choose_batch_size
@@ -269,6 +270,11 @@ def test_init_from_trains_weights_further_and_is_resumed_exactly(texts, tmp_path
     shutil.rmtree(out / "pretrain_32.resume" / "step_00000008")
     assert "resuming after step 4" in pretrain("--out_dir", out, "--resume").stdout
     assert same(parameters(out), whole)
+    moved = base.rename(tmp_path / "moved.pth")
+    base.with_suffix(".json").rename(tmp_path / "moved.json")
+    assert "name its new place with --init_from" in error_of(pretrain("--out_dir", out, "--resume"))
+    last = pretrain("--out_dir", out, "--resume", "--init_from", moved)
+    assert last.returncode == 0, last.stdout + last.stderr
 
 
 def test_other_data_or_another_model_is_not_resumed(texts, tmp_path, pretrain):
@@ -284,6 +290,13 @@ def test_other_data_or_another_model_is_not_resumed(texts, tmp_path, pretrain):
         message = error_of(pretrain(*flags, *more, "--max_steps", 2))
         assert "pretrain_32.resume holds a finished run of 8 steps: replace it with --overwrite" in message
     assert (tmp_path / "pretrain_32.pth").read_bytes() == before
+
+
+def test_the_command_in_the_report_repeats_the_flags_of_the_model():
+    flags = "--n_layers 3 --no-flash_attn --max_seq_len 2048 --rope_scaling yarn:4 --seed 5".split()
+    options = parse_options(TrainOptions, "", flags)
+    assert options.model["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
+    assert parse_options(TrainOptions, "", options.flags()) == options
 
 
 def write(path: Path, content: str | bytes) -> Path:

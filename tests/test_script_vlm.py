@@ -172,6 +172,11 @@ def test_an_encoder_from_a_folder(tokenizer, trained, data, tmp_path, capsys):
             "--vision_layers is for our own encoder",
         ),
         ("8-pretrain_vlm.py", ["--image_size", "20"], "image_size 20 is not a multiple of patch_size 16"),
+        (
+            "3-full_sft.py",
+            ["--init_from", "{out}/pretrain_vlm_32.pth"],
+            "only 8-pretrain_vlm.py and 9-sft_vlm.py train",
+        ),
         ("9-sft_vlm.py", ["--init_from", "{out}/full_sft_32.pth"], "this model does not see; run 8-pretrain_vlm.py"),
         ("9-sft_vlm.py", ["--vision_encoder", "{out}"], "an encoder of its own: leave --vision_encoder"),
         ("9-sft_vlm.py", ["--data_path", "missing.parquet"], "make it with: python data_process.py vlm"),

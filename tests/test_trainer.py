@@ -597,6 +597,7 @@ def test_a_state_of_another_precision_is_continued(tmp_path):
 
 def test_a_first_step_that_fails_deletes_nothing_of_the_run_before(tmp_path):
     train(options(tmp_path))
+    before = (tmp_path / "tiny.metrics.jsonl").read_text()
 
     def nan(model, batch):
         loss, n, extras = next_token_loss(model, batch)
@@ -605,6 +606,15 @@ def test_a_first_step_that_fails_deletes_nothing_of_the_run_before(tmp_path):
     with pytest.raises(UserError, match="step 1: .*Nothing was trained yet"):
         train(options(tmp_path, overwrite=True), loss_fn=nan)
     assert states(tmp_path / "tiny.resume") == [8, 12]
+    train(options(tmp_path, resume="newest"))  # nothing is left to do, and the curve is there
+    assert (tmp_path / "tiny.metrics.jsonl").read_text() == before
+    with pytest.raises(UserError, match="step 9: "):
+        train(options(tmp_path, resume=str(tmp_path / "tiny.resume" / "step_00000008")), loss_fn=nan)
+    train(options(tmp_path, resume="newest"))
+    assert (tmp_path / "tiny.metrics.jsonl").read_text() == before
+    train(options(tmp_path, overwrite=True, max_steps=4, epochs=1.0))
+    assert len((tmp_path / "tiny.metrics.jsonl").read_text().splitlines()) < len(before.splitlines())
+    assert not [*tmp_path.glob(".*.old")]
 
 
 def test_a_loss_that_explodes_does_not_replace_better_weights(tmp_path, capsys):

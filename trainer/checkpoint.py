@@ -238,11 +238,16 @@ class _Reader(dcp.FileSystemReader):
 # ---- what a run may continue or replace
 
 
-def check_run(output: Path, options: TrainOptions, dist_env: DistEnv) -> None:
+def check_run(output: Path, options: TrainOptions, dist_env: DistEnv, start: Path | None = None) -> None:
     """Raise UserError if the run that writes `output` cannot start: a cheap check, before data is read.
 
-    Another process is training it, there is nothing to resume, or something would be replaced without --overwrite.
+    Another process is training it, there is nothing to resume, or something would be replaced without --overwrite; the
+    weights `start` that it starts from are never replaced.
     """
+    if start is not None and start.resolve() == output.resolve():
+        raise UserError(
+            f"--init_from {start}: this run would replace the weights it starts from; choose another --out_dir"
+        )
 
     def check() -> None:
         options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -330,6 +335,11 @@ def find_state(
     changed = differences(identity, state.run["identity"])
     if any(line.startswith(("train_data", "val_data")) for line in changed):
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
+    if any(line.startswith("origin") for line in changed):
+        changed.append(
+            f"{getattr(options, 'init_from', None)} holds other weights than those it started from: name a file with those, "
+            "with --init_from"
+        )
     if any(line.startswith("samples_per_step") for line in changed):
         changed.append(
             f"choose --batch_size and --accumulation_steps so that their product, times {dist_env.size} (processes), is "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -255,12 +257,23 @@ class MetricsLogger:
             write_report(plot.with_suffix(".report.html"), self.name, command, facts, lines, samples, plot)
 
     def _delete_lines_after(self, step: int) -> None:
-        """Delete the lines of steps that are repeated after a resume."""
-        for path in (self.path, self.samples_path):
-            kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-            if kept or path.exists():
+        """Delete the lines of steps that are repeated after a resume; they are kept aside until `forget_old_lines`."""
+        for path, old in self._files_and_copies():
+            if old.exists():  # the start before has saved nothing
+                os.replace(old, path)
+            if path.exists():
+                kept = [line for line in read_metrics(path) if line["step"] <= step]
+                shutil.copyfile(path, old)
                 with atomic_write(path) as file:
                     jsonlines.Writer(file).write_all(kept)
+
+    def forget_old_lines(self) -> None:
+        """Delete for good what an earlier run wrote: this one has saved a state."""
+        for _, old in self._files_and_copies():
+            old.unlink(missing_ok=True)
+
+    def _files_and_copies(self) -> list[tuple[Path, Path]]:
+        return [(path, path.with_name(f".{path.name}.old")) for path in (self.path, self.samples_path)]
 
 
 def means_of(sums: dict[str, float], n_targets: float) -> dict[str, float]:

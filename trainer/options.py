@@ -299,6 +299,8 @@ class TrainOptions:
             if isinstance(value, bool):
                 words.append(f"--{name}" if value else f"--no-{name}")
             else:
+                if isinstance(value, dict):  # rope_scaling
+                    value = f"{value['rope_type']}:{value['factor']:g}"
                 given = value if isinstance(value, list) else [value]
                 words += [f"--{name}", *map(str, given)]
         return words

@@ -28,7 +28,7 @@ from model.weights import load_checkpoint
 from model.weights_file import Checkpoint, build_model, read_tensors, save_checkpoint
 from trainer.checkpoint import check_run
 from trainer.distributed import DistEnv, barrier, broadcast_object, main_process_first
-from trainer.options import TrainOptions, TuneOptions
+from trainer.options import TrainOptions, TuneOptions, VisionOptions
 from trainer.trainer import Run
 
 # What a model continues or answers for --sample_interval.
@@ -71,8 +71,20 @@ def load_model(
             model = build_model(dict(tensors), config, "the new model").train()
         print(describe_parameters(model))
         return model, None
-    overrides = (PRESETS[options.preset] if options.preset else {}) | options.model
+    if options.resume and not path.exists():
+        raise UserError(
+            f"no checkpoint {path}: if the run to resume started from it, name its new place with --init_from"
+        )
+    overrides = options.model
+    if options.preset:
+        asked = options.config()
+        names = {"n_heads", "n_kv_heads", "use_moe", *PRESETS[options.preset]}
+        overrides = {name: getattr(asked, name) for name in names} | overrides
     checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=options.shards_weights)
+    if checkpoint.config.vision_config is not None and not isinstance(options, VisionOptions):
+        raise UserError(
+            f"--init_from {path}: this model sees, and only 8-pretrain_vlm.py and 9-sft_vlm.py train such models"
+        )
     if options.shards_weights and checkpoint.model.dtype != torch.float32:
         tensors = ((name, tensor.detach()) for name, tensor in checkpoint.model.named_parameters())
         checkpoint.model = mapped_model(tensors, checkpoint.config, options, dist_env)
@@ -123,14 +135,10 @@ def weights_run(
         frozen: the weights that are not trained, by name.
         identity: what else has to be the same to resume it.
 
-    Raises UserError if it would replace the file it starts from, or cannot start: see `trainer.checkpoint.check_run`.
+    Raises UserError if it cannot start: see `trainer.checkpoint.check_run`.
     """
     path = options.out_dir / checkpoint_name(options.stage, config)
-    if origin is not None and origin.path.resolve() == path.resolve():
-        raise UserError(
-            f"--init_from {origin.path}: this run would replace the weights it starts from; choose another --out_dir"
-        )
-    check_run(path, options, dist_env)
+    check_run(path, options, dist_env, origin.path if origin is not None else None)
     with torch.device("meta"):
         empty = model_class(config)(config)
 

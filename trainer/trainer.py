@@ -475,6 +475,8 @@ class Trainer:
             self.folder, self.steps_done, self.strategy.save, run, self.dist_env, self.options.keep, self._saved_step
         )
         self._saved_step = self.steps_done
+        if self.dist_env.is_main:
+            self.metrics_logger.forget_old_lines()
         if weights:
             self._save_weights()
         barrier(self.dist_env)
