@@ -108,8 +108,9 @@ class LocalChat(Chat):
             raise UserError("this is a model of text; start with --image FILE, or with weights of 9-sft_vlm.py")
         for path in paths:
             try:
-                image = read_image(path.name, path.expanduser().absolute().parent)
-            except UserError as error:
+                file = path.expanduser().absolute()
+                image = read_image(file.name, file.parent)
+            except (UserError, RuntimeError) as error:  # RuntimeError: ~NAME is nobody's folder
                 raise UserError(f"{path}: {error}") from None
             self.images.append(data_url(image))
             self.n_waiting += 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
         raise BadImage(f"{source:.80} is the name of a file: python data_process.py vlm puts the images into the data")
     path = image_dir / source
     try:
-        if not path.resolve().is_relative_to(image_dir.resolve()):
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(image_dir)):  # links are the user's own
             raise BadImage(f"{source:.80} lies outside of the folder of images")
         if path.stat().st_size > MAX_BYTES:
             raise BadImage(f"{source:.80} is larger than {MAX_BYTES >> 20} MB")

@@ -10,6 +10,7 @@ reported when it is loaded.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,14 +67,14 @@ def list_models(folder: Path) -> list[Entry]:
 def read_entry(path: Path) -> Entry | None:
     """Return the model at `path`, or None if there is none."""
     description = path / "minimind.json"
-    if path.suffix == ".pth" and path.is_file():
+    if path.suffix == ".pth" and os.path.isfile(path):
         description = path.with_suffix(".json")
         kind, files = WEIGHTS, [path]
     elif path.name.endswith(".tmp"):
         return None
-    elif (path / "adapter_config.json").is_file():
+    elif os.path.isfile(path / "adapter_config.json"):  # not Path.is_file: a folder may be forbidden
         kind, files = ADAPTER, [path / "adapter_model.safetensors", path / "adapter_config.json"]
-    elif (path / "config.json").is_file():
+    elif os.path.isfile(path / "config.json"):
         kind, files = EXPORT, [path / "model.safetensors", path / "config.json"]
     else:
         return None

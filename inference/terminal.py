@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -124,10 +125,14 @@ class Chat:
             print("nothing to save yet" if name else "name a file: /save FILE")
             return
         try:
-            with jsonlines.open(Path(name).expanduser(), "a") as writer:
+            path = Path(name).expanduser()
+            with path.open("ab+") as file:
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                    file.write(b"\n")  # its last line has no end yet
+            with jsonlines.open(path, "a") as writer:
                 writer.write(self.record())
-        except OSError as error:
-            print(f"not saved: {name}: {error.strerror}", file=sys.stderr, flush=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME is nobody's folder
+            print(f"not saved: {name}: {getattr(error, 'strerror', error)}", file=sys.stderr, flush=True)
         else:
             n = sum(message["role"] == "user" for message in self.turns)
             print(f"appended {n} turn{'s' * (n != 1)} to {name}")
@@ -177,6 +182,8 @@ def print_answer(
             yield from parser.finish()
 
     message, stopped = print_parts(parts())
+    if finish != "stop":
+        message.pop("tool_calls", None)  # only a complete answer calls tools
     end = " [stopped]" if stopped else ""
     if finish == "length" and received >= max_new_tokens:
         end = f" [cut off: --max_new_tokens {max_new_tokens}]"

@@ -45,15 +45,15 @@ class ParsedAnswer(NamedTuple):
         return message | ({"tool_calls": self.calls} if self.calls else {})
 
 
-def parse_answer(text: str, *, thinking: bool = False, calls: bool = True, unfinished: bool = False) -> ParsedAnswer:
+def parse_answer(text: str, *, calls: bool = True, unfinished: bool = False) -> ParsedAnswer:
     """Return the thinking, the content and the calls of an answer. Whatever the model wrote, this is no error.
 
     Args:
-        thinking, calls: as for `AnswerParser`.
+        calls: as for `AnswerParser`.
         unfinished: more will follow: leave out what may become a tag or a call.
     """
-    parser = AnswerParser(thinking=thinking, calls=calls)
-    thoughts = "" if thinking else None
+    parser = AnswerParser(calls=calls)
+    thoughts: str | None = None
     content: str = ""
     found = []
     for field, new in [*parser.add(text), *([] if unfinished else parser.finish())]:

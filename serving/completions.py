@@ -23,7 +23,11 @@ class CompletionEndpoint(Endpoint):
         if len(prompts) * n > protocol.MAX_INPUTS:
             message = f"the request asks for {len(prompts) * n} answers; the limit is {protocol.MAX_INPUTS}"
             raise ApiError(400, message, "prompt")
-        limits = [self.token_limit(len(prompt), body.max_tokens, "prompt", request) for prompt in prompts]
+        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))  # the header has its limit, the smallest
+        limits = [
+            self.token_limit(len(prompt), body.max_tokens, "prompt", request if i == longest else None)
+            for i, prompt in enumerate(prompts)
+        ]
         scores: list[Scores] | list[None] = [None] * len(prompts)
         if body.echo and body.logprobs is not None:
             most = max(MAX_SCORED, self.engine.max_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 
 import numpy as np
@@ -12,7 +13,7 @@ from starlette.responses import Response
 
 from serving import protocol
 from serving.endpoint import Endpoint
-from serving.http import ApiError, cancel_on_disconnect, json_response
+from serving.http import ApiError, cancel_on_disconnect, to_json
 
 
 class EmbeddingEndpoint(Endpoint):
@@ -28,15 +29,18 @@ class EmbeddingEndpoint(Endpoint):
                 raise ApiError(400, message, "input", "context_length_exceeded")
         vectors = await cancel_on_disconnect(request.receive, self.engine.embed(texts))
         table = F.normalize(torch.stack(vectors), dim=-1).numpy().astype("<f4")  # (texts, dim)
-        rows: list = table.astype(np.float64).round(8).tolist()
-        if body.encoding_format == "base64":
-            rows = [base64.b64encode(row.tobytes()).decode() for row in table]
         used = sum(map(len, texts))
-        return json_response(
-            {
-                "object": "list",
-                "model": self.model.name,
-                "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
-                "usage": {"prompt_tokens": used, "total_tokens": used},
-            }
-        )
+        head = to_json({
+            "object": "list", "model": self.model.name, "usage": {"prompt_tokens": used, "total_tokens": used}
+        })  # fmt: skip
+        data = await asyncio.to_thread(_entries, table, body.encoding_format == "base64")
+        return Response(b'%s,"data":[%s]}' % (head[:-1], data), media_type="application/json")
+
+
+def _entries(table: np.ndarray, as_base64: bool) -> bytes:
+    """Return the rows of a table as JSON; each is encoded alone, because meanwhile no other thread runs."""
+    rows = (
+        base64.b64encode(row.tobytes()).decode() if as_base64 else row.astype(np.float64).round(8).tolist()
+        for row in table
+    )
+    return b",".join(to_json({"object": "embedding", "index": i, "embedding": row}) for i, row in enumerate(rows))

@@ -289,8 +289,8 @@ class Endpoint:
         room = context - min(max(answer or 1, 1), context // 2)
         return room if body.truncate_prompt_tokens == -1 else max(min(body.truncate_prompt_tokens, room), 1)
 
-    def token_limit(self, prompt: int, limit: int | None, param: str, request: Request) -> int:
-        """Return how many tokens an answer may have; the response says so if it is less than `limit`.
+    def token_limit(self, prompt: int, limit: int | None, param: str, request: Request | None) -> int:
+        """Return how many tokens an answer may have; the response to `request` says so if it is less than `limit`.
 
         Raises ApiError, which names `param`, if the prompt leaves no room.
 
@@ -306,7 +306,7 @@ class Endpoint:
             raise ApiError(400, message + advice, param, "context_length_exceeded")
         if limit is None:
             return min(self.defaults.max_new_tokens, fits)
-        if limit > fits:
+        if limit > fits and request is not None:
             add_header(request, "X-Max-Tokens", str(fits))
         return fits if limit == -1 else min(limit, fits)
 

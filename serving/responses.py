@@ -81,9 +81,11 @@ class ResponsesBuilder(ChatBuilder):
         self.items: list[dict[str, Any]] = []
         self.open = False  # the last item is being written
 
-    def whole(self) -> dict:
-        for _ in self.updates():
-            pass
+    async def collect(self, stream: Stream[TokenOutput]) -> dict:
+        async with stream:
+            async for outputs in stream:
+                for _ in self.advance(outputs):
+                    pass
         return self.response(self.status())
 
     async def events(self, stream: Stream[TokenOutput]) -> AsyncIterator[bytes]:
@@ -98,8 +100,7 @@ class ResponsesBuilder(ChatBuilder):
         async with stream:
             try:
                 async for outputs in stream:
-                    self._add(outputs)
-                    for kind, fields in self.updates():
+                    for kind, fields in self.advance(outputs):
                         yield event(kind, **fields)
             except EngineError as error:
                 for item in self.items[-1:] if self.open else []:
@@ -108,6 +109,12 @@ class ResponsesBuilder(ChatBuilder):
                 yield event("response.failed", response=self.response("failed", problem))
                 return
         yield event(f"response.{self.status()}", response=self.response(self.status()))
+
+    def advance(self, outputs: list[tuple[int, TokenOutput]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Add tokens to `items`, one by one, so that each counts for the item that it is a part of; yield the events."""
+        for output in outputs:
+            self._add([output])
+            yield from self.updates()
 
     def updates(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Add what is new in the answer to `items`; yield the events that say so."""
@@ -125,9 +132,9 @@ class ResponsesBuilder(ChatBuilder):
                 yield from self.add_text(name, new, self.entries(choice.tokens))
             choice.tokens = []
         if choice.finish is not None:
-            if not self.items:
-                yield from self.add_text("content", "", [])
-            yield from self.end_item()
+            if not self.items or (self.open and self.items[-1]["type"] == "message"):
+                yield from self.add_text("content", "", self.entries(choice.tokens))  # the end token has no text
+            yield from self.end_item(cut=choice.finish == "length")
 
     def add_text(self, name: str, new: str, logprobs: list[dict]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Add to the text or the thoughts that are being written, or begin them."""
@@ -154,8 +161,8 @@ class ResponsesBuilder(ChatBuilder):
         self.open = True
         yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": dict(self.items[-1])}
 
-    def end_item(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """End the item that is being written, if there is one."""
+    def end_item(self, cut: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+        """End the item that is being written, if there is one; `cut`: the limit of tokens has ended it."""
         if not self.open:
             return
         item, self.open = self.items[-1], False
@@ -167,7 +174,6 @@ class ResponsesBuilder(ChatBuilder):
             text = {name: part[name] for name in ("text", "logprobs") if name in part}
             yield f"response.{part['type']}.done", self.place(content_index=0) | text
             yield "response.content_part.done", self.place(content_index=0) | {"part": part}
-        cut = self.choices[0].finish == "length"
         item["status"] = "incomplete" if cut and item["type"] != "function_call" else "completed"
         yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": item}
 

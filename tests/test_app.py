@@ -177,6 +177,13 @@ def test_the_end_token_ends_and_counts(server, client, monkeypatch):
     assert len(answer.choices[0].logprobs.content) == count
 
 
+def test_the_header_has_the_smallest_limit_of_many_prompts(server):
+    prompts = [[5] * (CONTEXT - n) for n in (9, 3, 5)]
+    body = {"model": NAME, "prompt": prompts, "max_tokens": 20, "temperature": 0}
+    status, headers, _ = server.call("POST", "/v1/completions", body)
+    assert status == 200 and headers.get_all("x-max-tokens") == ["3"]
+
+
 # ---- responses
 
 

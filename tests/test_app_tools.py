@@ -469,6 +469,21 @@ def test_responses_with_tools(scripted):
                           "function_call_arguments.done", "output_item.done", "completed"]  # fmt: skip
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_log_probabilities_of_a_response_are_those_of_its_text(scripted, streamed):
+    Scripted.script = answer_ids(content="So: ", reasoning_content="A sum.", tool_calls=[SUM])
+    asked = dict(model=NAME, input=QUESTION, tools=FLAT, include=["message.output_text.logprobs"])
+    if streamed:
+        with scripted.responses.stream(**asked) as stream:
+            answer = stream.get_final_response()
+    else:
+        answer = scripted.responses.create(**asked)
+    thoughts, message, _ = answer.output
+    assert thoughts.status == "completed"
+    text = "".join(entry.token for entry in message.content[0].logprobs)
+    assert text.removeprefix("</think>") == "So: "
+
+
 def test_responses_with_required_calls(client):
     make = {"type": "function", **MAKE["function"]}
     answer = client.responses.create(

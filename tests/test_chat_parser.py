@@ -89,5 +89,5 @@ def test_malformed_calls_are_text(body):
 
 
 def test_an_answer_may_begin_inside_its_thoughts():
-    assert parse_answer("hm</think>yes", thinking=True) == ("hm", "yes", [])
-    assert parse_answer("", thinking=True) == ("", "", [])
+    parser = AnswerParser(thinking=True)
+    assert [*parser.add("hm</think>yes"), *parser.finish()] == [("reasoning_content", "hm"), ("content", "yes")]

@@ -170,6 +170,14 @@ def test_sources(tmp_path, source):
     assert read_image(source, tmp_path) == picture()
 
 
+def test_a_link_to_an_image_is_followed(tmp_path):
+    """As in the cache of the Hugging Face hub, where all files are links to others."""
+    (tmp_path / "blob").write_bytes(picture())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "blob")
+    assert read_image("a.png", tmp_path / "images") == picture()
+
+
 # ---- rows
 
 

@@ -20,10 +20,12 @@ from serving_helpers import SUM, answer_ids, scripted_outputs
 from data_pipeline.records import parse_conversation
 from export.exporter import export_folder
 from export.options import ExportOptions
-from inference.generator import generate_text
+from inference.generator import TokenOutput, generate_text
 from inference.model_loader import TextGenerator
 from inference.options import SamplingParams
+from inference.terminal import print_answer
 from model.chat_format import render_chat, truncate_chat
+from model.chat_parser import AnswerParser
 from model.LMConfig import preset
 from model.lora import add_adapter, save_adapter
 from model.model import Transformer
@@ -139,15 +141,27 @@ def test_tools(out, tmp_path, call, monkeypatch):
 
 def test_commands(out, tmp_path, call):
     lines = ["/nonsense", "/save", f"/save {tmp_path / 'kept'}", "/help", "  ", "hi", "/save /none/x", "/image a.png"]
-    lines += ["/quit", "after"]
+    joined = tmp_path / "rows.jsonl"
+    joined.write_text('{"q": "a", "a": "b"}')  # its line has no end
+    lines += ["/save ~nobody/x", f"/save {joined}", "/quit", "after"]
     result = call("--out_dir", out, *GREEDY, input="\n".join(lines))
     assert result.returncode == 0
     assert "no such command: /nonsense" in result.stdout
     assert result.stdout.count("/clear ") == 3  # at the start, after /nonsense, and when asked for
     assert "name a file" in result.stdout and "nothing to save yet" in result.stdout
     assert result.stdout.count(" tokens/s]") == 1
-    unsaved, no_image = result.stderr.splitlines()
+    unsaved, no_image, nobody = result.stderr.splitlines()
     assert unsaved == "not saved: /none/x: No such file or directory" and no_image.startswith("no image: ")
+    assert nobody.startswith("not saved: ~nobody/x: ")
+    assert [*map(len, map(json.loads, joined.read_text().splitlines()))] == [2, 1]
+
+
+def test_an_answer_that_was_cut_off_calls_no_tools(capsys):
+    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"na'
+    for finish in ("stop", "length"):
+        message, stopped = print_answer([TokenOutput(0, 5, text, finish)], 1, 99, AnswerParser())
+        assert ("tool_calls" in message) == (finish == "stop") and not stopped
+    assert "[cut off: --max_new_tokens 1]" in capsys.readouterr().out
 
 
 def test_long_conversations_are_cut_at_turns(out, call):

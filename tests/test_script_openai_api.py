@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -281,6 +283,24 @@ def test_tools_run_on_the_side_of_the_client(chat, tmp_path, monkeypatch):
         kept[2]["reasoning_content"] == thoughts
         and kept[2]["tool_calls"][0]["function"]["arguments"] == SUM["arguments"]
     )
+
+
+def test_an_address_with_a_web_page(chat):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        result = chat("--base_url", f"http://127.0.0.1:{page.server_address[1]}/v1", input="hi\n")
+        page.shutdown()
+    assert result.returncode == 1 and "answers with a web page, not with OpenAI's API" in result.stderr
 
 
 def test_clean_errors(chat, server):

@@ -62,7 +62,7 @@ def show(view: View) -> None:
     texts = view.texts
     head("next_token", texts)
     model = choose_model(view)
-    prompt = ask_prompt(view, model, "next_token_text", LONGEST_PROMPT)
+    prompt = ask_prompt(view, model, "next_token_text", min(LONGEST_PROMPT, model.generator.context - 1))
     branches = current_branches((model.name, tuple(prompt)))
     left, right = st.columns(2)
     chosen = {}
