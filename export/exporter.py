@@ -87,6 +87,10 @@ def export_folder(
                 file = folder
             else:
                 write = write_llama if options.format == "llama" else write_minimind
+                if write is write_llama and source.config.use_moe and not source.config.renormalizes_top_k:
+                    print(
+                        "note: transformers computes this mixture of experts; vLLM renormalises its weights, and differs"
+                    )
                 write(folder, source.model, tokenizer_dir, getattr(torch, dtype), description)
                 agreement = compare_folder(folder, source.model, rows, options.tolerance)
                 file = folder

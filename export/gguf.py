@@ -59,12 +59,12 @@ def gguf_architecture(config: LMConfig) -> str:
         raise UserError("a model with router_bias_rate is not exported to GGUF; use --format llama or minimind")
     if config.renormalizes_top_k:
         return "ernie4_5-moe"
-    if config.n_shared_experts:
+    if config.n_shared_experts and config.n_heads * config.head_dim == config.dim:
         return "deepseek"
     raise UserError(
         "llama.cpp has no architecture for this mixture of experts: its weights are not renormalised "
         f"(num_experts_per_tok {config.num_experts_per_tok}, norm_topk_prob {config.norm_topk_prob}), which deepseek "
-        "can compute, but only with shared experts; use --format llama or minimind"
+        "can compute, but only with shared experts and without --head_dim; use --format llama or minimind"
     )
 
 

@@ -11,12 +11,16 @@ The ids are those of `render_chat`: what training has seen.
 
 from __future__ import annotations
 
+import base64
+import io
+import os
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_utils import load_image
 
 from model.chat_format import Message, render_chat, with_images, with_tools
 from model.pixels import pixel_values, to_rgb
@@ -76,7 +80,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         )  # fmt: skip
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if images:
-            inputs["pixel_values"] = pixel_values([to_rgb(load_image(image)) for image in images], self.image_size)
+            inputs["pixel_values"] = pixel_values([to_rgb(_open(image)) for image in images], self.image_size)
         return BatchFeature(inputs)
 
 
@@ -86,3 +90,20 @@ def _picture(part: dict[str, Any]) -> Any:
     if not found:
         raise ValueError(f"a part of type {part['type']!r} has no image; text and images are read")
     return found[0]
+
+
+def _open(source: Any) -> Image.Image:
+    """Return an image as it is; transformers' `load_image` would put a transparent one on black.
+
+    source: a picture of Pillow's, an address, the name of a file, or base64, also as a data URL.
+    """
+    if not isinstance(source, str):
+        return source
+    if source.startswith(("http://", "https://")):
+        with urllib.request.urlopen(source, timeout=60) as reply:
+            data = reply.read()
+    elif os.path.isfile(source):
+        return Image.open(source)
+    else:
+        data = base64.b64decode(source.rpartition(",")[2], validate=True)
+    return Image.open(io.BytesIO(data))

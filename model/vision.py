@@ -173,6 +173,7 @@ class VisionLanguageModel(Transformer):
         *,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> TransformerOutput | tuple:
         """Return what `Transformer.forward` does, of prompts with images.
@@ -186,13 +187,12 @@ class VisionLanguageModel(Transformer):
         Raises ValueError for more or fewer images than places for them.
         """
         image_features = self.encode(pixel_values, image_features)
+        begins = past_key_values is None or not past_key_values.get_seq_length()
         if image_features is not None and input_ids is not None:
             kwargs["inputs_embeds"], input_ids = self.embed(input_ids, image_features), None
-        elif input_ids is not None and not is_tracing():
-            cache = kwargs.get("past_key_values")
-            if cache is None or not cache.get_seq_length():  # in an answer the model may write such a token
-                self._check_places(image_positions(input_ids, self.vision.image_ids), 0, len(self.vision.image_ids))
-        return super().forward(input_ids, attention_mask, **kwargs)
+        elif input_ids is not None and begins and not is_tracing():  # in an answer the model may write such a token
+            self._check_places(image_positions(input_ids, self.vision.image_ids), 0, len(self.vision.image_ids))
+        return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
 
     def encode(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:
         """Return the features of images that are given as pixels or as features, as `forward` takes them."""
@@ -203,11 +203,30 @@ class VisionLanguageModel(Transformer):
         return self.vision_encoder(pixel_values)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Give `generate` the images with the prompt only: afterwards they are in the cache."""
+        """Give `generate` the images with the prompt only: afterwards they are in the cache.
+
+        A cache that is given to `generate` holds what came before the prompt.
+        """
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0 and not kwargs.get("is_first_iteration"):
             kwargs |= {"pixel_values": None, "image_features": None}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc,arg-type]
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat the prompts for several answers to each; the images of a prompt stay together."""
+        names = [name for name in ("pixel_values", "image_features") if kwargs.get(name) is not None]
+        images = {name: kwargs.pop(name) for name in names}
+        if images and input_ids is not None:
+            n_tokens = image_positions(input_ids, self.vision.image_ids).sum(1)
+            counts = (n_tokens // len(self.vision.image_ids)).tolist()
+            for name in names:
+                of_prompts = images[name].split(counts)
+                images[name] = torch.cat([part for part in of_prompts for _ in range(expand_size)])
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        expanded, kwargs = expand(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return expanded, kwargs | images
 
     def embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         """Return embeddings (batch, time, dim) with projected features (images, tokens, width) in place of image tokens."""

@@ -272,7 +272,7 @@ def test_init_from_trains_weights_further_and_is_resumed_exactly(texts, tmp_path
     assert same(parameters(out), whole)
     moved = base.rename(tmp_path / "moved.pth")
     base.with_suffix(".json").rename(tmp_path / "moved.json")
-    assert "name its new place with --init_from" in error_of(pretrain("--out_dir", out, "--resume"))
+    assert "name its new place" in error_of(pretrain("--out_dir", out, "--resume"))
     last = pretrain("--out_dir", out, "--resume", "--init_from", moved)
     assert last.returncode == 0, last.stdout + last.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -26,6 +27,7 @@ from common.errors import UserError
 from data_pipeline.datasets import PackedRows
 from data_pipeline.image_features import Features, Pixels, cached_features
 from data_pipeline.image_records import parse_image_row
+from data_pipeline.images import open_image
 from data_pipeline.tokenize_chats import tokenize_chat_data
 from evaluation.vlm import ImageQuestion, draw_sheet, evaluate, is_right, wrong_images
 from inference.generator import Images, generate, generate_text
@@ -329,6 +331,33 @@ def test_prompts_with_and_without_images_are_decoded_together(model, tokenizer):
             generate_text(model, tokenizer, [prompts[2]], sampling, images=[shown])
 
 
+def test_several_answers_to_prompts_with_several_images(model):
+    picture = [*model.vision.image_ids]
+    ids = torch.tensor([[1, *picture, *picture, 50], [1, *picture, 50, *[70] * len(picture)]])
+    pixels = torch.arange(3)[:, None, None, None].expand(3, 3, 16, 16)
+    expanded, kwargs = model._expand_inputs_for_generation(2, input_ids=ids, pixel_values=pixels)
+    assert expanded.tolist() == [*[ids[0].tolist()] * 2, *[ids[1].tolist()] * 2]
+    assert kwargs["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 2, 2]
+
+
+def test_a_chat_that_is_continued_with_a_cache_sees_a_new_image(model):
+    from transformers import DynamicCache
+
+    begin, rest = [1, 50, 60], [*model.vision.image_ids, 70, 80]
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = []
+    for value in (0, 255):
+        pixels = torch.full((1, 3, 16, 16), value)
+        whole = model.generate(torch.tensor([begin + rest]), pixel_values=pixels, **settings)
+        cache = DynamicCache()
+        model(torch.tensor([begin]), past_key_values=cache, use_cache=True)
+        asked = {"pixel_values": pixels, "past_key_values": cache}
+        continued = model.generate(torch.tensor([begin + rest]), **asked, **settings)
+        assert_logits_close(continued.logits[0], whole.logits[0], model.config)
+        found.append(continued.logits[0])
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
 def test_a_cache_of_prompts_with_images_gives_the_logits_of_the_whole(model):
     from transformers import DynamicCache
 
@@ -464,6 +493,13 @@ def test_which_tokens_stand_for_an_image(tokenizer):
 def test_an_exported_folder_runs_in_a_pipeline(trained, tokenizer, tmp_path, capsys, monkeypatch):
     folder, picture = tmp_path / "x", tmp_path / "0.png"
     picture.write_bytes(png(0))
+    clear = tmp_path / "clear.png"  # transparent at the left
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (0, 0, 8, 16))
+    with Image.open(picture) as opened:
+        rgba = opened.convert("RGB").resize((16, 16))
+    rgba.putalpha(mask)
+    rgba.save(clear)
     weights = ["--weights", trained / "sft_vlm_32.pth", "--output", folder]
     run("export_model.py", *weights, "--format", "minimind")  # compared there with its source, without this repository
     assert "(allowed: 0)" in capsys.readouterr().out
@@ -480,10 +516,15 @@ def test_an_exported_folder_runs_in_a_pipeline(trained, tokenizer, tmp_path, cap
     assert type(pipe.model) is not VisionLanguageModel
     sampling = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     settings = dict(generate_kwargs=sampling, return_full_text=False)
-    parts = [{"type": "image", "url": str(picture)}, {"type": "text", "text": "What?"}]
-    prepared = ImageProcessor(model, None)([Image.open(picture)])
+    question = {"type": "text", "text": "What?"}
+    prepare = ImageProcessor(model, None)
+    prepared = prepare([Image.open(picture)])
+    transparent = prepare([open_image(clear.read_bytes())])
+    encoded = base64.b64encode(clear.read_bytes()).decode()
     for inputs, images in (
-        ({"text": [{"role": "user", "content": parts}]}, prepared),
+        ({"text": [{"role": "user", "content": [{"type": "image", "url": str(picture)}, question]}]}, prepared),
+        ({"text": [{"role": "user", "content": [{"type": "image", "path": str(clear)}, question]}]}, transparent),
+        ({"text": [{"role": "user", "content": [{"type": "image", "base64": encoded}, question]}]}, transparent),
         ({"images": Image.open(picture), "text": "What?"}, prepared),
         ({"text": [{"role": "user", "content": "What?"}]}, None),
     ):
