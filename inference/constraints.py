@@ -121,7 +121,10 @@ def answer_grammar(
     elif thinking:
         rules.append('thoughts[suffix="</think>"]: TEXT')
     start = f"thoughts {body}" if begun else f"({_tag(tags, '<think>')} thoughts)? {body}" if thinking else body
-    return "\n".join(["%llguidance {}", f"start: {start}", *rules, "TEXT: /(.|\\n)*/"])
+    text = "/(.|\\n)*/"
+    if tools:  # letter by letter, the opening tag would begin a call that no rule has seen
+        text += " & ~/(.|\\n)*<tool_call>(.|\\n)*/"
+    return "\n".join(["%llguidance {}", f"start: {start}", *rules, f"TEXT: {text}"])
 
 
 def _tag(tags: dict[str, tuple[int, ...]], tag: str) -> str:

@@ -91,6 +91,13 @@ def test_required_calls_are_well_formed(model, tokenizer, thinking):
     assert sum(finish == "stop" for _, finish in many + one) > 4
 
 
+def test_a_call_that_is_spelled_out_is_not_possible():
+    """Without the control token it would be text to the grammar, and a call to the parser."""
+    matcher = Constraint(TOKENIZER, answer_grammar(TAGS, tools=TOOLS[:1])).matcher()
+    spelled = [id for letter in "so <tool_call>" for id in encode_text(TOKENIZER, letter)]
+    assert all(map(matcher.consume_token, spelled[:-1])) and not matcher.consume_token(spelled[-1])
+
+
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, without_tags()], ids=["control tokens", "tags are text"])
 def test_thoughts_that_begin_in_the_prompt_end_in_the_answer(tokenizer):
     tags = chat_style(tokenizer).tags

@@ -73,7 +73,8 @@ def load_model(
         return model, None
     if options.resume and not path.exists():
         raise UserError(
-            f"no checkpoint {path}: if the run to resume started from it, name its new place (with its .json) with --init_from"
+            f"no checkpoint {path}: if the run to resume started from it, name its new place with --init_from (its .json "
+            "belongs to it)"
         )
     overrides = options.model
     if options.preset:
