@@ -41,7 +41,7 @@ class PretrainOptions(TrainOptions):
     )  # fmt: skip
     mix: list[float] = mix_flag()
     text_field: str = flag("text", "column or key with the text")
-    init_from: Path | None = flag(None, "weights to train further (default: random weights)", metavar="FILE")
+    init_from: str | None = flag(None, "weights to train further (default: none, random weights)", metavar="FILE|none")
     optimizer: str = "auto"
     learning_rate: float = flag(None, "peak learning rate (default: 4e-3 with muon, 1e-3 with adamw)")
     warmup_iters: int = flag(
@@ -68,7 +68,8 @@ def main() -> None:
 
     # Model: random weights, or those of --init_from.
     tokenizer = load_tokenizer(options.tokenizer)
-    model, origin = load_model(options, options.init_from, tokenizer, dist_env)
+    start = None if options.init_from in (None, "none") else Path(options.init_from)
+    model, origin = load_model(options, start, tokenizer, dist_env)
     run = weights_run(options, model.config, tokenizer, dist_env, origin)
     require_files(options.data_path, "make it with: python data_process.py pretrain, or name one with --data_path")
 

@@ -110,7 +110,7 @@ class LocalChat(Chat):
             try:
                 file = path.expanduser().absolute()
                 image = read_image(file.name, file.parent)
-            except (UserError, RuntimeError) as error:  # RuntimeError: ~NAME is nobody's folder
+            except (UserError, RuntimeError) as error:  # RuntimeError: there is no user of the name in ~NAME
                 raise UserError(f"{path}: {error}") from None
             self.images.append(data_url(image))
             self.n_waiting += 1

@@ -79,9 +79,6 @@ class DistillOptions(ChatOptions):
             f"--max_new_tokens {self.max_new_tokens} is for --on_policy: leave it out": (
                 self.on_policy or self.max_new_tokens == DistillOptions.max_new_tokens
             ),
-            f"--num_workers {self.num_workers} prepares batches, and --on_policy writes them: leave it out": (
-                not self.on_policy or self.num_workers == DistillOptions.num_workers
-            ),
             "--on_policy does not support --fsdp and --deepspeed: leave them out": not (
                 self.on_policy and (self.fsdp or self.deepspeed)
             ),

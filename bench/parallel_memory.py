@@ -63,7 +63,7 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     from trainer.distributed import cleanup_distributed, init_distributed
     from trainer.losses import next_token_loss
     from trainer.options import TrainOptions
-    from trainer.recipe import new_model, weights_run
+    from trainer.recipe import load_model, weights_run
     from trainer.trainer import fit
 
     class Options(TrainOptions):
@@ -81,7 +81,7 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     layer = sum(p.numel() for p in empty.layers[0].parameters())
     options = Options(
         out_dir=folder, batch_size=1, max_steps=steps, device="cpu", dtype="float32", save_interval=1000, log_interval=1,
-        resume="auto", gradient_checkpointing=True, **ENGINES[engine],
+        resume="auto", gradient_checkpointing=True, model=dict(SHAPE), **ENGINES[engine],
     )  # fmt: skip
     n = 64
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, n * config.max_seq_len).astype(np.uint16)
@@ -94,7 +94,7 @@ def worker(folder: Path, engine: str, steps: int) -> None:
     time.sleep(0.1)
     base = dict(watch.peak)
     run = weights_run(options, config, tokenizer, dist_env)
-    model = new_model(options, config, dist_env)
+    model, _ = load_model(options, None, tokenizer, dist_env)
     fit(model, next_token_loss, PackedRows(dataset, np.arange(n), size, 0), None, options, run, dist_env)
     facts = {"base": base, "peak": dict(watch.peak), "parameters": parameter_counts(empty)["total"], "layer": layer}
     (folder / f"memory.{dist_env.rank}.json").write_text(json.dumps(facts))

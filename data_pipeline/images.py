@@ -51,9 +51,9 @@ def read_image(source: Any, image_dir: Path | None) -> bytes:
         raise BadImage(f"{source:.80} is an address: download the images first")
     if image_dir is None:
         raise BadImage(f"{source:.80} is the name of a file: python data_process.py vlm puts the images into the data")
-    path = image_dir / source
+    path = Path(os.path.abspath(image_dir / source))  # links are followed, ".." is not
     try:
-        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(image_dir)):  # links are the user's own
+        if not path.is_relative_to(os.path.abspath(image_dir)):
             raise BadImage(f"{source:.80} lies outside of the folder of images")
         if path.stat().st_size > MAX_BYTES:
             raise BadImage(f"{source:.80} is larger than {MAX_BYTES >> 20} MB")

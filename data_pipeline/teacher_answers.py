@@ -113,18 +113,21 @@ def _read_done(output: Path, asked: dict[str, Any]) -> set[bytes]:
     n_bytes = 0
     with open(output, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and line.startswith(_BEGINNING):
-                break
+            whole = line.endswith(b"\n")
             try:
                 answer = json.loads(line)
                 by = answer.get("asked") or "an unknown model"
                 key = _key(answer["messages"][:-1])
             except (ValueError, LookupError, TypeError, AttributeError):
+                if not whole and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
+                    break  # a run that was killed left it incomplete
                 by = "an unknown model"
             if by != asked:
                 raise UserError(
                     f"{output}, line {number}: an answer of {by}, and this run asks {asked}: choose another --output"
                 )
+            if not whole:
+                break  # only the end of the line is missing: it is asked again
             done.add(key)
             n_bytes += len(line)
     os.truncate(output, n_bytes)
@@ -247,7 +250,7 @@ def _ask(client: openai.OpenAI, endpoint: TeacherAPI, messages: list[Message]) -
     except openai.APIStatusError as error:
         return f"the server answered {error.status_code}: {error.message:.200}"
     if isinstance(reply, str):  # the library takes any page with status 200 for a reply
-        raise UserError(f"{endpoint.base_url} is no OpenAI-compatible API; its reply is {reply[:80]!r}")
+        raise UserError(f"{endpoint.base_url} is not an OpenAI-compatible API: it replied {reply[:80]!r}")
     if not reply.choices:
         return f"the server's reply is no answer: {str(reply)!r:.200}"
     choice = reply.choices[0]

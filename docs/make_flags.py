@@ -88,9 +88,8 @@ def pages() -> dict[str, str]:
         actions = actions_of(script)
         text = f"# Flags of `{script}`\n\n"
         if is_stage(script):
-            absent = "".join(f", without `{name}`" for name in shared if name not in actions)
             actions = {k: v for k, v in actions.items() if k not in shared or v.default != shared[k].default}
-            text += f"Also those of [all stages]({SHARED}.md){absent}, and the fields of the [model]({MODEL}.md).\n\n"
+            text += f"Also those of [all stages]({SHARED}.md), and the fields of the [model]({MODEL}.md).\n\n"
         found[script.removesuffix(".py")] = text + _table(actions)
     return found
 

@@ -126,9 +126,8 @@ def _read_prompt(
             raise Malformed("no answer to compare with")
         answer = ""
     reference = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-    if "####" in reference and any(
-        part.name == "number" for part in own.parts
-    ):  # GSM8K: the result stands after the way to it
+    # GSM8K: the result stands after the way to it.
+    if "####" in reference and any(part.name == "number" for part in own.parts):
         reference = reference.rpartition("####")[2].strip().replace(",", "")
     own.check(reference)
     if thinking not in (True, False, None):

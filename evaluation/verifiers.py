@@ -36,7 +36,7 @@ VerifierFunction = Callable[[str, str], float]
 _NUMBER = re.compile(r"(?<![A-Za-z\d])(?<!\d\.)-?(?:\d+(?:\.\d+)?|(?<!\.)\.\d+)")
 _RAISED = str.maketrans("", "", "⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉")
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
-_NOT = "".join(f"(?<!{word})" for word in ("不", "别", "不能", "不该", "不应", "不应该", "不要", "not "))
+_NOT = r"(?<![不别])(?<!不[能该应要可])(?<!不应该)(?<!不可以)(?i:(?<!not ))"
 _CHOSEN = re.compile(
     _NOT + r"(?i:answer is|choose|option|答案(?:应该?|应当)?[是为]?|选择?)[\s:：(（*]*([A-Z])(?![A-Za-z])"
 )

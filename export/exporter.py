@@ -19,6 +19,7 @@ from export.huggingface import (
     copy_tokenizer,
     describe,
     read_folder,
+    stock_architecture,
     write_llama,
     write_minimind,
 )
@@ -87,9 +88,10 @@ def export_folder(
                 file = folder
             else:
                 write = write_llama if options.format == "llama" else write_minimind
-                if write is write_llama and source.config.use_moe and not source.config.renormalizes_top_k:
+                differs = options.format == "llama" and not source.config.renormalizes_top_k
+                if differs and stock_architecture(source.config) == "ernie4_5_moe":
                     print(
-                        "note: transformers computes this mixture of experts; vLLM renormalises its weights, and differs"
+                        "note: vLLM always renormalises the weights of experts, and this model does not: use transformers"
                     )
                 write(folder, source.model, tokenizer_dir, getattr(torch, dtype), description)
                 agreement = compare_folder(folder, source.model, rows, options.tolerance)

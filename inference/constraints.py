@@ -122,7 +122,7 @@ def answer_grammar(
         rules.append('thoughts[suffix="</think>"]: TEXT')
     start = f"thoughts {body}" if begun else f"({_tag(tags, '<think>')} thoughts)? {body}" if thinking else body
     text = "/(.|\\n)*/"
-    if tools:  # letter by letter, the opening tag would begin a call that no rule has seen
+    if tools:  # spelled out letter by letter, the tag would be text to the grammar, and a call to the parser
         text += " & ~/(.|\\n)*<tool_call>(.|\\n)*/"
     return "\n".join(["%llguidance {}", f"start: {start}", *rules, f"TEXT: {text}"])
 

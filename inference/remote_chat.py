@@ -44,7 +44,7 @@ class RemoteChat(Chat):
         except openai.APIError as error:
             raise UserError(self.explain(error)) from error
         except AttributeError as error:  # the library takes any page with status 200 for a reply
-            raise UserError(f"{self.base_url} answers with a web page, not with OpenAI's API") from error
+            raise UserError(f"{self.base_url} is not an OpenAI-compatible API: it replied with a page") from error
         if not models:
             raise UserError(f"{self.base_url} has no models")
         self.model = model or next(iter(models))

@@ -127,12 +127,15 @@ class Chat:
         try:
             path = Path(name).expanduser()
             with path.open("ab+") as file:
-                if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
-                    file.write(b"\n")  # its last line has no end yet
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":
+                        file.write(b"\n")  # the last line has no end yet
             with jsonlines.open(path, "a") as writer:
                 writer.write(self.record())
-        except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME is nobody's folder
-            print(f"not saved: {name}: {getattr(error, 'strerror', error)}", file=sys.stderr, flush=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no user of the name in ~NAME
+            reason = getattr(error, "strerror", None) or error
+            print(f"not saved: {name}: {reason}", file=sys.stderr, flush=True)
         else:
             n = sum(message["role"] == "user" for message in self.turns)
             print(f"appended {n} turn{'s' * (n != 1)} to {name}")

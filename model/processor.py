@@ -97,13 +97,19 @@ def _open(source: Any) -> Image.Image:
 
     source: a picture of Pillow's, an address, the name of a file, or base64, also as a data URL.
     """
-    if not isinstance(source, str):
+    if isinstance(source, Image.Image):
         return source
-    if source.startswith(("http://", "https://")):
-        with urllib.request.urlopen(source, timeout=60) as reply:
-            data = reply.read()
-    elif os.path.isfile(source):
+    if not isinstance(source, str):
+        raise TypeError(f"an image is {type(source).__name__}, not a picture, an address, a file or base64")
+    if os.path.isfile(source):
         return Image.open(source)
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "minimind"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            data = reply.read()
     else:
-        data = base64.b64decode(source.rpartition(",")[2], validate=True)
+        try:
+            data = base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)
+        except ValueError:
+            raise ValueError(f"{source:.80} is no address, no file and no base64") from None
     return Image.open(io.BytesIO(data))

@@ -218,7 +218,7 @@ class VisionLanguageModel(Transformer):
         """Repeat the prompts for several answers to each; the images of a prompt stay together."""
         names = [name for name in ("pixel_values", "image_features") if kwargs.get(name) is not None]
         images = {name: kwargs.pop(name) for name in names}
-        if images and input_ids is not None:
+        if expand_size > 1 and images and input_ids is not None:
             n_tokens = image_positions(input_ids, self.vision.image_ids).sum(1)
             counts = (n_tokens // len(self.vision.image_ids)).tolist()
             for name in names:

@@ -38,7 +38,7 @@ class EmbeddingEndpoint(Endpoint):
 
 
 def _entries(table: np.ndarray, as_base64: bool) -> bytes:
-    """Return the rows of a table as JSON; each is encoded alone, because meanwhile no other thread runs."""
+    """Return the rows of a table as JSON, encoded one by one: other threads do not run while the library encodes."""
     rows = (
         base64.b64encode(row.tobytes()).decode() if as_base64 else row.astype(np.float64).round(8).tolist()
         for row in table

@@ -112,8 +112,12 @@ class ResponsesBuilder(ChatBuilder):
 
     def advance(self, outputs: list[tuple[int, TokenOutput]]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Add tokens to `items`, one by one, so that each counts for the item that it is a part of; yield the events."""
-        for output in outputs:
-            self._add([output])
+        for index, output in outputs:
+            choice: Any = self.choices[index]
+            was_thinking = choice.parser.thinking
+            self._add([(index, output)])
+            if was_thinking:  # the tag that ends the thoughts is no part of the text
+                choice.tokens = []
             yield from self.updates()
 
     def updates(self) -> Iterator[tuple[str, dict[str, Any]]]:

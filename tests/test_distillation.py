@@ -294,7 +294,6 @@ def test_bad_input(run_here, out, chats, tmp_path, tokenizer):
     assert "no such file" in error("--teacher", out / "none.pth")
     same = out / "full_sft_64.pth"
     assert "--on_policy has none: leave --alpha out" in error("--on_policy", "--alpha", 0.5, "--top_k", 3, code=2)
-    assert "--num_workers 2 prepares batches, and --on_policy" in error("--on_policy", "--num_workers", 2, code=2)
     assert "--max_new_tokens 9 is for --on_policy" in error("--teacher", same, "--max_new_tokens", 9, code=2)
     assert "nothing to learn" in error("--teacher", same, "--init_from", same)
     GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")

@@ -102,6 +102,17 @@ def test_an_entry_changes_with_its_files(tmp_path):
     assert read_entry(adapter).stamp != before[1].stamp  # it is merged into that base
 
 
+def test_a_forbidden_folder_is_no_model(tmp_path, monkeypatch):
+    """As lost+found, to anybody but root: Python's Path.is_file raises an error there until 3.13."""
+    (tmp_path / "lost+found").mkdir()
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    assert read_entry(tmp_path / "lost+found") is None
+
+
 def test_nothing_there(tmp_path):
     assert list_models(tmp_path) == [] == list_models(tmp_path / "none")
     assert list_models(put(tmp_path / "file")) == []

@@ -284,7 +284,7 @@ def test_a_judge_that_grades_nothing_ends_the_run_even_if_an_answer_was_cut(prom
     loader.numbered = lambda step: [(0, 0)]
     failed = Reward(0.0, False, ("judge: gone",))
     loader._run = lambda prompts, samplings: two_answers(prompt, Reward(0.0, False), failed, cut=True)
-    with pytest.raises(UserError, match="none of 1 answers could be graded: judge: gone"):
+    with pytest.raises(UserError, match="the judge graded none of 1 answers: judge: gone"):
         loader._generate(range(1), 1)
 
 

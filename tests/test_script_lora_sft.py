@@ -139,7 +139,7 @@ def test_stopped_and_resumed_and_never_onto_another_base(run, out, chats, tokeni
     write_base(out / "full_sft_32.pth", tokenizer, seed=1)
     error = error_of(run(*flags, "--resume"))
     assert "this is a different run: origin: " in error
-    assert f"{out / 'full_sft_32.pth'} holds other weights than those it started from" in error
+    assert f"{out / 'full_sft_32.pth'} has other weights than those it started from" in error
     assert adapter_bytes(out / "lora_me_32") == whole
 
 

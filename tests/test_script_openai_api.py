@@ -300,7 +300,7 @@ def test_an_address_with_a_web_page(chat):
         threading.Thread(target=page.serve_forever, daemon=True).start()
         result = chat("--base_url", f"http://127.0.0.1:{page.server_address[1]}/v1", input="hi\n")
         page.shutdown()
-    assert result.returncode == 1 and "answers with a web page, not with OpenAI's API" in result.stderr
+    assert result.returncode == 1 and "is not an OpenAI-compatible API: it replied with a page" in result.stderr
 
 
 def test_clean_errors(chat, server):

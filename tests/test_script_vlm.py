@@ -343,14 +343,16 @@ def test_several_answers_to_prompts_with_several_images(model):
 def test_a_chat_that_is_continued_with_a_cache_sees_a_new_image(model):
     from transformers import DynamicCache
 
-    begin, rest = [1, 50, 60], [*model.vision.image_ids, 70, 80]
+    image = [*model.vision.image_ids]
+    begin, rest = [1, *image, 60], [*image, 70, 80]
+    first = torch.full((1, 3, 16, 16), 90)
     settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     found = []
     for value in (0, 255):
         pixels = torch.full((1, 3, 16, 16), value)
-        whole = model.generate(torch.tensor([begin + rest]), pixel_values=pixels, **settings)
+        whole = model.generate(torch.tensor([begin + rest]), pixel_values=torch.cat([first, pixels]), **settings)
         cache = DynamicCache()
-        model(torch.tensor([begin]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([begin]), pixel_values=first, past_key_values=cache, use_cache=True)
         asked = {"pixel_values": pixels, "past_key_values": cache}
         continued = model.generate(torch.tensor([begin + rest]), **asked, **settings)
         assert_logits_close(continued.logits[0], whole.logits[0], model.config)

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import openai
 import pytest
 
+from common.errors import UserError
 from data_pipeline.readers import iter_records
 from data_pipeline.records import parse_conversation, parse_prompt
+from data_pipeline.teacher_answers import TeacherAPI, _ask_all
 
 
 class Server(ThreadingHTTPServer):
@@ -115,7 +118,8 @@ def test_answers_are_collected_and_what_is_missing_is_listed(run_here, prompts, 
     assert "dropped: duplicate" in result.stdout
 
 
-def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
+@pytest.mark.parametrize("torn", ['{"messages": [{"role": "us', '{"mes', ""])
+def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path, torn):
     flags = ["--model", "big", "--out_dir", tmp_path, "--parallel", 1, "--input", prompts]
     with serve(cut=[401]) as server:
         result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
@@ -123,7 +127,7 @@ def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
     output = tmp_path / "distill_data.jsonl"
     assert len(output.read_text(encoding="utf-8").splitlines()) == 2
     with output.open("a", encoding="utf-8") as file:
-        file.write('{"messages": [{"role": "us')  # the power failed
+        file.write(torn)  # the power failed
     with serve() as server:
         result = run_here("data_process.py", "distill", "--endpoint", server.url, *flags)
     assert result.returncode == 0, result.stderr
@@ -138,7 +142,16 @@ def test_a_stopped_run_goes_on_where_it_was(run_here, prompts, tmp_path):
     assert output.read_text(encoding="utf-8") == "{}\nno JSON\n"
 
 
-@pytest.mark.parametrize("content", ['[{"prompt": "a"}]', '{"prompt": "a"}\n{"prompt": "b"}', '{"messages": 3}\n', "x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"prompt": "a"}]',
+        '{"prompt": "a"}\n{"prompt": "b"}',
+        '{"messages": 3}\n',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        "x",
+    ],
+)
 def test_a_file_of_something_else_is_left_as_it_is(run_here, prompts, tmp_path, content):
     output = tmp_path / "mine.jsonl"
     output.write_text(content, encoding="utf-8")
@@ -148,20 +161,41 @@ def test_a_file_of_something_else_is_left_as_it_is(run_here, prompts, tmp_path, 
     assert output.read_text(encoding="utf-8") == content
 
 
-def test_answers_that_came_are_kept_when_another_request_ends_the_run(run_here, tmp_path, monkeypatch):
+def test_answers_that_came_are_kept_when_another_request_ends_the_run(monkeypatch):
     monkeypatch.setattr("data_pipeline.teacher_answers.RETRIES", 0)
-    rows = ["slow refused", *(f"quick {n}" for n in range(3))]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
-    flags = ["--input", tmp_path / "prompts.jsonl", "--out_dir", tmp_path, "--model", "m", "--parallel", 8]
-    with serve(refused=[429]) as server:
-        result = run_here("data_process.py", "distill", *flags, "--endpoint", server.url)
-    assert result.returncode == 1 and "gives no more answers now" in result.stderr
-    assert (tmp_path / "distill_data.jsonl").read_text(encoding="utf-8").count("re: quick") == 3
+
+    def prompts():
+        for text in ("refused", "quick 1", "quick 2"):
+            yield Path("x"), 1, [{"role": "user", "content": text}]
+        time.sleep(1)  # meanwhile all are answered, the refused one first
+        yield Path("x"), 1, [{"role": "user", "content": "quick 3"}]
+
+    kept = []
+    with (
+        serve(refused=[429]) as server,
+        openai.OpenAI(base_url=server.url, api_key="x", max_retries=0) as client,
+        pytest.raises(UserError, match="gives no more answers now"),
+    ):
+        for *_, answer in _ask_all(client, TeacherAPI(server.url, "m", parallel=8), prompts()):
+            kept.append(answer["content"])
+    assert sorted(kept) == ["re: quick 1", "re: quick 2"]
+
+
+def test_answers_are_passed_on_while_the_next_request_has_to_wait():
+    def prompts():
+        for n in range(3):
+            yield Path("x"), 1, [{"role": "user", "content": f"quick {n}"}]
+
+    with serve() as server, openai.OpenAI(base_url=server.url, api_key="x") as client:
+        asked_when_it_came = []
+        for _ in _ask_all(client, TeacherAPI(server.url, "m", requests_per_minute=120, parallel=8), prompts()):
+            asked_when_it_came.append(len(server.requests))
+    assert asked_when_it_came == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(203, "is no OpenAI-compatible API; its reply is '<html>sign in</html>'"), (202, "is no answer")],
+    [(203, "is not an OpenAI-compatible API: it replied '<html>sign in</html>'"), (202, "is no answer")],
 )
 def test_a_reply_that_is_no_completion_is_an_error(run_here, prompts, tmp_path, status, said):
     flags = ["--input", prompts, "--out_dir", tmp_path, "--model", "m", "--parallel", 1]

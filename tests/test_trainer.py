@@ -485,6 +485,26 @@ def test_a_dead_data_worker_ends_the_run_with_its_sample_and_a_saved_state(tmp_p
     assert same(weights(whole), weights(resumed))
 
 
+def test_out_of_memory_while_a_batch_is_made_says_what_to_change(tmp_path):
+    """As when the model writes the answers that it learns from."""
+    data = rows()
+
+    class Full(type(data)):
+        def __init__(self):
+            self.__dict__.update(data.__dict__)
+
+        def batch(self, indices):
+            if len(indices) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return data.batch(indices)
+
+    with pytest.raises(UserError) as error:
+        train(options(tmp_path), train_rows=Full())
+    reason = "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    text = f"no batch could be made: {reason}: use a smaller --batch_size"
+    assert text in str(error.value)
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with stop_signals() as received:
         assert received == []

@@ -337,8 +337,10 @@ def find_state(
         changed.append(_why_data_differs(options.describe(), state.run.get("options", {})))
     if any(line.startswith("origin") for line in changed):
         changed.append(
-            f"{getattr(options, 'init_from', None)} holds other weights than those it started from: name a file with those, "
-            "with --init_from"
+            "it started from random weights: leave --init_from out"
+            if state.run["identity"].get("origin") is None
+            else f"--init_from {getattr(options, 'init_from', None)} has other weights than those it started from: name a "
+            "file with those"
         )
     if any(line.startswith("samples_per_step") for line in changed):
         changed.append(

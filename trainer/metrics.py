@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,8 +43,8 @@ class MetricsLogger:
 
     Attributes:
         name: of the run.
-        config, active_parameters: of the model; the parameters are those that a token passes through, for the MFU; None
-            where some are frozen, which need fewer FLOPs.
+        config: of the model.
+        active_parameters: those that a token passes through, for the MFU; None if some are frozen: these need fewer FLOPs.
         first_step: steps before this process started (a resumed run).
         timer, rank_log: those of this process.
     """
@@ -262,8 +261,10 @@ class MetricsLogger:
             if old.exists():  # the start before has saved nothing
                 os.replace(old, path)
             if path.exists():
-                kept = [line for line in read_metrics(path) if line["step"] <= step]
-                shutil.copyfile(path, old)
+                lines = read_metrics(path)
+                kept = [line for line in lines if line["step"] <= step]
+                if len(kept) < len(lines):
+                    os.replace(path, old)
                 with atomic_write(path) as file:
                     jsonlines.Writer(file).write_all(kept)
 

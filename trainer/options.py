@@ -112,9 +112,7 @@ class TrainOptions:
     gradient_checkpointing: bool = flag(
         False, "recompute activations in the backward pass, and the loss in parts: less memory, slower"
     )
-    num_workers: int = flag(
-        1, "threads that prepare the next batches (not answers of the model); 0: prepare each when it is needed", min=0
-    )
+    num_workers: int = flag(1, "threads that prepare the next batches; 0: prepare each batch when it is needed", min=0)
     local_rank: int = flag(0, "set by launchers, and ignored: the environment variable LOCAL_RANK is used")
     deepspeed: Path | None = flag(
         None, "shard optimizer, gradients or weights over the processes with DeepSpeed, as this file says (configs/)",
@@ -331,9 +329,7 @@ class ChatOptions(TuneOptions):
 class RolloutOptions(TuneOptions):
     """Flags of the stages that learn from the model's own answers."""
 
-    num_workers: int = dataclasses.field(
-        init=False, default=0
-    )  # no flag: every batch waits for the weights of its step
+    num_workers: int = flag(0, "ignored: every batch waits for the weights of its step", min=0)
     algorithm: str = flag("grpo", "how it learns from rewards", choices=ALGORITHMS)
     group_size: int = flag(8, "answers to each prompt of a step, which are compared with each other", min=1)
     steps_per_generation: int = flag(

@@ -79,7 +79,7 @@ def load_model(
     overrides = options.model
     if options.preset:
         asked = options.config()
-        names = {"n_heads", "n_kv_heads", "use_moe", *PRESETS[options.preset]}
+        names = (*PRESETS[options.preset], "n_heads", "n_kv_heads", "use_moe")
         overrides = {name: getattr(asked, name) for name in names} | overrides
     checkpoint = load_checkpoint(path, "cpu", torch.float32, tokenizer, overrides, mapped=options.shards_weights)
     if checkpoint.config.vision_config is not None and not isinstance(options, VisionOptions):

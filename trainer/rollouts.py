@@ -219,7 +219,7 @@ class RolloutLoader(OnPolicyLoader):
         answers = self._run(prompts, samplings)
         judged = [answer for answer in answers if answer.prompt.verifier.waits and not answer.cut]
         if judged and all(answer.reward.errors for answer in judged):
-            raise UserError(f"none of {len(judged)} answers could be graded: {judged[0].reward.errors[0]}")
+            raise UserError(f"the judge graded none of {len(judged)} answers: {judged[0].reward.errors[0]}")
         rollouts = iter(answers)
         made = {}
         for step, count in zip(steps, counts, strict=True):

@@ -284,16 +284,19 @@ class Trainer:
         if error is not None:
             where = self._bad_samples(step)
             if isinstance(error, RuntimeError) and is_out_of_memory(error):  # while the model wrote its answers
-                reason = (
-                    f"out of memory ({first_line(error)}): use a smaller --batch_size with more --accumulation_steps"
+                smaller = (
+                    "--batch_size with more --accumulation_steps" if self.loader.micro_batch > 1 else "--max_new_tokens"
                 )
+                reason = f"out of memory ({first_line(error)}): use a smaller {smaller}"
             elif isinstance(error, UserError):
                 reason = str(error)
             else:
+                where = where or "every sample of the step can be read now"
                 reason = f"{type(error).__name__}: {error}"
-                where = where or "all of its samples can be read now"
-            who = f" on rank {self.dist_env.rank}" if self.dist_env.size > 1 else ""
-            text = ": ".join(filter(None, (f"{where}{who}".strip(), f"{reason} (see {self.log.path})")))
+            who = f"on rank {self.dist_env.rank}" if self.dist_env.size > 1 else ""
+            place = " ".join(part for part in (where, who) if part)
+            text = f"{place}: {reason}" if place else reason
+            text += f" (see {self.log.path})"
         self.save(weights=False)  # of before this step
         reasons = "; ".join(text for text in all_gather_object(self.dist_env, text) if text)
         files = f" Its files: {', '.join(map(str, self.options.data_path))}." if self.options.data_path else ""
@@ -328,9 +331,9 @@ class Trainer:
         if options.gradient_checkpointing:
             # The re-entrant kind gives a frozen model with adapters no gradient at all.
             self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        trained_whole = all(parameter.requires_grad for parameter in self.model.parameters())
-        # Before they are sharded.
-        active_parameters = parameter_counts(self.model)["active"] if trained_whole else None  # type: ignore[arg-type]
+        # Counted before they are sharded. Frozen ones need fewer FLOPs: then there is no MFU.
+        frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
+        active_parameters = None if frozen else parameter_counts(self.model)["active"]  # type: ignore[arg-type]
         self.strategy = make_strategy(self.model, options, self.dist_env, self.device, self.dtype, state)
         if before_training is not None:
             before_training(self.strategy.module)
