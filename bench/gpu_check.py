@@ -5,11 +5,12 @@
     python bench/gpu_check.py --device cpu              # the same code at toy size: figures without meaning
 
 Training with every stage's script in bfloat16 and float16, --compile, --auto_batch with too little memory, resuming,
-torchrun with DDP, FSDP2 and (if it is installed) DeepSpeed; the kernels for packed attention and for experts against their
-references; decoding with CUDA graphs; MFU of the presets at their best batch, tokens per second of decoding. Every check
-runs in a process of its own: one that fails or hangs is a row of the table, and the others go on. Those that measure run
-alone, the others --jobs at a time. Result: pass, FAIL with the reason, or skipped. The JSON is written after every check;
-the output of each is in a log file beside it. The exit code is 1 if a check failed.
+torchrun with DDP, FSDP2 and (if it is installed) DeepSpeed; the kernels for packed attention and for experts against
+their references; decoding with CUDA graphs, alone and in the server's engine; MFU of the presets at their best batch,
+tokens per second of decoding. Every check runs in a process of its own: one that fails or hangs is a row of the table,
+and the others go on. Those that measure run alone, the others --jobs at a time. Result: pass, FAIL with the reason, or
+skipped. The JSON is written after every check; the output of each is in a log file beside it. The exit code is 1 if a
+check failed.
 """
 
 from __future__ import annotations

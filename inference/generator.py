@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from inference.backends import Backend
+from inference.backends import Backend, TorchModel
 from inference.detokenizer import Detokenizer
 from inference.kernels.decode import NativeStep
 from inference.kv_cache import KVCache, PrefixCache
@@ -403,6 +403,8 @@ def generate(
     limit = max_len or model.config.max_seq_len
     needed = max(len(prompt) + own.max_new_tokens for prompt, own in zip(prompts, samplings, strict=True))
     rows = min(len(prompts), max_rows)
+    if isinstance(backend, TorchModel) and backend.compiled:
+        needed = limit  # CUDA graphs are recorded for every size of the cache
     generator = BatchGenerator(model, rows, min(limit, needed), eos_id=eos_id, tokenizer=tokenizer, backend=backend)
     for prompt, own, shown in zip(prompts, samplings, images or [None] * len(prompts), strict=True):
         generator.check(prompt, own, shown)

@@ -51,7 +51,7 @@ def attention(
         causal = True
     if flash and weights is None:
         grouped = q.device.type == "cuda" and q.shape[1] != k.shape[1]
-        if grouped and q.shape[2] > 1 and not (causal and _has_flash_kernel(q)):
+        if grouped and (mask is not None or not _has_flash_kernel(q)):
             # Of CUDA's fast kernels only flash takes grouped keys: PyTorch would keep all scores in memory instead.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(
@@ -125,12 +125,18 @@ def cu_seqlens_from_positions(position_ids: Tensor) -> Tensor:
 
 
 def _has_flash_kernel(q: Tensor) -> bool:
-    """Return whether FlashAttention's kernels can run: half precision on NVIDIA Ampere (capability 8.0) and newer."""
+    """Return whether FlashAttention's kernels can run: half precision on NVIDIA Ampere (capability 8.0) and newer.
+
+    PyTorch for Windows has none of them.
+    """
     return (
         q.device.type == "cuda"
         and torch.version.cuda is not None
         and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
         and torch.cuda.get_device_capability(q.device)[0] >= 8
+        and torch.backends.cuda.is_flash_attention_available()
     )
 
 

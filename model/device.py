@@ -33,14 +33,12 @@ PEAK_FLOPS = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; auto: the first of CUDA, MPS and CPU that is available.
+    """Return the device called `name`; auto: the first of CUDA, MPS and CPU that is available. CUDA's attention is set up.
 
     Raises UserError for a device that is not available.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -53,6 +51,9 @@ def resolve_device(name: str) -> torch.device:
         raise UserError("device=mps: no MPS device is available; use device=cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device={name} is not supported; use cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        # On Hopper and Blackwell it comes first, and makes a plan for every length: tens of milliseconds at each new token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -184,12 +184,15 @@ class MoEFeedForward(nn.Module):
         if any(size * dtype.itemsize % 16 for size in experts[0].w1.weight.shape):  # the kernel's alignment of rows
             return False
         if x.device.type == "cuda":
-            return dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 8
+            # Only Hopper has the kernel. Elsewhere PyTorch waits for the counts in every product, which pays only where
+            # one expert after the other would break the graph; Blackwell's gives gradients to experts without tokens.
+            major = torch.cuda.get_device_capability(x.device)[0]
+            return dtype is torch.bfloat16 and (major == 9 or (is_tracing() and major >= 8 and major != 10))
         # While compiling, torch has the shape of its result for bfloat16 only.
         return x.device.type == "cpu" and (dtype is torch.bfloat16 or not is_tracing())
 
     def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:
-        """One grouped matrix product for all experts; sizes stay on the device, so nothing waits for the counts."""
+        """One grouped matrix product for all experts; the sizes stay on the device, and the kernel waits for nothing."""
         dtype = _compute_dtype(x)
         ends = counts[:-1].cumsum(0).to(torch.int32)
         w1, w2, w3 = (
