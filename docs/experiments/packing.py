@@ -26,7 +26,7 @@ def main() -> None:
 
     rows, _ = tiny.chat_rows(seq_len=SEQ_LEN)
     dataset, packing = rows.dataset, rows.packing
-    lengths = np.minimum(dataset.lengths, SEQ_LEN)
+    lengths = np.minimum(dataset.lengths[np.unique(packing.document)], SEQ_LEN)
     results = [
         ("one document in a row, padded", len(lengths), float(lengths.mean() / SEQ_LEN)),
         ("packed", len(rows), packing.fill),
