@@ -8,7 +8,13 @@ supported='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
     echo "error: Python 3.11, 3.12 or 3.13 is needed, $("$python" --version) was found; set PYTHON=/path/to/python3" >&2
     exit 1
 }
-.venv/bin/python -c "import pip; $supported" > /dev/null 2>&1 || "$python" -m venv --clear .venv || {
+usable() {
+    .venv/bin/python -c "import pip; $supported" > /dev/null 2>&1 || return
+    # In a folder that was renamed or copied, it would turn on what is in the old place.
+    [ "$(. .venv/bin/activate && cd "$VIRTUAL_ENV" 2> /dev/null && pwd -P)" = "$(cd .venv && pwd -P)" ] || return
+    [ -z "${PYTHON:-}" ] || [ "$("$python" --version)" = "$(.venv/bin/python --version)" ]
+}
+usable || "$python" -m venv --clear .venv || {
     echo "error: no virtual environment could be made in .venv; on Debian and Ubuntu: apt install python3-venv" >&2
     exit 1
 }

@@ -182,10 +182,12 @@ def server(folder: Path) -> Iterator[tuple[str, str]]:
             )
             if found is None:
                 raise UserError("the server did not start: its messages are above")
-            while True:
+            while process.poll() is None:
                 with contextlib.suppress(OSError), urlopen(f"{found[2]}/health"):
                     break
                 time.sleep(0.1)
+            else:
+                raise UserError("the server has ended: its messages are above")
             yield f"{found[2]}/v1", found[1]
         finally:
             process.terminate()
@@ -197,7 +199,8 @@ def run_client(command: list[str], base_url: str, model: str, row: Row, cwd: Pat
     wanted = {"OPENAI_BASE_URL": base_url, "OPENAI_API_BASE": base_url, "OPENAI_API_KEY": "none", "MODEL": model}
     # What was not compiled when it was installed is compiled once.
     wanted |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONDONTWRITEBYTECODE": ""}
-    code, text = run_command(command, env={**os.environ, **wanted}, cwd=cwd, timeout=TIMEOUT)
+    mine = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    code, text = run_command(command, env={**mine, **wanted}, cwd=cwd, timeout=TIMEOUT)
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             result = json.loads(line)

@@ -83,11 +83,13 @@ def measure(
 
 def train(script: str, output: Path, flags: str, *paths: object) -> float:
     """Run a stage, unless its result is there; return its seconds."""
-    if output.exists():
+    ended = output.with_suffix(".ended")  # a run that was stopped has weights, too
+    if ended.exists():
         return 0.0
     common = ["--out_dir", output.parent, "--max_seq_len", MAX_SEQ_LEN, "--device", "cpu", "--overwrite"]
     started = time.perf_counter()
     run_stage(script, *common, *shlex.split(flags), *paths)
+    ended.touch()
     return time.perf_counter() - started
 
 

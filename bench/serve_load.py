@@ -331,7 +331,7 @@ def serving(weights: Path, *flags: str) -> Iterator[tuple[int, str, subprocess.P
                     break
             else:
                 raise UserError("the server did not start: its messages are above")
-            wait_until_healthy(int(found[2]))
+            wait_until_healthy(int(found[2]), process)
             yield int(found[2]), found[1], process
         finally:
             process.terminate()
@@ -366,13 +366,14 @@ def main() -> None:
             asyncio.run(measure_readings(port, name, reference, args))
 
 
-def wait_until_healthy(port: int) -> None:
-    while True:
+def wait_until_healthy(port: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
         try:
             with urlopen(f"http://127.0.0.1:{port}/health"):
                 return
         except OSError:
             time.sleep(0.2)
+    raise UserError("the server has ended: its messages are above")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def combinations(grid: str) -> list[dict[str, str]]:
 
 def last_validation(folder: Path) -> dict[str, float]:
     """Return the figures of the last validation of the run in a folder; none if it has not ended."""
-    if not [*folder.glob("*.report.html")]:
+    if not (folder / "ended").exists():  # a run that was stopped has all other files, too
         return {}
     (metrics,) = folder.glob("*.metrics.jsonl")
     found = [line for line in read_metrics(metrics) if "val_loss" in line]
@@ -61,6 +61,7 @@ def main() -> None:
         folder = args.out_dir / stage / "_".join(words).replace("--", "")
         if not last_validation(folder):
             run_stage(args.script, *shlex.split(args.flags), *words, "--out_dir", folder, "--overwrite")
+            (folder / "ended").touch()
         found = last_validation(folder)
         share = f"{found['val_accuracy']:.1%}" if "val_accuracy" in found else "–"
         print(f"| `{' '.join(words)}` | {found['val_loss']:.4f} | {share} |", flush=True)

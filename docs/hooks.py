@@ -18,7 +18,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Return the page with its links to files outside docs/ as links into the repository, or as text if there is no URL."""
-    docs = Path(config.docs_dir)
+    docs = Path(config.docs_dir).resolve()
     here = (docs / page.file.src_path).parent
 
     def link(match: re.Match) -> str:

@@ -161,6 +161,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # another test may have switched it on
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what arrived of a chunk (10 MB) is loaded again
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

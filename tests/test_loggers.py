@@ -46,10 +46,12 @@ def undisturbed(tmp_path):
     "error", [ConnectionResetError("connection reset"), wandb.errors.CommError("no route"), TimeoutError()], ids=repr
 )
 def test_a_lost_connection_is_one_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys, undisturbed, error):
-    stub = StubRun(fails_at=6, error=error)
-    monkeypatch.setattr(wandb, "init", lambda **_: stub)
+    stub, asked = StubRun(fails_at=6, error=error), {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings) or stub)
     monkeypatch.setenv("WANDB_MODE", "online")
-    model, _ = train(options(tmp_path / "a", use_wandb=True))
+    names = {"wandb_project": "mine", "wandb_run_name": "first"}
+    model, _ = train(options(tmp_path / "a", use_wandb=True, **names))
+    assert (asked["project"], asked["name"], asked["mode"]) == ("mine", "first", "online")
     assert stub.logged == [1, 3]
     warnings = capsys.readouterr().err
     assert warnings.count("WARNING: wandb failed") == 1 and (str(error) or "TimeoutError") in warnings

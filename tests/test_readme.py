@@ -33,12 +33,14 @@ def page(name: str) -> str:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """Return (script, words after it) for every command of a page."""
-    text = text.replace("\\\n", " ")
+    """Return (script, words after it) for every command of a page, or of a shell script with its variables."""
+    text = re.sub(r"^echo .*", "", text.replace("\\\n", " "), flags=re.MULTILINE)
+    for name, value in reversed(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE)):
+        text = text.replace(f"${name}", value)
     return [(script, shlex.split(rest)) for script, rest in COMMAND.findall(text)]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, "quickstart.sh"])
 def test_commands(name):
     """Every script exists, and takes the flags and choices it is shown with."""
     for script, words in commands(page(name)):
@@ -56,6 +58,9 @@ def test_the_pages_have_commands():
     """An empty search would prove nothing."""
     stages = {script for script in MAKE_FLAGS["scripts"]() if MAKE_FLAGS["is_stage"](script)}
     assert len(stages) >= 7 and {script for script, _ in commands(page("README.md"))} >= stages
+    assert ("9-sft_vlm.py", "--preset") in {
+        (script, word) for script, words in commands(page("quickstart.sh")) for word in words
+    }
 
 
 @pytest.mark.parametrize("name", PAGES)

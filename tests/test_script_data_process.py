@@ -152,6 +152,8 @@ def test_stopped(raw, tmp_path, number):
     before = {path.name: path.read_bytes() for path in out.glob("[!.]*")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # A test run in the background has Ctrl-C switched off, and its children inherit that.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([sys.executable, "-c", HANG, *command], cwd=ROOT, env=environment, **pipes)
     try:
         assert process.stdout.readline() == "hanging\n"

@@ -212,15 +212,20 @@ def test_ctrl_c_stops_the_answer_not_the_chat(out, tmp_path):
     command = [sys.executable, str(ROOT / SCRIPT), "--weights", tmp_path / "endless.pth", *CPU, "--temperature", 0]
     command += ["--max_new_tokens", 10**5, "--max_seq_len", 10**5]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen([str(part) for part in command], **pipes)
-    process.stdin.write("你好\n".encode())
-    process.stdin.flush()
-    read = b""
-    while b"\n> " not in read:
-        read += process.stdout.read1()
-    assert len(process.stdout.read(50)) == 50  # it is writing
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(f"/save {tmp_path / 'kept'}\n/exit\n".encode(), timeout=300)
+    # A test run in the background has Ctrl-C switched off, and its children inherit that.
+    listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen([str(part) for part in command], **pipes, **listening)
+    try:
+        process.stdin.write("你好\n".encode())
+        process.stdin.flush()
+        read = b""
+        while b"\n> " not in read:
+            read += process.stdout.read1()
+        assert len(process.stdout.read(50)) == 50  # it is writing
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(f"/save {tmp_path / 'kept'}\n/exit\n".encode(), timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, errors
     assert b"[stopped]" in output and b"appended 1 turn to" in output
 

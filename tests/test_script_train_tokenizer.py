@@ -325,6 +325,8 @@ def test_a_signal_stops_it_at_once_while_it_trains(tmp_path, data, number):
     )
     command = [sys.executable, "-c", script, "--data_path", str(data), "--out_dir", str(tmp_path / "out")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A test run in the background has Ctrl-C switched off, and its children inherit that.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
     try:
         assert process.stdout.readline().startswith("training on")

@@ -10,7 +10,8 @@ from pathlib import Path
 from features import BASE_URL, LENGTH, MODEL, PARAMETERS, QUESTION, run
 
 SCHEMA = json.dumps(PARAMETERS)
-home = Path(tempfile.mkdtemp())
+folder = tempfile.TemporaryDirectory()  # deleted at the end
+home = Path(folder.name)
 entry = f"model_name: {MODEL}\n  api_base: {BASE_URL}\n  supports_schema: true\n  supports_tools: true\n"
 (home / "extra-openai-models.yaml").write_text(
     f"- model_id: mini\n  {entry}- model_id: mini-text\n  {entry}  completion: true\n"
