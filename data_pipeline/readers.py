@@ -173,6 +173,8 @@ def file_format(path: Path) -> str:
         return suffixes[-1]
     if suffixes and suffixes[-1] in (".xlsx", ".xls"):
         raise UserError(f"{path}: an Excel workbook is not read; save its sheet as CSV in UTF-8")
+    if suffixes and suffixes[-1] == ".tsv":
+        raise UserError(f"{path}: tabs as separators are not read; save it as CSV with commas")
     raise UserError(
         f"{path}: cannot tell its format from its name; rename it to end in "
         ".jsonl, .json, .txt or .csv (each also with .gz or .zst after it) or .parquet"

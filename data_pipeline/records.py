@@ -70,6 +70,8 @@ def parse_preference(data: dict) -> tuple[list[Message], str, str]:
     for given in (chosen_prompt, rejected_prompt):
         if given and _stripped(given) not in (_stripped(messages), _stripped(messages[-1:])):  # perhaps without history
             raise Malformed("the answers repeat another prompt than the row's")
+    if not messages:
+        raise Malformed(f"no prompt, or an empty one; the fields are {field_names(data)}")
     check_messages(messages, answered=False)
     if not message_text(messages[-1]).strip():
         raise Malformed("the prompt is empty")

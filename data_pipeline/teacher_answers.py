@@ -79,15 +79,18 @@ def collect_answers(inputs: list[Path], output: Path, endpoint: TeacherAPI, syst
             openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=RETRIES)
         )
         prompts = _prompts(inputs, system, done, summary, progress)
+        unanswered: str | None = None
         for path, line, messages, answer in _ask_all(client, endpoint, prompts):
             progress.update(1)
             if isinstance(answer, str):
+                unanswered = unanswered or f"; the first that was asked is {path}:{line}: {answer}"
                 summary.drop(path, "no answer", BadLine(line, answer))
             else:
                 writer.write({"messages": [*messages, answer], "asked": asked})
                 summary.kept += 1
         if not (summary.kept or done):
-            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{summary.first_bad_hint()}")
+            hint = unanswered or summary.first_bad_hint()
+            raise UserError(f"no prompt of {', '.join(map(str, inputs))} got an answer{hint}")
     summary.kept += len(done)
     summary.written.append(f"wrote {output}: {summary.kept:,} dialogues")
     return summary
@@ -236,6 +239,7 @@ def _ask(client: openai.OpenAI, endpoint: TeacherAPI, messages: list[Message]) -
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
         raise UserError(
             f"{endpoint.base_url} refuses the model {endpoint.model} or the key: {error.message}"
+            + ("; does the address end in /v1?" if isinstance(error, openai.NotFoundError) else "")
         ) from error
     except openai.APIConnectionError as error:
         reason = error.__cause__ or error

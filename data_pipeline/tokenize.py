@@ -146,9 +146,13 @@ def tokenize_pretrain_data(
     for path in paths:
         names = columns(path)
         if names is not None and text_field not in names:
-            raise UserError(
-                f"{path}: no column {text_field}, this file has {', '.join(names)}; rename one of them to {text_field}"
+            separator = next(
+                (word for mark, word in ((";", "semicolons"), ("\t", "tabs")) if mark in "".join(names)), None
             )
+            advice = "name the column with --text_field; a file needs a first line with the names of its columns"
+            if len(names) == 1 and separator:
+                advice = f"its columns are separated by {separator}: save it with commas"
+            raise UserError(f"{path}: no column {text_field}, this file has {', '.join(names)}; {advice}")
     encode = functools.partial(_encode_documents, tokenizer=tokenizer, text_field=text_field)
     return cached_dataset("pretrain", paths, tokenizer, cache_dir, {"text_field": text_field}, encode, max_dropped)
 

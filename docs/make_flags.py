@@ -77,8 +77,9 @@ def pages() -> dict[str, str]:
     fields = [f"--{name}" for name in field_descriptions()]
     found = {
         SHARED: "# Flags of all training stages\n\n"
-        "If a stage has another default, its own page says so. On-off flags have a `--no-` form. All wrong flags are "
-        "reported at once, before any work.\n\n" + _table({k: v for k, v in shared.items() if k not in fields}),
+        "If a stage has another default, its own page says so. On-off flags have a `--no-` form. All values out of "
+        "range are reported at once, before any work.\n\n"
+        + _table({k: v for k, v in shared.items() if k not in fields}),
         MODEL: "# Flags of the model\n\n"
         "With or without `--preset`, every field can be set. A stage that starts from a checkpoint takes the architecture "
         "from it and rejects other values; only `--max_seq_len` and `--dropout` may differ. The defaults are "

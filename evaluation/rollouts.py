@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from data_pipeline.readers import Record
 from data_pipeline.records import Malformed, parse_prompt
 from data_pipeline.sequences import content_hash
@@ -87,10 +88,18 @@ def read_prompts(
     Raises UserError if a file has none, or more than the share `max_dropped` of the rows cannot be used.
     """
 
+    if max_tokens < 1:
+        raise UserError(
+            "--max_new_tokens leaves nothing of the context for the question: lower it, or raise --max_seq_len"
+        )
+
     def make(record: Record) -> RolloutPrompt:
         prompt = _read_prompt(record, tokenizer, verifier, judges, tools)
         if len(prompt.ids) > max_tokens:
-            raise NothingToTrainOn(NO_ROOM, f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit")
+            raise NothingToTrainOn(
+                NO_ROOM,
+                f": it has {len(prompt.ids)} tokens, and {max_tokens} is the limit, what --max_new_tokens leaves",
+            )
         return prompt
 
     prompts = collect_rows(paths, make, "prompt", NOT_A_PROMPT, max_dropped)

@@ -49,9 +49,12 @@ def exact(answer: str, reference: str) -> float:
 
 def number(answer: str, reference: str) -> float:
     """Return 1 if the last number in the answer is the reference: "so it is 1,024.0 m" for 1024."""
-    expected = float(reference)
+    try:
+        expected = float(reference)
+    except ValueError:
+        expected = math.nan
     if not math.isfinite(expected):
-        raise ValueError(f"{reference} is not a number")
+        raise ValueError(f"{reference!r} is not a number")
     found = _NUMBER.findall(_plain_digits(answer))
     return float(bool(found) and math.isclose(float(found[-1]), expected, rel_tol=1e-6, abs_tol=1e-9))
 

@@ -149,6 +149,8 @@ def apply_adapter(model: Transformer, folder: Path) -> PeftModel:
 def read_description(folder: Path) -> dict:
     """Return `minimind.json` of an adapter folder. Raises UserError if it is not one."""
     recover_folder(folder)
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; an adapter is the folder that 4-lora_sft.py writes")
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -229,7 +229,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         there = f"in {path.parent} there are: {', '.join(files)}" if files else f"no .pth file is in {path.parent}"
         raise UserError(f"no checkpoint {path}; {there}")
     if not path.is_file():
-        raise UserError(f"{path} is a folder; name a .pth file")
+        hint = ""
+        if (path / "adapter_config.json").exists():
+            hint = "; 4-lora_sft.py --merge makes one of an adapter and its base"
+        elif (path / "config.json").exists():
+            hint = f"; make one of it: python export_model.py --format pth --weights {path}"
+        raise UserError(f"{path} is a folder; name a .pth file{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -53,7 +53,7 @@ UNSOUND = {  # what is wrong: (row, part of the reason)
     "same but for blanks": (GOOD | {"rejected": " 4\n"}, "chosen and rejected are the same"),
     "chosen empty": (GOOD | {"chosen": "  "}, "chosen is empty"),
     "rejected missing": ({"prompt": "2 + 2?", "chosen": "4"}, "no rejected"),
-    "prompt empty": (GOOD | {"prompt": ""}, "roles out of order"),
+    "prompt empty": (GOOD | {"prompt": ""}, "no prompt, or an empty one"),
     "unknown role": (GOOD | {"prompt": [turn("wizard", "2 + 2?")]}, "unknown role 'wizard'"),
     "assistant first": (GOOD | {"prompt": [turn("assistant", "hi"), turn("user", "q")]}, "roles out of order"),
     "assistant last": (GOOD | {"prompt": [turn("user", "q"), turn("assistant", "hi")]}, "roles out of order"),

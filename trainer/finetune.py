@@ -30,7 +30,7 @@ def starting_model(
 ) -> tuple[Transformer, Checkpoint | None]:
     """Return the model a stage starts from, and the checkpoint it came from (None: random weights).
 
-    --init_from, or the newest finished checkpoint of `stages` in --out_dir (of the size of --preset, if that is given);
+    --init_from, or the newest finished checkpoint of `stages` in --out_dir (of the size of --preset or --dim, if given);
     see `load_model`.
     """
     if options.init_from == "none":
@@ -39,9 +39,11 @@ def starting_model(
     if options.init_from is not None:
         path: Path | None = Path(options.init_from)
     else:
-        path = find_model(options.out_dir, stages, options.config() if options.preset else None, "--init_from")
+        sized = options.preset or options.model.keys() & {"dim", "use_moe"}
+        config = options.config() if sized else None
+        path = find_model(options.out_dir, stages, config, "--init_from")
     if path is None:
-        size = f" of the size of {options.preset}" if options.preset else ""
+        size = f" of the size of {options.preset}" if options.preset else f" with --dim {config.dim}" if config else ""
         raise UserError(
             f"no {' or '.join(stages)} checkpoint{size} in {options.out_dir}: run the stage before this one, name "
             "weights with --init_from FILE, or start from random ones with --init_from none"
