@@ -150,7 +150,7 @@ def read_description(folder: Path) -> dict:
     """Return `minimind.json` of an adapter folder. Raises UserError if it is not one."""
     recover_folder(folder)
     if not folder.exists():
-        raise UserError(f"{folder}: no such folder; an adapter is the folder that 4-lora_sft.py writes")
+        raise UserError(f"{folder} is not an adapter: there is no such folder; 4-lora_sft.py writes them")
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
