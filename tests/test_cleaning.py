@@ -161,7 +161,7 @@ def test_dpo_formats(data):
         ({"prompt": "q", "chosen": "a"}, "no rejected"),
         ({"prompt": "q", "chosen": {"role": "user", "content": "a"}, "rejected": "b"}, "chosen is a user message"),
         ({"prompt": chat("q", "x"), "chosen": "a", "rejected": "b"}, "out of order"),
-        ({"chosen": "a", "rejected": "b"}, "out of order: no messages"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt, or an empty one"),
         ({"chosen": chat("q", "a"), "rejected": chat("p", "b")}, "repeat another prompt"),
     ],
 )

@@ -456,7 +456,7 @@ def test_preference_prompts():
             "out of order: user assistant; the last must be user",
         ),
         ({"prompt": chat("q", "r", roles=("user", "user")), "chosen": "a", "rejected": "b"}, r"messages\[1\] must be"),
-        ({"chosen": "a", "rejected": "b"}, "out of order: no messages"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt, or an empty one"),
         ({"prompt": "p", "chosen": chat("q", "a"), "rejected": "b"}, "repeat another prompt"),
         ({"chosen": chat("q", "a"), "rejected": chat("p", "b")}, "repeat another prompt"),
     ],
