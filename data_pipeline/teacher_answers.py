@@ -215,16 +215,16 @@ def _as_request(messages: list[Message]) -> dict[str, Any]:
         ]
         message = {name: value for name, value in message.items() if name != "tools"}
         if calls := message.get("tool_calls"):
-            functions = [call["function"] for call in calls]
             message["tool_calls"] = [
                 {
                     "id": f"call_{len(sent)}_{number}",
                     "type": "function",
-                    "function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)},
+                    "function": call["function"]
+                    | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
                 }
-                for number, function in enumerate(functions)
+                for number, call in enumerate(calls)
             ]
-            ids = iter([call["id"] for call in message["tool_calls"]])
+            ids = (call["id"] for call in message["tool_calls"])
         elif message["role"] == "tool":
             message["tool_call_id"] = next(ids, "call_unknown")
         sent.append(message)
