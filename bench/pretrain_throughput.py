@@ -1,6 +1,7 @@
 """Measure useful training tokens per second, compared with one sample per row, padded, float32, eager.
 
     python bench/pretrain_throughput.py --data_path dataset/pretrain_data.csv
+    python bench/pretrain_throughput.py --seq_len 2048 --batch_size 2
     python bench/pretrain_throughput.py --preset minimind-v1-moe --seconds 30
 
 For a mixture of experts the first scheme has the original MiniMind's loop over them, and the last is a dense model with
@@ -28,6 +29,7 @@ from bench.throughput import (
     compare,
     dense_equal,
     describe,
+    model_config,
     original_model,
     packed_loss,
     padded_loss,
@@ -38,7 +40,6 @@ from common.files import ROOT
 from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize import tokenize_pretrain_data
 from model.device import resolve_device, resolve_dtype
-from model.LMConfig import preset
 from model.model import Transformer, describe_parameters
 from model.tokenizer import load_tokenizer
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_flags(parser, ROOT / "dataset" / "pretrain_data.csv")
     args = parser.parse_args()
-    config, device = preset(args.preset), resolve_device(args.device)
+    config, device = model_config(args), resolve_device(args.device)
     dataset = tokenize_pretrain_data(args.data_path, load_tokenizer(), args.cache_dir)
     packed = PackedRows(dataset, np.arange(len(dataset)), config.max_seq_len, seed=0)
     padded = PaddedRows(dataset, config.max_seq_len)
@@ -73,7 +74,7 @@ def main() -> None:
     for model in (schemes[0].model, *([schemes[-1].model] if config.use_moe else [])):
         print(describe_parameters(model))
     print(describe(packed, config.max_seq_len, device))
-    compare(schemes, args, half)
+    compare(schemes, config, args, half)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from bench.throughput import PaddedRows, Scheme, add_flags, compare, describe, packed_loss, padded_loss
+from bench.throughput import PaddedRows, Scheme, add_flags, compare, describe, model_config, packed_loss, padded_loss
 from common.cli import Parser  # noqa: E402
 from common.errors import run_script
 from common.files import ROOT
 from data_pipeline.datasets import PackedRows
 from data_pipeline.tokenize_chats import tokenize_chat_data
 from model.device import resolve_device, resolve_dtype
-from model.LMConfig import preset
 from model.lora import add_adapter, trainable_share
 from model.model import Transformer, describe_parameters
 from model.tokenizer import load_tokenizer
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--stages", choices=["sft", "lora"], nargs="+", default=["sft", "lora"])
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapter (default: 8)")
     args = parser.parse_args()
-    config, device = preset(args.preset), resolve_device(args.device)
+    config, device = model_config(args), resolve_device(args.device)
     dataset = tokenize_chat_data(args.data_path, load_tokenizer(), args.cache_dir, max_tokens=config.max_seq_len)
     packed = PackedRows(dataset, np.arange(len(dataset)), config.max_seq_len, seed=0)
     padded = PaddedRows(dataset, config.max_seq_len)
@@ -62,7 +61,7 @@ def main() -> None:
         ]
         model = schemes[0].model
         print(f"\n{stage}: {trainable_share(model) if isinstance(model, PeftModel) else describe_parameters(model)}")
-        compare(schemes, args, half)
+        compare(schemes, config, args, half)
 
 
 if __name__ == "__main__":

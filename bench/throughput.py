@@ -32,12 +32,18 @@ def add_flags(parser: argparse.ArgumentParser, data_path: Path) -> None:
     """Add the flags of every throughput comparison."""
     parser.add_argument("--data_path", type=Path, nargs="+", default=[data_path])
     parser.add_argument("--preset", choices=[*PRESETS], default="minimind-v1-small")
+    parser.add_argument("--seq_len", type=int, help="tokens in a row (default: the preset's max_seq_len)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch_size", type=int, default=8, help="rows per step (default: 8)")
     parser.add_argument("--seconds", type=float, default=15, help="seconds per scheme and round (default: 15)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every scheme (default: 3)")
     parser.add_argument("--cpu_time", action="store_true", help="count CPU time: on a machine that others use, too")
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "out" / "cache")
+
+
+def model_config(args: argparse.Namespace) -> LMConfig:
+    """Return the model of --preset, for rows of --seq_len tokens."""
+    return preset(args.preset, **({"max_seq_len": args.seq_len} if args.seq_len else {}))
 
 
 def dense_equal(config: LMConfig) -> LMConfig:
@@ -183,13 +189,13 @@ def matrix_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, clock:
     return 2 * rows * inner * columns / min(seconds)
 
 
-def compare(schemes: Sequence[Scheme], args: argparse.Namespace, half: torch.dtype) -> None:
+def compare(schemes: Sequence[Scheme], config: LMConfig, args: argparse.Namespace, half: torch.dtype) -> None:
     """Measure the schemes in turns and print a table; ratios are to the first scheme in the same round.
 
     MFU is the share of the peak in half precision. No data sheet gives that of a CPU: there it is the rate of the fastest of
     the model's matrix products, which are measured in every round, too.
     """
-    device, config = schemes[0].device, preset(args.preset)
+    device = schemes[0].device
     sizes = [(config.dim, config.dim), (config.dim, config.hidden_dim), (config.hidden_dim, config.dim)]
     shapes: dict[tuple[int, int, int], list[float]] = {
         (args.batch_size * config.max_seq_len, *size): [] for size in [*sizes, (config.dim, config.vocab_size)]

@@ -217,7 +217,7 @@ def measure_throughput(args: argparse.Namespace, train: Path) -> None:
             Scheme("cached features", images, packed_loss, lambda: VisionLanguageModel(seeing), args, half),
         ]
         print(f"{len(images)} rows of {config.max_seq_len} tokens, {shape[0]} images of 50 tokens; {args.preset}")
-        compare(schemes, args, half)
+        compare(schemes, config, args, half)
 
 
 def main() -> None:

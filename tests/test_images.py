@@ -277,6 +277,20 @@ def test_one_parquet_of_three_formats_without_the_broken_rows(tmp_path):
     assert (tmp_path / "all.parquet").read_bytes() == before
 
 
+def test_the_stage_finds_the_images_in_the_folder_of_the_flag(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "dot.png").write_bytes(picture())
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps([{"image": "dot.png", "conversations": CHAT}]), encoding="utf-8")
+    files = ["--input", chat, "--out_dir", tmp_path, "--output", "all.parquet"]
+    command = [sys.executable, ROOT / "data_process.py", "vlm", *files]
+    alone = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert alone.returncode == 1 and "no valid rows" in alone.stderr  # beside the rows there is no such image
+    done = subprocess.run([*map(str, command), "--image_dir", str(tmp_path / "images")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record.data["image_bytes"] for record in iter_records(tmp_path / "all.parquet", None)] == [[picture()]]
+
+
 def test_wrong_flags_of_the_stage_are_all_named(tmp_path):
     command = [sys.executable, ROOT / "data_process.py", "vlm", "--max_chars", "9", "--output", "x.csv"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)

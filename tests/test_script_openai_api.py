@@ -13,10 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from serving_helpers import NAME, QUESTION, SUM, TOKENIZER, Scripted, answer_ids, serving
@@ -144,6 +146,27 @@ def test_a_server_whose_engine_fails_ends_with_an_error(out):
             assert sock.recv(65536).startswith(b"HTTP/1.1 50")
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "a bug" in errors and errors.endswith("the reason is above\n")
+
+
+def test_the_name_the_prefix_cache_and_image_addresses_are_those_of_the_flags(out, run_here):
+    def hits(*flags: str) -> int:
+        """Ask twice the same question; return how many of its tokens the second one finds in the cache."""
+        with running("--weights", out / "full_sft_32.pth", *flags) as (_, port):
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+            name = client.models.list().data[0].id
+            assert name == ("mine" if "mine" in flags else "full_sft_32")
+            for _ in range(2):
+                question = [{"role": "user", "content": "long " * 100}]
+                client.chat.completions.create(model=name, messages=question, max_tokens=1)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                return int(re.search(r"^minimind_prefix_cache_hit_tokens\S* (\d+)", answer.read().decode(), re.M)[1])
+
+    assert hits("--served_model_name", "mine", "--prefix_cache_mb", "0") == 0
+    assert hits() > 100
+    refused = run_here(
+        "my_openai_api.py", *CPU, "--weights", out / "full_sft_32.pth", "--port", 0, "--allow_image_urls"
+    )
+    assert refused.returncode == 1 and "full_sft_32.pth" in refused.stderr and "image" in refused.stderr
 
 
 def test_what_can_be_served(out, monkeypatch, capsys):

@@ -104,6 +104,18 @@ def test_with_no_flags_the_optimizer_is_muon_and_the_batch_fits_the_length_of_th
     assert load_checkpoint(tmp_path / "pretrain_32.pth").info["options"]["batch_size"] == options["batch_size"]
 
 
+def test_no_more_is_held_out_than_the_flags_allow(texts, tmp_path, pretrain):
+    def held_out(*flags: object) -> int:
+        result = pretrain(*TINY, *flags, "--data_path", texts, "--out_dir", tmp_path, "--max_steps", 1, "--overwrite")
+        assert result.returncode == 0, result.stderr
+        return int(
+            re.search(r"held out for validation: \d+ documents, ([\d,]+) tokens", result.stdout)[1].replace(",", "")
+        )
+
+    half = held_out("--val_fraction", 0.5)
+    assert 200 < held_out("--val_fraction", 0.5, "--val_tokens", 500) < 1000 < half
+
+
 def test_the_batch_grows_with_the_run_and_not_with_the_number_of_processes():
     def chosen(n_tokens: int, world_size: int = 1, **flags) -> TrainOptions:
         options = TrainOptions(batch_size=None, **flags)
