@@ -1,6 +1,6 @@
 """Chat with a model, or have it answer a list of questions.
 
-    python 2-eval.py                                            # the newest of out/rl_*, full_sft_*, lora_*
+    python 2-eval.py                                            # the newest that answers: out/full_sft_*, rl_*, lora_* …
     python 2-eval.py --auto --temperature 0                     # built-in questions, Chinese and English
     python 2-eval.py --weights out/full_sft_512.pth --system "Answer in one sentence." --history_turns 3
     python 2-eval.py --lora out/lora_identity_512

@@ -18,14 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import flag, parse_options
+from common.cli import as_word, flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
-from trainer.options import ChatOptions, mix_flag
+from trainer.options import DialogueOptions, mix_flag
 
 
 @dataclass
-class SftOptions(ChatOptions):
+class SftOptions(DialogueOptions):
     stage = "full_sft"
     recipes = {"muon": {"learning_rate": 3e-3}, "adamw": {"learning_rate": 1e-3}}  # measured in docs/recipes.md
 
@@ -66,7 +66,7 @@ def main() -> None:
     fit(model, next_token_loss, train, val, options, run, dist_env)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
-    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
+    print(f"done: {path}; now try: python 2-eval.py --weights {as_word(path)}")
 
 
 if __name__ == "__main__":

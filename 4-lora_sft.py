@@ -4,7 +4,8 @@
     python 4-lora_sft.py --lora_name shop --data_path shop.jsonl --rank 16 --target_modules wq wv --merge
     python 2-eval.py --lora out/lora_identity_512                              # chat with the result
 
-In:  out/full_sft_{dim}[_moe].pth (or any checkpoint with --init_from), and dialogues as for 3-full_sft.py
+In:  the newest of out/full_sft_{dim}[_moe].pth, rl_, rlvr_ and distill_ (any checkpoint with --init_from), and dialogues
+     as for 3-full_sft.py
 Out: out/lora_{name}_{dim}[_moe]/, an adapter in peft's format (a few percent of the model's size)
      with --merge also out/lora_{name}_{dim}[_moe].pth, the full model with the adapter added
 
@@ -19,14 +20,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.cli import flag, parse_options
+from common.cli import as_word, flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
-from trainer.options import ChatOptions, mix_flag
+from trainer.options import DialogueOptions, mix_flag
 
 
 @dataclass
-class LoraOptions(ChatOptions):
+class LoraOptions(DialogueOptions):
     stage = "lora_{lora_name}"
 
     data_path: list[Path] = flag(
@@ -115,7 +116,7 @@ def main() -> None:
         save_checkpoint(file, merged.model, dtype=DTYPES[options.save_dtype], info=info, overwrite=True)
         print(f"merged into {file}")
     cleanup_distributed(dist_env)
-    print(f"done: {folder}; now try: python 2-eval.py --lora {folder}")
+    print(f"done: {folder}; now try: python 2-eval.py --lora {as_word(folder)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.cli import flag, parse_options
+from common.cli import as_word, flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
 from trainer.options import TuneOptions
@@ -89,7 +89,7 @@ def main() -> None:
     fit(model, loss, train, val, options, run, dist_env, add_reference)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
-    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
+    print(f"done: {path}; now try: python 2-eval.py --weights {as_word(path)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Stage 6, reinforcement learning with verifiable rewards: the model answers questions, and learns from what was right.
 
-    python 6-rlvr_train.py --data_path prompts.jsonl                           # from the newest out/full_sft_*.pth
+    python 6-rlvr_train.py --data_path prompts.jsonl      # from the newest out/full_sft_*, rl_* or distill_*
     python 6-rlvr_train.py --data_path prompts.jsonl --algorithm dapo --group_size 16 --beta 0.01
     python 6-rlvr_train.py --resume
 
-In:  out/full_sft_{dim}[_moe].pth, and JSONL of {"messages", "answer", "verifier"}, perhaps with "tools" (the names of tools
-     that the model may call) and "enable_thinking"; {"question", "answer"} as in GSM8K with --verifier number
+In:  the newest of out/full_sft_{dim}[_moe].pth, rl_ and distill_, and JSONL of {"messages", "answer", "verifier"}, perhaps
+     with "tools" (the names of tools that the model may call) and "enable_thinking"; {"question", "answer"} as in GSM8K
+     with --verifier number
 Out: out/rlvr_{dim}[_moe].pth and .json, .metrics.jsonl, .png and .resume/ as in 1-pretrain.py
 
 In every step the model answers some questions, --group_size times each; tool calls are run, and it goes on with what
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.cli import flag, parse_options
+from common.cli import as_word, flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
 from trainer.options import RolloutOptions
@@ -68,6 +69,8 @@ class RlvrOptions(RolloutOptions):
         found = super().validate()
         if (self.judge_url is None) != (self.judge_model is None):
             found.append("--judge_url and --judge_model belong together: give both")
+        if self.algorithm == "cispo" and self.epsilon != RlvrOptions.epsilon:
+            found.append("--epsilon does nothing for --algorithm cispo: use --epsilon_high")
         return found + [
             f"--{name} is for --algorithm ppo and does nothing for {self.algorithm}: leave it out"
             for name in changed
@@ -132,7 +135,7 @@ def main() -> None:
     fit(model, loss, train, val, options, run, dist_env, make_loader=make_loader)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
-    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
+    print(f"done: {path}; now try: python 2-eval.py --weights {as_word(path)}")
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.cli import flag, parse_options
+from common.cli import as_word, flag, parse_options
 from common.errors import UserError, run_script
 from common.files import ROOT
-from trainer.options import ChatOptions
+from trainer.options import DialogueOptions
 
 
 @dataclass
-class DistillOptions(ChatOptions):
+class DistillOptions(DialogueOptions):
     stage = "distill"
 
     data_path: list[Path] = flag(
@@ -45,6 +45,7 @@ class DistillOptions(ChatOptions):
     on_policy: bool = flag(
         False, "learn from the student's own answers to the questions, in place of those in the data"
     )
+    num_workers: int = flag(1, "threads that prepare the next batches; on_policy: ignored", min=0)
     max_new_tokens: int = flag(256, "on_policy: maximum length of an answer in tokens", min=1)
     alpha: float | None = flag(
         None, "weight of the labels in the loss; the rest is the teacher's (default: 0.5; on_policy: 0)", min=0, below=1
@@ -143,7 +144,7 @@ def main() -> None:
     fit(model, loss, train, val, options, run, dist_env, make_loader=make_loader)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
-    print(f"done: {path}; now try: python 2-eval.py --weights {path}")
+    print(f"done: {path}; now try: python 2-eval.py --weights {as_word(path)}")
 
 
 if __name__ == "__main__":

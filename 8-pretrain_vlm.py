@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.cli import flag, parse_options
+from common.cli import as_word, flag, parse_options
 from common.errors import run_script
 from common.files import ROOT
 from model.architecture import VisionConfig
@@ -101,7 +101,7 @@ def main() -> None:
     fit(model, next_token_loss, train, val, options, run, dist_env)
     cleanup_distributed(dist_env)
     path = options.out_dir / f"{run.name}.pth"
-    print(f"done: {path}; now try: python 9-sft_vlm.py --init_from {path}")
+    print(f"done: {path}; now try: python 9-sft_vlm.py --init_from {as_word(path)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import flag, parse_options
-from common.errors import UserError, run_script
+from common.errors import UserError, first_line, run_script
 from inference.model_finder import CHAT_STAGES, require_model
 from inference.options import ModelOptions, SamplingParams, model_options, sampling_options
 from inference.terminal import use_utf8
@@ -138,7 +138,7 @@ def main() -> None:
         size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * checkpoint.model.dtype.itemsize
         raise UserError(
             f"not enough memory for {rows} answers of {context} tokens ({size * rows * context / 1e9:,.1f} GB; "
-            f"{str(error).splitlines()[0]}): give a smaller --max_rows or --max_seq_len"
+            f"{first_line(error)}): give a smaller --max_rows or --max_seq_len"
         ) from error
     path = checkpoint.path.resolve()
     name = options.served_model_name or (path.name if path.is_dir() else path.stem)

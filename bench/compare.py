@@ -39,7 +39,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from common.cli import flag, parse_options, validate_folder  # noqa: E402
-from common.errors import UserError, run_script  # noqa: E402
+from common.errors import UserError, first_line, run_script  # noqa: E402
 from common.files import atomic_write, write_json  # noqa: E402
 from inference.generator import generate  # noqa: E402
 from inference.model_loader import open_model  # noqa: E402
@@ -265,7 +265,7 @@ def judge_all(args: Options, questions: list[str], contestants: list[Contestant]
             text = reply.choices[0].message.content if reply.choices else None
             scores = parse_verdict(text or "", letters)
         except (openai.OpenAIError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             verdicts.append(Verdict(None, reason))
             continue
         points = {who: scores[letter] for letter, who in zip(letters, order, strict=True)}

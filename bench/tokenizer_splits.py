@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, run_script  # noqa: E402
-from data_pipeline.bpe import SPLIT, measure, train_bpe  # noqa: E402
+from data_pipeline.bpe import measure, train_bpe  # noqa: E402
 from data_pipeline.tokenizer_data import read_data  # noqa: E402
-from model.tokenizer import load_tokenizer  # noqa: E402
+from model.tokenizer import SPLIT, load_tokenizer  # noqa: E402
 
 # Each as its publisher wrote it, but without possessive quantifiers, which change nothing here.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"

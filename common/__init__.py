@@ -1,1 +1,1 @@
-"""Errors, command line, atomic files and locks, progress; imports no other room, and never torch."""
+"""Errors, command line, atomic files and locks, progress; imports no other package, and never torch."""

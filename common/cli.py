@@ -68,7 +68,7 @@ def flag(
     limits = {"min": min, "above": above, "max": max, "below": below}
     limits = {name: value for name, value in limits.items() if value is not None}
     metadata = {"help": help, "group": group, "positional": positional, "limits": limits, "settings": settings}
-    if isinstance(default, (list, dict)):
+    if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -80,6 +80,11 @@ def flag_group(title: str, description: str, flags: Callable[[], dict[str, FlagS
     """
     metadata = {"title": title, "description": description, "flags": flags}
     return dataclasses.field(default_factory=dict, metadata=metadata)
+
+
+def as_word(path: Path) -> str:
+    """Return a path as it is pasted into a shell, also that of Windows: in quotes if it has spaces."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def option_group(options: Callable[..., Any], title: str, **defaults: Any) -> Any:

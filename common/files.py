@@ -37,7 +37,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | str, mode: str = "w", encoding: str | None = "utf-8") -> Iterator[IO]:
+def atomic_write(path: Path | str, mode: str = "w", encoding: str = "utf-8") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
     If the block raises (a full disk, Ctrl-C) or the process is killed, `path` keeps its old content.

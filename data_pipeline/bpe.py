@@ -18,6 +18,7 @@ from model.tokenizer import (
     CONTROL_TOKENS,
     EOS,
     EOS_ID,
+    SPLIT,
     UNK,
     UNK_ID,
     encode_text,
@@ -25,12 +26,6 @@ from model.tokenizer import (
     tokenizer_hash,
 )
 
-# Text is cut here before merging; no token crosses a cut. It is Qwen2's rule, which llama.cpp knows by the name "qwen2":
-# a word with the character before it, digits one by one (a number is then spelled alike wherever it stands),
-# punctuation with the line end after it, line ends, blanks.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 MAX_TOKEN_BYTES = 18  # 6 Chinese characters: no boilerplate sentence of the training data becomes a token
 
 

@@ -74,6 +74,8 @@ class PackedRows:
         documents: indices of the documents to use.
         seq_len: tokens in a row.
         seed: of the packing.
+
+    Attributes:
         n_bytes: bytes of text in these documents (for bits per byte).
     """
 

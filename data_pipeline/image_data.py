@@ -38,7 +38,7 @@ def convert_images(inputs: list[Path], output: Path, image_dir: Path | None, num
         writing(inputs, IMAGE_COLUMNS, [output], UNCHANGED) as summary,
         Progress("vlm", summary.n_bytes) as progress,
         ThreadPoolExecutor(n_threads, thread_name_prefix="images") as pool,
-        atomic_write(output, "wb", encoding=None) as file,
+        atomic_write(output, "wb") as file,
         _ParquetFile(file) as writer,
     ):
         blocks = (

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import data_pipeline.text_files as text_files
-from common.errors import UserError
+from common.errors import UserError, first_line
 from data_pipeline.text_files import BadLine, TruncatedArchive, check_readable, line_blocks, read_chunks, utf8_reason
 
 if TYPE_CHECKING:
@@ -387,8 +387,7 @@ def _open_parquet(path: Path) -> ParquetFile:
     try:
         return pyarrow.parquet.ParquetFile(path, buffer_size=text_files.BLOCK_BYTES)
     except (pyarrow.ArrowException, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable Parquet file ({first_line}); download it again") from None
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); download it again") from None
 
 
 def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Record | BadLine]:
@@ -407,7 +406,7 @@ def _parquet_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Recor
             on_bytes(size * row // n_rows - reported)
             reported = size * row // n_rows
     except (pyarrow.ArrowException, OSError) as error:
-        reason = f"damaged Parquet: {str(error).splitlines()[0]}; nothing after this row could be read"
+        reason = f"damaged Parquet: {first_line(error)}; nothing after this row could be read"
         yield BadLine(row + 1, reason, rest_lost=True)
     on_bytes(size - reported)
 

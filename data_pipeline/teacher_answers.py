@@ -154,7 +154,8 @@ def _prompts(
                 messages = [{"role": "system", "content": system}, *messages]
             key = _key(messages)
             if key in seen:
-                summary.dropped["duplicate"] += key not in done
+                if key not in done:
+                    summary.dropped["duplicate"] += 1
                 progress.update(1)
                 continue
             seen.add(key)

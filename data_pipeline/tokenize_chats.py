@@ -180,7 +180,7 @@ def _encode_chats(
             if image_ids:
                 _check_places(chat, image_ids)
         except NothingToTrainOn as reason:
-            encoded.skipped.append((str(reason), BadLine(line, f"{reason} in {max_tokens} tokens")))
+            encoded.skipped.append((str(reason), BadLine(line, f"{reason}{reason.detail}")))
             continue
         except UserError as reason:
             kind = next(kind for error, kind in NOT_USED.items() if isinstance(reason, error))

@@ -1,1 +1,1 @@
-"""Evaluate models: C-Eval and scores of given answers; imports inference and the rooms below it."""
+"""Evaluate models: benchmarks, verifiers, judges, tools, a look inside; imports inference and the packages below it."""

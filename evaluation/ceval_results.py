@@ -156,5 +156,5 @@ def draw(summary: dict, path: Path) -> None:
         axes.invert_yaxis()
         axes.set(xlim=(0, 100), xlabel="right answers, %", title=f"C-Eval: {Path(summary['model']).name}")
         axes.legend(loc="lower right")
-        with atomic_write(path, "wb", encoding=None) as file:
+        with atomic_write(path, "wb") as file:
             figure.savefig(file, format="png", dpi=120)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import ROOT
 from evaluation.ceval import Question, answer_texts, chat_prompt, plain_prompt
 from evaluation.options import EvaluatedModelOptions
@@ -156,7 +156,7 @@ def open_transformers_folder(
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device)
     except (ValueError, OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--hf {folder} cannot be loaded: {reason}. If it comes with code of its own that you have read and "
             "trust, add --trust_remote_code"

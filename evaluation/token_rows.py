@@ -34,7 +34,7 @@ def list_datasets(*cache_dirs: Path) -> list[dict[str, Any]]:
     return [info for _, info in sorted(found, key=lambda pair: (-pair[0], str(pair[1]["folder"])))]
 
 
-def first_rows(folder: Path, seq_len: int, seed: int = 1337) -> PackedRows:
+def first_rows(folder: Path, seq_len: int) -> PackedRows:
     """Return the rows into which training would pack the first documents of a data set.
 
     Training packs all documents except those for validation, so its rows hold other neighbours; the rules are the same.
@@ -44,7 +44,7 @@ def first_rows(folder: Path, seq_len: int, seed: int = 1337) -> PackedRows:
     dataset = open_dataset(folder)
     if dataset is None:
         raise UserError(f"{folder} is damaged, or of an earlier version: the next training run builds it again")
-    return PackedRows(dataset, np.arange(min(len(dataset), MOST_DOCUMENTS)), seq_len, seed)
+    return PackedRows(dataset, np.arange(min(len(dataset), MOST_DOCUMENTS)), seq_len, seed=1337)
 
 
 @dataclass(frozen=True)

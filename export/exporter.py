@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import atomic_folder, exclusive, explain_write_errors, write_json
 from export.huggingface import (
     CONFIG,
@@ -162,7 +162,7 @@ def upload(folder: Path, repo: str, private: bool) -> None:
         url = api.create_repo(repo, exist_ok=True, private=private)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="MiniMind")
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{folder} is written, but was not uploaded to {repo}: {reason}; log in with: hf auth login"
         ) from error

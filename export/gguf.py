@@ -30,6 +30,7 @@ from export.self_check import MAX_KL, Agreement, measure, model_logits
 from model.families import llama_names
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.tokenizer import SPLIT
 from model.weights_file import build_model
 
 # name: (type of the matrices, type recorded for the whole file)
@@ -39,11 +40,6 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 BLOCK = 32  # weights of a row that share a scale in q8_0
-
-# The splitting that llama.cpp calls "qwen2"; train_tokenizer.py uses the same.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def gguf_architecture(config: LMConfig) -> str:
@@ -193,7 +189,7 @@ def check_splitting(content: dict) -> None:
     patterns = [piece["pattern"].get("Regex") for piece in pieces if piece.get("type") == "Split"]
     bytes_only = [piece for piece in pieces if piece.get("type") == "ByteLevel"]
     plain = len(bytes_only) == 1 and not (bytes_only[0]["use_regex"] or bytes_only[0]["add_prefix_space"])
-    if content["model"]["type"] != "BPE" or content.get("normalizer") or patterns != [QWEN2_SPLIT] or not plain:
+    if content["model"]["type"] != "BPE" or content.get("normalizer") or patterns != [SPLIT] or not plain:
         raise UserError(
             "llama.cpp cannot split text as this tokenizer does: it must be a byte-level BPE with Qwen2's splitting, as "
             "train_tokenizer.py trains it; use --format llama or minimind"

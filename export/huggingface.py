@@ -424,4 +424,7 @@ def read_json(path: Path) -> dict:
 
 def _check_exists(path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"no {path.name} in {path.parent}: this is not an exported folder, or a part of it is missing")
+        raise UserError(
+            f"no {path.name} in {path.parent}: this is no folder in the format of transformers (llama or minimind), "
+            "or a part of it is missing"
+        )

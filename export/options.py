@@ -73,7 +73,8 @@ class ExportOptions:
         elif self.dtype == "q8_0" and self.format != "gguf":
             errors.append("--dtype q8_0 needs --format gguf")
         if self.format == "pth":
-            unused = [name for name in ("lora", "push_to_hub", "ceval") if getattr(self, name)]
+            names = ("lora", "push_to_hub", "ceval", "out_dir", "tokenizer")
+            unused = [name for name in names if getattr(self, name) != getattr(ExportOptions, name)]
             errors += [f"--{name} is not for --format pth" for name in unused]
             if self.weights is None:
                 errors.append("--format pth needs --weights FOLDER")

@@ -1,7 +1,7 @@
 """Options of everything that generates text, declared once: how tokens are chosen, which model is used, where it runs.
 
-The flags of the scripts, the fields of the server's requests and the controls of the web page are derived from these
-dataclasses. Nothing here imports torch: `--help` and the clients of a server need no more than this.
+The flags of the scripts are derived from these dataclasses; the server's requests and the web page fill them.
+Nothing here imports torch: `--help` and the clients of a server need no more than this.
 """
 
 from __future__ import annotations

@@ -36,6 +36,12 @@ CONTROL_TOKENS = (
     IMAGE_TOKEN,
     *(f"<reserved_{i}>" for i in range(7)),
 )
+# Text is cut here before merging; no token crosses a cut. It is Qwen2's rule, which llama.cpp knows by the name "qwen2":
+# a word with the character before it, digits one by one (a number is then spelled alike wherever it stands),
+# punctuation with the line end after it, line ends, blanks.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the same ids in MiniMind2 of April 2025 and MiniMind-3
 
 

@@ -97,7 +97,7 @@ def save_checkpoint(
         skeleton[OUTPUT] = skeleton[EMBEDDING]
     pairs = _cast(_tensors_of(model, path) if tensors is None else tensors, dtype, path)
     try:
-        with atomic_write(path, "w+b", encoding=None) as file:
+        with atomic_write(path, "w+b") as file:
             write_tensors(file, skeleton, pairs)
             new["fingerprint"] = fingerprint_of(file)
             write_json(path.with_suffix(".json"), new | previous)

@@ -323,8 +323,8 @@ class Endpoint:
         if "stop" in given:
             stops = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
             given["stop"] = tuple(text for text in stops if text)  # some clients send "" for none
-        if "seed" in given:
-            given["seed"] = (given["seed"] + index) % 2**64
+        if (seed := given.get("seed", self.defaults.seed)) is not None:
+            given["seed"] = (seed + index) % 2**64
         if body.logit_bias:
             given["logit_bias"] = bias = {int(token): value for token, value in body.logit_bias.items()}
             if max(bias) >= self.model.vocab_size:

@@ -112,8 +112,6 @@ class Engine:
                 of these if that is more; None: a default for the device.
             prefix_bytes: memory for prompts and answers with which later prompts may begin.
         """
-        if max_queue < 1:
-            raise ValueError(f"--max_queue {max_queue} must be at least 1")
         self._make_generator, self.max_queue = make_generator, max_queue
         self.statistics = Statistics()
         self._wakeup = threading.Condition()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import errno
 import functools
 import http.client
@@ -156,6 +157,13 @@ def test_each_sampling_field_is_honoured(server):
     assert server.chat_endpoint.sampling_params(
         protocol.ChatRequest(model=NAME, messages=HELLO), 0, 9, None
     ) == SamplingParams(9)
+
+
+def test_several_answers_differ_with_the_seed_of_the_server_too(server):
+    endpoint = dataclasses.replace(server.chat_endpoint, defaults=SamplingParams(seed=2**64 - 1))
+    request = protocol.ChatRequest(model=NAME, messages=HELLO, n=3)
+    seeds = [endpoint.sampling_params(request, i, 9, None).seed for i in range(3)]
+    assert seeds == [2**64 - 1, 0, 1]
 
 
 def test_stop(server, client):

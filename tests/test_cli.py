@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import Parser, validate_folder
+from common.cli import Parser, as_word, validate_folder
 from common.errors import known_flags, name_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,7 @@ def test_one_line(line, message, capsys):
 
 def test_paths_are_paths():
     assert make().parse_args(["--folder", "a b"]).folder == Path("a b") and make().parse_args([]).folder is None
+    assert as_word(Path("a b")) == '"a b"' and as_word(Path("é")) == "é"
 
 
 def test_where_nothing_can_be_written(tmp_path, monkeypatch):

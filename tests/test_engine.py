@@ -384,5 +384,3 @@ def test_answers_of_a_client_that_does_not_read_are_bounded(monkeypatch):
 def test_a_decoder_that_cannot_be_made_is_an_error_at_once():
     with pytest.raises(ValueError, match="at least 1 row"):
         make(rows=0)
-    with pytest.raises(ValueError, match="--max_queue"):
-        make(max_queue=0)

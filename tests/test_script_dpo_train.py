@@ -194,7 +194,7 @@ def test_resuming_with_another_loss_is_refused(run, out, pairs):
 
 def test_without_a_base(run, tmp_path, pairs, tokenizer):
     flags = [*QUICK, "--data_path", pairs, "--out_dir", tmp_path / "out"]
-    assert "no full_sft checkpoint in" in error_of(run(*flags))
+    assert "no full_sft_*.pth in" in error_of(run(*flags))
     assert "nothing.pth" in error_of(run(*flags, "--init_from", tmp_path / "nothing.pth"))
     tiny = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64".split()
     result = run(*flags, *tiny, "--init_from", "none")

@@ -170,7 +170,7 @@ def test_failures_leave_nothing(out, tmp_path, main):
         "out.pth is a folder": ["--weights", empty, "--format", "pth", "--output", folder, "--overwrite"],
     }.items():
         with pytest.raises(UserError, match=message):
-            main("--out_dir", tmp_path, *args)
+            main(*args, *([] if "--out_dir" in args or "pth" in args else ["--out_dir", tmp_path]))
         assert names(tmp_path) == before and not names(empty)
 
 
@@ -246,7 +246,11 @@ def test_combinations_that_make_no_sense(main, capsys):
             "give user/name",
             "at least 0",
         ],
-        "--format pth --lora x": ["--lora is not for --format pth", "needs --weights FOLDER"],
+        "--format pth --lora x --out_dir y": [
+            "--lora is not for --format pth",
+            "--out_dir is not for",
+            "needs --weights FOLDER",
+        ],
         "--private --output /dev/null/x/y": ["--private is for --push_to_hub", "/dev/null is not a folder"],
         "--format pth --weights x --output x/y": ["name a .pth file"],
         "--output . --overwrite": ["--output .: name the file or folder to write"],

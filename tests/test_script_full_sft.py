@@ -245,7 +245,7 @@ def test_without_a_base(run, tmp_path, chats):
     """None is an error; random weights are for those who ask for them."""
     flags = [*QUICK, "--data_path", chats, "--out_dir", tmp_path / "out"]
     message = error_of(run(*flags))
-    assert "no pretrain checkpoint in" in message and "--init_from" in message
+    assert "no pretrain_*.pth in" in message and "--init_from" in message
     tiny = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64".split()
     result = run(*flags, *tiny, "--init_from", "none")
     assert result.returncode == 0, result.stderr
@@ -257,7 +257,7 @@ def test_bases_that_do_not_fit(run, out, tmp_path, chats, tokenizer):
     flags = [*QUICK, "--data_path", chats, "--out_dir", out]
     message = error_of(run(*flags, "--init_from", out / "pretrain_48.pth"))
     assert "pretrain_48.pth" in message and "there are: pretrain_32.pth" in message
-    assert "no pretrain checkpoint of the size of toy" in error_of(run(*flags, "--preset", "toy"))
+    assert "no pretrain_192.pth in" in error_of(run(*flags, "--preset", "toy"))
     message = error_of(run(*flags, "--preset", "toy", "--init_from", out / "pretrain_32.pth"))
     assert "another architecture" in message and "dim: 192 != 32" in message
     mixture = out / "toy_moe.pth"

@@ -121,7 +121,7 @@ def test_any_checkpoint_can_be_the_base(run, tmp_path, chats, tokenizer):
     base = write_base(tmp_path / "elsewhere" / "rl_32.pth", tokenizer)
     flags = [*QUICK, "--data_path", chats, "--out_dir", tmp_path / "out"]
     message = error_of(run(*flags))
-    assert "no full_sft or rl or rlvr or distill checkpoint in" in message and "--init_from" in message
+    assert "no full_sft_*.pth or rl_*.pth or rlvr_*.pth or distill_*.pth in" in message and "--init_from" in message
     assert run(*flags, "--init_from", base).returncode == 0
     assert load_adapter(tmp_path / "out" / "lora_me_32", base=base).info["base"] == "rl_32.pth"
     with pytest.raises(ValueError, match="rl_32.pth does not exist"):

@@ -193,6 +193,7 @@ def test_wrong_flags_and_data_are_named_before_any_work(run, base, prompts, tmp_
         "--gamma is for --algorithm ppo and does nothing for grpo",
     ):
         assert part in result.stderr, part
+    assert "--epsilon does nothing for --algorithm cispo" in run("--algorithm", "cispo", "--epsilon", 0.5).stderr
     flags = [*QUICK, "--init_from", base, "--out_dir", tmp_path]
     assert "a.jsonl; name your prompts" in error_of(run(*flags, "--data_path", tmp_path / "a.jsonl"))
     assert "'nothing' is unknown; verifiers: exact" in error_of(

@@ -8,7 +8,7 @@
 The first two are those of `torch.distributed.checkpoint` (DCP); any number of processes reads them back. (`--deepspeed`
 writes DeepSpeed's own instead.) A state is written into a temporary folder, flushed to the disk and renamed: whenever a
 process dies, the states written before are still there. (The weights for use, `out/pretrain_512.pth`, are something else:
-see `model.weights`.)
+see `model.weights_file`.)
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _candidates(folder: Path, options: TrainOptions, dist_env: DistEnv) -> list[
     ours = [
         path
         for path in found
-        if dist_env.restart_count and read_json_or_empty(path / "run.json").get("launch") == dist_env.run_id
+        if dist_env.restart_count and read_json_or_empty(path / "run.json").get("run_id") == dist_env.run_id
     ]
     if ours:  # the processes wrote them before the launcher restarted them
         return ours[::-1]

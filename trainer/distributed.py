@@ -100,9 +100,9 @@ def init_distributed(device: str, timeout: float = 600.0) -> DistEnv:
     # After a restart the launchers of several machines count differently: a restart on one is a restart of all.
     found = [(0, "")] * size
     dist.all_gather_object(found, (restart_count, _run_id()))
-    attempt = sum(count for count, _ in found)  # grows with every restart, whichever machine counts it
-    errors.failure_key = f"failed/{attempt}"
-    watchdog = Watchdog(rank, size, timeout, attempt)
+    restarts = sum(count for count, _ in found)  # grows with every restart, whichever machine counts it
+    errors.failure_key = f"failed/{restarts}"
+    watchdog = Watchdog(rank, size, timeout, restarts)
     watchdog.start()
     untimed_group = dist.new_group(backend="gloo", timeout=FOREVER)
     return DistEnv(rank, size, local_rank, max(count for count, _ in found), found[0][1], watchdog, untimed_group)

@@ -16,12 +16,13 @@ from data_pipeline.datasets import PackedRows
 from data_pipeline.preferences import PreferencePairs
 from data_pipeline.tokenize_chats import show_sample, tokenize_chat_data
 from inference.model_finder import find_model
+from model.architecture import checkpoint_name
 from model.device import resolve_device, resolve_dtype
 from model.model import Transformer
 from model.weights_file import Checkpoint
 from trainer.distributed import DistEnv, all_gather_object, main_process_first
 from trainer.losses import compute_ref_logps
-from trainer.options import ChatOptions, TrainOptions, TuneOptions
+from trainer.options import DialogueOptions, TrainOptions, TuneOptions
 from trainer.recipe import load_model, packed_rows
 
 
@@ -43,9 +44,9 @@ def starting_model(
         config = options.config() if sized else None
         path = find_model(options.out_dir, stages, config, "--init_from")
     if path is None:
-        size = f" of the size of {options.preset}" if options.preset else f" with --dim {config.dim}" if config else ""
+        names = [checkpoint_name(stage, config) if config else f"{stage}_*.pth" for stage in stages]
         raise UserError(
-            f"no {' or '.join(stages)} checkpoint{size} in {options.out_dir}: run the stage before this one, name "
+            f"no {' or '.join(names)} in {options.out_dir}: run the stage before this one, name "
             "weights with --init_from FILE, or start from random ones with --init_from none"
         )
     options.init_from = str(path)  # --resume finds the same one again
@@ -53,7 +54,7 @@ def starting_model(
 
 
 def chat_rows(
-    options: ChatOptions,
+    options: DialogueOptions,
     dist_env: DistEnv,
     tokenizer: PreTrainedTokenizerFast,
     seq_len: int,

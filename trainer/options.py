@@ -319,7 +319,7 @@ class TuneOptions(TrainOptions):
 
 
 @dataclass
-class ChatOptions(TuneOptions):
+class DialogueOptions(TuneOptions):
     """Flags of the stages that learn from dialogues."""
 
     show_sample: bool = flag(False, "print one sample with the text that the model learns marked")
@@ -369,7 +369,7 @@ class RolloutOptions(TuneOptions):
 
 
 @dataclass
-class VisionOptions(ChatOptions):
+class VisionOptions(DialogueOptions):
     """Flags of the stages that learn from images."""
 
     freeze: str = flag(

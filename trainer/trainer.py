@@ -373,10 +373,11 @@ class Trainer:
                 with logger.pause():  # to write the trace takes seconds
                     self.profiler.step()
             last = done == self.total_steps
-            if self.val is not None and (last or done % options.val_interval == 0):
+            val = self.val if last or done % options.val_interval == 0 else None
+            if val is not None:
                 with logger.pause():
-                    logger.add_validation(self._validate(self.val))
-            if last or done % options.log_interval == 0 or step == first:
+                    logger.add_validation(self._validate(val))
+            if last or val is not None or done % options.log_interval == 0 or step == first:
                 self.metrics = logger.log(done, self.tokens_done)
                 self.best_loss = min(self.best_loss, self.metrics["loss"])
             if options.sample_interval and (last or done % options.sample_interval == 0):
@@ -469,7 +470,7 @@ class Trainer:
             raise UserError(f"step {self.steps_done}: {bad[0]} is not finite ({len(bad)} tensors); nothing was saved")
         run = {
             "identity": self.identity(), "settings": self.settings(), "options": self.options.describe(),
-            "format": self.strategy.format, "launch": self.dist_env.run_id,
+            "format": self.strategy.format, "run_id": self.dist_env.run_id,
             "finished": self.steps_done == self.total_steps,
             "tokens": self.tokens_done, "metrics": self.metrics, "micro_batch": self.loader.micro_batch,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,

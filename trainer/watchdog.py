@@ -26,10 +26,10 @@ class Watchdog(threading.Thread):
     process that had no heartbeat for `timeout` seconds also looks there which one is behind, except where it may take any
     time (`suspend`).
 
-    attempt: a number that grows when the launcher restarts the processes, because its store lives on.
+    restarts: a number that grows when the launcher restarts the processes, because its store lives on.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, attempt: int) -> None:
+    def __init__(self, rank: int, size: int, timeout: float, restarts: int) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.rank, self.size, self.timeout = rank, size, timeout
         self.doing, self.heartbeats, self.since = "starting", 0, time.monotonic()
@@ -40,7 +40,7 @@ class Watchdog(threading.Thread):
         self._stopped = threading.Event()
         store: Any = dist.distributed_c10d._get_default_store()  # PyTorch has no public way to the launcher's store
         # A connection serves one request at a time: this thread gets its own.
-        self._store = dist.PrefixStore(f"watchdog_{attempt}", store.clone())
+        self._store = dist.PrefixStore(f"watchdog_{restarts}", store.clone())
         self._store.set_timeout(timedelta(seconds=max(timeout, 10)))
 
     def heartbeat(self, doing: str, count: bool = True) -> None:

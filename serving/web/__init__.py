@@ -1,1 +1,1 @@
-"""Texts and HTML of the web page; imports only serving.chat_model."""
+"""Texts and HTML of the web page."""
