@@ -319,7 +319,7 @@ def test_a_deepspeed_file_that_decides_what_a_flag_decides_is_refused_by_name(tm
 def watchdog(monkeypatch) -> Watchdog:
     """A watchdog that has not started; it keeps the error that would end its process, as `reported`."""
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", torch.distributed.HashStore)
-    watchdog = Watchdog(0, 3, timeout=1.0, attempt=0)
+    watchdog = Watchdog(0, 3, timeout=1.0, restarts=0)
     watchdog.reported = ""
 
     def fail(text: str) -> None:
