@@ -26,7 +26,7 @@ import jsonschema
 import torch
 
 from common.cli import Parser
-from common.errors import run_script
+from common.errors import first_line, run_script
 from inference.backends import choose_backend
 from inference.constraints import Constraint, answer_grammar
 from inference.generator import generate
@@ -92,7 +92,7 @@ def check_answers(model: Transformer, n_schemas: int, rows: int = 8) -> tuple[in
             try:
                 jsonschema.validate(json.loads(texts[output.key]), schemas[output.key])
             except (ValueError, jsonschema.ValidationError) as error:
-                wrong.append(f"schema {output.key}: {texts[output.key]!r}: {str(error).splitlines()[0]}")
+                wrong.append(f"schema {output.key}: {texts[output.key]!r}: {first_line(error)}")
     return finished, cut, wrong
 
 

@@ -89,7 +89,8 @@ def pages() -> dict[str, str]:
         actions = actions_of(script)
         text = f"# Flags of `{script}`\n\n"
         if is_stage(script):
-            actions = {k: v for k, v in actions.items() if k not in shared or v.default != shared[k].default}
+            shown = {k: (v.default, v.help) for k, v in shared.items()}
+            actions = {k: v for k, v in actions.items() if (v.default, v.help) != shown.get(k)}
             text += f"Also those of [all stages]({SHARED}.md), and the fields of the [model]({MODEL}.md).\n\n"
         found[script.removesuffix(".py")] = text + _table(actions)
     return found

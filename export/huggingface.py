@@ -425,6 +425,6 @@ def read_json(path: Path) -> dict:
 def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise UserError(
-            f"no {path.name} in {path.parent}: this is no folder in the format of transformers (llama or minimind), "
+            f"no {path.name} in {path.parent}: this is not a folder in the format of transformers (llama or minimind), "
             "or a part of it is missing"
         )

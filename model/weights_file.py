@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
+from common.cli import as_word
 from common.errors import UserError, first_line
 from common.files import atomic_write, short_hash, write_json
 from model.LMConfig import FIELD_TYPES, LMConfig, architecture_differences
@@ -233,7 +234,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if (path / "adapter_config.json").exists():
             hint = "; 4-lora_sft.py --merge makes one of an adapter and its base"
         elif (path / "config.json").exists():
-            hint = f"; make one of it: python export_model.py --format pth --weights {path}"
+            hint = f"; make one of it: python export_model.py --format pth --weights {as_word(path)}"
         raise UserError(f"{path} is a folder; name a .pth file{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

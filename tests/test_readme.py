@@ -43,10 +43,11 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("name", [*PAGES, "quickstart.sh"])
 def test_commands(name):
     """Every script exists, and takes the flags and choices it is shown with."""
-    for script, words in commands(page(name)):
+    found = commands(page(name))
+    for script, words in found:  # grows: a word with spaces is the value of a flag, here the flags of another script
         assert (ROOT / script).is_file(), f"{name}: there is no {script}"
+        found += [(words[0], shlex.split(word)) for word in words if word.startswith("--") and " " in word]
         flags = MAKE_FLAGS["actions_of"](script) if script != "docs/make_flags.py" else {}
-        # A word with spaces is the value of a flag: flags for another script.
         words = [word if " " in word else word.partition("=")[0] for word in words]
         given = [(i, word) for i, word in enumerate(words) if word.startswith("--") and " " not in word]
         for i, word in given:
