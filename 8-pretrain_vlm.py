@@ -1,7 +1,7 @@
 """Stage 8, MiniMind-V: a model that answers learns to see, from images with captions.
 
     python 8-pretrain_vlm.py                                                    # from the newest out/full_sft_*.pth
-    python 8-pretrain_vlm.py --vision_encoder clip-vit-base-patch32             # a frozen CLIP or SigLIP, from its folder
+    python 8-pretrain_vlm.py --vision_encoder clip-vit-base-patch32             # a frozen image model, from its folder
     python 8-pretrain_vlm.py --data_path dataset/sample/vlm_pretrain.parquet    # drawn scenes, to try it
     python 8-pretrain_vlm.py --resume                                           # continue a run that was stopped
 
@@ -39,8 +39,8 @@ class PretrainVlmOptions(VisionOptions):
     learning_rate: float = 4e-4
     freeze: str = "language"
     vision_encoder: Path | None = flag(
-        None, "folder of a CLIP or SigLIP that makes features of the images (default: a small encoder of our own is "
-        "trained)", metavar="FOLDER",
+        None, "folder of an image model (CLIP, SigLIP, DINOv2, ViT, ConvNeXt, ...) that makes features of the images "
+        "(default: a small encoder of our own is trained)", metavar="FOLDER",
     )  # fmt: skip
     projector: str = flag(
         "mlp", "linear as in the first MiniMind-V, or mlp as in later ones", choices=["linear", "mlp"]

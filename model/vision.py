@@ -6,9 +6,9 @@ embeddings, and they take the place of the image's tokens in the prompt; for the
     model(input_ids=ids, pixel_values=pixels)        # (images, 3, 48, 48), in the order of the prompts
     model(input_ids=ids, image_features=features)    # (images, tokens, width), from an encoder outside of the model
 
-Published models have a frozen CLIP or SigLIP outside of their weights (`PretrainedEncoder`). Our own small encoder is
-part of the model and trained with it: it is a vision Transformer (https://arxiv.org/abs/2010.11929) of the same blocks as
-the language model.
+Published models have a frozen CLIP or SigLIP outside of their weights; other image models can take its place
+(`PretrainedEncoder`). Our own small encoder is part of the model and trained with it: it is a vision Transformer
+(https://arxiv.org/abs/2010.11929) of the same blocks as the language model.
 """
 
 from __future__ import annotations
@@ -283,7 +283,9 @@ MODEL_CLASSES["minimind-v"] = VisionLanguageModel
 
 
 class PretrainedEncoder:
-    """The image half of a CLIP or SigLIP in a local folder, frozen. It is no part of the model that uses its features.
+    """An image model of transformers in a local folder, frozen. It is no part of the model that uses its features.
+
+    CLIP, SigLIP, DINOv2, ViT, ConvNeXt, EfficientNet and others: of a model of texts and images its image half.
 
     n_tokens: features of an image that a trained model takes. Some published ones leave out that of CLIP's class token.
     """
@@ -292,18 +294,17 @@ class PretrainedEncoder:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json in it; name the folder of a CLIP or SigLIP model")
+            raise UserError(f"{folder}: no config.json in it; name the folder of an image model, as of CLIP or SigLIP")
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if not kind.startswith(("clip", "siglip")):
-                raise UserError(f"{folder} is a {kind} model; the folder of a CLIP or SigLIP model is needed")
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
-        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
+            raise UserError(f"{folder} cannot be loaded as an image model: {first_line(error)}") from error
+        model = getattr(model, "vision_model", model)
+        if model.main_input_name != "pixel_values":
+            raise UserError(f"{folder} is a {kind} model; the folder of an image model is needed, as of CLIP or SigLIP")
+        self.model = model.eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, device
         sizes = self.model.config
         self.is_clip = sizes.model_type == "clip_vision_model"
@@ -320,13 +321,20 @@ class PretrainedEncoder:
         digest.update(b"no class token" * self.first)
         return digest.hexdigest()[:16]
 
+    @property
+    def image_size(self) -> int:
+        """Return the side in pixels of the squares that the model takes, after what its folder would cut off."""
+        processor = self.processor
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        return size.get("height") or size["shortest_edge"]
+
     @torch.inference_mode()
     def __call__(self, images: list[Image]) -> Tensor:
         """Return the last hidden states (images, tokens, width), float32: CLIP's before its final norm.
 
         Images are resized to a square, so that nothing of them is cut off.
         """
-        if size := getattr(self.model.config, "image_size", None):
-            images = [image.resize((size, size)) for image in images]
-        inputs = self.processor(images=images, return_tensors="pt").to(self.device)
-        return self.model(**inputs).last_hidden_state[:, self.first :].float()
+        squares = [image.resize((self.image_size, self.image_size)) for image in images]
+        inputs = self.processor(images=squares, return_tensors="pt", do_resize=False, do_center_crop=False)
+        states = self.model(**inputs.to(self.device)).last_hidden_state[:, self.first :].float()
+        return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states  # (images, width, rows, columns)

@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def vision_encoder(self) -> Path | None:
-        """Return the folder of the CLIP or SigLIP with which these weights were trained, as their description has it."""
+        """Return the folder of the image model with which these weights were trained, as their description has it."""
         folder = self.info.get("options", {}).get("vision_encoder")
         return Path(folder) if folder else None
 

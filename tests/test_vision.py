@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -287,9 +288,53 @@ def test_a_folder_of_clip_or_siglip(tmp_path, kind, n_tokens):
     assert other.fingerprint != encoder.fingerprint
 
 
+def test_a_folder_of_a_vision_transformer_whose_images_would_be_cut(tmp_path):
+    """DINOv2: its folder takes the middle of a larger picture, and we take all of it."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path)
+    image = Image.new("RGB", (28, 28), "white")
+    image.paste("red", (0, 0, 4, 28))  # at an edge, which the folder's processor would cut off
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    with torch.no_grad():
+        expected = model((pixels - mean) / std).last_hidden_state  # of 28 x 28 pixels, not of the 56 in config.json
+    features = PretrainedEncoder(tmp_path)([image])
+    assert features.shape == (1, 1 + 4, 16)
+    torch.testing.assert_close(features, expected, **close_to(expected, terms=32, depth=20))
+
+
+def test_a_folder_of_a_convolutional_network(tmp_path):
+    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetModel
+
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])).eval()
+    model.save_pretrained(tmp_path)
+    ConvNextImageProcessor(size={"shortest_edge": 64}).save_pretrained(tmp_path)
+    encoder = PretrainedEncoder(tmp_path)
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("red", (0, 0, 32, 32))
+    features = encoder([image, image.rotate(180)])
+    assert features.shape == (2, 4, 16)
+    pixels = encoder.processor(images=[image], return_tensors="pt", do_resize=False)["pixel_values"]
+    with torch.no_grad():
+        columns = model(pixels).last_hidden_state[0]  # (width, 2 rows, 2 columns)
+    expected = torch.stack([columns[:, row, column] for row in range(2) for column in range(2)])
+    torch.testing.assert_close(features[0], expected, **close_to(expected, terms=32, depth=20))
+
+
 def test_folders_that_are_no_encoders(tmp_path):
+    from transformers import LlamaConfig, LlamaModel, ViTImageProcessor
+
     with pytest.raises(UserError, match="no config.json"):
         PretrainedEncoder(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
+    LlamaModel(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded as an image model"):
+        PretrainedEncoder(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a llama model"):
         PretrainedEncoder(tmp_path)

@@ -377,8 +377,8 @@ class VisionOptions(DialogueOptions):
         "none", choices=["language", "middle", "none"],
     )  # fmt: skip
     vision_encoder: Path | None = flag(
-        None, "folder of a CLIP or SigLIP that makes features of the images (default: that of the weights it starts "
-        "from)", metavar="FOLDER",
+        None, "folder of the image model that makes features of the images (default: that of the weights it starts from)",
+        metavar="FOLDER",
     )  # fmt: skip
 
     def validate(self) -> list[str]:

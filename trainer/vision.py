@@ -42,7 +42,7 @@ def image_ids(tokenizer: PreTrainedTokenizerFast, n: int) -> list[int]:
 
 
 def load_encoder(options: VisionOptions, folder: Path, n_tokens: int | None = None) -> PretrainedEncoder:
-    """Open a CLIP or SigLIP, as `PretrainedEncoder` does. Its folder is written beside the weights, for the next stage."""
+    """Open an image model, as `PretrainedEncoder` does. Its folder is written beside the weights, for the next stage."""
     options.vision_encoder = folder.resolve()
     return PretrainedEncoder(options.vision_encoder, resolve_device(options.device), n_tokens)
 
