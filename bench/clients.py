@@ -21,17 +21,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.stages import running_server  # noqa: E402
 from common.cli import Parser  # noqa: E402
-from common.errors import UserError, run_script  # noqa: E402
+from common.errors import run_script  # noqa: E402
 
 SCRIPTS = ROOT / "tests" / "clients"
 PINS = ROOT / "requirements-clients.txt"
@@ -173,24 +172,9 @@ def server(folder: Path) -> Iterator[tuple[str, str]]:
     with torch.no_grad():
         model.output.weight[EOS_ID] = 0
     save_checkpoint(folder / "full_sft_64.pth", model, info={"stage": "full_sft"})
-    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--weights", str(folder / "full_sft_64.pth")]
-    command += ["--port", "0", "--device", "cpu", "--dtype", "float32", "--log_level", "error"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
-        try:
-            found = next(
-                (match for line in process.stdout if (match := re.match(r"serving (\S+) at (\S+)/v1", line))), None
-            )
-            if found is None:
-                raise UserError("the server did not start: its messages are above")
-            while process.poll() is None:
-                with contextlib.suppress(OSError), urlopen(f"{found[2]}/health"):
-                    break
-                time.sleep(0.1)
-            else:
-                raise UserError("the server has ended: its messages are above")
-            yield f"{found[2]}/v1", found[1]
-        finally:
-            process.terminate()
+    flags = ["--weights", folder / "full_sft_64.pth", "--device", "cpu", "--dtype", "float32", "--log_level", "error"]
+    with running_server(*flags) as (address, name, _):
+        yield f"{address}/v1", name
 
 
 def run_client(command: list[str], base_url: str, model: str, row: Row, cwd: Path | None = None) -> Row:

@@ -22,13 +22,13 @@ import contextlib
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import psutil
@@ -37,8 +37,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.stages import running_server  # noqa: E402
 from common.cli import Parser  # noqa: E402
-from common.errors import UserError, run_script  # noqa: E402
+from common.errors import run_script  # noqa: E402
 from inference.detokenizer import Detokenizer  # noqa: E402
 from inference.generator import generate  # noqa: E402
 from inference.options import SamplingParams  # noqa: E402
@@ -319,24 +320,6 @@ async def measure_readings(port: int, model: str, reference: Reference, args) ->
         print(f"| {name} | {quantiles(times)[0]:.3f} s |", flush=True)
 
 
-@contextlib.contextmanager
-def serving(weights: Path, *flags: str) -> Iterator[tuple[int, str, subprocess.Popen]]:
-    """Run a server; (port, name of its model, process)."""
-    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--weights", str(weights), "--port", "0"]
-    command += ["--dtype", "float32", "--log_level", "warning", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
-        try:
-            for text in process.stdout:
-                if found := re.match(r"serving (\S+) at http://127.0.0.1:(\d+)/", text):
-                    break
-            else:
-                raise UserError("the server did not start: its messages are above")
-            wait_until_healthy(int(found[2]), process)
-            yield int(found[2]), found[1], process
-        finally:
-            process.terminate()
-
-
 def main() -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -359,21 +342,12 @@ def main() -> None:
             save_checkpoint(args.weights, Transformer(preset("minimind-v1-small")), info={})
         tokenizer = load_tokenizer()
         reference = Reference(load_checkpoint(args.weights, dtype=torch.float32).model, tokenizer, args.length)
-        flags = args.server_flags.split()
-        with serving(args.weights, "--max_rows", str(args.clients), *flags) as (port, name, process):
-            asyncio.run(measure(port, name, reference, psutil.Process(process.pid), args))
-        with serving(args.weights, "--max_rows", "16", "--max_seq_len", "4100", *flags) as (port, name, _):
-            asyncio.run(measure_readings(port, name, reference, args))
-
-
-def wait_until_healthy(port: int, process: subprocess.Popen) -> None:
-    while process.poll() is None:
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/health"):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise UserError("the server has ended: its messages are above")
+        flags = ["--weights", args.weights, "--dtype", "float32", "--log_level", "warning"]
+        wide, long = ["--max_rows", args.clients], ["--max_rows", 16, "--max_seq_len", 4100]
+        with running_server(*flags, *wide, *args.server_flags.split()) as (address, name, process):
+            asyncio.run(measure(urlsplit(address).port, name, reference, psutil.Process(process.pid), args))
+        with running_server(*flags, *long, *args.server_flags.split()) as (address, name, _):
+            asyncio.run(measure_readings(urlsplit(address).port, name, reference, args))
 
 
 if __name__ == "__main__":
