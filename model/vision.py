@@ -297,9 +297,11 @@ class PretrainedEncoder:
             raise UserError(f"{folder}: no config.json in it; name the folder of an image model, as of CLIP or SigLIP")
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor = processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+            self.side = size.get("height") or size["shortest_edge"]  # of the squares that the model takes, in pixels
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"{folder} cannot be loaded as an image model: {first_line(error)}") from error
         model = getattr(model, "vision_model", model)
         if model.main_input_name != "pixel_values":
@@ -321,20 +323,13 @@ class PretrainedEncoder:
         digest.update(b"no class token" * self.first)
         return digest.hexdigest()[:16]
 
-    @property
-    def image_size(self) -> int:
-        """Return the side in pixels of the squares that the model takes, after what its folder would cut off."""
-        processor = self.processor
-        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-        return size.get("height") or size["shortest_edge"]
-
     @torch.inference_mode()
     def __call__(self, images: list[Image]) -> Tensor:
         """Return the last hidden states (images, tokens, width), float32: CLIP's before its final norm.
 
         Images are resized to a square, so that nothing of them is cut off.
         """
-        squares = [image.resize((self.image_size, self.image_size)) for image in images]
+        squares = [image.resize((self.side, self.side)) for image in images]
         inputs = self.processor(images=squares, return_tensors="pt", do_resize=False, do_center_crop=False)
         states = self.model(**inputs.to(self.device)).last_hidden_state[:, self.first :].float()
         return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states  # (images, width, rows, columns)
