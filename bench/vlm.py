@@ -14,7 +14,8 @@ held-out drawings, and of drawings that were trained on, at new places. Each als
 Chance: always the most frequent name.
 
 --encoders: `ours`, the small one that is trained from nothing; `efficientnet-lite0`, trained on ImageNet, from a package of
-requirements-bench.txt (https://arxiv.org/abs/1905.11946); folders of other image models. The pretrained stay as they are.
+requirements-bench.txt (https://arxiv.org/abs/1905.11946); folders of other image models with some 50 features of an image.
+The pretrained stay as they are.
 """
 
 from __future__ import annotations
@@ -170,7 +171,9 @@ def write_efficientnet(folder: Path) -> None:
     state = model.state_dict()
     names = [name for name in state if "squeeze_excite" not in name]
     theirs = [name for name in weights if not name.startswith("_fc.")]  # without the classifier; in the same order
-    state |= {name: weights[other] for name, other in zip(names, theirs, strict=True)}
+    for name, other in zip(names, theirs, strict=True):
+        assert name.rsplit(".")[-1] == other.rsplit(".")[-1], (name, other)
+        state[name] = weights[other]
     for name in state.keys() - set(names):
         state[name] = torch.full_like(state[name], 100.0 if name.endswith("expand.bias") else 0.0)  # sigmoid(100) = 1
     model.load_state_dict(state)

@@ -8,7 +8,7 @@ language model     that of `export.huggingface`
 token of an image  one, repeated. Where ours is a pattern of others, it is <image>: embeddings of these tokens are not used
 
 A LLaVA has no LayerNorm in front of the projector, and takes SigLIP's hidden state before the final norm, where we take the
-one after it: such models are not exported, nor those that see through something else.
+one after it: such models are not exported, nor those with any encoder but CLIP.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def open_clip(source: Checkpoint, tokenizer: PreTrainedTokenizerFast, folder: Pa
         raise UserError(f"{path} needs the image encoder it was trained with: --vision_encoder FOLDER")
     encoder = PretrainedEncoder(folder, n_tokens=len(vision.image_ids))
     if not encoder.is_clip:
-        raise UserError(f"{folder} is no CLIP; from others a LLaVA does not take what this model was trained with")
+        raise UserError(f"{folder} is no CLIP: only a model that sees through a CLIP can be exported as a LLaVA")
     n_tokens, width = encoder([sample_picture(16)]).shape[1:]
     if (n_tokens, width) != (len(vision.image_ids), vision.width):
         raise UserError(

@@ -294,18 +294,25 @@ class PretrainedEncoder:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json in it; name the folder of an image model, as of CLIP or SigLIP")
+            raise UserError(f"{folder}: no config.json in it; name the folder of an image model, such as a CLIP")
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
             self.processor = processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-            size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-            self.side = size.get("height") or size["shortest_edge"]  # of the squares that the model takes, in pixels
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{folder} cannot be loaded as an image model: {first_line(error)}") from error
         model = getattr(model, "vision_model", model)
         if model.main_input_name != "pixel_values":
-            raise UserError(f"{folder} is a {kind} model; the folder of an image model is needed, as of CLIP or SigLIP")
+            raise UserError(f"{folder} is a {kind} model; the folder of an image model is needed, such as a CLIP")
+        if "mae" in kind:
+            raise UserError(
+                f"{folder} is a {kind} model, which hides parts of every image at random: it cannot be used"
+            )
+        size = (processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size) or {}
+        side = size.get("height") or size.get("shortest_edge")  # of the squares that the model takes, in pixels
+        if not side:
+            raise UserError(f"{folder}: preprocessor_config.json must name one size, as height or shortest_edge")
+        self.side = side
         self.model = model.eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, device
         sizes = self.model.config

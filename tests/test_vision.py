@@ -338,3 +338,22 @@ def test_folders_that_are_no_encoders(tmp_path):
     ViTImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a llama model"):
         PretrainedEncoder(tmp_path)
+
+
+def test_image_models_that_cannot_be_encoders(tmp_path):
+    from transformers import ViTConfig, ViTImageProcessor, ViTMAEConfig, ViTMAEModel, ViTModel
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(image_size=32, patch_size=8)
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
+    processor = ViTImageProcessor()
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings["size"] = {"longest_edge": 32}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(UserError, match="must name one size"):
+        PretrainedEncoder(tmp_path)
+    # It leaves out patches at random, so that training and inference would see other ones.
+    ViTMAEModel(ViTMAEConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="at random"):
+        PretrainedEncoder(tmp_path)
