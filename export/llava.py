@@ -84,11 +84,10 @@ def open_clip(source: Checkpoint, tokenizer: PreTrainedTokenizerFast, folder: Pa
     encoder = PretrainedEncoder(folder, n_tokens=len(vision.image_ids))
     if not encoder.is_clip:
         raise UserError(f"{folder} is no CLIP: only a model that sees through a CLIP can be exported as a LLaVA")
-    n_tokens, width = encoder([sample_picture(16)]).shape[1:]
-    if (n_tokens, width) != (len(vision.image_ids), vision.width):
+    if (encoder.n_tokens, encoder.width) != (len(vision.image_ids), vision.width):
         raise UserError(
-            f"{folder} makes {n_tokens} features of width {width}; {path} was trained with {len(vision.image_ids)} of width "
-            f"{vision.width}: name the encoder it was trained with"
+            f"{folder} makes {encoder.n_tokens} features of width {encoder.width}; {path} was trained with "
+            f"{len(vision.image_ids)} of width {vision.width}: name the encoder it was trained with"
         )
     return encoder
 

@@ -285,12 +285,14 @@ MODEL_CLASSES["minimind-v"] = VisionLanguageModel
 class PretrainedEncoder:
     """An image model of transformers in a local folder, frozen. It is no part of the model that uses its features.
 
-    CLIP, SigLIP, DINOv2, ViT, ConvNeXt, EfficientNet and others: of a model of texts and images its image half.
+    CLIP, SigLIP, DINOv2, ViT, ConvNeXt, EfficientNet and others: of a model of texts and images its image half. It makes
+    `n_tokens` features of an image, each `width` wide.
 
     n_tokens: features of an image that a trained model takes. Some published ones leave out that of CLIP's class token.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu", n_tokens: int | None = None) -> None:
+        from PIL.Image import linear_gradient
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
         if not (folder / "config.json").is_file():
@@ -304,10 +306,6 @@ class PretrainedEncoder:
         model = getattr(model, "vision_model", model)
         if model.main_input_name != "pixel_values":
             raise UserError(f"{folder} is a {kind} model; the folder of an image model is needed, such as a CLIP")
-        if "mae" in kind:
-            raise UserError(
-                f"{folder} is a {kind} model, which hides parts of every image at random: it cannot be used"
-            )
         size = (processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size) or {}
         side = size.get("height") or size.get("shortest_edge")  # of the squares that the model takes, in pixels
         if not side:
@@ -319,6 +317,13 @@ class PretrainedEncoder:
         self.is_clip = sizes.model_type == "clip_vision_model"
         # The class token is the first one.
         self.first = int(self.is_clip and n_tokens == (sizes.image_size // sizes.patch_size) ** 2)
+        try:
+            features, again = (self([linear_gradient("L").convert("RGB")]) for _ in range(2))
+            self.n_tokens, self.width = features.shape[1:]
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: a {kind} model makes no features of an image: {first_line(error)}") from error
+        if not torch.allclose(features, again, rtol=0.01, atol=0.01):  # a masked autoencoder leaves out other patches
+            raise UserError(f"{folder}: a {kind} model makes features at random: it cannot be used")
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -341,19 +341,32 @@ def test_folders_that_are_no_encoders(tmp_path):
 
 
 def test_image_models_that_cannot_be_encoders(tmp_path):
-    from transformers import ViTConfig, ViTImageProcessor, ViTMAEConfig, ViTMAEModel, ViTModel
+    from transformers import (
+        ViTConfig,
+        ViTForImageClassification,
+        ViTImageProcessor,
+        ViTMAEConfig,
+        ViTMAEModel,
+        ViTModel,
+    )
 
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     sizes |= dict(image_size=32, patch_size=8)
     ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
-    processor = ViTImageProcessor()
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path)
+    encoder = PretrainedEncoder(tmp_path)
+    assert (encoder.n_tokens, encoder.width) == (1 + 16, 16)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
     settings["size"] = {"longest_edge": 32}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(UserError, match="must name one size"):
         PretrainedEncoder(tmp_path)
+    processor.save_pretrained(tmp_path)
     # It leaves out patches at random, so that training and inference would see other ones.
     ViTMAEModel(ViTMAEConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="at random"):
         PretrainedEncoder(tmp_path)
+    ViTForImageClassification(ViTConfig(**sizes | dict(image_size=16))).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a vit model makes no features of an image: .*doesn't match"):
+        PretrainedEncoder(tmp_path)  # of 16 x 16 pixels, and the processor makes 32 x 32

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -53,9 +52,8 @@ def new_vision_config(
     """Return `own`, or what fits an encoder outside of the model, with the tokens that stand for an image."""
     if encoder is None:
         return replace(own, image_ids=tuple(image_ids(tokenizer, own.n_patches)))
-    _, n_tokens, width = encoder([Image.new("RGB", (64, 64))]).shape
-    ids = tuple(image_ids(tokenizer, n_tokens))
-    return VisionConfig(encoder="pretrained", width=width, projector=own.projector, image_ids=ids)
+    ids = tuple(image_ids(tokenizer, encoder.n_tokens))
+    return VisionConfig(encoder="pretrained", width=encoder.width, projector=own.projector, image_ids=ids)
 
 
 def add_vision(model: Transformer, vision: VisionConfig, seed: int) -> VisionLanguageModel:
